@@ -1,0 +1,80 @@
+"""What a generation is, between gateway, Redis and worker: its parameters, its events, its end.
+
+These structs are what job bodies and log entries hold (msgpack, see `common/codec.py`). They only grow: a new field gets a
+default, so that an older worker's records still decode and a newer gateway's extra fields are ignored by an older worker.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why one output ended. Failures are not finish reasons: they are errors of the whole generation."""
+
+    STOP = "stop"  # an end-of-sequence id, a stop id or a stop string
+    LENGTH = "length"  # max_tokens, or the model's context
+    TIME_LIMIT = "time_limit"
+    CANCELLED = "cancelled"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are chosen and when an output ends. Everything is resolved: no field means "the model's default".
+
+    Ranges are checked at the gateway's edge; the engine relies on them.
+    """
+
+    max_tokens: int  # most tokens of each output, at least 1
+    temperature: float = 0.0  # 0 is greedy: the next three are then ignored
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # (0, 1]
+    min_p: float = 0.0  # [0, 1): relative to the most probable token
+    repetition_penalty: float = 1.0  # > 0; over prompt and output, as transformers does
+    no_repeat_ngram_size: int = 0  # 0 is off; over prompt and output, as transformers does
+    seed: int = 0  # unsigned 64 bits; drawn at enqueue when the caller gave none
+    num_outputs: int = 1
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # the caller's and the model's end-of-sequence ids
+    logprobs: bool = False  # report the log-probability of every sampled token
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens that a generation cost."""
+
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0  # of the prompt's tokens, those whose keys and values came from the prefix cache
+    completion_tokens: int = 0  # over all outputs
+
+
+class OutputDelta(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one output, or its end.
+
+    `token_ids` may run ahead of `text`: text is held back inside a multi-byte character and while it may be the beginning
+    of a stop string. At a stop match text is cut before the match; ids are not.
+    """
+
+    output_index: int  # 0 to num_outputs-1
+    first_token_index: int  # index in that output of token_ids[0]
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[float, ...] = ()  # one per token id when asked for, of the distribution before temperature and filters
+    finish_reason: FinishReason | None = None  # set once, in the output's last delta
+    stop_match: str | int | None = None  # the stop string or token id that ended it
+
+
+class EventBody(msgspec.Struct, frozen=True, array_like=True):
+    """Payload of one log entry. Possibly without deltas; an entry that ends the generation carries usage."""
+
+    deltas: tuple[OutputDelta, ...] = ()
+    usage: Usage | None = None
+
+
+class JobBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker needs to run a generation; stored once, in the job's hash."""
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    cache_salt: bytes = b""  # enters the first block hash of the prefix cache, so that tenants do not share blocks
+    version: int = 1

@@ -1,0 +1,69 @@
+"""What goes into the engine and comes out of it. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from common.generation import OutputDelta, SamplingParams, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One generation to decode.
+
+    A takeover differs from a fresh request only in `emitted`: the ids that each output already has in the log, in order.
+    The engine prefills them behind the prompt, replays its text and stop state from them, and goes on at the next index.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    emitted: tuple[tuple[int, ...], ...] = ()  # per output; () when nothing was emitted
+    finished_outputs: frozenset[int] = frozenset()  # outputs whose end is in the log already
+    cache_salt: bytes = b""
+    priority: int = 0  # lower runs first and is preempted last
+    deadline: float | None = None  # time.monotonic() seconds; the outputs then end with TIME_LIMIT
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step produced for one request."""
+
+    request_id: str
+    deltas: tuple[OutputDelta, ...] = ()
+    usage: Usage | None = None  # set when the request ended
+    error: str | None = None  # a machine-readable reason (NAN_LOGITS, OUT_OF_MEMORY ...); the request is gone from the engine
+
+    @property
+    def finished(self) -> bool:
+        return self.usage is not None or self.error is not None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Everything that one step produced; empty `outputs` when the step only prefilled."""
+
+    step: int  # counts steps from 1
+    outputs: tuple[RequestOutput, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine's state after its latest step; sent with the worker's heartbeat."""
+
+    num_steps: int = 0
+    num_running: int = 0  # sequences with blocks
+    num_waiting: int = 0  # sequences without
+    num_blocks: int = 0
+    num_free_blocks: int = 0  # never used, freed, or only cached for prefix hits
+    block_size: int = 16
+    num_preemptions: int = 0
+    prompt_tokens: int = 0  # computed or hit, since the start
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    last_step_ms: float = 0.0
+    held_request_ids: tuple[str, ...] = field(default=())
+
+    @property
+    def free_kv_tokens(self) -> int:
+        return self.num_free_blocks * self.block_size

@@ -1,0 +1,22 @@
+"""Client of torchrelay: connects, retries what is safe, and resumes broken streams at the next event."""
+
+from torchrelay.client.aio import AsyncClient, AsyncGenerationStream
+from torchrelay.client.channel import Tls
+from torchrelay.client.errors import FieldViolation, RelayError
+from torchrelay.client.requests import GenerationOptions, Prompt
+from torchrelay.client.resume import RetryPolicy, StreamPosition
+from torchrelay.client.sync import Client, GenerationStream
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGenerationStream",
+    "Client",
+    "FieldViolation",
+    "GenerationOptions",
+    "GenerationStream",
+    "Prompt",
+    "RelayError",
+    "RetryPolicy",
+    "StreamPosition",
+    "Tls",
+]

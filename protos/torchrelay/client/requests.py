@@ -1,0 +1,83 @@
+"""Builds requests from plain Python values."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import TypedDict
+
+from google.protobuf.duration_pb2 import Duration
+
+from torchrelay.v1 import generation_pb2 as pb
+
+# A prompt: text, token ids, or messages like {"role": "user", "content": "Hello"}.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+_ROLES = {"system": pb.ROLE_SYSTEM, "user": pb.ROLE_USER, "assistant": pb.ROLE_ASSISTANT}
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Fields of GenerationConfig; see its documentation. A missing one takes the model's default."""
+
+    max_tokens: int
+    max_length: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    seed: int
+    num_outputs: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    logprobs: bool
+
+
+def make_input(prompt: Prompt) -> pb.GenerationInput:
+    """Turn a prompt into an input. Raises ValueError on an unknown role, TypeError on anything else."""
+    if isinstance(prompt, str):
+        return pb.GenerationInput(text=prompt)
+    if all(isinstance(item, int) for item in prompt):
+        return pb.GenerationInput(token_ids=pb.TokenIds(ids=prompt))  # type: ignore[arg-type]
+    messages = []
+    for item in prompt:
+        if not isinstance(item, Mapping):
+            raise TypeError("a prompt is a string, a list of token ids, or a list of messages with role and content")
+        if item["role"] not in _ROLES:
+            raise ValueError(f"role {item['role']!r} is not one of {', '.join(_ROLES)}")
+        messages.append(pb.ChatMessage(role=_ROLES[item["role"]], parts=[pb.ContentPart(text=item["content"])]))
+    return pb.GenerationInput(chat=pb.ChatInput(messages=messages))
+
+
+def make_duration(seconds: float | None) -> Duration | None:
+    """Turn seconds into a Duration; None stays unset."""
+    if seconds is None:
+        return None
+    duration = Duration()
+    duration.FromTimedelta(timedelta(seconds=seconds))
+    return duration
+
+
+def make_stream_request(
+    model: str,
+    prompt: Prompt,
+    options: GenerationOptions,
+    *,
+    time_limit_s: float | None,
+    disconnect_grace_s: float,
+    idempotency_key: str | None,
+) -> pb.StreamGenerateRequest:
+    """Build the request of a stream.
+
+    A key is made up if none is given: it is what makes a repeat after a lost reply safe.
+    """
+    return pb.StreamGenerateRequest(
+        model=model,
+        input=make_input(prompt),
+        config=pb.GenerationConfig(**options),
+        time_limit=make_duration(time_limit_s),
+        disconnect_grace=make_duration(disconnect_grace_s),
+        idempotency_key=idempotency_key or uuid.uuid4().hex,
+    )

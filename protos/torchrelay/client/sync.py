@@ -1,0 +1,189 @@
+"""The blocking client: the same calls as the asynchronous one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import TracebackType
+from typing import Protocol, Self, TypeVar, Unpack
+
+import grpc
+
+from torchrelay.client import channel as channels
+from torchrelay.client.errors import RelayError, from_rpc_error
+from torchrelay.client.requests import GenerationOptions, Prompt, make_stream_request
+from torchrelay.client.resume import RetryPolicy, StreamPosition
+from torchrelay.v1 import generation_pb2 as pb
+from torchrelay.v1 import generation_pb2_grpc as pb_grpc
+from torchrelay.v1 import model_pb2, model_pb2_grpc
+
+_T = TypeVar("_T")
+
+
+class _EventCall(Protocol):
+    """What both streaming methods return; grpc gives the type no name at run time."""
+
+    def __iter__(self) -> Iterator[pb.StreamGenerateResponse | pb.ResumeGenerationResponse]: ...
+
+    def cancel(self) -> bool: ...
+
+
+class GenerationStream:
+    """Events of one generation, across any number of broken connections. Iterate over it, or over `text()`."""
+
+    def __init__(self, client: Client, request: pb.StreamGenerateRequest | None, position: StreamPosition) -> None:
+        self._client = client
+        self._request = request
+        self.position = position
+
+    @property
+    def generation_id(self) -> str:
+        """Empty until Accepted arrived."""
+        return self.position.generation_id
+
+    def __iter__(self) -> Iterator[pb.GenerationEvent]:
+        position = self.position
+        while not position.finished:
+            call = self._call()
+            try:
+                for response in call:
+                    if position.on_event(response.event, time.monotonic()):
+                        yield response.event
+                if position.finished:
+                    return
+                error = RelayError(grpc.StatusCode.UNAVAILABLE, "the stream ended before the generation did")
+            except grpc.RpcError as failure:
+                error = from_rpc_error(failure, position.generation_id)
+            finally:
+                call.cancel()  # does nothing to a call that ended
+            time.sleep(position.on_error(error, time.monotonic()))
+
+    def text(self, output_index: int = 0) -> Iterator[str]:
+        """Yield the text of one output as it comes."""
+        for event in self:
+            for delta in event.deltas.deltas:
+                if delta.output_index == output_index and delta.text:
+                    yield delta.text
+
+    def _call(
+        self,
+    ) -> _EventCall:
+        resume = self.position.resume_request()
+        if resume is not None:
+            return self._client.generation.ResumeGeneration(resume, metadata=self._client.metadata)
+        assert self._request is not None
+        return self._client.generation.StreamGenerate(self._request, metadata=self._client.metadata)
+
+
+class Client:
+    """Calls a torchrelay gateway. One instance holds one channel and may be shared by threads.
+
+    `address` is host:port or any gRPC target, such as dns:///gateway:50051 or ipv4:10.0.0.1:50051,10.0.0.2:50051.
+    Plaintext beyond loopback carries the key in the clear, so it needs `insecure=True`; otherwise `tls` is used there.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        api_key: str | None = None,
+        tls: channels.Tls | None = None,
+        insecure: bool = False,
+        retry: RetryPolicy | None = None,
+        disconnect_grace_s: float = 30.0,
+    ) -> None:
+        plaintext = insecure or (tls is None and channels.is_loopback(address))
+        if plaintext:
+            self._channel = grpc.insecure_channel(address, options=channels.OPTIONS)
+        else:
+            credentials = (tls or channels.Tls()).credentials()
+            self._channel = grpc.secure_channel(address, credentials, options=channels.OPTIONS)
+        self.metadata = channels.auth_metadata(api_key)
+        self.generation = pb_grpc.GenerationServiceStub(self._channel)
+        self.model = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._retry = retry or RetryPolicy()
+        self._disconnect_grace_s = disconnect_grace_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel; calls in flight end."""
+        self._channel.close()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        model: str,
+        time_limit_s: float | None = None,
+        idempotency_key: str | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> GenerationStream:
+        """Generate, and return the stream of events; nothing is sent until it is iterated."""
+        request = make_stream_request(
+            model,
+            prompt,
+            options,
+            time_limit_s=time_limit_s,
+            disconnect_grace_s=self._disconnect_grace_s,
+            idempotency_key=idempotency_key,
+        )
+        return GenerationStream(self, request, StreamPosition(self._retry))
+
+    def resume(self, generation_id: str, after_sequence: int = 0, chain_hash: bytes = b"") -> GenerationStream:
+        """Return the stream of the events behind one that was received before, in this process or another."""
+        position = StreamPosition(
+            self._retry, generation_id=generation_id, sequence=after_sequence, chain_hash=chain_hash
+        )
+        return GenerationStream(self, None, position)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        model: str,
+        time_limit_s: float | None = None,
+        idempotency_key: str | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> pb.Generation:
+        """Generate, wait for the end, and return the whole result."""
+        stream = self.stream(prompt, model=model, time_limit_s=time_limit_s, idempotency_key=idempotency_key, **options)
+        for _ in stream:
+            pass
+        return self.get(stream.generation_id)
+
+    def get(self, generation_id: str) -> pb.Generation:
+        """Return a generation with what it has produced so far."""
+        request = pb.GetGenerationRequest(generation_id=generation_id)
+        return self._retrying(lambda: self.generation.GetGeneration(request, metadata=self.metadata)).generation
+
+    def cancel(self, generation_id: str) -> pb.GenerationState.ValueType:
+        """End a generation; return the state that it is in."""
+        request = pb.CancelGenerationRequest(generation_id=generation_id)
+        return self._retrying(lambda: self.generation.CancelGeneration(request, metadata=self.metadata)).state
+
+    def models(self) -> list[model_pb2.Model]:
+        """List every model that the caller may use."""
+        models: list[model_pb2.Model] = []
+        token = ""
+        while True:
+            request = model_pb2.ListModelsRequest(page_token=token)
+            page = self._retrying(partial(self.model.ListModels, request, metadata=self.metadata))
+            models += page.models
+            token = page.next_page_token
+            if not token:
+                return models
+
+    def _retrying(self, call: Callable[[], _T]) -> _T:
+        """Run an idempotent call until it succeeds or trying again is useless."""
+        position = StreamPosition(self._retry)
+        while True:
+            try:
+                return call()
+            except grpc.RpcError as failure:
+                time.sleep(position.on_error(from_rpc_error(failure), time.monotonic()))

@@ -1,0 +1,244 @@
+"""`torchrelay generate` and `torchrelay chat`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from torchrelay.cli import connection as at
+from torchrelay.cli import output
+from torchrelay.client import Client, GenerationOptions, GenerationStream, Prompt, RelayError
+from torchrelay.v1 import generation_pb2 as pb
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Model name; the only one if there is just one.")]
+MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Most tokens of the answer.")]
+TemperatureOption = Annotated[float | None, typer.Option("--temperature", "-t", help="0 is greedy.")]
+TopPOption = Annotated[float | None, typer.Option("--top-p", help="Nucleus sampling.")]
+TopKOption = Annotated[int | None, typer.Option("--top-k", help="Sample among the k most probable.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+StopOption = Annotated[list[str] | None, typer.Option("--stop", help="String that ends the answer; repeatable.")]
+SystemOption = Annotated[str, typer.Option("--system", help="System message.")]
+
+
+def make_options(**values: object) -> GenerationOptions:
+    """Keep the options that were given."""
+    return {key: value for key, value in values.items() if value is not None and value != []}  # type: ignore[return-value]
+
+
+def choose_model(client: Client, name: str) -> str:
+    """Return the model to use; without a name, the only one that is served."""
+    if name:
+        return name
+    names = [model.name for model in client.models()]
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise typer.BadParameter("no model is registered yet; start a worker, or register one")
+    raise typer.BadParameter(f"several models are served: {', '.join(names)}", param_hint="--model")
+
+
+class Answer:
+    """Collects a stream, and prints its first output as it comes."""
+
+    def __init__(self, *, echo: bool) -> None:
+        self._echo = echo
+        self.generation_id = ""
+        self.config = pb.GenerationConfig()
+        self.text: dict[int, str] = {}
+        self.token_ids: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[float]] = {}
+        self.finished = pb.Finished()
+
+    def read(self, stream: GenerationStream) -> None:
+        for event in stream:
+            kind = event.WhichOneof("event")
+            if kind == "accepted":
+                self.generation_id, self.config = event.accepted.generation_id, event.accepted.config
+            elif kind == "deltas":
+                for delta in event.deltas.deltas:
+                    self._take(delta)
+            elif kind == "finished":
+                self.finished = event.finished
+        if self._echo:
+            output.write("\n")
+
+    def _take(self, delta: pb.Delta) -> None:
+        index = delta.output_index
+        self.text[index] = self.text.get(index, "") + delta.text
+        self.token_ids.setdefault(index, []).extend(delta.token_ids)
+        self.logprobs.setdefault(index, []).extend(delta.logprobs)
+        if self._echo and index == 0:
+            output.write(delta.text)
+
+    def outputs(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for end in self.finished.outputs:
+            index = end.output_index
+            item: dict[str, Any] = {
+                "text": self.text.get(index, ""),
+                "token_ids": self.token_ids.get(index, []),
+                "finish_reason": pb.FinishReason.Name(end.finish_reason).removeprefix("FINISH_REASON_").lower(),
+            }
+            if end.WhichOneof("stop_match"):
+                item["stop_match"] = end.stop if end.WhichOneof("stop_match") == "stop" else end.stop_token_id
+            if self.logprobs.get(index):
+                item["logprobs"] = self.logprobs[index]
+            found.append(item)
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        outputs = self.outputs()
+        usage = self.finished.usage
+        value: dict[str, Any] = dict(outputs[0]) if outputs else {}
+        if len(outputs) > 1:
+            value["outputs"] = outputs
+        return value | {
+            "generation_id": self.generation_id,
+            "seed": self.config.seed,
+            "usage": {
+                "prompt_tokens": usage.prompt_tokens,
+                "cached_prompt_tokens": usage.cached_prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+            },
+            "timings": self._timings(),
+        }
+
+    def summary(self) -> str:
+        timings = self._timings()
+        tokens = self.finished.usage.completion_tokens
+        decode_ms = timings["total_ms"] - timings["time_to_first_token_ms"]
+        rate = f"{(tokens - 1) / decode_ms * 1000:.1f} tok/s | " if tokens > 1 and decode_ms > 0 else ""
+        reason = ", ".join(item["finish_reason"] for item in self.outputs())
+        takeovers = f"{timings['num_takeovers']} takeovers | " if timings["num_takeovers"] else ""
+        return (
+            f"{tokens} tokens | queue {timings['queue_ms']:.0f} ms | "
+            f"first token {timings['time_to_first_token_ms']:.0f} ms | {rate}{takeovers}"
+            f"finish: {reason} | {self.generation_id}"
+        )
+
+    def _timings(self) -> dict[str, Any]:
+        timings = self.finished.timings
+        return {
+            "queue_ms": timings.queue_time.ToMicroseconds() / 1000,
+            "time_to_first_token_ms": timings.time_to_first_token.ToMicroseconds() / 1000,
+            "total_ms": timings.total_time.ToMicroseconds() / 1000,
+            "num_takeovers": timings.num_takeovers,
+        }
+
+
+def run_stream(client: Client, stream: GenerationStream, *, echo: bool) -> Answer:
+    """Read a stream to its end; Ctrl-C cancels the generation."""
+    answer = Answer(echo=echo)
+    try:
+        answer.read(stream)
+    except KeyboardInterrupt:
+        if stream.generation_id:
+            client.cancel(stream.generation_id)
+            output.stderr.print(f"\ncancelled {stream.generation_id}")
+        raise
+    return answer
+
+
+def generate(
+    text: Annotated[str, typer.Argument(help="What to ask or continue; - reads stdin.")],
+    model: ModelOption = "",
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", help="Least relative probability.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option("--repetition-penalty", help="1 is off.")] = None,
+    no_repeat_ngram_size: Annotated[int | None, typer.Option("--no-repeat-ngram-size", help="0 is off.")] = None,
+    seed: SeedOption = None,
+    num_outputs: Annotated[int | None, typer.Option("--num-outputs", "-n", min=1, help="Number of answers.")] = None,
+    stop: StopOption = None,
+    logprobs: Annotated[bool | None, typer.Option("--logprobs", help="Report log-probabilities (--json).")] = None,
+    system: SystemOption = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds.")] = None,
+    as_json: at.JsonOption = False,
+    address: at.AddressOption = at.DEFAULT_ADDRESS,
+    api_key: at.ApiKeyOption = None,
+    tls_ca: at.TlsCaOption = "",
+    insecure: at.InsecureOption = False,
+) -> None:
+    """Generate text and stream it to stdout."""
+    text = sys.stdin.read() if text == "-" else text
+    options = make_options(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        seed=seed,
+        num_outputs=num_outputs,
+        stop=stop,
+        logprobs=logprobs,
+    )
+    with output.explained_errors(address), at.Connection(address, api_key, tls_ca, insecure).client() as client:
+        name = choose_model(client, model)
+        card = next((card for card in client.models() if card.name == name), None)
+        as_chat = not raw and card is not None and card.has_chat_template
+        prompt: Prompt = text
+        if as_chat:
+            prompt = [{"role": "system", "content": system}] if system else []
+            prompt = [*prompt, {"role": "user", "content": text}]
+        elif system:
+            raise typer.BadParameter("needs a model with a chat template, and no --raw", param_hint="--system")
+        stream = client.stream(prompt, model=name, time_limit_s=time_limit, **options)
+        answer = run_stream(client, stream, echo=not as_json)
+        if as_json:
+            output.print_json(answer.as_json())
+        else:
+            for item in answer.outputs()[1:]:
+                output.write(f"---\n{item['text']}\n")
+            output.stderr.print(answer.summary(), style="dim", soft_wrap=True)
+
+
+def chat(
+    model: ModelOption = "",
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    system: SystemOption = "",
+    address: at.AddressOption = at.DEFAULT_ADDRESS,
+    api_key: at.ApiKeyOption = None,
+    tls_ca: at.TlsCaOption = "",
+    insecure: at.InsecureOption = False,
+) -> None:
+    """Hold a conversation. Ctrl-C cancels an answer, Ctrl-D leaves."""
+    options = make_options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    messages = [{"role": "system", "content": system}] if system else []
+    with output.explained_errors(address), at.Connection(address, api_key, tls_ca, insecure).client() as client:
+        name = choose_model(client, model)
+        output.stderr.print(f"{name}: Ctrl-C cancels an answer, Ctrl-D leaves", style="dim")
+        while True:
+            try:
+                output.stderr.print("> ", end="", style="bold")
+                text = input()
+            except EOFError:
+                output.stderr.print()
+                return
+            except KeyboardInterrupt:
+                output.stderr.print()
+                continue
+            if not text.strip():
+                continue
+            messages.append({"role": "user", "content": text})
+            try:
+                answer = run_stream(client, client.stream(messages, model=name, **options), echo=True)
+            except KeyboardInterrupt:
+                messages.pop()
+                continue
+            except RelayError as error:
+                messages.pop()
+                output.print_error(error, address)
+                continue
+            messages.append({"role": "assistant", "content": answer.text.get(0, "")})
+            output.stderr.print(answer.summary(), style="dim", soft_wrap=True)

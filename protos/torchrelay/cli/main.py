@@ -1,0 +1,63 @@
+"""The command `torchrelay`: the client's verbs, and the server's where it is installed."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points, version
+from typing import Annotated
+
+import typer
+
+from torchrelay.cli import output
+from torchrelay.cli.bench import bench
+from torchrelay.cli.generate import chat, generate
+from torchrelay.cli.inspect import cancel, keys, models, ps
+
+ENTRY_POINTS = "torchrelay.commands"
+
+
+def make_app() -> typer.Typer:
+    """Build the command.
+
+    A server verb is an entry point that names a function, or a Typer application with verbs of its own.
+    """
+    app = typer.Typer(
+        no_args_is_help=True, pretty_exceptions_show_locals=False, help="Serve and call open transformer models."
+    )
+    server = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
+    for point in server:
+        if point.name != "models":
+            _add(app, point.name, point.load())
+    for verb in (generate, chat, ps, cancel, bench):
+        app.command(verb.__name__)(verb)
+    for point in server:
+        if point.name == "models":  # verbs that need the model's files join those that only look
+            for command in point.load().registered_commands:
+                models.registered_commands.append(command)
+    app.add_typer(models, name="models")
+    app.add_typer(keys, name="keys")
+    app.command("version")(show_version)
+    return app
+
+
+def show_version(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Print the versions of client and server."""
+    found = {"torchrelay-client": version("torchrelay-client")}
+    if entry_points(group=ENTRY_POINTS):
+        found["torchrelay"] = version("torchrelay")
+    if as_json:
+        output.print_json(found)
+    else:
+        output.write("".join(f"{name} {number}\n" for name, number in found.items()))
+
+
+def main() -> None:
+    make_app()()
+
+
+def _add(app: typer.Typer, name: str, verb: object) -> None:
+    if isinstance(verb, typer.Typer):
+        app.add_typer(verb, name=name)
+    else:
+        app.command(name)(verb)  # type: ignore[type-var]

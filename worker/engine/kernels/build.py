@@ -1,0 +1,165 @@
+"""Compiles the CPU kernels: `python -m worker.engine.kernels.build` at install, or at first use.
+
+One shared library per instruction set, of one source compiled with that set's flags. It has a plain C interface and
+includes no torch header, so it compiles in seconds and fits every torch version; it is linked against the OpenMP
+runtime that torch has brought, because two runtimes in one process would compete for the cores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+import torch
+from filelock import FileLock, Timeout
+
+from worker.cache import cache_dir
+
+_log = structlog.get_logger(__name__)
+
+_HERE: Final = Path(__file__).resolve().parent
+_SOURCE: Final = _HERE / "paged_attention.cpp"
+_HEADERS: Final = ("paged_attention.h", "simd.h", "tile.h")
+_COMPILERS: Final = ("g++", "c++", "clang++")
+_LOCK_TIMEOUT_S: Final = 300
+_COMPILE_TIMEOUT_S: Final = 240
+
+# -ffp-contract=fast: multiply-adds become one instruction. No -ffast-math: NaN and infinity keep their meaning.
+# -Wno-psabi: vectors never cross the library's interface, so how they would be passed does not matter.
+_FLAGS: Final = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
+)
+
+LEVEL_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+    "generic": (),  # what every CPU of the architecture has: SSE2, or NEON
+}
+"""Instruction sets and their flags, the best first."""
+
+
+class KernelBuildError(Exception):
+    """The kernels could not be compiled; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """A C++ compiler found on this machine."""
+
+    command: tuple[str, ...]
+    version: str  # the first line of --version
+
+
+def supported_levels() -> tuple[str, ...]:
+    """Return the instruction sets that this CPU can run, the best first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    levels = tuple(LEVEL_FLAGS)
+    if capability.startswith("AVX512"):
+        return levels
+    return levels[1:] if capability == "AVX2" else levels[2:]
+
+
+def find_compiler() -> Compiler:
+    """Return $CXX, else the first of g++, c++, clang++. Raises KernelBuildError without one."""
+    candidates: Sequence[Sequence[str]] = [(name,) for name in _COMPILERS]
+    if os.environ.get("CXX"):
+        candidates = [shlex.split(os.environ["CXX"])]
+    for command in candidates:
+        if shutil.which(command[0]) is None:
+            continue
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=False)
+        if result.returncode == 0:
+            return Compiler(tuple(command), result.stdout.partition("\n")[0])
+    tried = ", ".join(command[0] for command in candidates)
+    raise KernelBuildError(
+        f"no C++ compiler found (tried {tried}); install one (Debian: apt install g++) or name one in CXX"
+    )
+
+
+def openmp_arguments() -> tuple[str, ...]:
+    """Return the arguments that compile with OpenMP and link torch's own runtime, where torch brings one.
+
+    Named by its file, the runtime enters the library under torch's own name for it (wheels rename theirs), so that the
+    loader finds the one that torch has loaded already.
+    """
+    folders = (Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs")
+    if sys.platform == "darwin":
+        bundled = folders[0] / "libomp.dylib"
+        return ("-Xpreprocessor", "-fopenmp", *((str(bundled),) if bundled.exists() else ("-lomp",)))
+    bundled_files = sorted(file for folder in folders for file in folder.glob("libgomp*.so*"))
+    return ("-fopenmp", *(str(file) for file in bundled_files[:1]))
+
+
+def library_path(level: str, compiler: Compiler, cache_root: Path | None = None) -> Path:
+    """Return where the library of `level` belongs: named by everything that its content depends on."""
+    digest = hashlib.sha256()
+    for name in (_SOURCE.name, *_HEADERS):
+        digest.update((_HERE / name).read_bytes())
+    flags = (*_FLAGS, *LEVEL_FLAGS[level], *openmp_arguments())
+    for part in (*compiler.command, compiler.version, *flags, torch.__version__):
+        digest.update(part.encode() + b"\0")
+    name = f"paged_attention-{platform.machine()}-{level}-{digest.hexdigest()[:16]}.so"
+    return cache_dir("kernels", root=cache_root) / name
+
+
+def build(level: str | None = None, cache_root: Path | None = None) -> Path:
+    """Return the library for `level` (default: the best of this CPU), compiled unless the cache has it.
+
+    Several processes may build at once: one compiles, the others wait for it. Raises KernelBuildError.
+    """
+    level = level or supported_levels()[0]
+    compiler = find_compiler()
+    path = library_path(level, compiler, cache_root)
+    if path.exists():
+        return path
+    try:
+        with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
+            if not path.exists():
+                _compile(compiler, level, path)
+    except Timeout as error:
+        raise KernelBuildError(f"another process has held {error.lock_file} for {_LOCK_TIMEOUT_S} s") from error
+    return path
+
+
+def _compile(compiler: Compiler, level: str, path: Path) -> None:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        output = Path(folder) / path.name
+        flags = (*_FLAGS, *LEVEL_FLAGS[level])
+        command = [*compiler.command, *flags, str(_SOURCE), *openmp_arguments(), "-o", str(output)]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise KernelBuildError(f"{shlex.join(command)}: {error}") from error
+        if result.returncode != 0:
+            raise KernelBuildError(f"{shlex.join(command)} failed:\n{result.stderr[-2000:]}")
+        output.replace(path)
+    _log.info("kernels.built", level=level, compiler=compiler.version, seconds=round(time.monotonic() - started, 1))
+
+
+def main() -> int:
+    """Build for this CPU; without a compiler say so and succeed, since everything works without the kernels, slower."""
+    try:
+        path = build()
+    except KernelBuildError as error:
+        sys.stderr.write(f"CPU kernels not built, attention will use torch and be slower: {error}\n")
+        return 0
+    sys.stdout.write(f"CPU kernels: {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,306 @@
+// Paged attention on CPUs: writes a step's keys and values into the cache and attends over it, prefill and decode
+// alike.
+//
+// The rows of a sequence that share a kv head (tokens x heads of the group) are cut into tiles of up to kMaxRows, so
+// that each key and value that is loaded serves several rows. One work item is a tile over all segments of its context.
+// Where the batch has too few items for the threads (a long context alone), an item is split into runs of segments,
+// whose results are merged afterwards in the same order as within an item; tile.h says why that changes no bit.
+#include "paged_attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "tile.h"
+
+#if defined(_OPENMP)
+extern "C" int omp_get_thread_num(void);  // instead of <omp.h>, which not every compiler's package brings
+#else
+static int omp_get_thread_num() { return 0; }
+#endif
+
+namespace torchrelay {
+namespace {
+
+// Multiply-adds worth a thread's start: below, waking it costs more than it saves.
+constexpr int64_t kWorkPerThread = 200'000;
+
+struct Item {
+  int sequence, kv_head;
+  int first_row, num_rows;        // of the sequence's rows for this kv head: token * group + head in group
+  int first_segment, last_segment;
+  int64_t partials;  // index of its first segment's partial result, or -1: the item covers its whole context
+  int64_t cost;
+};
+
+struct Plan {
+  std::vector<Item> items;
+  std::vector<Item> splits;  // tiles whose segments are computed by several items
+  int64_t num_partials = 0;
+  int num_threads = 1;
+};
+
+using Arguments = PagedAttentionArguments;
+
+int group_size(const Arguments& a) { return static_cast<int>(a.num_heads / a.num_kv_heads); }
+
+// Rows that a tile of `num_rows` is computed as: the sizes that are compiled.
+int padded_rows(int num_rows) {
+  for (int rows : {1, 2, 3, 4, 6, 8, 12})
+    if (num_rows <= rows) return rows;
+  return kMaxRows;
+}
+
+Visible visible_tokens(const Arguments& a, int sequence, int token) {
+  const int num_queries = a.query_starts[sequence + 1] - a.query_starts[sequence];
+  const int last = a.context_lens[sequence] - num_queries + token + 1;
+  const int first = a.sliding_window > 0 ? static_cast<int>(std::max<int64_t>(0, last - a.sliding_window)) : 0;
+  return {first, last};
+}
+
+Plan make_plan(const Arguments& a) {
+  Plan plan;
+  const int group = group_size(a);
+  int64_t total_cost = 0;
+  for (int sequence = 0; sequence < a.num_seqs; sequence++) {
+    const int num_rows = (a.query_starts[sequence + 1] - a.query_starts[sequence]) * group;
+    for (int row = 0; row < num_rows; row += kMaxRows) {
+      const int rows = std::min(kMaxRows, num_rows - row);
+      const int first = visible_tokens(a, sequence, row / group).first;
+      const int last = visible_tokens(a, sequence, (row + rows - 1) / group).last;
+      const int64_t cost = static_cast<int64_t>(padded_rows(rows)) * (last - first);
+      for (int head = 0; head < a.num_kv_heads; head++)
+        plan.items.push_back({sequence, head, row, rows, first / kSegment, (last - 1) / kSegment + 1, -1, cost});
+      total_cost += cost * a.num_kv_heads;
+    }
+  }
+  const int64_t useful_threads = total_cost * (a.key_dim + a.value_dim) / kWorkPerThread;
+  plan.num_threads = static_cast<int>(std::clamp<int64_t>(useful_threads, 1, std::max(1, a.num_threads)));
+  if (plan.num_threads == 1) return plan;
+
+  // Four items per thread even out, and no item may be more than its thread's share of that.
+  const int64_t share = total_cost / (4 * plan.num_threads);
+  const size_t num_tiles = plan.items.size();
+  for (size_t i = 0; i < num_tiles; i++) {
+    const Item tile = plan.items[i];
+    const int num_segments = tile.last_segment - tile.first_segment;
+    if (tile.cost <= share || num_segments == 1) continue;
+    const int64_t wanted_parts = tile.cost / std::max<int64_t>(share, 1) + 1;
+    const int num_parts = static_cast<int>(std::min<int64_t>(num_segments, wanted_parts));
+    const int per_part = (num_segments + num_parts - 1) / num_parts;
+    Item whole = tile;
+    whole.partials = plan.num_partials;
+    plan.splits.push_back(whole);
+    plan.num_partials += num_segments;
+    for (int segment = tile.first_segment; segment < tile.last_segment; segment += per_part) {
+      Item part = whole;
+      part.first_segment = segment;
+      part.last_segment = std::min(segment + per_part, tile.last_segment);
+      part.partials = whole.partials + (segment - tile.first_segment);
+      part.cost = tile.cost * (part.last_segment - segment) / num_segments;
+      if (segment == tile.first_segment)
+        plan.items[i] = part;
+      else
+        plan.items.push_back(part);
+    }
+  }
+  std::stable_sort(plan.items.begin(), plan.items.end(), [](const Item& x, const Item& y) { return x.cost > y.cost; });
+  return plan;
+}
+
+template <typename T>
+void write_token(const Arguments& a, int64_t token) {
+  const int64_t block = a.slots[token] / kBlockSize, offset = a.slots[token] % kBlockSize;
+  for (int64_t head = 0; head < a.num_kv_heads; head++) {
+    const T* key = static_cast<const T*>(a.key) + token * a.key_token_stride + head * a.key_head_stride;
+    const T* value = static_cast<const T*>(a.value) + token * a.value_token_stride + head * a.value_head_stride;
+    const int64_t place = (block * a.num_kv_heads + head) * kBlockSize;
+    T* keys = static_cast<T*>(a.key_cache) + place * a.key_dim + offset;
+    for (int64_t d = 0; d < a.key_dim; d++) keys[d * kBlockSize] = key[d];
+    std::memcpy(static_cast<T*>(a.value_cache) + (place + offset) * a.value_dim, value, a.value_dim * sizeof(T));
+  }
+}
+
+// Scratch of one thread: scores, the query tile, and two results of kMaxRows rows.
+struct Scratch {
+  float* scores;
+  float* query;
+  Partial whole, part;
+
+  static int64_t partial_size(const Arguments& a) { return kMaxRows * (2 + a.value_dim); }
+  static int64_t size(const Arguments& a) {
+    const int64_t floats = kMaxRows * (kSegment + a.key_dim) + 2 * partial_size(a);
+    return (floats + 31) / 16 * 16;  // whole cache lines, and one between neighbours
+  }
+  Scratch(const Arguments& a, float* memory)
+      : scores(memory), query(memory + kMaxRows * kSegment), whole(at(query + kMaxRows * a.key_dim)),
+        part(at(query + kMaxRows * a.key_dim + partial_size(a))) {}
+  static Partial at(float* memory) { return {memory, memory + kMaxRows, memory + 2 * kMaxRows}; }
+};
+
+template <typename T>
+Tile<T> make_tile(const Arguments& a, const Item& item, int rows, float* query) {
+  const int group = group_size(a);
+  Tile<T> tile;
+  tile.key_block_stride = a.num_kv_heads * a.key_dim * kBlockSize;
+  tile.value_block_stride = a.num_kv_heads * a.value_dim * kBlockSize;
+  tile.keys = static_cast<const T*>(a.key_cache) + item.kv_head * a.key_dim * kBlockSize;
+  tile.values = static_cast<const T*>(a.value_cache) + item.kv_head * a.value_dim * kBlockSize;
+  tile.blocks = a.block_tables + item.sequence * a.block_table_stride;
+  tile.key_dim = static_cast<int>(a.key_dim);
+  tile.value_dim = static_cast<int>(a.value_dim);
+  tile.softcap = a.softcap;
+  tile.query = query;
+  for (int r = 0; r < rows; r++) {
+    // Rows behind the tile's end repeat its last row; their results are dropped.
+    const int row = item.first_row + std::min(r, item.num_rows - 1);
+    const int token = row / group, head = item.kv_head * group + row % group;
+    tile.visible[r] = visible_tokens(a, item.sequence, token);
+    const T* source = static_cast<const T*>(a.query) + head * a.query_head_stride +
+                      (a.query_starts[item.sequence] + static_cast<int64_t>(token)) * a.query_token_stride;
+    for (int d = 0; d < tile.key_dim; d++) query[d * rows + r] = to_float(source[d]) * a.scale;
+  }
+  // Tokens ascend with rows, and so do both ends of what a row sees.
+  tile.some = {tile.visible[0].first, tile.visible[rows - 1].last};
+  tile.all = {tile.visible[rows - 1].first, tile.visible[0].last};
+  return tile;
+}
+
+// The state before the first segment: nothing seen, or a sink's weight and no value.
+void begin_rows(const Arguments& a, const Item& item, int rows, const Partial& whole) {
+  const int group = group_size(a);
+  for (int r = 0; r < rows; r++) {
+    const int row = item.first_row + std::min(r, item.num_rows - 1);
+    whole.maximum[r] = a.sinks ? a.sinks[item.kv_head * group + row % group] : kMasked;
+    whole.sum[r] = a.sinks ? 1.0f : 0.0f;
+  }
+  std::fill_n(whole.values, rows * a.value_dim, 0.0f);
+}
+
+template <typename T>
+void finish_rows(const Arguments& a, const Item& item, const Partial& whole) {
+  const int group = group_size(a);
+  for (int r = 0; r < item.num_rows; r++) {
+    const int row = item.first_row + r;
+    const int64_t token = a.query_starts[item.sequence] + row / group;
+    const int64_t head = item.kv_head * group + row % group;
+    T* target = static_cast<T*>(a.output) + (token * a.num_heads + head) * a.value_dim;
+    const float inverse = 1.0f / whole.sum[r];
+    const float* values = whole.values + r * a.value_dim;
+    for (int64_t d = 0; d < a.value_dim; d++) from_float(values[d] * inverse, target + d);
+  }
+}
+
+template <typename T, int R>
+void run_item(const Arguments& a, const Item& item, const Scratch& scratch, float* partials) {
+  const Tile<T> tile = make_tile<T>(a, item, R, scratch.query);
+  if (item.partials >= 0) {
+    for (int s = item.first_segment; s < item.last_segment; s++)
+      attend_segment<T, R>(tile, s, scratch.scores,
+                           Scratch::at(partials + (item.partials + s - item.first_segment) * Scratch::partial_size(a)));
+    return;
+  }
+  begin_rows(a, item, R, scratch.whole);
+  for (int s = item.first_segment; s < item.last_segment; s++) {
+    attend_segment<T, R>(tile, s, scratch.scores, scratch.part);
+    merge(scratch.whole, scratch.part, R, tile.value_dim);
+  }
+  finish_rows<T>(a, item, scratch.whole);
+}
+
+template <typename T>
+void run_item(const Arguments& a, const Item& item, const Scratch& scratch, float* partials) {
+  switch (padded_rows(item.num_rows)) {
+    case 1: return run_item<T, 1>(a, item, scratch, partials);
+    case 2: return run_item<T, 2>(a, item, scratch, partials);
+    case 3: return run_item<T, 3>(a, item, scratch, partials);
+    case 4: return run_item<T, 4>(a, item, scratch, partials);
+    case 6: return run_item<T, 6>(a, item, scratch, partials);
+    default: break;
+  }
+  if constexpr (kMaxRows > 6) {
+    if (item.num_rows <= 8) return run_item<T, 8>(a, item, scratch, partials);
+    return run_item<T, 12>(a, item, scratch, partials);
+  }
+}
+
+template <typename T>
+void merge_split(const Arguments& a, const Item& tile, const Scratch& scratch, float* partials) {
+  const int rows = padded_rows(tile.num_rows);
+  begin_rows(a, tile, rows, scratch.whole);
+  for (int s = tile.first_segment; s < tile.last_segment; s++)
+    merge(scratch.whole, Scratch::at(partials + (tile.partials + s - tile.first_segment) * Scratch::partial_size(a)),
+          rows, static_cast<int>(a.value_dim));
+  finish_rows<T>(a, tile, scratch.whole);
+}
+
+template <typename T>
+void run(const Arguments& a) {
+  const Plan plan = make_plan(a);
+  // Kept between calls: a step makes one call per layer, and fresh memory would be faulted in each time.
+  static thread_local std::vector<float> memory;
+  const int64_t scratch_size = Scratch::size(a);
+  const size_t needed = plan.num_threads * scratch_size + plan.num_partials * Scratch::partial_size(a);
+  if (memory.size() < needed) memory.resize(needed);
+  float* const scratches = memory.data();
+  float* const partials = scratches + plan.num_threads * scratch_size;
+  const int64_t num_items = plan.items.size(), num_splits = plan.splits.size();
+
+#pragma omp parallel num_threads(plan.num_threads) if (plan.num_threads > 1)
+  {
+    const Scratch scratch(a, scratches + omp_get_thread_num() * scratch_size);
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < a.num_tokens; token++) write_token<T>(a, token);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_items; i++) run_item<T>(a, plan.items[i], scratch, partials);
+    if (num_splits > 0) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < num_splits; i++) merge_split<T>(a, plan.splits[i], scratch, partials);
+    }
+  }
+}
+
+bool is_consistent(const Arguments& a) {
+  if (a.num_kv_heads < 1 || a.num_heads % a.num_kv_heads != 0 || a.key_dim < 1 || a.value_dim < 1) return false;
+  if (a.query_starts[0] != 0 || a.query_starts[a.num_seqs] != a.num_tokens) return false;
+  for (int64_t i = 0; i < a.num_seqs; i++) {
+    const int num_queries = a.query_starts[i + 1] - a.query_starts[i];
+    if (num_queries < 0 || a.context_lens[i] < num_queries) return false;
+    if ((a.context_lens[i] + kBlockSize - 1) / kBlockSize > a.block_table_width) return false;
+  }
+  return true;
+}
+
+// A wrong block id would read or overwrite foreign memory, so each one is looked at.
+bool blocks_exist(const Arguments& a) {
+  for (int64_t i = 0; i < a.num_tokens; i++)
+    if (a.slots[i] < 0 || a.slots[i] / kBlockSize >= a.num_blocks) return false;
+  for (int64_t i = 0; i < a.num_seqs; i++) {
+    const int64_t num_blocks = (a.context_lens[i] + kBlockSize - 1) / kBlockSize;
+    const int32_t* blocks = a.block_tables + i * a.block_table_stride;
+    for (int64_t j = 0; j < num_blocks; j++)
+      if (blocks[j] < 0 || blocks[j] >= a.num_blocks) return false;
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace torchrelay
+
+int torchrelay_abi_version(void) { return torchrelay::kAbiVersion; }
+
+int torchrelay_paged_attention(const torchrelay::PagedAttentionArguments* arguments) {
+  using namespace torchrelay;
+  if (!is_consistent(*arguments)) return kBadShape;
+  if (!blocks_exist(*arguments)) return kBadBlock;
+  try {
+    if (arguments->element_type == kBFloat16)
+      run<BFloat16>(*arguments);
+    else
+      run<float>(*arguments);
+  } catch (const std::bad_alloc&) {
+    return kOutOfMemory;
+  }
+  return kOk;
+}

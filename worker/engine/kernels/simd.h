@@ -1,0 +1,124 @@
+// Vectors of floats for one instruction set, chosen by the flags that this translation unit is compiled with.
+//
+// Only the compilers' generic vectors are used (GCC and Clang: the operators, __builtin_convertvector), so one source
+// serves AVX-512, AVX2, SSE2 and NEON. Multiply-adds contract to FMA through -ffp-contract=fast; nothing here needs or
+// tolerates -ffast-math: NaN and infinity keep their meaning.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace torchrelay {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kAccumulators = 24;  // of 32 registers, the rest hold operands
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kAccumulators = 12;  // of 16
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kAccumulators = 24;  // of 32
+#else
+constexpr int kLanes = 4;
+constexpr int kAccumulators = 12;  // of 16
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Floats broadcast(float x) { return x - Floats{}; }
+
+inline Floats load(const float* source) {
+  Floats x;
+  std::memcpy(&x, source, sizeof x);
+  return x;
+}
+
+// A bfloat16 is the upper half of a float.
+inline Floats load(const BFloat16* source) {
+  Halves halves;
+  std::memcpy(&halves, source, sizeof halves);
+  return (Floats)(__builtin_convertvector(halves, Bits) << 16);
+}
+
+inline void store(float* target, Floats x) { std::memcpy(target, &x, sizeof x); }
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+inline void from_float(float x, float* target) { *target = x; }
+
+// Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
+inline void from_float(float x, BFloat16* target) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const bool is_nan = x != x;
+  target->bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float maximum(float a, float b) { return a > b ? a : b; }
+
+inline float horizontal_maximum(Floats x) {
+  float m = x[0];
+  for (int i = 1; i < kLanes; i++) m = maximum(x[i], m);
+  return m;
+}
+
+inline float horizontal_sum(Floats x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// e^x within 2 ulp for x <= 88; exactly 0 below -87, so that masked scores weigh nothing. A NaN stays a NaN.
+// Cephes' expf: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, the exponent n set bit by bit.
+inline Floats exponential(Floats x) {
+  const Floats shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Floats clamped = x < -87.0f ? broadcast(-87.0f) : x;
+  const Floats n = (clamped * 1.44269504088896341f + shift) - shift;
+  Floats r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Floats p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return x < -87.0f ? Floats{} : p * (Floats)exponent;
+}
+
+// tanh x within a few ulp: Cephes' odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel, else that formula.
+inline Floats hyperbolic_tangent(Floats x) {
+  const Floats magnitude = x < 0.0f ? -x : x;
+  const Floats square = x * x;
+  Floats p = broadcast(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square + -5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square + -3.33332819422e-1f;
+  const Floats near_zero = p * square * x + x;
+  const Floats bounded = magnitude > 40.0f ? broadcast(40.0f) : magnitude;
+  const Floats far = 1.0f - 2.0f / (exponential(bounded + bounded) + 1.0f);
+  return magnitude < 0.625f ? near_zero : (x < 0.0f ? -far : far);
+}
+
+}  // namespace torchrelay

@@ -1,0 +1,200 @@
+// Attention of a tile: a few query rows of one kv head over one segment of a sequence's context.
+//
+// A segment is a fixed stretch of kSegment token positions. Each is computed for itself, as (maximum, sum, weighted
+// values), and segments are merged in order (the online softmax of arXiv:1805.02867). A row's arithmetic therefore
+// never depends on which rows share its tile, on how work was split over threads, or on what else is in the batch: its
+// result is the same to the bit.
+#pragma once
+
+#include <algorithm>
+
+#include "paged_attention.h"
+#include "simd.h"
+
+namespace torchrelay {
+
+constexpr int kSegment = 256;
+constexpr int kMaxRows = kAccumulators / 2;
+constexpr int kUnitsPerBlock = kBlockSize / kLanes;  // a unit: kLanes neighbouring tokens of a block
+
+// A score that is not to be seen. Finite, so that no infinity minus infinity can arise: e^(kMasked - m) is exactly 0
+// for the maximum m of any segment with a visible token, and a segment without one is wiped out when it is merged.
+constexpr float kMasked = -1e30f;
+
+// Visible tokens of a query row: first <= position < last.
+struct Visible {
+  int first, last;
+};
+
+template <typename T>
+struct Tile {
+  const T* keys;    // of this kv head in block 0
+  const T* values;  // of this kv head in block 0
+  int64_t key_block_stride, value_block_stride;
+  const int32_t* blocks;  // the sequence's block table
+  int key_dim, value_dim;
+  float softcap;
+  const float* query;  // [key_dim, rows], scaled
+  Visible visible[kMaxRows];
+  Visible all;   // tokens that every row sees
+  Visible some;  // tokens that at least one row sees
+
+  const T* key_unit(int unit) const {
+    return keys + blocks[unit / kUnitsPerBlock] * key_block_stride + unit % kUnitsPerBlock * kLanes;
+  }
+};
+
+// Result of one or more segments for the rows of a tile.
+struct Partial {
+  float* maximum;  // [rows]
+  float* sum;      // [rows] of e^(score - maximum)
+  float* values;   // [rows, value_dim], weighted by e^(score - maximum)
+};
+
+inline Ints unit_positions(int unit) {
+  Ints positions;
+  for (int i = 0; i < kLanes; i++) positions[i] = unit * kLanes + i;
+  return positions;
+}
+
+// Scores of U units for R rows, with mask and softcap, to scores[U][R][kLanes].
+template <typename T, int R, int U>
+inline void score_units(const Tile<T>& tile, int unit, float* scores, Floats* maxima) {
+  const T* keys[U];
+  Floats sums[U][R];
+  for (int u = 0; u < U; u++) {
+    keys[u] = tile.key_unit(unit + u);
+    for (int r = 0; r < R; r++) sums[u][r] = Floats{};
+  }
+  const float* query = tile.query;
+  for (int d = 0; d < tile.key_dim; d++, query += R) {
+    for (int u = 0; u < U; u++) {
+      const Floats key = load(keys[u] + d * kBlockSize);
+      for (int r = 0; r < R; r++) sums[u][r] = key * query[r] + sums[u][r];
+    }
+  }
+  if (tile.softcap > 0.0f) {
+    const float inverse = 1.0f / tile.softcap;
+    for (int u = 0; u < U; u++)
+      for (int r = 0; r < R; r++) sums[u][r] = hyperbolic_tangent(sums[u][r] * inverse) * tile.softcap;
+  }
+  if (unit * kLanes < tile.all.first || (unit + U) * kLanes > tile.all.last) {
+    for (int u = 0; u < U; u++) {
+      const Ints positions = unit_positions(unit + u);
+      for (int r = 0; r < R; r++) {
+        const Ints seen = (positions >= tile.visible[r].first) & (positions < tile.visible[r].last);
+        sums[u][r] = seen ? sums[u][r] : broadcast(kMasked);
+      }
+    }
+  }
+  for (int u = 0; u < U; u++)
+    for (int r = 0; r < R; r++) {
+      maxima[r] = maximum(maxima[r], sums[u][r]);
+      store(scores + (u * R + r) * kLanes, sums[u][r]);
+    }
+}
+
+// Weighted sums of the values [first_dim, first_dim + C * kLanes) over tokens [begin, end).
+template <typename T, int R, int C>
+inline void weigh_values(const Tile<T>& tile, int begin, int end, const float* weights, int first_dim, float* target) {
+  const int first_unit = begin / kLanes;
+  Floats sums[R][C];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) sums[r][c] = Floats{};
+  for (int token = begin; token < end;) {
+    const int block = token / kBlockSize;
+    const int block_end = std::min(end, (block + 1) * kBlockSize);
+    const T* values = tile.values + tile.blocks[block] * tile.value_block_stride + first_dim +
+                      static_cast<int64_t>(token % kBlockSize) * tile.value_dim;
+    for (; token < block_end; token++, values += tile.value_dim) {
+      const float* weight = weights + (token / kLanes - first_unit) * R * kLanes + token % kLanes;
+      Floats value[C];
+      for (int c = 0; c < C; c++) value[c] = load(values + c * kLanes);
+      for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sums[r][c] = value[c] * weight[r * kLanes] + sums[r][c];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) store(target + r * tile.value_dim + first_dim + c * kLanes, sums[r][c]);
+}
+
+// All value dimensions from first_dim on: as many vectors at a time as registers allow, then half of that, and so on.
+template <typename T, int R, int C>
+inline void weigh_all_values(const Tile<T>& tile, int begin, int end, const float* weights, int first_dim,
+                             float* target) {
+  for (; first_dim + C * kLanes <= tile.value_dim; first_dim += C * kLanes)
+    weigh_values<T, R, C>(tile, begin, end, weights, first_dim, target);
+  if constexpr (C > 1) {
+    weigh_all_values<T, R, C / 2>(tile, begin, end, weights, first_dim, target);
+  } else {
+    // Dimensions that fill no vector: only models with odd head sizes have them.
+    const int first_unit = begin / kLanes;
+    for (; first_dim < tile.value_dim; first_dim++) {
+      for (int r = 0; r < R; r++) {
+        float sum = 0.0f;
+        for (int token = begin; token < end; token++) {
+          const float weight = weights[((token / kLanes - first_unit) * R + r) * kLanes + token % kLanes];
+          const T* values = tile.values + tile.blocks[token / kBlockSize] * tile.value_block_stride;
+          sum += weight * to_float(values[static_cast<int64_t>(token % kBlockSize) * tile.value_dim + first_dim]);
+        }
+        target[r * tile.value_dim + first_dim] = sum;
+      }
+    }
+  }
+}
+
+constexpr int vectors_at_a_time(int rows) {
+  int vectors = 8;
+  while (vectors > 1 && vectors * rows > kAccumulators) vectors /= 2;
+  return vectors;
+}
+
+// One segment for R rows. `scores` has room for kSegment * R floats.
+template <typename T, int R>
+void attend_segment(const Tile<T>& tile, int segment, float* scores, const Partial& result) {
+  const int begin = std::max(segment * kSegment, tile.some.first);
+  const int end = std::min((segment + 1) * kSegment, tile.some.last);
+  const int first_unit = begin / kLanes;
+  const int last_unit = (end + kLanes - 1) / kLanes;
+  constexpr int kTogether = R * 4 <= kAccumulators ? 4 : 2;
+  Floats maxima[R];
+  for (int r = 0; r < R; r++) maxima[r] = broadcast(kMasked);
+  int unit = first_unit;
+  for (; unit + kTogether <= last_unit; unit += kTogether)
+    score_units<T, R, kTogether>(tile, unit, scores + (unit - first_unit) * R * kLanes, maxima);
+  for (; unit < last_unit; unit++)
+    score_units<T, R, 1>(tile, unit, scores + (unit - first_unit) * R * kLanes, maxima);
+
+  Floats sums[R];
+  for (int r = 0; r < R; r++) {
+    result.maximum[r] = horizontal_maximum(maxima[r]);
+    sums[r] = Floats{};
+  }
+  // A NaN score may be missing from the maximum, but not from the sum: it makes its row's output NaN, and no other's.
+  for (float* p = scores; p < scores + (last_unit - first_unit) * R * kLanes; p += R * kLanes) {
+    for (int r = 0; r < R; r++) {
+      const Floats weight = exponential(load(p + r * kLanes) - result.maximum[r]);
+      sums[r] += weight;
+      store(p + r * kLanes, weight);
+    }
+  }
+  for (int r = 0; r < R; r++) result.sum[r] = horizontal_sum(sums[r]);
+  weigh_all_values<T, R, vectors_at_a_time(R)>(tile, begin, end, scores, 0, result.values);
+}
+
+// Folds `part`, the next segment in order, into `whole`.
+inline void merge(const Partial& whole, const Partial& part, int rows, int value_dim) {
+  for (int r = 0; r < rows; r++) {
+    const float top = maximum(part.maximum[r], whole.maximum[r]);
+    // Not `exp`: the vector form is exactly 0 where a masked maximum meets a real one.
+    const float keep = exponential(broadcast(whole.maximum[r] - top))[0];
+    const float add = exponential(broadcast(part.maximum[r] - top))[0];
+    whole.maximum[r] = top;
+    whole.sum[r] = whole.sum[r] * keep + part.sum[r] * add;
+    float* target = whole.values + r * value_dim;
+    const float* source = part.values + r * value_dim;
+    for (int d = 0; d < value_dim; d++) target[d] = target[d] * keep + source[d] * add;
+  }
+}
+
+}  // namespace torchrelay

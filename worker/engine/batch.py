@@ -1,0 +1,98 @@
+"""A plan as tensors: what the model and the attention back-end read in one step.
+
+The buffers are allocated once, at their largest, and filled in place through numpy. On the CPU the tensors of a step
+are views of them, so a step's batch must not be kept beyond it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from worker.engine.attention.interface import AttentionBatch
+from worker.engine.scheduler import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step, packed: all sequences behind one another in a batch of one."""
+
+    input_ids: torch.Tensor  # [1, num_tokens] int64
+    position_ids: torch.Tensor  # [1, num_tokens] int64
+    logit_rows: torch.Tensor  # [num_sampled] int64: the rows whose logits give a new token
+    attention: AttentionBatch
+
+
+class _Buffer:
+    """One-dimensional host memory, seen as a tensor and as an array."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._tensor = torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
+        self._device = device
+        self.array = self._tensor.numpy()
+
+    def take(self, size: int) -> torch.Tensor:
+        """The first elements, on the device; on the CPU a view."""
+        return self._tensor[:size].to(self._device, non_blocking=True)
+
+
+class BatchBuffers:
+    """Room for the largest step."""
+
+    def __init__(
+        self, max_num_tokens: int, max_num_seqs: int, max_num_blocks: int, block_size: int, device: torch.device
+    ) -> None:
+        """`max_num_blocks` is of one sequence."""
+        self._block_size = block_size
+        self._input_ids = _Buffer(max_num_tokens, torch.int64, device)
+        self._position_ids = _Buffer(max_num_tokens, torch.int64, device)
+        self._logit_rows = _Buffer(max_num_seqs, torch.int64, device)
+        self._slots = _Buffer(max_num_tokens, torch.int32, device)
+        self._query_starts = _Buffer(max_num_seqs + 1, torch.int32, device)
+        self._context_lens = _Buffer(max_num_seqs, torch.int32, device)
+        self._block_tables = _Buffer(max_num_seqs * max_num_blocks, torch.int32, device)
+
+    def fill(self, plan: Plan) -> StepBatch:
+        """Lay out a plan. Valid until the next call."""
+        ids, positions, slots = self._input_ids.array, self._position_ids.array, self._slots.array
+        starts, lens, logit_rows = self._query_starts.array, self._context_lens.array, self._logit_rows.array
+        block_size, num_seqs = self._block_size, len(plan.chunks)
+        max_context_len = max(chunk.sequence.num_computed_tokens + chunk.num_tokens for chunk in plan.chunks)
+        num_blocks = -(-max_context_len // block_size)
+        tables = self._block_tables.array[: num_seqs * num_blocks].reshape(num_seqs, num_blocks)
+        row = num_sampled = 0
+        for index, chunk in enumerate(plan.chunks):
+            sequence, start = chunk.sequence, chunk.sequence.num_computed_tokens
+            end, next_row = start + chunk.num_tokens, row + chunk.num_tokens
+            blocks = np.frombuffer(sequence.block_ids, dtype=np.int32)
+            tables[index, : min(len(blocks), num_blocks)] = blocks[:num_blocks]
+            if chunk.num_tokens == 1:
+                ids[row] = sequence.token_ids[start]
+                positions[row] = start
+                slots[row] = sequence.block_ids[start // block_size] * block_size + start % block_size
+            else:
+                ids[row:next_row] = np.frombuffer(sequence.token_ids[start:end], dtype=np.int32)
+                span = np.arange(start, end, dtype=np.int32)
+                positions[row:next_row] = span
+                slots[row:next_row] = blocks[span // block_size] * block_size + span % block_size
+            row = next_row
+            starts[index + 1] = row
+            lens[index] = end
+            if chunk.is_last:
+                logit_rows[num_sampled] = row - 1
+                num_sampled += 1
+        return StepBatch(
+            input_ids=self._input_ids.take(row).unsqueeze(0),
+            position_ids=self._position_ids.take(row).unsqueeze(0),
+            logit_rows=self._logit_rows.take(num_sampled),
+            attention=AttentionBatch(
+                slots=self._slots.take(row),
+                block_tables=self._block_tables.take(num_seqs * num_blocks).view(num_seqs, num_blocks),
+                query_starts=self._query_starts.take(num_seqs + 1),
+                context_lens=self._context_lens.take(num_seqs),
+                max_query_len=max(chunk.num_tokens for chunk in plan.chunks),
+                max_context_len=max_context_len,
+            ),
+        )

@@ -1,0 +1,321 @@
+"""The engine: requests in, deltas out, one synchronous step at a time.
+
+    plan      the scheduler chooses the tokens of the step       scheduler.py, blocks.py
+    execute   the model computes them, the sampler draws        batch.py, runner.py, attention/, sampler.py
+    update    tokens become text, stops and deltas               stopping.py
+
+Not thread-safe: everything runs on the thread that calls `step` (see `thread.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from common.generation import FinishReason, OutputDelta, Usage
+from worker.engine.blocks import BlockPool
+from worker.engine.runner import StepOutOfMemory, memory_guard
+from worker.engine.sampler import SampledTokens, Sampler
+from worker.engine.scheduler import Plan, Scheduler
+from worker.engine.sequence import Sequence
+from worker.engine.settings import EngineSettings
+from worker.engine.stopping import Detokenizer, Progress, StopState
+from worker.engine.types import EngineStats, GenerationRequest, RequestOutput, StepResult
+
+
+class Runner(Protocol):
+    """What the loop needs of a `ModelRunner`."""
+
+    device: torch.device
+    num_blocks: int  # scratch block included
+    max_model_len: int  # tokens of one sequence
+    vocab_size: int
+
+    def execute(self, plan: Plan) -> torch.Tensor: ...
+
+
+@dataclass(slots=True)
+class _Output:
+    """One output that is not finished yet."""
+
+    sequence: Sequence
+    stop: StopState
+
+
+@dataclass(slots=True)
+class _Request:
+    request: GenerationRequest
+    first: Sequence | None = None  # of the sequences that share the prompt, the one admitted first
+    outputs: dict[int, _Output] = field(default_factory=dict)  # by output index
+    num_completion_tokens: int = 0
+
+    @property
+    def usage(self) -> Usage:
+        num_prompt_tokens = len(self.request.prompt_token_ids)
+        num_hit_tokens = 0 if self.first is None else self.first.num_hit_tokens or 0
+        return Usage(num_prompt_tokens, min(num_hit_tokens, num_prompt_tokens), self.num_completion_tokens)
+
+
+class Engine:
+    """Decodes any number of generations together. Owns no thread and no I/O."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        settings: EngineSettings,
+        new_detokenizer: Callable[[], Detokenizer],
+        *,
+        cache_salt: bytes = b"",
+    ) -> None:
+        """`cache_salt` stands for whatever else decides keys and values: model revision, adapter, dtype."""
+        self._runner = runner
+        self._new_detokenizer = new_detokenizer
+        self._pool = BlockPool(
+            runner.num_blocks, settings.block_size, salt=cache_salt, enable_prefix_cache=settings.enable_prefix_cache
+        )
+        self._scheduler = Scheduler(settings, self._pool)
+        self._sampler = Sampler(runner.device)
+        self._requests: dict[str, _Request] = {}
+        self._deltas: dict[str, list[OutputDelta]] = {}  # of the step in progress, by request id
+        self._ended: dict[str, Usage | str] = {}  # requests that are over: what they used, or the error
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._num_generated_tokens = 0
+        self._last_step_ms = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do or report anything."""
+        return bool(self._requests or self._ended)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._runner.max_model_len
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request. One that can never run ends with an error in the next step.
+
+        Raises ValueError for an id in use.
+        """
+        if request.request_id in self._requests or request.request_id in self._ended:
+            raise ValueError(f"request {request.request_id} is in the engine already")
+        error = self._refusal(request)
+        if error is not None:
+            self._ended[request.request_id] = error
+            return
+        self._num_arrivals += 1
+        state = self._requests[request.request_id] = _Request(request)
+        emitted = request.emitted or ((),) * request.sampling.num_outputs
+        for output_index, token_ids in enumerate(emitted):
+            state.num_completion_tokens += len(token_ids)
+            if output_index not in request.finished_outputs:
+                self._start_output(state, output_index, token_ids)
+        self._end_if_done(state)
+
+    def _refusal(self, request: GenerationRequest) -> str | None:
+        prompt, num_outputs = request.prompt_token_ids, request.sampling.num_outputs
+        if not prompt:
+            return "EMPTY_PROMPT"
+        if len(prompt) >= self._runner.max_model_len:
+            return "PROMPT_TOO_LONG"
+        if request.emitted and len(request.emitted) != num_outputs:
+            return "EMITTED_MISMATCH"
+        if any(min(ids) < 0 or max(ids) >= self._runner.vocab_size for ids in (prompt, *request.emitted) if ids):
+            return "INVALID_TOKEN_ID"
+        return None
+
+    def _start_output(self, state: _Request, output_index: int, emitted: tuple[int, ...]) -> None:
+        request = state.request
+        max_tokens = min(request.sampling.max_tokens, self._runner.max_model_len - len(request.prompt_token_ids))
+        stop = StopState(request.sampling, max_tokens, self._new_detokenizer())
+        for token_id in emitted:
+            if stop.finished is None:
+                stop.push(token_id)
+        if stop.finished is not None:  # the log has the last token and its text, but not the end
+            end = Progress("", stop.finished.finish_reason, stop.finished.stop_match)
+            self._report(request.request_id, _delta(output_index, len(emitted), (), end))
+            return
+        sequence = Sequence(
+            request.request_id,
+            request.prompt_token_ids,
+            request.sampling,
+            output_index=output_index,
+            emitted=emitted,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+            arrival=self._num_arrivals,
+            deadline=request.deadline,
+        )
+        state.first = state.first or sequence
+        state.outputs[output_index] = _Output(sequence, stop)
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request with CANCELLED, in whatever state; its blocks are free at once, the end is in the next step's
+        result.
+
+        Does nothing when the request is not in the engine.
+        """
+        state = self._requests.get(request_id)
+        if state is not None:
+            for output in list(state.outputs.values()):
+                self._close(state, output, FinishReason.CANCELLED)
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def step(self, now: float) -> StepResult:
+        """Run one step. `now` is what deadlines are compared with (`time.monotonic()`)."""
+        started = time.perf_counter()
+        self._num_steps += 1
+        plan = self._plan(now)
+        if plan.chunks:
+            sampled = self._execute(plan)
+            if sampled is not None:
+                self._update(plan, sampled)
+        self._last_step_ms = (time.perf_counter() - started) * 1000
+        return StepResult(self._num_steps, self._take_outputs())
+
+    def _plan(self, now: float) -> Plan:
+        for sequence in self._scheduler.expired(now):
+            state = self._requests[sequence.request_id]
+            self._close(state, state.outputs[sequence.output_index], FinishReason.TIME_LIMIT)
+        plan = self._scheduler.plan()
+        assert plan.chunks or not self._requests, "sequences wait, but none can run"
+        return plan
+
+    def _execute(self, plan: Plan) -> SampledTokens | None:
+        """None when memory was short: the step is void, and the likeliest cause has been set aside."""
+        try:
+            logits = self._runner.execute(plan)
+            with memory_guard():
+                return self._sampler.sample(logits, plan.sampled)
+        except StepOutOfMemory:
+            self._scheduler.fail_step()
+            self._relieve(plan)
+            return None
+
+    def _relieve(self, plan: Plan) -> None:
+        """Requeue the newest prefill, or else the newest sequence; the second time that memory fails it, end it."""
+        prefills = [chunk.sequence for chunk in plan.chunks if chunk.num_tokens > 1]
+        victim = max(prefills or [chunk.sequence for chunk in plan.chunks], key=lambda sequence: sequence.order)
+        victim.num_memory_failures += 1
+        if victim.num_memory_failures > 1:
+            self._fail(victim.request_id, "OUT_OF_MEMORY")
+        else:
+            self._scheduler.preempt(victim)
+
+    def _update(self, plan: Plan, sampled: SampledTokens) -> None:
+        self._scheduler.finish_step(plan)
+        rows = plan.sampled
+        for row in sampled.invalid_rows:
+            self._scheduler.forget_blocks(rows[row])
+            self._fail(rows[row].request_id, "NAN_LOGITS")
+        for row, (sequence, token_id) in enumerate(zip(rows, sampled.token_ids, strict=True)):
+            state = self._requests.get(sequence.request_id)
+            if state is not None:  # it failed in this step otherwise
+                self._take_token(state, state.outputs[sequence.output_index], token_id, sampled.logprobs.get(row))
+
+    def _take_token(self, state: _Request, output: _Output, token_id: int, logprob: float | None) -> None:
+        sequence = output.sequence
+        token_index = sequence.num_output_tokens
+        sequence.append(token_id)
+        state.num_completion_tokens += 1
+        self._num_generated_tokens += 1
+        progress = output.stop.push(token_id)
+        self._report(sequence.request_id, _delta(sequence.output_index, token_index, (token_id,), progress, logprob))
+        if progress.finish_reason is not None:
+            self._drop(state, output)
+
+    # -- ends -----------------------------------------------------------------------------------------------------
+
+    def _close(self, state: _Request, output: _Output, reason: FinishReason) -> None:
+        """End an output from outside."""
+        sequence = output.sequence
+        end = output.stop.end(reason)
+        self._report(sequence.request_id, _delta(sequence.output_index, sequence.num_output_tokens, (), end))
+        self._drop(state, output)
+
+    def _drop(self, state: _Request, output: _Output) -> None:
+        self._scheduler.remove(output.sequence)
+        del state.outputs[output.sequence.output_index]
+        self._end_if_done(state)
+
+    def _end_if_done(self, state: _Request) -> None:
+        if not state.outputs:
+            self._ended[state.request.request_id] = state.usage
+            del self._requests[state.request.request_id]
+
+    def _fail(self, request_id: str, error: str) -> None:
+        state = self._requests.pop(request_id, None)
+        if state is None:  # another of its outputs failed in the same step
+            return
+        for output in state.outputs.values():
+            self._scheduler.remove(output.sequence)
+        self._deltas.pop(request_id, None)
+        self._ended[request_id] = error
+
+    # -- results --------------------------------------------------------------------------------------------------
+
+    def _report(self, request_id: str, delta: OutputDelta) -> None:
+        self._deltas.setdefault(request_id, []).append(delta)
+
+    def _take_outputs(self) -> tuple[RequestOutput, ...]:
+        deltas, ended = self._deltas, self._ended
+        self._deltas, self._ended = {}, {}
+        outputs = []
+        for request_id in dict.fromkeys((*deltas, *ended)):
+            end = ended.get(request_id)
+            outputs.append(
+                RequestOutput(
+                    request_id,
+                    tuple(deltas.get(request_id, ())),
+                    usage=end if isinstance(end, Usage) else None,
+                    error=end if isinstance(end, str) else None,
+                )
+            )
+        return tuple(outputs)
+
+    def stats(self) -> EngineStats:
+        """The state after the latest step."""
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_blocks=self._pool.num_usable_blocks,
+            num_free_blocks=self._pool.num_free_blocks,
+            block_size=self._pool.block_size,
+            num_preemptions=self._scheduler.num_preemptions,
+            prompt_tokens=self._scheduler.num_prompt_tokens,
+            cached_prompt_tokens=self._scheduler.num_cached_prompt_tokens,
+            generated_tokens=self._num_generated_tokens,
+            last_step_ms=self._last_step_ms,
+            held_request_ids=tuple(self._requests),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when blocks are lost or held twice."""
+        self._pool.check_integrity()
+
+
+def _delta(
+    output_index: int,
+    first_token_index: int,
+    token_ids: tuple[int, ...],
+    progress: Progress,
+    logprob: float | None = None,
+) -> OutputDelta:
+    return OutputDelta(
+        output_index=output_index,
+        first_token_index=first_token_index,
+        token_ids=token_ids,
+        text=progress.text,
+        logprobs=() if logprob is None else (logprob,),
+        finish_reason=progress.finish_reason,
+        stop_match=progress.stop_match,
+    )

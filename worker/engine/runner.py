@@ -1,0 +1,96 @@
+"""The model runner: owns the model, the KV cache and the batch buffers, and turns a plan into logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from worker.engine.attention import hf
+from worker.engine.attention.interface import AttentionBackend, LayerShape
+from worker.engine.batch import BatchBuffers
+from worker.engine.blocks import SCRATCH_BLOCK
+from worker.engine.scheduler import Plan
+from worker.engine.settings import EngineSettings
+
+
+class StepOutOfMemory(Exception):
+    """The device had not enough memory for a step. Nothing of it counts; a smaller step may succeed."""
+
+
+@contextmanager
+def memory_guard() -> Iterator[None]:
+    """Turn torch's ways of saying that memory is short into StepOutOfMemory."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise StepOutOfMemory(str(error)) from error
+        raise
+
+
+class ModelRunner:
+    """Runs steps of one model. All tensors live on the model's device, keys and values in its dtype."""
+
+    def __init__(self, model: PreTrainedModel, backend: AttentionBackend, settings: EngineSettings) -> None:
+        """Takes the model over: its attention is replaced and it is put into evaluation mode.
+
+        Raises UnsupportedModel when its class ignores the replacement, ValueError when kv_cache_bytes holds no block.
+        """
+        if backend.block_size != settings.block_size:
+            raise ValueError(f"block_size is {settings.block_size}, but {backend.name} uses {backend.block_size}")
+        self._model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
+        self.device = model.device
+        hf.install(model)
+        shapes = hf.probe_layer_shapes(model, self.device)
+        self.num_blocks = settings.num_blocks or settings.kv_cache_bytes // _block_bytes(
+            shapes.values(), settings.block_size, model.dtype
+        )
+        if self.num_blocks < 1:
+            raise ValueError(f"kv_cache_bytes ({settings.kv_cache_bytes}) is less than one block")
+        self.num_blocks += SCRATCH_BLOCK + 1
+        caches = {
+            layer: backend.allocate(shape, self.num_blocks, model.dtype, self.device) for layer, shape in shapes.items()
+        }
+        self._attention = hf.PagedAttention(backend, caches)
+        self.vocab_size: int = model.config.vocab_size
+        self.max_model_len = self._max_model_len(settings)
+        self._buffers = BatchBuffers(
+            max_num_tokens=settings.token_budget,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_blocks=-(-self.max_model_len // settings.block_size),
+            block_size=settings.block_size,
+            device=self.device,
+        )
+        self._takes_logit_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def _max_model_len(self, settings: EngineSettings) -> int:
+        """What the model's positions, the settings and the whole KV cache allow one sequence."""
+        limits = [
+            (self.num_blocks - 1) * settings.block_size,
+            getattr(self._model.config, "max_position_embeddings", None),
+            settings.max_model_len,
+        ]
+        return min(limit for limit in limits if limit is not None)
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan) -> torch.Tensor:
+        """Compute the plan: write its keys and values and return the logits [num_sampled, vocab_size] of its last rows.
+
+        Raises StepOutOfMemory.
+        """
+        batch = self._buffers.fill(plan)
+        self._attention.batch = batch.attention
+        extra = {"logits_to_keep": batch.logit_rows} if self._takes_logit_rows else {}
+        with memory_guard(), hf.attention(self._attention):
+            output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **extra)
+        logits: torch.Tensor = output.logits[0]
+        return logits if self._takes_logit_rows else logits[batch.logit_rows]
+
+
+def _block_bytes(shapes: Iterable[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return sum(block_size * s.num_kv_heads * (s.key_dim + s.value_dim) for s in shapes) * dtype.itemsize

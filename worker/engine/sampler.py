@@ -1,0 +1,215 @@
+"""The sampler: from the logits of a mixed batch to one token per row, without sorting the vocabulary.
+
+Rows are told apart by what they ask for, and pay only for that:
+
+    greedy                       argmax
+    penalties                    a copy of the row, changed at the tokens seen or banned only
+    top_k, top_p, min_p          the CANDIDATES largest scores; all filters work on those
+    none of the three            the candidates, then the few other tokens whose noise could beat them
+    filter wider than that       the row's whole vocabulary, sorted
+
+Processors and filters are transformers' own, in its order: repetition_penalty, no_repeat_ngram_size, temperature,
+top_k, top_p, min_p (`generation/logits_process.py`). Tokens are drawn with the noise of `noise.py`, hence reproducibly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from worker.engine.noise import gumbel, least_hash, ordered_hash, row_key
+from worker.engine.sequence import Sequence
+
+CANDIDATES: Final = 256
+_CPU_CHUNK: Final = 1 << 17  # hashes at a time: all temporaries stay in the second-level cache
+_DEVICE_CHUNK: Final = 1 << 25
+_NEG_INF: Final = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One token per row of the logits."""
+
+    token_ids: list[int]
+    logprobs: dict[int, float]  # by row, for rows that asked: of the raw logits, before penalties and temperature
+    invalid_rows: list[int]  # logits with NaN or infinity as their largest; the token means nothing
+
+
+@dataclass(frozen=True, slots=True)
+class _Filters:
+    """Parameters of the sampled rows, each [num_rows, 1]."""
+
+    temperature: torch.Tensor  # float32, as the scores
+    top_k: torch.Tensor  # int64, 0 is off
+    top_p: torch.Tensor  # float64, 1 is off
+    min_p: torch.Tensor  # float64, 0 is off
+
+    @classmethod
+    def of(cls, rows: Rows[Sequence], device: torch.device) -> _Filters:
+        params = [row.sampling for row in rows]
+        table = torch.tensor(
+            [[p.temperature, p.top_k, p.top_p, p.min_p] for p in params], dtype=torch.float64, device=device
+        )
+        return cls(table[:, 0:1].float(), table[:, 1:2].long(), table[:, 2:3], table[:, 3:4])
+
+
+class Sampler:
+    """Stateless but for constants of its device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._vocabulary = torch.empty(0, dtype=torch.int32, device=device)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, rows: Rows[Sequence]) -> SampledTokens:
+        """Choose the next token of each sequence. `logits` is [num_rows, vocab_size], any float type, not changed."""
+        scores = logits.float()
+        tokens = scores.argmax(-1)
+        # A NaN counts as the largest of its row.
+        is_valid = scores.gather(1, tokens[:, None]).isfinite()
+        penalised = [i for i, row in enumerate(rows) if row.history is not None]
+        sampled = [i for i, row in enumerate(rows) if row.history is None and row.sampling.temperature > 0]
+        if penalised or sampled:
+            penalised.sort(key=lambda i: rows[i].sampling.temperature > 0)  # greedy ones first
+            order = penalised + sampled
+            work = scores[torch.tensor(order, device=self._device)]
+            tokens[order] = self._sample_rows(work, [rows[i] for i in order], len(penalised))
+        return SampledTokens(
+            token_ids=tokens.tolist(),
+            logprobs=self._logprobs(scores, tokens, rows),
+            invalid_rows=[] if bool(is_valid.all()) else (~is_valid[:, 0]).nonzero()[:, 0].tolist(),
+        )
+
+    def _sample_rows(self, scores: torch.Tensor, rows: Rows[Sequence], num_penalised: int) -> torch.Tensor:
+        """Penalised rows first, greedy ones before sampled ones. Overwrites `scores`."""
+        if num_penalised:
+            _penalise(scores, rows[:num_penalised])
+        num_greedy = sum(1 for row in rows if row.sampling.temperature == 0)
+        if num_greedy == len(rows):
+            return scores.argmax(-1)
+        drawn = self._draw(scores[num_greedy:], rows[num_greedy:])
+        return torch.cat([scores[:num_greedy].argmax(-1), drawn]) if num_greedy else drawn
+
+    def _draw(self, scores: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
+        filters = _Filters.of(rows, self._device)
+        keys = torch.tensor(
+            [row_key(row.sampling.seed, row.output_index, row.num_tokens) for row in rows],
+            dtype=torch.int32,
+            device=self._device,
+        )
+        scores /= filters.temperature
+        top, ids = scores.topk(min(CANDIDATES, scores.shape[-1]), dim=-1)  # descending
+        top = top.double()
+        keep, is_complete = _filter_candidates(scores, top, filters)
+        noise = gumbel(ordered_hash(keys, ids.int()))
+        drawn = ids.gather(1, (top + noise).masked_fill_(~keep, _NEG_INF).argmax(-1, keepdim=True))[:, 0]
+        if not bool(is_complete.all()):
+            rest = (~is_complete).nonzero()[:, 0]
+            _filter_vocabulary(scores, rest.tolist(), rows)
+            scores, ids = scores[rest], ids[rest]
+            best, at = (scores.gather(1, ids).double() + noise[rest]).max(-1)
+            best_ids = ids.gather(1, at[:, None])[:, 0]
+            drawn[rest] = self._draw_from_all(scores, keys[rest], best, best_ids, bound=top[rest, -1])
+        return drawn
+
+    def _draw_from_all(
+        self, scores: torch.Tensor, keys: torch.Tensor, best: torch.Tensor, best_ids: torch.Tensor, bound: torch.Tensor
+    ) -> torch.Tensor:
+        """Finish the draw of rows whose distribution reaches beyond the candidates.
+
+        `best` [num_rows] is the largest score plus noise among the candidates, `bound` the score that no other token
+        exceeds: only a token with noise above best - bound can win, and few have that. So all tokens are hashed, but
+        logarithms are taken of few.
+        """
+        vocab_size = scores.shape[-1]
+        if len(self._vocabulary) != vocab_size:
+            self._vocabulary = torch.arange(vocab_size, dtype=torch.int32, device=self._device)
+        drawn = best_ids.clone()
+        chunk = max(1, (_CPU_CHUNK if self._device.type == "cpu" else _DEVICE_CHUNK) // vocab_size)
+        for start in range(0, len(scores), chunk):
+            part = slice(start, start + chunk)
+            hashes = ordered_hash(keys[part], self._vocabulary)
+            row, token = (hashes > least_hash(best[part] - bound[part])[:, None]).nonzero(as_tuple=True)
+            totals = scores[part][row, token].double() + gumbel(hashes[row, token])
+            # The largest of each row's few; of equal ones the smallest id.
+            largest = best[part].scatter_reduce(0, row, totals, "amax")
+            wins = (totals == largest[row]) & (totals > best[part][row])
+            nobody = torch.full_like(drawn[part], vocab_size)
+            winner = nobody.scatter_reduce(0, row[wins], token[wins], "amin")
+            drawn[part] = torch.where(winner < vocab_size, winner, drawn[part])
+        return drawn
+
+    def _logprobs(self, scores: torch.Tensor, tokens: torch.Tensor, rows: Rows[Sequence]) -> dict[int, float]:
+        wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs]
+        if not wanted:
+            return {}
+        index = torch.tensor(wanted, device=self._device)
+        picked = scores[index]
+        logprobs = picked.gather(1, tokens[index, None])[:, 0] - picked.logsumexp(-1)
+        return dict(zip(wanted, logprobs.tolist(), strict=True))
+
+
+def _penalise(scores: torch.Tensor, rows: Rows[Sequence]) -> None:
+    """Repetition penalty, then banned n-grams, in place; touches only the tokens concerned."""
+    vocab_size = scores.shape[-1]
+    flat = scores.view(-1)
+    seen, penalties, banned = [], [], []
+    for i, row in enumerate(rows):
+        assert row.history is not None
+        if row.history.seen_ids:
+            ids = np.frombuffer(row.history.seen_ids, dtype=np.int32)
+            seen.append(ids[ids < vocab_size].astype(np.int64) + i * vocab_size)
+            penalties.append(np.full(len(seen[-1]), row.sampling.repetition_penalty, dtype=np.float32))
+        banned += [i * vocab_size + token_id for token_id in row.history.banned_ids() if token_id < vocab_size]
+    if seen:
+        index = torch.from_numpy(np.concatenate(seen)).to(scores.device)
+        penalty = torch.from_numpy(np.concatenate(penalties)).to(scores.device)
+        values = flat[index]
+        flat[index] = torch.where(values < 0, values * penalty, values / penalty)
+    if banned:
+        flat[torch.tensor(banned, device=scores.device)] = _NEG_INF
+
+
+def _filter_candidates(scores: torch.Tensor, top: torch.Tensor, filters: _Filters) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which candidates survive [num_rows, K], and in which rows [num_rows] no token but candidates does.
+
+    `top` holds the candidates' scores in descending order. transformers drops by ascending cumulated probability <= 1 -
+    top_p, which is the same as keeping while the probability of all larger ones is < top_p.
+    """
+    num_candidates = top.shape[-1]
+    is_whole = num_candidates == scores.shape[-1]
+    has_top_k = filters.top_k > 0
+    kth = top.gather(1, filters.top_k.clamp(1, num_candidates) - 1)
+    keep = (top >= kth) | ~has_top_k  # ties of the kth stay, as in transformers
+    # With top_k the candidates are all there is, if the smallest is out already; otherwise top_p and min_p must end the
+    # row.
+    is_complete = torch.where(has_top_k[:, 0], ~keep[:, -1], False)
+    if bool((filters.top_p < 1).any()):
+        of_kept = top.masked_fill(~keep, _NEG_INF).logsumexp(-1, keepdim=True)
+        total = torch.where(has_top_k, of_kept, scores.logsumexp(-1, keepdim=True).double())
+        probs = (top - total).exp().masked_fill(~keep, 0)
+        keep &= (probs.cumsum(-1) - probs < filters.top_p) | (filters.top_p >= 1)
+    keep &= (top - top[:, :1]).exp() >= filters.min_p
+    keep[:, 0] = True
+    is_complete |= ~has_top_k[:, 0] & ~keep[:, -1]
+    return keep, is_complete | is_whole
+
+
+def _filter_vocabulary(scores: torch.Tensor, indices: list[int], rows: Rows[Sequence]) -> None:
+    """The same filters on whole rows, in place: what falls out becomes -inf."""
+    for i in indices:
+        params, row = rows[i].sampling, scores[i]
+        if params.top_k > 0:
+            row.masked_fill_(row < row.topk(min(params.top_k, len(row))).values[-1], _NEG_INF)
+        if params.top_p < 1:
+            ordered, ids = row.double().sort(descending=True)
+            probs = ordered.softmax(-1)
+            dropped = probs.cumsum(-1) - probs >= params.top_p
+            dropped[0] = False
+            row[ids[dropped]] = _NEG_INF
+        if params.min_p > 0:
+            row.masked_fill_((row.double() - row.max().double()).exp() < params.min_p, _NEG_INF)

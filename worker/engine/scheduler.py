@@ -1,0 +1,202 @@
+"""The scheduler: which sequences compute how many tokens in the next step, and whose blocks are taken back.
+
+Pure: it knows token counts and block ids, no tensors and no clock. One step is `plan`, the forward pass, then
+`finish_step` (or `fail_step`).
+
+Nothing starves: every choice follows one order (priority, arrival). The first running sequence in that order can always
+preempt all others, a sequence alone always fits (the engine refuses longer ones), so it runs to its end; and a sequence
+that waits is never overtaken for want of blocks by one behind it.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from worker.engine.blocks import BlockPool
+from worker.engine.sequence import OrderKey, Sequence
+from worker.engine.settings import EngineSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `num_tokens` uncomputed tokens of one sequence."""
+
+    sequence: Sequence
+    num_tokens: int
+    is_last: bool  # reaches the sequence's last known token, so that its logits give the next one
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: decodes first, then prefills."""
+
+    chunks: tuple[Chunk, ...]
+    num_tokens: int
+
+    @property
+    def sampled(self) -> tuple[Sequence, ...]:
+        """The sequences that get a new token, in the order of their rows."""
+        return tuple(chunk.sequence for chunk in self.chunks if chunk.is_last)
+
+
+def _order(sequence: Sequence) -> OrderKey:
+    return sequence.order
+
+
+class Scheduler:
+    """Owns the sequences: running ones hold blocks, waiting ones hold none. Both lists are kept in scheduling order."""
+
+    def __init__(self, settings: EngineSettings, pool: BlockPool) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0  # of all sequences ever admitted
+        self.num_cached_prompt_tokens = 0  # of these, found in the prefix cache
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def sequences(self) -> Iterator[Sequence]:
+        return chain(self._running, self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. It must fit the pool when alone, or it would wait for ever."""
+        assert self._pool.num_blocks_for(sequence.num_tokens) <= self._pool.num_usable_blocks, sequence
+        insort(self._waiting, sequence, key=_order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, finished or not, and give its blocks back. Not between `plan` and `finish_step`."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._release(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; it is recomputed from its token ids when there is room again."""
+        self._running.remove(sequence)
+        self._release(sequence)
+        insort(self._waiting, sequence, key=_order)
+        self.num_preemptions += 1
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Sequences whose deadline is over."""
+        return [s for s in self.sequences() if s.deadline is not None and s.deadline <= now]
+
+    # -- plan -----------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """Choose the next step's tokens and give them their blocks.
+
+        Decodes first, so that a long prompt never stalls a stream; prefills share the rest of the token budget, cut to
+        chunks (Sarathi-Serve, arXiv:2403.02310). Prefills got all their blocks on admission, so only a decode can find
+        the pool empty; the last sequence in order then gives way.
+        """
+        num_preemptions = self.num_preemptions
+        chunks = self._plan_decodes()
+        budget = self._settings.token_budget - len(chunks)
+        for sequence in self._running:
+            if sequence.num_uncomputed_tokens > 1 and budget > 0:
+                chunks.append(self._chunk(sequence, budget))
+                budget -= chunks[-1].num_tokens
+        if self.num_preemptions == num_preemptions:  # otherwise the blocks just taken would go straight back
+            self._admit(chunks, budget)
+        return Plan(tuple(chunks), sum(chunk.num_tokens for chunk in chunks))
+
+    def _plan_decodes(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in [s for s in self._running if s.num_uncomputed_tokens == 1]:
+            if sequence.block_ids and self._make_room(sequence):
+                chunks.append(self._chunk(sequence, 1))
+        return chunks
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Give a decode the block for its next token. False when it had to give way itself.
+
+        The victim is last in order, and decodes are planned in order: it never stands in this step's plan already.
+        """
+        if self._pool.num_blocks_for(sequence.num_tokens) == len(sequence.block_ids):
+            return True
+        while self._pool.num_free_blocks == 0:
+            victim = self._running[-1]
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_ids.extend(self._pool.allocate(1))
+        return True
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+        """Start waiting sequences, first come first served, while tokens, places and blocks last."""
+        pool = self._pool
+        for sequence in list(self._waiting):
+            if budget == 0 or len(self._running) == self._settings.max_num_seqs:
+                return
+            # The last token is always computed: its logits are what the sequence came for.
+            num_sharable = (sequence.num_tokens - 1) // pool.block_size
+            pool.extend_hashes(sequence.block_hashes, sequence.token_ids, num_sharable, sequence.cache_salt)
+            match = pool.match(sequence.block_hashes[:num_sharable])
+            if match.is_pending:
+                continue  # this very step computes the next block: cheaper to wait for it than to do it twice
+            num_new = pool.num_blocks_for(sequence.num_tokens) - len(match.block_ids)
+            num_available = pool.num_free_blocks - pool.num_unreferenced(match.block_ids)
+            # One block stays free for each running sequence, or the newcomer would soon be preempted again.
+            if num_new + len(self._running) > num_available:
+                return
+            pool.acquire(match.block_ids)
+            sequence.block_ids.extend(match.block_ids)
+            sequence.block_ids.extend(pool.allocate(num_new))
+            sequence.num_computed_tokens = len(match.block_ids) * pool.block_size
+            self._count_prompt(sequence)
+            self._waiting.remove(sequence)
+            insort(self._running, sequence, key=_order)
+            chunks.append(self._chunk(sequence, budget))
+            budget -= chunks[-1].num_tokens
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        if sequence.num_hit_tokens is None:  # later admissions follow a preemption and hit what they left themselves
+            sequence.num_hit_tokens = sequence.num_computed_tokens
+            self.num_prompt_tokens += sequence.num_prompt_tokens
+            self.num_cached_prompt_tokens += min(sequence.num_hit_tokens, sequence.num_prompt_tokens)
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        num_tokens = min(sequence.num_uncomputed_tokens, budget)
+        start = sequence.num_computed_tokens
+        first, end = start // self._pool.block_size, (start + num_tokens) // self._pool.block_size
+        if end > first:
+            self._pool.extend_hashes(sequence.block_hashes, sequence.token_ids, end, sequence.cache_salt)
+            for block_id, block_hash in zip(
+                sequence.block_ids[first:end], sequence.block_hashes[first:end], strict=False
+            ):
+                self._pool.register(block_id, block_hash)
+        return Chunk(sequence, num_tokens, is_last=start + num_tokens == sequence.num_tokens)
+
+    # -- after the step -------------------------------------------------------------------------------------------
+
+    def finish_step(self, plan: Plan) -> None:
+        """The plan was computed: its keys and values are in the cache."""
+        for chunk in plan.chunks:
+            chunk.sequence.num_computed_tokens += chunk.num_tokens
+        self._pool.settle()
+
+    def fail_step(self) -> None:
+        """The plan was not computed. Sequences keep their blocks; the same tokens are planned again."""
+        self._pool.discard_pending()
+
+    def forget_blocks(self, sequence: Sequence) -> None:
+        """Let nobody hit what this sequence computed."""
+        self._pool.forget(sequence.block_ids)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.block_ids)
+        sequence.block_ids = type(sequence.block_ids)("i")
+        sequence.num_computed_tokens = 0

@@ -1,0 +1,121 @@
+"""When an output ends and which of its text may be shown. A pure function of the output's token ids.
+
+Text is held back in two cases: inside a character whose bytes are not all there (the detokenizer's business), and while
+the end of the text may be the beginning of a stop string:
+
+    stop string "\\nUser:"      tokens  "Sure" "." "\\n" "Use" " it"
+                               text    "Sure" "." ""    ""    "\\nUse it"
+
+Since the state depends on nothing but the ids, a takeover pushes the emitted ids once more, drops the text that comes
+out, and goes on exactly where the log ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.generation import FinishReason, SamplingParams
+
+
+class Detokenizer(Protocol):
+    """Token ids in, text out; see `worker.detokenizer`."""
+
+    def push(self, token_id: int) -> str:
+        """Return the text that is complete with this token."""
+        ...
+
+    def flush(self) -> str:
+        """Return what is held back; nothing is pushed afterwards."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one token did to an output."""
+
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_match: str | int | None = None
+
+
+class StopStringFilter:
+    """Passes text on, up to the first occurrence of a stop string."""
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stop_strings = tuple(s for s in stop_strings if s)
+        self._longest = max((len(s) for s in self._stop_strings), default=0)
+        self._held = ""  # a proper prefix of some stop string, or empty
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Return the text that can no longer be part of a stop string, and the stop string that was found.
+
+        Of several in the same text the one that begins first wins, then the one named first.
+        """
+        if not self._stop_strings:
+            return text, None
+        buffer = self._held + text
+        found = [(start, s) for s in self._stop_strings if (start := buffer.find(s)) >= 0]
+        if found:
+            start, stop_string = min(found, key=lambda match: match[0])
+            self._held = ""
+            return buffer[:start], stop_string
+        keep = self._first_possible_start(buffer)
+        self._held = buffer[keep:]
+        return buffer[:keep], None
+
+    def flush(self) -> str:
+        """The text ends here: what was held back is ordinary text."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_possible_start(self, buffer: str) -> int:
+        for start in range(max(0, len(buffer) - self._longest + 1), len(buffer)):
+            tail = buffer[start:]
+            if any(s.startswith(tail) for s in self._stop_strings):
+                return start
+        return len(buffer)
+
+
+class StopState:
+    """Follows one output, token by token, until it ends."""
+
+    def __init__(self, sampling: SamplingParams, max_tokens: int, detokenizer: Detokenizer) -> None:
+        """`max_tokens` is the request's, cut to what the model's context leaves."""
+        self._stop_token_ids = frozenset(sampling.stop_token_ids)
+        self._max_tokens = max_tokens
+        self._detokenizer = detokenizer
+        self._filter = StopStringFilter(sampling.stop_strings)
+        self._num_tokens = 0
+        self.finished: Progress | None = None
+
+    def push(self, token_id: int) -> Progress:
+        """Take the next token. The first of these ends the output: a stop id, a stop string, the last token allowed.
+
+        A stop id adds no text of its own; what was held back before it is shown.
+        """
+        assert self.finished is None, "the output has ended"
+        self._num_tokens += 1
+        if token_id in self._stop_token_ids:
+            return self._finish("", FinishReason.STOP, token_id)
+        text, stop_string = self._filter.push(self._detokenizer.push(token_id))
+        if stop_string is not None:
+            self.finished = Progress(text, FinishReason.STOP, stop_string)
+            return self.finished
+        if self._num_tokens >= self._max_tokens:
+            return self._finish(text, FinishReason.LENGTH)
+        return Progress(text)
+
+    def end(self, reason: FinishReason) -> Progress:
+        """End the output from outside: its time is over, or it was cancelled."""
+        assert self.finished is None, "the output has ended"
+        return self._finish("", reason)
+
+    def _finish(self, text: str, reason: FinishReason, stop_match: int | None = None) -> Progress:
+        rest, stop_string = self._filter.push(self._detokenizer.flush())
+        if stop_string is not None:
+            self.finished = Progress(text + rest, FinishReason.STOP, stop_string)
+        else:
+            self.finished = Progress(text + rest + self._filter.flush(), reason, stop_match)
+        return self.finished

@@ -1,0 +1,167 @@
+"""The engine's thread: steps run here, beside the asyncio loop that claims jobs and commits results.
+
+Commands go in through a lock-protected list, results come out with one wake-up of the event loop per step. The thread
+pauses while two steps with output are not acknowledged: that is the back-pressure of the whole worker. It sleeps on a
+condition when there is nothing to do, and applies commands at once even while paused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from worker.engine.loop import Engine
+from worker.engine.types import EngineStats, GenerationRequest, StepResult
+
+log = structlog.get_logger(__name__)
+
+MAX_UNACKNOWLEDGED_STEPS: Final = 2
+
+
+class EngineCrashed(Exception):
+    """The engine's thread ended with the exception that caused this one. What it held must be decoded elsewhere."""
+
+
+class EngineStopped(Exception):
+    """The engine was stopped, and there are no more results."""
+
+
+class EngineThread:
+    """Runs an engine. All methods but `next_result` may be called from any thread."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next two
+        self._unacknowledged: deque[int] = deque()
+        self._is_stopping = False
+        self._results: asyncio.Queue[StepResult | None] = (
+            asyncio.Queue()
+        )  # two steps with output at most; None is the end
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._crash: BaseException | None = None
+        self._stats = engine.stats()
+        self._last_step_at = clock()
+
+    # -- commands -------------------------------------------------------------------------------------------------
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin; results are delivered to this event loop."""
+        self._loop = loop
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Decode a request; every outcome, a refusal too, comes as a result."""
+        self._command(lambda: self._engine.add(request))
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request; does nothing when it is over already."""
+        self._command(lambda: self._engine.abort(request_id))
+
+    def ack(self, step: int) -> None:
+        """Results up to this step are committed."""
+        with self._changed:
+            while self._unacknowledged and self._unacknowledged[0] <= step:
+                self._unacknowledged.popleft()
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End after the step in progress, whatever is left to do."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify()
+
+    async def join(self, timeout: float) -> None:
+        """Wait for the thread's end after `stop`. Raises TimeoutError, with `timeout` in seconds."""
+        await asyncio.to_thread(self._thread.join, timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the engine did not end within {timeout} s")
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify()
+
+    # -- results --------------------------------------------------------------------------------------------------
+
+    async def next_result(self) -> StepResult:
+        """The next step's result, in order. Raises EngineCrashed or EngineStopped after the last one."""
+        result = await self._results.get()
+        if result is None:
+            self._results.put_nowait(None)  # for whoever asks again
+            if self._crash is not None:
+                raise EngineCrashed(str(self._crash)) from self._crash
+            raise EngineStopped
+        return result
+
+    @property
+    def stats(self) -> EngineStats:
+        """As of the latest step or command."""
+        return self._stats
+
+    @property
+    def last_step_at(self) -> float:
+        """When the thread last ended a step or had nothing to do, by the clock: a watchdog sees a hang by its age."""
+        if self._is_idle:
+            return self._clock()
+        return self._last_step_at
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    _is_idle = True
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._step()
+        except BaseException as error:  # reported to the event loop, which ends the worker
+            self._crash = error
+            log.exception("engine.crashed", held_request_ids=self._stats.held_request_ids)
+        finally:
+            self._deliver(None)
+
+    def _wait_for_work(self) -> bool:
+        """Apply commands until there is a step to run. False when asked to stop."""
+        while True:
+            with self._changed:
+                self._is_idle = not self._is_stopping and not self._commands and not self._may_step()
+                self._changed.wait_for(lambda: self._is_stopping or self._commands or self._may_step())
+                if self._is_idle:
+                    self._last_step_at, self._is_idle = self._clock(), False
+                if self._is_stopping:
+                    return False
+                commands, self._commands = self._commands, deque()
+            for command in commands:
+                command()
+            if commands:
+                self._stats = self._engine.stats()
+            if self._may_step():
+                return True
+
+    def _may_step(self) -> bool:
+        return self._engine.has_work and len(self._unacknowledged) < MAX_UNACKNOWLEDGED_STEPS
+
+    def _step(self) -> None:
+        result = self._engine.step(self._clock())
+        self._stats = self._engine.stats()
+        self._last_step_at = self._clock()
+        if result.outputs:
+            with self._changed:
+                self._unacknowledged.append(result.step)
+        self._deliver(result)
+
+    def _deliver(self, result: StepResult | None) -> None:
+        assert self._loop is not None, "not started"
+        try:
+            self._loop.call_soon_threadsafe(self._results.put_nowait, result)
+        except RuntimeError:  # the event loop is closed, so nobody is left to listen
+            with self._changed:
+                self._is_stopping = True

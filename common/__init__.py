@@ -1,1 +1,1 @@
-"""What gateway and worker share: the job protocol on Redis, settings, errors, the model registry. No torch, no gRPC server."""
+"""What gateway and worker share: job protocol on Redis, settings, errors, model registry. No torch, no gRPC server."""

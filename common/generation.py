@@ -1,7 +1,8 @@
 """What a generation is, between gateway, Redis and worker: its parameters, its events, its end.
 
-These structs are what job bodies and log entries hold (msgpack, see `common/codec.py`). They only grow: a new field gets a
-default, so that an older worker's records still decode and a newer gateway's extra fields are ignored by an older worker.
+These structs are what job bodies and log entries hold (msgpack, see `common/records.py`). They only grow: a new field
+gets a default, so that an older worker's records still decode and a newer gateway's extra fields are ignored by an
+older worker.
 """
 
 from __future__ import annotations
@@ -51,15 +52,17 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 class OutputDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one output, or its end.
 
-    `token_ids` may run ahead of `text`: text is held back inside a multi-byte character and while it may be the beginning
-    of a stop string. At a stop match text is cut before the match; ids are not.
+    `token_ids` may run ahead of `text`: text is held back inside a multi-byte character and while it may be the
+    beginning of a stop string. At a stop match text is cut before the match; ids are not.
     """
 
     output_index: int  # 0 to num_outputs-1
     first_token_index: int  # index in that output of token_ids[0]
     token_ids: tuple[int, ...] = ()
     text: str = ""
-    logprobs: tuple[float, ...] = ()  # one per token id when asked for, of the distribution before temperature and filters
+    logprobs: tuple[
+        float, ...
+    ] = ()  # one per token id when asked for, of the distribution before temperature and filters
     finish_reason: FinishReason | None = None  # set once, in the output's last delta
     stop_match: str | int | None = None  # the stop string or token id that ended it
 

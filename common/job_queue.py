@@ -1,0 +1,265 @@
+"""The gateway's side of the queue: enqueue, attach, cancel, the reply streams, and the upkeep that every gateway does.
+
+Every method is one script call and bears repetition; all go through `Retry`, so all may raise BackendUnavailable,
+BackendFull and BackendRefused besides what they name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from common import keys, records
+from common.errors import (
+    DeadlineExceeded,
+    GenerationNotFound,
+    IdempotencyKeyReused,
+    QueueFull,
+    ResultLost,
+    SequenceOutOfRange,
+)
+from common.jobs import Attachment, Enqueued, GenerationRecord, JobState, LiveWorker, NewJob, ReplyItem, Swept
+from common.redis import Argument, Redis, Retry, execute
+from common.scripts import ScriptRunner, as_list
+from common.settings import QueueSettings
+from common.upkeep import Upkeep
+
+START_CURSOR: Final = b"0-0"
+_ENTRIES_PER_READ: Final = 64
+_RETRY_AFTER_MS: Final = 1000
+_REFUSALS: Final[Mapping[bytes, str]] = {
+    b"QUEUE_FULL": "the model's queue is full",
+    b"TENANT_QUEUE_FULL": "the tenant's queue for this model is full",
+    b"TENANT_CONCURRENCY": "the tenant has too many generations of this model in flight",
+}
+
+
+class JobQueue:
+    """One gateway incarnation's view of all shards.
+
+    `gateway_id` is `keys.random_id()` of this process. Blocking reads go over `blocking_redis`, so that a pool which is
+    busy waiting never delays an enqueue; its socket timeout bounds `block_ms` (see `common.redis.block_ms`).
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        gateway_id: str,
+        settings: QueueSettings,
+        *,
+        retry: Retry | None = None,
+        scripts: ScriptRunner | None = None,
+        blocking_redis: Redis | None = None,
+    ) -> None:
+        self._redis = redis
+        self._blocking_redis = blocking_redis or redis
+        self._gateway_id = keys.check_incarnation(gateway_id)
+        self._settings = settings
+        self._retry = retry or Retry()
+        self._scripts = scripts or ScriptRunner(redis)
+        self._upkeep = Upkeep(self._run, settings)
+
+    @property
+    def gateway_id(self) -> str:
+        return self._gateway_id
+
+    async def _run(self, name: str, shard: str, *args: Argument) -> Any:
+        return await self._retry.call(lambda: self._scripts.run(name, keys.meta(shard), *args))
+
+    async def enqueue(self, shard: str, job: NewJob) -> Enqueued:
+        """Queue a generation; its events come to this gateway.
+
+        The time limit is cut to the longest lifetime, the disconnect grace to its own longest. Raises QueueFull,
+        IdempotencyKeyReused, and DeadlineExceeded for a time limit that has already passed.
+        """
+        settings = self._settings
+        lifetime_ms = settings.default_lifetime_ms if job.time_limit_ms is None else job.time_limit_ms
+        if lifetime_ms <= 0:
+            raise DeadlineExceeded("the time limit has already passed", reason="DEADLINE_TOO_SHORT")
+        generation_id = job.generation_id or keys.new_generation_id(shard)
+        if keys.shard_of(generation_id) != shard:
+            raise ValueError("the generation id belongs to another shard")
+        sampling = job.body.sampling
+        reply = await self._run(
+            "enqueue",
+            shard,
+            generation_id,
+            job.tenant,
+            job.key_id,
+            job.priority,
+            job.weight,
+            self._gateway_id,
+            min(lifetime_ms, settings.max_lifetime_ms),
+            min(job.disconnect_grace_ms, settings.max_disconnect_grace_ms),
+            settings.retention_ms,
+            len(job.body.prompt_token_ids),
+            sampling.max_tokens * sampling.num_outputs,
+            job.kv_tokens,
+            job.peak_kv_tokens,
+            "" if job.idempotency_key is None else keys.idempotency_digest(job.tenant, job.idempotency_key),
+            job.request_digest,
+            job.echo,
+            records.encode_body(job.body),
+            settings.max_queued,
+            settings.max_queued_per_tenant,
+            settings.max_live_per_tenant,
+            settings.gateway_lease_ms,
+            settings.reply_ttl_ms,
+        )
+        status, *rest = as_list(reply)
+        if status in _REFUSALS:
+            raise QueueFull(_REFUSALS[status], reason=status.decode(), retry_after_ms=_RETRY_AFTER_MS)
+        if status == b"REUSED":
+            raise IdempotencyKeyReused
+        stored_id, state, place = rest
+        return Enqueued(stored_id.decode(), status == b"DUPLICATE", place, JobState(state.decode()))
+
+    async def lookup_idempotency(
+        self, shards: Iterable[str], tenant: str, idempotency_key: str, request_digest: bytes
+    ) -> str | None:
+        """The generation that an earlier request with this key made in any of the shards (all revisions of a model).
+
+        Raises IdempotencyKeyReused when its digest differs.
+        """
+        digest = keys.idempotency_digest(tenant, idempotency_key)
+        names = [keys.idempotency(shard, digest) for shard in shards]
+        for value in await asyncio.gather(*map(self._read, names)):
+            if value is not None:
+                generation_id, _, stored_digest = value.partition(b" ")
+                if stored_digest != request_digest:
+                    raise IdempotencyKeyReused
+                return generation_id.decode()
+        return None
+
+    async def _read(self, key: str) -> bytes | None:
+        value: bytes | None = await self._retry.call(lambda: execute(self._redis, "GET", key))
+        return value
+
+    async def attach(
+        self, generation_id: str, tenant: str, after_sequence: int = 0, after_hash: bytes = b""
+    ) -> Attachment:
+        """Send the generation's further events to this gateway and return what its log holds after `after_sequence`.
+
+        `after_hash` is the chain hash of that event, if the caller has it. A gateway that had the stream gets a
+        SUPERSEDED item; a disconnect grace that was running stops. Raises GenerationNotFound, SequenceOutOfRange and
+        ResultLost.
+        """
+        return await self._attach(generation_id, tenant, after_sequence, after_hash, self._gateway_id)
+
+    async def read_log(
+        self, generation_id: str, tenant: str, after_sequence: int = 0, after_hash: bytes = b""
+    ) -> Attachment:
+        """As `attach`, but without taking the stream over: for large events, gaps, and the check of silent streams."""
+        return await self._attach(generation_id, tenant, after_sequence, after_hash, "")
+
+    async def _attach(
+        self, generation_id: str, tenant: str, after_sequence: int, after_hash: bytes, gateway_id: str
+    ) -> Attachment:
+        reply = await self._run(
+            "attach",
+            keys.shard_of(generation_id),
+            generation_id,
+            tenant,
+            gateway_id,
+            after_sequence,
+            after_hash,
+            self._settings.max_attach_events,
+            self._settings.max_attach_bytes,
+            self._settings.gateway_lease_ms,
+            self._settings.reply_ttl_ms,
+        )
+        if reply is None:
+            raise GenerationNotFound
+        status, *rest = as_list(reply)
+        if status == b"RESULT_LOST":
+            raise ResultLost
+        if status == b"OUT_OF_RANGE":
+            raise SequenceOutOfRange(after_sequence, rest[0])
+        described, more, entries = rest
+        events = tuple(records.event_from_fields(fields) for fields in entries)
+        return Attachment(records.record_from_reply(described), events, more == 1)
+
+    async def detach(self, generation_id: str) -> JobState | None:
+        """The client of this gateway's stream is gone: begin the job's own disconnect grace (0: it is cancelled now).
+
+        Nothing happens when another gateway has attached since. Returns the state afterwards, None if there is no such
+        job.
+        """
+        shard = keys.shard_of(generation_id)
+        state = await self._run("detach", shard, generation_id, self._gateway_id)
+        return None if state is None else JobState(state.decode())
+
+    async def cancel(self, generation_id: str, tenant: str | None) -> GenerationRecord:
+        """End a generation; one that has ended stays as it is. `tenant` None is an operator, who may end any.
+
+        Raises GenerationNotFound, for another tenant's generation too.
+        """
+        shard = keys.shard_of(generation_id)
+        reply = await self._run("cancel", shard, generation_id, tenant or "", int(tenant is None))
+        if reply is None:
+            raise GenerationNotFound
+        return records.record_from_reply(as_list(reply))
+
+    async def get(self, generation_id: str, tenant: str | None) -> GenerationRecord:
+        """What is stored about a generation; arguments and errors as for `cancel`."""
+        shard = keys.shard_of(generation_id)
+        reply = await self._run("get", shard, tenant or "", int(tenant is None), 0, generation_id)
+        found = as_list(reply)
+        if not found:
+            raise GenerationNotFound
+        return records.record_from_reply(found[0])
+
+    async def list_inflight(self, shard: str, limit: int = 100) -> list[GenerationRecord]:
+        """Queued and running generations of all tenants, those with the nearest deadline first."""
+        if limit <= 0:
+            return []
+        return [records.record_from_reply(item) for item in as_list(await self._run("get", shard, "", 1, limit))]
+
+    async def replies(self, cursors: Mapping[str, bytes], block_ms: int) -> tuple[list[ReplyItem], Mapping[str, bytes]]:
+        """Wait for items in the reply streams of many shards: one command for all.
+
+        `cursors` gives the last entry read of each shard (START_CURSOR at first); returns the items in order of each
+        shard, and the cursors that changed. Items may repeat or be missing (a trimmed stream): the log decides.
+        """
+        shard_of_stream = {keys.reply_stream(shard, self._gateway_id).encode(): shard for shard in cursors}
+        command: list[Argument] = ["XREAD", "COUNT", _ENTRIES_PER_READ, "BLOCK", block_ms, "STREAMS"]
+        command += [*shard_of_stream, *cursors.values()]
+        reply = await self._retry.call(lambda: execute(self._blocking_redis, *command))
+        items: list[ReplyItem] = []
+        moved: dict[str, bytes] = {}
+        for stream, pages in reply.items():
+            for entry_id, fields in pages[0]:
+                items += records.items_from_entry(fields[b"b"])
+                moved[shard_of_stream[stream]] = entry_id
+        return items, moved
+
+    async def heartbeat(self, cursors: Mapping[str, bytes]) -> set[str]:
+        """Renew this gateway's lease on each shard and trim what `replies` has read; every second.
+
+        Returns the shards where the lease or the stream had been lost: live streams there must attach again.
+        """
+        shards = list(cursors)
+        calls = (self._beat(shard, self._settings.gateway_lease_ms, cursors[shard]) for shard in shards)
+        lapsed = await asyncio.gather(*calls)
+        return {shard for shard, was_lost in zip(shards, lapsed, strict=True) if was_lost}
+
+    async def leave(self, shards: Iterable[str]) -> None:
+        """Give the leases up: the next sweep begins the grace of every job that is still attached here."""
+        await asyncio.gather(*(self._beat(shard, 0, START_CURSOR) for shard in shards))
+
+    async def _beat(self, shard: str, lease_ms: int, cursor: bytes) -> bool:
+        reply = await self._run("beat_gateway", shard, self._gateway_id, lease_ms, self._settings.reply_ttl_ms, cursor)
+        return bool(reply)
+
+    async def reap(self, shard: str) -> Swept:
+        """Requeue the jobs of workers whose lease ended; every second, on every shard."""
+        return await self._upkeep.reap(shard)
+
+    async def sweep(self, shard: str) -> Swept:
+        """End expired and abandoned jobs; every second, on every shard."""
+        return await self._upkeep.sweep(shard)
+
+    async def workers(self, shard: str, limit: int = 1000) -> list[LiveWorker]:
+        """The workers of a shard, the most recently seen first."""
+        return await self._upkeep.workers(shard, limit)

@@ -1,0 +1,199 @@
+"""Every Redis key: type, who writes it, when it dies; and the ids that are part of keys.
+
+One *shard* belongs to one model revision and is one hash tag, so that a script works in a single cluster slot. `<id>`
+is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation, both random at each start.
+
+    {<shard>}:meta            hash    all      schema version, arrivals, fairness floor, reap marks    never
+    {<shard>}:j:<id>          hash    all      one job, see scripts/lib_jobs.lua      retention after its end
+    {<shard>}:j:<id>:log      stream  all      `<epoch>-<event number>`, the truth    retention after its end
+    {<shard>}:q:<c>:<tenant>  zset    all      queued ids of a tenant and class, by arrival            when empty
+    {<shard>}:act:<c>         zset    all      tenants with queued jobs, by service so far             when empty
+    {<shard>}:vtc             zset    all      service counter of each tenant         idle for an hour
+    {<shard>}:len             hash    all      queued jobs of each class              never (3 fields)
+    {<shard>}:live            hash    all      queued + running jobs of each tenant   field at zero
+    {<shard>}:bell            list    all      wake-ups for idle workers, at most 8   when the queue empties
+    {<shard>}:dl              zset    all      live ids by deadline (ms)              member at the job's end
+    {<shard>}:dt              zset    all      detached ids by end of grace (ms)      member at the job's end
+    {<shard>}:wl              zset    worker   workers by end of lease (ms)           member at leave or reap
+    {<shard>}:w:<wid>         hash    worker   running ids -> run record, see scripts/lib_jobs.lua     leave or reap
+    {<shard>}:wc:<wid>        string  worker   last claim call, the ids it handed out     2 minutes
+    {<shard>}:wi:<wid>        string  worker   WorkerInfo (msgpack)                   3 leases
+    {<shard>}:gl              zset    gateway  gateways by end of lease (ms)          member at sweep
+    {<shard>}:g:<gid>         set     gateway  live ids whose events go to this gateway     empty at sweep
+    {<shard>}:gw:<gid>        stream  all      reply stream; about 1,000 entries      its TTL, renewed each second
+    {<shard>}:i:<digest>      string  gateway  idempotency key -> id, request digest  retention after the job's end
+    {<shard>}:usage:<hour>    hash    all      tokens by kind, API key and tenant     35 days
+    {<shard>}:dead            list    all      dead letters, newest first             never (1,000 at most)
+
+    {models}:cards            hash    worker   shard -> ModelCard (msgpack)           until deleted
+    {models}:version          string  worker   counts changes of the registry         never
+    {models}:b:<sha256>       string  worker   tokenizer files by content             with the last card that names it
+
+    {keys}:k:<key id>         string  admin    ApiKeyRecord (msgpack), with the secret's SHA-256 only  until deleted
+    {keys}:ids                set     admin    all key ids                            never
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import secrets
+from typing import Final
+
+from common.errors import GenerationNotFound
+
+SCHEMA_VERSION: Final = 1  # of keys, fields and scripts together; written into {shard}:meta
+
+MODEL_CARDS: Final = "{models}:cards"
+MODEL_VERSION: Final = "{models}:version"
+API_KEY_IDS: Final = "{keys}:ids"
+
+PRIORITY_CLASSES: Final = 3  # 0 is served first
+
+_SHARD: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_RANDOM_ID: Final = re.compile(r"[a-z2-7]{26}")
+_MAX_SLUG: Final = 40
+
+
+def random_id() -> str:
+    """128 random bits as 26 lower-case base32 characters; the scripts rely on this length for gateway ids."""
+    return base64.b32encode(secrets.token_bytes(16)).decode().rstrip("=").lower()
+
+
+def shard_name(model_name: str, revision: str) -> str:
+    """The shard of a model revision: readable, safe inside a hash tag, and distinct for every (name, revision)."""
+    slug = re.sub(r"[^a-z0-9]+", "-", model_name.lower()).strip("-")[:_MAX_SLUG].strip("-") or "model"
+    digest = hashlib.sha256(f"{len(model_name)}:{model_name}{revision}".encode()).hexdigest()[:16]
+    return f"{slug}-{digest}"
+
+
+def check_shard(shard: str) -> str:
+    """Return `shard`, or raise ValueError where it could leave its hash tag."""
+    if not _SHARD.fullmatch(shard):
+        raise ValueError("a shard is 1 to 63 characters of a-z, 0-9 and '-', not beginning with '-'")
+    return shard
+
+
+def check_incarnation(incarnation: str) -> str:
+    """Return a gateway's or worker's id, or raise ValueError where it does not come from `random_id`."""
+    if not _RANDOM_ID.fullmatch(incarnation):
+        raise ValueError("a gateway or worker id is 26 characters of lower-case base32")
+    return incarnation
+
+
+def new_generation_id(shard: str) -> str:
+    """A fresh generation id; opaque to callers, but it begins with its shard."""
+    return f"{check_shard(shard)}.{random_id()}"
+
+
+def shard_of(generation_id: str) -> str:
+    """The shard of a generation id.
+
+    Raises GenerationNotFound for anything that we cannot have issued, so that a made-up id is answered like an unknown
+    one.
+    """
+    shard, dot, rest = generation_id.partition(".")
+    if not dot or not _SHARD.fullmatch(shard) or not _RANDOM_ID.fullmatch(rest):
+        raise GenerationNotFound
+    return shard
+
+
+def meta(shard: str) -> str:
+    """The key that every script names: real, and of the right hash tag (an ACL refuses a bare prefix)."""
+    return f"{{{shard}}}:meta"
+
+
+def job(shard: str, generation_id: str) -> str:
+    return f"{{{shard}}}:j:{generation_id}"
+
+
+def job_log(shard: str, generation_id: str) -> str:
+    return f"{{{shard}}}:j:{generation_id}:log"
+
+
+def tenant_queue(shard: str, priority: int, tenant: str) -> str:
+    return f"{{{shard}}}:q:{priority}:{tenant}"
+
+
+def active_tenants(shard: str, priority: int) -> str:
+    return f"{{{shard}}}:act:{priority}"
+
+
+def service_counters(shard: str) -> str:
+    return f"{{{shard}}}:vtc"
+
+
+def queue_lengths(shard: str) -> str:
+    return f"{{{shard}}}:len"
+
+
+def live_counts(shard: str) -> str:
+    return f"{{{shard}}}:live"
+
+
+def bell(shard: str) -> str:
+    return f"{{{shard}}}:bell"
+
+
+def deadlines(shard: str) -> str:
+    return f"{{{shard}}}:dl"
+
+
+def detached(shard: str) -> str:
+    return f"{{{shard}}}:dt"
+
+
+def worker_leases(shard: str) -> str:
+    return f"{{{shard}}}:wl"
+
+
+def worker_jobs(shard: str, worker_id: str) -> str:
+    return f"{{{shard}}}:w:{worker_id}"
+
+
+def worker_call(shard: str, worker_id: str) -> str:
+    return f"{{{shard}}}:wc:{worker_id}"
+
+
+def worker_info(shard: str, worker_id: str) -> str:
+    return f"{{{shard}}}:wi:{worker_id}"
+
+
+def gateway_leases(shard: str) -> str:
+    return f"{{{shard}}}:gl"
+
+
+def gateway_jobs(shard: str, gateway_id: str) -> str:
+    return f"{{{shard}}}:g:{gateway_id}"
+
+
+def reply_stream(shard: str, gateway_id: str) -> str:
+    return f"{{{shard}}}:gw:{gateway_id}"
+
+
+def idempotency_digest(tenant: str, key: str) -> str:
+    """Name of an idempotency key. Hashed with the tenant's length, so that no two (tenant, key) pairs share a name."""
+    raw = hashlib.sha256(f"{len(tenant)}:{tenant}{key}".encode()).digest()[:16]
+    return base64.b32encode(raw).decode().rstrip("=").lower()
+
+
+def idempotency(shard: str, digest: str) -> str:
+    return f"{{{shard}}}:i:{digest}"
+
+
+def usage(shard: str, hour: int) -> str:
+    """Usage of one hour; `hour` is server time in hours since the epoch."""
+    return f"{{{shard}}}:usage:{hour}"
+
+
+def dead_letters(shard: str) -> str:
+    return f"{{{shard}}}:dead"
+
+
+def model_blob(sha256: str) -> str:
+    return f"{{models}}:b:{sha256}"
+
+
+def api_key(key_id: str) -> str:
+    return f"{{keys}}:k:{key_id}"

@@ -1,0 +1,88 @@
+"""The Lua scripts of the job protocol: loading, and running them on a shard.
+
+Sources lie beside this module in `scripts/`. A script's text is its shebang, the schema version, the libraries that it
+includes, and its body; so another schema gives another SHA-1 and never runs an older program's text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Final
+
+from redis.exceptions import NoScriptError
+
+from common import keys
+from common.redis import Argument, Redis, execute
+
+_INCLUDE: Final = "--@include "
+NAMES: Final = (
+    "enqueue", "attach", "detach", "cancel", "get", "claim", "commit", "release", "owned", "leave",
+    "beat_worker", "beat_gateway", "reap", "sweep", "workers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script's whole text and the name under which the server caches it."""
+
+    name: str
+    text: str
+    sha1: str
+
+
+def assemble(name: str, source: str, libraries: dict[str, str]) -> Script:
+    """Put a script together. Raises KeyError for a library that does not exist, ValueError without a shebang line."""
+    shebang, _, body = source.partition("\n")
+    if not shebang.startswith("#!lua"):
+        raise ValueError(f"{name}.lua does not begin with #!lua")
+    lines = [shebang, f"-- torchrelay {name}", f"local SCHEMA = '{keys.SCHEMA_VERSION}'"]
+    for line in body.splitlines():
+        lines.append(libraries[line.removeprefix(_INCLUDE).strip()] if line.startswith(_INCLUDE) else line)
+    text = "\n".join(lines) + "\n"
+    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+@cache
+def sources() -> tuple[dict[str, str], dict[str, str]]:
+    """Texts of all scripts and of all libraries, by name."""
+    folder = resources.files("common") / "scripts"
+    texts = {name: (folder / f"{name}.lua").read_text() for name in NAMES}
+    libraries = {name: (folder / f"lib_{name}.lua").read_text() for name in ("base", "jobs", "claims")}
+    return texts, libraries
+
+
+@cache
+def load(name: str) -> Script:
+    """The script of this name, as shipped."""
+    texts, libraries = sources()
+    return assemble(name, texts[name], libraries)
+
+
+class ScriptRunner:
+    """Runs scripts on a server. `overrides` replaces texts, for tests that break a script on purpose."""
+
+    def __init__(self, redis: Redis, overrides: dict[str, Script] | None = None) -> None:
+        self._redis = redis
+        self._overrides = overrides or {}
+
+    async def run(self, name: str, key: str, *args: Argument) -> Any:
+        """Run a script once on the shard (or registry) that `key` belongs to; the reply is the script's own.
+
+        EVALSHA, and EVAL when the server does not know the script: that also teaches it. Raises redis-py's errors.
+        """
+        script = self._overrides.get(name) or load(name)
+        try:
+            return await execute(self._redis, "EVALSHA", script.sha1, 1, key, *args)
+        except NoScriptError:
+            return await execute(self._redis, "EVAL", script.text, 1, key, *args)
+
+
+def as_list(reply: Any) -> Sequence[Any]:
+    """A script's array reply. Raises TypeError where the server answered something else."""
+    if not isinstance(reply, list):
+        raise TypeError(f"expected an array from the server, not {type(reply).__name__}")
+    return reply

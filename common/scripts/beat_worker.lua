@@ -1,0 +1,23 @@
+#!lua flags=allow-oom
+-- A worker's heartbeat: renews its lease, stores what it says of itself, tells which jobs it lost.
+-- ARGV  1 worker  2 lease ms  3 info  then held jobs: id  "<epoch>-"
+-- Reply as commit's.
+--@include base
+--@include jobs
+local wrong = check_schema()
+if wrong then return wrong end
+local wid, now = ARGV[1], now_ms()
+call('ZADD', P .. 'wl', int(now + ARGV[2]), wid)
+call('SET', P .. 'wi:' .. wid, ARGV[3], 'PX', int(3 * ARGV[2]))
+local lost, kept = {}, 0
+for at = 4, #ARGV, 2 do
+  local id, epoch = ARGV[at], ARGV[at + 1]
+  local record = call('HGET', P .. 'w:' .. wid, id)
+  if record and string.sub(record, 1, #epoch) == epoch then
+    kept = kept + 1
+  else
+    lost[#lost + 1] = id
+    lost[#lost + 1] = why_lost(id)
+  end
+end
+return { lost, call('HLEN', P .. 'w:' .. wid) > kept and 1 or 0, unpack(queue_lengths()) }

@@ -1,0 +1,10 @@
+#!lua flags=allow-oom
+-- Ends a live job with the tokens that it has; a final one stays as it is.
+-- ARGV  1 id  2 tenant  3 '1': any tenant (an operator)
+-- Reply: the job as stored afterwards (see describe), or nil if there is none for this tenant.
+--@include base
+--@include jobs
+local j = load(ARGV[1])
+if not j or (ARGV[3] ~= '1' and j.t ~= ARGV[2]) then return false end
+if is_live(j) then cancel(j, 'CANCELLED', now_ms()) end
+return describe(load(ARGV[1]))

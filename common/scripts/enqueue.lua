@@ -1,0 +1,46 @@
+#!lua
+-- Queues a job: idempotent by id and by idempotency key, refused at a bound. Without flags: at out of memory the server
+-- refuses it before it begins.
+-- ARGV  1 id  2 tenant  3 key id  4 class  5 weight  6 gateway  7 time limit ms  8 disconnect grace ms  9 retention ms
+--       10 prompt tokens  11 most completion tokens  12 KV slots to begin  13 KV slots at most
+--       14 idempotency digest or ''  15 request digest  16 echo  17 body
+--       18 most queued  19 most queued of the tenant  20 most live of the tenant  21 gateway lease ms  22 reply TTL ms
+-- Reply {OK | DUPLICATE, id, state, place} or {QUEUE_FULL | TENANT_QUEUE_FULL | TENANT_CONCURRENCY | REUSED}
+--@include base
+--@include jobs
+local id, tenant, class, gid = ARGV[1], ARGV[2], tonumber(ARGV[4]), ARGV[6]
+local wrong = check_schema()
+if wrong then return wrong end
+local now = now_ms()
+
+local known = load(id) -- our own earlier try, whose reply was lost
+if known then return { 'OK', id, known.st, place(known) } end
+local digest_key = P .. 'i:' .. ARGV[14]
+if ARGV[14] ~= '' then
+  local other = call('GET', digest_key)
+  if other then
+    local other_id, digest = string.match(other, '^(%S+) (.*)$')
+    local j = load(other_id)
+    if j and digest ~= ARGV[15] then return { 'REUSED' } end
+    if j then return { 'DUPLICATE', other_id, j.st, place(j) } end
+  end
+end
+if num_queued() >= tonumber(ARGV[18]) then return { 'QUEUE_FULL' } end
+local queued = 0
+for c = 0, CLASSES - 1 do queued = queued + call('ZCARD', P .. 'q:' .. c .. ':' .. tenant) end
+if queued >= tonumber(ARGV[19]) then return { 'TENANT_QUEUE_FULL' } end
+if tonumber(call('HGET', P .. 'live', tenant) or 0) >= tonumber(ARGV[20]) then return { 'TENANT_CONCURRENCY' } end
+
+local arrival = call('HINCRBY', KEYS[1], 'seq', 1)
+local deadline = now + ARGV[7]
+call('HSET', P .. 'j:' .. id, 'st', 'Q', 't', tenant, 'k', ARGV[3], 'c', class, 'wt', ARGV[5], 's', arrival,
+  'gw', gid, 'cr', int(now), 'dl', int(deadline), 'gr', ARGV[8], 'rt', ARGV[9], 'pt', ARGV[10], 'mx', ARGV[11],
+  'kv', ARGV[12], 'pk', ARGV[13], 'ik', ARGV[14], 'dg', ARGV[15], 'eo', ARGV[16], 'b', ARGV[17], 'ep', 0, 'n', 0, 'es', '')
+if ARGV[14] ~= '' then call('SET', digest_key, id .. ' ' .. ARGV[15]) end
+renew_gateway(gid, tonumber(ARGV[21]), tonumber(ARGV[22]), now)
+call('SADD', P .. 'g:' .. gid, id)
+call('ZADD', P .. 'dl', int(deadline), id)
+call('HINCRBY', P .. 'live', tenant, 1)
+local j = load(id)
+queue(j, arrival)
+return { 'OK', id, 'Q', place(j) }

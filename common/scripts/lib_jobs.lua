@@ -1,0 +1,297 @@
+-- Jobs: what is stored, and every change of state that more than one script makes.
+--
+-- {s}:j:<id>, hash. Set at enqueue:
+--   t tenant, k API key id, c class, wt weight, s arrival, cr created, dl deadline (ms), gr disconnect grace (ms),
+--   rt retention (ms), pt prompt tokens, mx most completion tokens, kv / pk KV slots to begin / at most,
+--   ik idempotency digest, dg request digest, eo the gateway's record, b body
+-- Changed later:
+--   st state Q R D F C E, y reason, ep epoch, es "<epoch>:<events before it>," of each epoch that wrote to the log,
+--   n events, at fruitless attempts in a row, nc claims, w worker, gw gateway or '', sc first claim, en end,
+--   ch tokens charged at the first claim, ct / cp completion / cached prompt tokens, lb log bytes
+--
+-- {s}:w:<wid>, hash: id -> run record. While a job runs, n, ct, cp and lb live here and not in the job's hash, so that a
+-- commit reads and writes one key for all its jobs (half the server's time per token of a hash per job). The record is
+--   id 20: last entry of this epoch in the log, "<epoch>-<n>"; counters 40: "ct cp lb progress"; gateway 26
+-- each padded with spaces; a gateway of dashes is none. More than 64 bytes, so that the server keeps a hash table: with
+-- its compact encoding, a lookup is a scan over all fields.
+local NO_GATEWAY = string.rep('-', 26)
+local EMPTY_HASH = string.rep('\0', 8)
+local AHEAD = 1e12 -- a requeued job is before all that never ran, in its old order
+local MAX_REPLY_ENTRIES = 1000
+local MAX_REPLY_ITEM_BYTES = 4096
+local MAX_DEAD_LETTERS = 1000
+local USAGE_TTL_S = 35 * 86400
+local IDLE_TENANT_TTL_S = 3600
+local INPUT_COST, OUTPUT_COST = 1, 2 -- service in token units (VTC, arXiv:2401.00588)
+local FIELDS = {
+  'st', 't', 'k', 'y', 'w', 'gw', 'ik', 'es', 'eo',
+  'c', 'wt', 's', 'cr', 'dl', 'gr', 'rt', 'pt', 'mx', 'kv', 'pk',
+  'ep', 'n', 'at', 'nc', 'sc', 'en', 'ch', 'ct', 'cp', 'lb',
+}
+local NUM_TEXT_FIELDS = 9
+
+local function fill(text, width)
+  return text .. string.rep(' ', width - #text)
+end
+
+local function run_record(j)
+  local counters = int(j.ct) .. ' ' .. int(j.cp) .. ' ' .. int(j.lb) .. ' ' .. j.progress
+  return fill(int(j.ep) .. '-' .. int(j.n), 20) .. fill(counters, 40) .. (j.gw ~= '' and j.gw or NO_GATEWAY)
+end
+
+local function read_counters(j, text)
+  local ct, cp, lb, progress = string.match(text, '^(%d+) (%d+) (%d+) (%d)')
+  j.ct, j.cp, j.lb, j.progress = tonumber(ct), tonumber(cp), tonumber(lb), tonumber(progress)
+end
+
+-- A job as a table with the fields above (and progress: whether its current epoch committed any), or nil.
+local function load(id)
+  local values = call('HMGET', P .. 'j:' .. id, unpack(FIELDS))
+  if not values[1] then return nil end
+  local j = { id = id, progress = 0 }
+  for i, name in ipairs(FIELDS) do
+    if i <= NUM_TEXT_FIELDS then j[name] = values[i] or '' else j[name] = tonumber(values[i] or 0) end
+  end
+  if j.st == 'R' then
+    local record = call('HGET', P .. 'w:' .. j.w, id)
+    if record then
+      j.n = tonumber(string.match(record, '^%d+%-(%d+)'))
+      read_counters(j, string.sub(record, 21, 60))
+    end
+  end
+  return j
+end
+
+local function is_live(j)
+  return j.st == 'Q' or j.st == 'R'
+end
+
+-- An entry's field e is four msgpack values: chain hash (bin of 8), epoch, event number, EventBody or nil.
+local function entry(hash, ep, n, body)
+  return '\196\8' .. hash .. cmsgpack.pack(ep) .. cmsgpack.pack(n) .. (body or '\192')
+end
+
+local function hash_of(e)
+  return string.sub(e, 3, 10)
+end
+
+local function last_hash(id)
+  local last = call('XREVRANGE', P .. 'j:' .. id .. ':log', '+', '-', 'COUNT', 1)[1]
+  return last and hash_of(last[2][2]) or EMPTY_HASH
+end
+
+-- Reply items are msgpack arrays [id, hash, epoch, n, body, kind, reason], each entry of the stream an array of them.
+-- An item too large for the stream is sent as [id, hash, epoch, n] and a copy of its body stays in the log only.
+local function text(s)
+  return '\217' .. string.char(#s) .. s
+end
+
+local function array_head(n)
+  return '\220' .. string.char(math.floor(n / 256), n % 256)
+end
+
+local function send(gw, packed)
+  call('XADD', P .. 'gw:' .. gw, 'NOMKSTREAM', 'MAXLEN', '~', MAX_REPLY_ENTRIES, '*', 'b', packed)
+end
+
+local function notify(gw, id, e, kind, reason)
+  if gw ~= '' then send(gw, array_head(1) .. '\151' .. text(id) .. e .. text(kind) .. text(reason or '')) end
+end
+
+-- Bell: a token per wake-up, never more than MAX_BELL; an idle worker pops one.
+local function ring()
+  if call('LLEN', P .. 'bell') < MAX_BELL then call('LPUSH', P .. 'bell', '1') end -- mutant: bell
+end
+
+local function queue_lengths()
+  local lengths = call('HMGET', P .. 'len', 0, 1, 2)
+  for i = 1, CLASSES do lengths[i] = tonumber(lengths[i] or 0) end
+  return lengths
+end
+
+local function num_queued()
+  local total = 0
+  for _, n in ipairs(queue_lengths()) do total = total + n end
+  return total
+end
+
+-- Service counters. A tenant that becomes active is lifted to the least active counter: idling earns no credit.
+local function floor_counter()
+  local least
+  for c = 0, CLASSES - 1 do
+    local first = call('ZRANGE', P .. 'act:' .. c, 0, 0, 'WITHSCORES')
+    if first[1] and (not least or tonumber(first[2]) < least) then least = tonumber(first[2]) end
+  end
+  return least or tonumber(call('HGET', KEYS[1], 'floor') or 0)
+end
+
+local function activate(tenant, class)
+  local active = false
+  for c = 0, CLASSES - 1 do
+    if call('ZSCORE', P .. 'act:' .. c, tenant) then active = true end
+  end
+  local counter = tonumber(call('ZSCORE', P .. 'vtc', tenant) or 0)
+  if not active then
+    local floor = floor_counter()
+    if counter < floor then counter = floor end
+  end
+  call('ZADD', P .. 'vtc', counter, tenant)
+  call('ZADD', P .. 'act:' .. class, counter, tenant)
+end
+
+local function charge(tenant, amount)
+  local counter = call('ZINCRBY', P .. 'vtc', amount, tenant)
+  call('EXPIRE', P .. 'vtc', IDLE_TENANT_TTL_S)
+  for c = 0, CLASSES - 1 do call('ZADD', P .. 'act:' .. c, 'XX', counter, tenant) end
+end
+
+-- The queue: a zset per class and tenant, the tenants of a class by counter, the lengths per class.
+local function queue(j, score)
+  call('ZADD', P .. 'q:' .. j.c .. ':' .. j.t, score, j.id)
+  activate(j.t, j.c)
+  call('HINCRBY', P .. 'len', j.c, 1)
+  ring()
+end
+
+local function unqueue(j)
+  local q = P .. 'q:' .. j.c .. ':' .. j.t
+  if call('ZREM', q, j.id) == 0 then return end
+  call('HINCRBY', P .. 'len', j.c, -1)
+  if call('EXISTS', q) == 0 then call('ZREM', P .. 'act:' .. j.c, j.t) end
+  if num_queued() == 0 then call('DEL', P .. 'bell') end
+end
+
+-- About how many jobs are served before this one, plus one: higher classes, and its tenant's turns in its own class.
+local function place(j)
+  if j.st ~= 'Q' then return 0 end
+  local ahead = 0
+  for c = 0, j.c - 1 do ahead = ahead + (call('HGET', P .. 'len', c) or 0) end
+  local rank = call('ZRANK', P .. 'q:' .. j.c .. ':' .. j.t, j.id) or 0
+  local own = (call('HGET', P .. 'len', j.c) or 1) - 1
+  return ahead + math.min(own, rank * math.max(1, call('ZCARD', P .. 'act:' .. j.c))) + 1
+end
+
+-- Takes the job off its worker; a worker that still computes it learns it from its next commit.
+local function take_from_worker(j)
+  call('HDEL', P .. 'w:' .. j.w, j.id) -- mutant: ownership
+end
+
+-- Prompt tokens are charged only to a job that started.
+local function prompt_tokens(j)
+  return j.sc > 0 and j.pt or 0
+end
+
+local function add_usage(j, now)
+  local key = P .. 'usage:' .. int(math.floor(now / 3600000))
+  local owner = ':' .. j.k .. ':' .. j.t
+  call('HINCRBY', key, 'generations' .. owner, 1)
+  local tokens = { prompt_tokens = prompt_tokens(j), cached_prompt_tokens = j.cp, completion_tokens = j.ct }
+  for kind, amount in pairs(tokens) do
+    if amount > 0 then call('HINCRBY', key, kind .. owner, int(amount)) end
+  end
+  call('EXPIRE', key, USAGE_TTL_S)
+end
+
+-- The one way to a final state, after its terminal event stands in the log: counts usage once, settles the tenant's
+-- service, takes the job out of every index, and starts the time that its result is kept.
+local function settle(j, state, reason, now)
+  local key = P .. 'j:' .. j.id
+  call('HSET', key, 'st', state, 'y', reason, 'ep', int(j.ep), 'n', int(j.n), 'ct', int(j.ct), 'cp', int(j.cp),
+    'lb', int(j.lb), 'en', int(now), 'es', j.es, 'w', '')
+  call('ZREM', P .. 'dl', j.id)
+  call('ZREM', P .. 'dt', j.id)
+  if j.gw ~= '' then call('SREM', P .. 'g:' .. j.gw, j.id) end
+  if call('HINCRBY', P .. 'live', j.t, -1) <= 0 then call('HDEL', P .. 'live', j.t) end
+  if j.sc > 0 then charge(j.t, (INPUT_COST * j.pt + OUTPUT_COST * j.ct - j.ch) / j.wt) end
+  add_usage(j, now)
+  call('PEXPIRE', key, int(j.rt))
+  call('PEXPIRE', key .. ':log', int(j.rt))
+  if j.ik ~= '' then call('PEXPIRE', P .. 'i:' .. j.ik, int(j.rt)) end
+  if state == 'F' then
+    call('LPUSH', P .. 'dead', j.id)
+    call('LTRIM', P .. 'dead', 0, MAX_DEAD_LETTERS - 1)
+  end
+  j.st = state
+end
+
+-- Ends a live job from outside: cancel (C), expire (E), give up (F). The higher epoch fences off whoever computes it.
+local function finish(j, state, reason, now)
+  if j.st == 'Q' then unqueue(j) else take_from_worker(j) end
+  local hash = last_hash(j.id)
+  j.es = j.es .. int(j.ep + 1) .. ':' .. int(j.n) .. ','
+  j.ep = j.ep + 1
+  j.n = j.n + 1
+  local body = '\146\144\147' .. cmsgpack.pack(prompt_tokens(j)) .. cmsgpack.pack(j.cp) .. cmsgpack.pack(j.ct)
+  local e = entry(hash, j.ep, j.n, body)
+  call('XADD', P .. 'j:' .. j.id .. ':log', int(j.ep) .. '-' .. int(j.n), 'e', e, 'k', state, 'y', reason)
+  notify(j.gw, j.id, e, state, reason)
+  settle(j, state, reason, now)
+end
+
+local function cancel(j, reason, now)
+  finish(j, 'C', reason, now)
+end
+
+local function expire(j, now)
+  finish(j, 'E', j.sc > 0 and 'TIME_LIMIT' or 'NEVER_STARTED', now)
+end
+
+-- Puts a running job back at the head of its queue, or gives it up: after max_attempts epochs in a row without progress,
+-- or max_claims claims. Otherwise one poisonous job would take worker after worker with it.
+local function requeue(j, counts, max_attempts, max_claims, now)
+  if j.progress == 1 then j.at = 0 elseif counts then j.at = j.at + 1 end
+  if j.at >= max_attempts or j.nc >= max_claims then
+    call('HSET', P .. 'j:' .. j.id, 'at', int(j.at))
+    finish(j, 'F', 'ATTEMPTS_EXHAUSTED', now)
+    return false
+  end
+  take_from_worker(j)
+  j.ep = j.ep + 1
+  j.st = 'Q'
+  call('HSET', P .. 'j:' .. j.id, 'st', 'Q', 'ep', int(j.ep), 'n', int(j.n), 'ct', int(j.ct), 'cp', int(j.cp),
+    'lb', int(j.lb), 'at', int(j.at), 'w', '')
+  call('ZADD', P .. 'dl', int(j.dl), j.id)
+  queue(j, int(j.s - AHEAD))
+  notify(j.gw, j.id, entry(last_hash(j.id), j.ep, j.n), 'Q')
+  return true
+end
+
+-- Nobody listens any more: the job's own grace begins, or it ends at once.
+local function detach(j, now)
+  if j.gw ~= '' then call('SREM', P .. 'g:' .. j.gw, j.id) end
+  if j.gr <= 0 then
+    j.gw = ''
+    call('HSET', P .. 'j:' .. j.id, 'gw', '')
+    cancel(j, 'DISCONNECTED', now)
+    return
+  end
+  call('ZADD', P .. 'dt', int(now + j.gr), j.id)
+  j.gw = ''
+  call('HSET', P .. 'j:' .. j.id, 'gw', '')
+  if j.st == 'R' then call('HSET', P .. 'w:' .. j.w, j.id, run_record(j)) end
+end
+
+-- The gateway's lease and stream. The stream's first entry is an empty array: XADD by others does not create a stream, so
+-- that a dead gateway's stream stays dead.
+local function renew_gateway(gid, lease_ms, reply_ttl_ms, now)
+  local is_new = call('ZADD', P .. 'gl', int(now + lease_ms), gid)
+  local stream = P .. 'gw:' .. gid
+  if call('EXISTS', stream) == 0 then call('XADD', stream, '*', 'b', array_head(0)) end
+  call('PEXPIRE', stream, int(reply_ttl_ms))
+  return is_new
+end
+
+-- Why a worker does not hold a job any more (LostReason).
+local function why_lost(id)
+  local state = call('HGET', P .. 'j:' .. id, 'st')
+  if not state then return 'gone' end
+  return ({ C = 'cancelled', E = 'expired', Q = 'taken', R = 'taken' })[state] or 'ended'
+end
+
+-- A job as the library reads it (GenerationRecord), in this order.
+local function describe(j)
+  return {
+    j.id, j.st, j.y, j.t, j.k, j.c, j.ep, j.at, j.nc, j.n, prompt_tokens(j), j.cp, j.ct, place(j), j.w, j.gw,
+    j.cr, j.sc, j.en, j.dl, j.gr, j.eo,
+  }
+end

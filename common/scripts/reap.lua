@@ -1,0 +1,34 @@
+#!lua flags=allow-oom
+-- Takes the jobs of workers whose lease has ended. Every gateway and idle worker runs it each second; when it has not run
+-- for half a lease, the server was down or stopped and workers could not renew: they get one lease of grace.
+-- ARGV  1 lease ms  2 most workers  3 most jobs of each  4 most fruitless attempts  5 most claims
+-- Reply {requeued, dead-lettered}
+--@include base
+--@include jobs
+local now, lease = now_ms(), tonumber(ARGV[1])
+local marks = call('HMGET', KEYS[1], 'reaped', 'grace')
+local grace = tonumber(marks[2] or 0)
+if now - (marks[1] or 0) > lease / 2 then
+  grace = now + lease
+  call('HSET', KEYS[1], 'grace', int(grace))
+end
+call('HSET', KEYS[1], 'reaped', int(now))
+local requeued, dead = 0, 0
+if now < grace then return { 0, 0 } end
+for _, wid in ipairs(call('ZRANGEBYSCORE', P .. 'wl', '-inf', int(now), 'LIMIT', 0, ARGV[2])) do -- mutant: lease
+  for _, id in ipairs(call('HRANDFIELD', P .. 'w:' .. wid, ARGV[3])) do
+    local j = load(id)
+    if not j or j.st ~= 'R' or j.w ~= wid then
+      call('HDEL', P .. 'w:' .. wid, id) -- its hash was deleted by hand
+    elseif requeue(j, true, tonumber(ARGV[4]), tonumber(ARGV[5]), now) then
+      requeued = requeued + 1
+    else
+      dead = dead + 1
+    end
+  end
+  if call('EXISTS', P .. 'w:' .. wid) == 0 then
+    call('ZREM', P .. 'wl', wid)
+    call('DEL', P .. 'wi:' .. wid, P .. 'wc:' .. wid)
+  end
+end
+return { requeued, dead }

@@ -1,0 +1,43 @@
+#!lua flags=allow-oom
+-- Ends what nobody else ends: jobs past their deadline (a queued one even with no worker alive), detached jobs past their
+-- grace; and begins the grace of a dead gateway's jobs. Every gateway and idle worker runs it each second.
+-- ARGV  1 most jobs of each kind  2 most gateways
+-- Reply {expired, cancelled, detached}
+--@include base
+--@include jobs
+local now, most = now_ms(), tonumber(ARGV[1])
+local expired, cancelled, detached = 0, 0, 0
+for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'dl', '-inf', int(now), 'LIMIT', 0, most)) do
+  local j = load(id)
+  if j and is_live(j) then
+    expire(j, now)
+    expired = expired + 1
+  else
+    call('ZREM', P .. 'dl', id)
+  end
+end
+for _, gid in ipairs(call('ZRANGEBYSCORE', P .. 'gl', '-inf', int(now), 'LIMIT', 0, ARGV[2])) do
+  for _, id in ipairs(call('SRANDMEMBER', P .. 'g:' .. gid, most)) do
+    local j = load(id)
+    if j and is_live(j) and j.gw == gid then
+      detach(j, now)
+      detached = detached + 1
+    else
+      call('SREM', P .. 'g:' .. gid, id)
+    end
+  end
+  if call('EXISTS', P .. 'g:' .. gid) == 0 then
+    call('ZREM', P .. 'gl', gid)
+    call('DEL', P .. 'gw:' .. gid)
+  end
+end
+for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'dt', '-inf', int(now), 'LIMIT', 0, most)) do
+  local j = load(id)
+  if j and is_live(j) then
+    cancel(j, 'DISCONNECTED', now)
+    cancelled = cancelled + 1
+  else
+    call('ZREM', P .. 'dt', id)
+  end
+end
+return { expired, cancelled, detached }

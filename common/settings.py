@@ -1,0 +1,120 @@
+"""Settings that gateway and worker share, and the check for misspelt variables."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX: Final = "TORCHRELAY_"
+
+_SECOND: Final = 1000
+_HOUR: Final = 3600 * _SECOND
+_DAY: Final = 24 * _HOUR
+
+
+class RedisSettings(BaseSettings):
+    """Where the server is and how long to wait for it, from TORCHRELAY_REDIS_* variables."""
+
+    model_config = SettingsConfigDict(env_prefix="TORCHRELAY_REDIS_", frozen=True)
+    url: str = Field(
+        default="redis://127.0.0.1:6379/0",
+        description="redis://, rediss:// (TLS) or unix:// address; may hold user and password.",
+    )
+    username: str | None = Field(default=None, description="ACL user, if not in the URL.")
+    password: SecretStr | None = Field(default=None, description="Password, if not in the URL.")
+    tls_ca_file: Path | None = Field(default=None, description="CA bundle that signed the server's certificate.")
+    tls_cert_file: Path | None = Field(default=None, description="Client certificate, for servers that ask for one.")
+    tls_key_file: Path | None = Field(default=None, description="Key of the client certificate.")
+    tls_check_hostname: bool = Field(default=True, description="Whether the certificate must bear the URL's host name.")
+    connect_timeout_ms: int = Field(default=2 * _SECOND, gt=0, description="Longest wait for a connection.")
+    socket_timeout_ms: int = Field(default=3 * _SECOND, gt=0, description="Longest wait for a reply.")
+    max_connections: int = Field(default=64, gt=0, description="Most connections of one process.")
+    retry_deadline_ms: int = Field(default=10 * _SECOND, ge=0, description="How long an operation is tried again.")
+    retry_base_ms: int = Field(default=20, gt=0, description="Upper bound of the first pause between two tries.")
+    retry_cap_ms: int = Field(default=1 * _SECOND, gt=0, description="Upper bound of every pause between two tries.")
+
+    @model_validator(mode="after")
+    def _client_certificate_is_whole(self) -> Self:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file belong together")
+        return self
+
+
+class QueueSettings(BaseSettings):
+    """Bounds and times of the job queue, from TORCHRELAY_QUEUE_* variables."""
+
+    model_config = SettingsConfigDict(env_prefix="TORCHRELAY_QUEUE_", frozen=True)
+    max_queued: int = Field(default=10_000, gt=0, description="Most waiting jobs of a model.")
+    max_queued_per_tenant: int = Field(default=2_000, gt=0, description="Most waiting jobs of one tenant and model.")
+    max_live_per_tenant: int = Field(
+        default=4_000, gt=0, description="Most waiting and running jobs of one tenant and model."
+    )
+    default_lifetime_ms: int = Field(default=_HOUR, gt=0, description="A job's time limit when the caller sets none.")
+    max_lifetime_ms: int = Field(default=_DAY, gt=0, description="Longest time limit of a job.")
+    max_disconnect_grace_ms: int = Field(
+        default=10 * 60 * _SECOND, ge=0, description="Longest life of a job nobody listens to."
+    )
+    retention_ms: int = Field(default=_HOUR, gt=0, description="How long a finished generation can be read.")
+    worker_lease_ms: int = Field(
+        default=10 * _SECOND, ge=100, description="A worker silent for so long loses its jobs."
+    )
+    gateway_lease_ms: int = Field(
+        default=10 * _SECOND, ge=100, description="A gateway silent for so long loses its clients."
+    )
+    deadline_slack_ms: int = Field(
+        default=2 * _SECOND, ge=0, description="Time a worker has to end an expired job itself."
+    )
+    max_fruitless_attempts: int = Field(
+        default=3, gt=0, description="Attempts without progress before the dead letter."
+    )
+    max_claims: int = Field(default=64, gt=0, description="Most times that a job is handed out, progress or not.")
+    max_log_bytes: int = Field(default=16 << 20, gt=0, description="Most bytes of one generation's events.")
+    max_claim_bytes: int = Field(default=16 << 20, gt=0, description="Most bytes of bodies and logs in one claim.")
+    max_attach_events: int = Field(default=1024, gt=0, description="Most events in one answer to attach.")
+    max_attach_bytes: int = Field(default=1 << 20, gt=0, description="About the most bytes in one answer to attach.")
+    reply_ttl_ms: int = Field(default=60 * _SECOND, gt=0, description="Life of a reply stream that nobody renews.")
+    expected_completion_tokens: int = Field(
+        default=256, gt=0, description="Output charged to a tenant when a job starts; settled when it ends."
+    )
+    bypass_kv_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Jobs up to this size may pass a higher class whose next job does not fit yet. 0: none.",
+    )
+
+    @model_validator(mode="after")
+    def _times_agree(self) -> Self:
+        if self.default_lifetime_ms > self.max_lifetime_ms:
+            raise ValueError("default_lifetime_ms must be at most max_lifetime_ms")
+        return self
+
+
+class UnknownVariable(NamedTuple):
+    """A TORCHRELAY_ variable that no setting reads, and the one that was probably meant."""
+
+    name: str
+    nearest: str | None
+
+
+def variables_of(settings: type[BaseSettings]) -> set[str]:
+    """Names of the environment variables that a settings class reads, in upper case."""
+    prefix = settings.model_config.get("env_prefix", "")
+    return {(prefix + name).upper() for name in settings.model_fields}
+
+
+def unknown_variables(
+    environment: Mapping[str, str], classes: Iterable[type[BaseSettings]], also_known: Iterable[str] = ()
+) -> list[UnknownVariable]:
+    """Variables with our prefix that nothing reads: a misspelt setting must not be ignored in silence."""
+    known = {name.upper() for name in also_known}
+    for settings in classes:
+        known |= variables_of(settings)
+    unknown = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
+    return [
+        UnknownVariable(name, next(iter(difflib.get_close_matches(name.upper(), known, n=1)), None)) for name in unknown
+    ]

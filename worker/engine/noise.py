@@ -79,7 +79,8 @@ def gumbel(hashes: torch.Tensor) -> torch.Tensor:
 
 
 def least_hash(noise: torch.Tensor) -> torch.Tensor:
-    """A hash that every larger noise exceeds: the inverse of `gumbel`, rounded down. float64 to int32."""
+    """The inverse of `gumbel`, rounded down: a hash whose noise is larger is not less. float64 to int32."""
     u = torch.exp(-torch.exp(-noise))
-    word = torch.floor(u * 2.0**32 - 0.5) - 2.0**31 - 1  # one less than the inverse makes up for the rounding
+    # Without rounding up there is a whole hash of margin for the error of the exponentials.
+    word = torch.floor(u * 2.0**32 - 0.5) - 2.0**31
     return word.clamp(min=-(2.0**31), max=2.0**31 - 1).to(torch.int32)

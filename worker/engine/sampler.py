@@ -133,7 +133,7 @@ class Sampler:
         for start in range(0, len(scores), chunk):
             part = slice(start, start + chunk)
             hashes = ordered_hash(keys[part], self._vocabulary)
-            row, token = (hashes > least_hash(best[part] - bound[part])[:, None]).nonzero(as_tuple=True)
+            row, token = (hashes >= least_hash(best[part] - bound[part])[:, None]).nonzero(as_tuple=True)
             totals = scores[part][row, token].double() + gumbel(hashes[row, token])
             # The largest of each row's few; of equal ones the smallest id.
             largest = best[part].scatter_reduce(0, row, totals, "amax")

@@ -1,0 +1,197 @@
+"""The sampler against transformers' logits processors, applied to the whole vocabulary in its order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from common.generation import SamplingParams
+from worker.engine.noise import gumbel, ordered_hash, row_key
+from worker.engine.sampler import Sampler
+from worker.engine.sequence import Sequence
+
+CPU = torch.device("cpu")
+
+
+def make_row(prompt: list[int], **params: Any) -> Sequence:
+    return Sequence("s", prompt, SamplingParams(max_tokens=10, **params))
+
+
+def transformers_scores(logits: torch.Tensor, row: Sequence) -> torch.Tensor:
+    """[vocab_size], -inf for what transformers drops."""
+    params = row.sampling
+    processors = LogitsProcessorList()
+    if params.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.no_repeat_ngram_size > 0:
+        processors.append(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
+    if params.temperature > 0:
+        processors.append(TemperatureLogitsWarper(params.temperature))
+        if params.top_k > 0:
+            processors.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1:
+            processors.append(TopPLogitsWarper(params.top_p))
+        processors.append(MinPLogitsWarper(params.min_p))
+    return processors(torch.tensor([list(row.token_ids)]), logits[None])[0]
+
+
+def reference_token(logits: torch.Tensor, row: Sequence) -> int:
+    """What the row must get: the largest of transformers' score plus the documented noise, over all tokens."""
+    scores = transformers_scores(logits.float(), row)
+    if row.sampling.temperature == 0:
+        return int(scores.argmax())
+    key = torch.tensor([row_key(row.sampling.seed, row.output_index, row.num_tokens)], dtype=torch.int32)
+    noise = gumbel(ordered_hash(key, torch.arange(len(scores), dtype=torch.int32)))[0]
+    return int((scores.double() + noise).argmax())
+
+
+_rows = st.builds(
+    make_row,
+    prompt=st.lists(st.integers(0, 30), min_size=1, max_size=30),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 0, 1, 5, 50, 300, 5000]),
+    top_p=st.sampled_from([1.0, 0.1, 0.5, 0.9, 0.999]),
+    min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 0.7, 1.4]),
+    no_repeat_ngram_size=st.sampled_from([0, 0, 1, 2, 3]),
+    seed=st.integers(0, (1 << 64) - 1),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(_rows, min_size=1, max_size=6),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),  # nearly flat to peaked
+    vocab_size=st.sampled_from([31, 256, 257, 3000]),
+)
+def test_every_row_of_a_mixed_batch_gets_the_token_that_transformers_filters_give(
+    rows: list[Sequence], seed: int, scale: float, vocab_size: int
+) -> None:
+    logits = torch.randn(len(rows), vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+    before = logits.clone()
+    sampled = Sampler(CPU).sample(logits, rows)
+    assert sampled.token_ids == [reference_token(logits[i], row) for i, row in enumerate(rows)]
+    assert torch.equal(logits, before)
+    assert sampled.invalid_rows == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=_rows, seed=st.integers(0, 1000), vocab_size=st.sampled_from([300, 3000]))
+def test_ties_are_filtered_as_transformers_filters_them(row: Sequence, seed: int, vocab_size: int) -> None:
+    # bf16 logits on a coarse grid have ties everywhere, also at the edge of top_k. With top_p, which of two equal
+    # tokens falls out is arbitrary in transformers too: it must only be one that is not less probable.
+    logits = torch.randint(0, 12, (1, vocab_size), generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    token = Sampler(CPU).sample(logits, [row]).token_ids[0]
+    kept = transformers_scores(logits[0].float(), row)
+    if row.sampling.temperature == 0 or row.sampling.top_p == 1:
+        assert token == reference_token(logits[0], row)
+    else:
+        unfiltered = transformers_scores(logits[0].float(), make_row(list(row.token_ids), **_without_top_p(row)))
+        assert unfiltered[token] >= kept[kept.isfinite()].min()
+
+
+def _without_top_p(row: Sequence) -> dict[str, Any]:
+    params = row.sampling
+    names = ("temperature", "top_k", "repetition_penalty", "no_repeat_ngram_size")
+    return {name: getattr(params, name) for name in names}
+
+
+def test_greedy_takes_the_first_of_equal_logits_as_torch_does() -> None:
+    logits = torch.zeros(2, 500)
+    logits[:, [7, 300]] = 3.0
+    rows = [make_row([1]), make_row([1], repetition_penalty=1.2)]
+    assert Sampler(CPU).sample(logits, rows).token_ids == [int(logits[0].argmax())] * 2 == [7, 7]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"temperature": 2.0, "top_k": 4}],
+    ids=["plain", "top_k", "top_p", "min_p", "hot"],
+)
+def test_tokens_are_drawn_as_often_as_their_probability_says(params: dict[str, Any]) -> None:
+    num_draws, vocab_size = 4000, 400
+    logits = torch.full((vocab_size,), -30.0)
+    logits[[3, 50, 111, 222, 399]] = torch.tensor([0.45, 0.25, 0.15, 0.1, 0.05]).log()
+    rows = [make_row([1], **{"temperature": 1.0, **params}, seed=seed) for seed in range(num_draws)]
+    drawn = torch.tensor(Sampler(CPU).sample(logits.expand(num_draws, -1), rows).token_ids)
+    expected = transformers_scores(logits, rows[0]).softmax(-1)
+    counts = torch.bincount(drawn, minlength=vocab_size)
+    assert counts[expected < 1e-9].sum() == 0
+    likely = expected > 1e-9
+    chi2 = ((counts[likely] - num_draws * expected[likely]) ** 2 / (num_draws * expected[likely])).sum()
+    assert chi2 < 18.5  # 4 degrees of freedom at most: exceeded once in 1,000 seeds, and these are fixed
+
+
+def test_a_flat_distribution_is_drawn_from_the_whole_vocabulary() -> None:
+    num_draws, vocab_size = 600, 5000
+    rows = [make_row([1], temperature=1.0, seed=seed) for seed in range(num_draws)]
+    drawn = torch.tensor(Sampler(CPU).sample(torch.zeros(num_draws, vocab_size), rows).token_ids)
+    quarters = torch.bincount(drawn // (vocab_size // 4), minlength=4)
+    assert ((quarters - num_draws / 4) ** 2 / (num_draws / 4)).sum() < 16.3  # 3 degrees of freedom, 0.1 %
+
+
+def test_the_draw_does_not_depend_on_the_row_or_on_the_neighbours() -> None:
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(1))
+    row = make_row([4, 5], temperature=1.0, seed=99)
+    alone = Sampler(CPU).sample(logits, [row]).token_ids[0]
+    others = [make_row([1], temperature=0.5, top_k=3), make_row([2]), make_row([1, 1], repetition_penalty=2.0)]
+    batch = torch.cat([torch.randn(3, 5000), logits])
+    assert Sampler(CPU).sample(batch, [*others, row]).token_ids[3] == alone
+
+
+def test_outputs_and_positions_draw_differently() -> None:
+    rows = [
+        Sequence("s", [1] * n, SamplingParams(max_tokens=9, temperature=1.0), output_index=i)
+        for n in (1, 2)
+        for i in (0, 1)
+    ]
+    assert len(set(Sampler(CPU).sample(torch.zeros(4, 9000), rows).token_ids)) == 4
+
+
+def test_nan_and_infinity_are_reported_for_their_rows_alone() -> None:
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(2))
+    logits[1, 17] = float("nan")
+    logits[3] = float("inf")
+    rows = [make_row([1], temperature=t, logprobs=True) for t in (0.0, 0.0, 1.0, 1.0, 1.0)]
+    sampled = Sampler(CPU).sample(logits, rows)
+    assert sampled.invalid_rows == [1, 3]
+    for i in (0, 2, 4):
+        assert sampled.token_ids[i] == reference_token(logits[i], rows[i])
+
+
+def test_logprobs_are_of_the_raw_logits_and_only_for_rows_that_ask() -> None:
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(3))
+    rows = [
+        make_row([1], temperature=0.3, top_k=2, logprobs=True),
+        make_row([1]),
+        make_row([5, 6], repetition_penalty=3.0, logprobs=True),
+    ]
+    sampled = Sampler(CPU).sample(logits, rows)
+    assert sampled.logprobs.keys() == {0, 2}
+    for i in (0, 2):
+        assert sampled.logprobs[i] == pytest.approx(float(logits[i].log_softmax(-1)[sampled.token_ids[i]]), abs=1e-6)
+
+
+def test_an_empty_step_samples_nothing() -> None:
+    assert Sampler(CPU).sample(torch.zeros(0, 10), []).token_ids == []
+
+
+def test_tokens_beyond_the_logits_are_not_penalised() -> None:
+    # Some checkpoints embed more ids than their head scores.
+    logits = torch.tensor([[1.0, 2.0, 0.5]])
+    row = make_row([1, 7, 7, 7], repetition_penalty=4.0, no_repeat_ngram_size=2)
+    assert Sampler(CPU).sample(logits, [row]).token_ids == [0]

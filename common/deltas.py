@@ -1,0 +1,31 @@
+"""Joining deltas that travel together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from common.generation import OutputDelta
+
+
+def merge_deltas(deltas: Iterable[OutputDelta]) -> list[OutputDelta]:
+    """Join deltas of the same output, in the order of each output's first.
+
+    Deltas of one output must follow one another without a gap, as they do in a log.
+    """
+    parts: dict[int, list[OutputDelta]] = {}
+    for delta in deltas:
+        parts.setdefault(delta.output_index, []).append(delta)
+    return [_joined(found) if len(found) > 1 else found[0] for found in parts.values()]
+
+
+def _joined(parts: list[OutputDelta]) -> OutputDelta:
+    first, last = parts[0], parts[-1]
+    return OutputDelta(
+        output_index=first.output_index,
+        first_token_index=first.first_token_index,
+        token_ids=tuple(token_id for part in parts for token_id in part.token_ids),
+        text="".join(part.text for part in parts),
+        logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+        finish_reason=last.finish_reason,
+        stop_match=last.stop_match,
+    )

@@ -1,0 +1,170 @@
+"""From the queue's records to response messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from common import errors
+from common.generation import FinishReason, OutputDelta, Usage
+from common.jobs import GenerationRecord, JobState, Reason
+from gateway.progress import LogPosition
+from torchrelay.v1 import generation_pb2 as pb
+
+_FINISH_REASONS: Final = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.TIME_LIMIT: pb.FINISH_REASON_TIME_LIMIT,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+}
+
+
+def duration(milliseconds: int) -> Duration:
+    message = Duration()
+    message.FromMilliseconds(milliseconds)
+    return message
+
+
+def timestamp(milliseconds: int) -> Timestamp:
+    message = Timestamp()
+    message.FromMilliseconds(milliseconds)
+    return message
+
+
+def delta_message(delta: OutputDelta) -> pb.Delta:
+    return pb.Delta(
+        output_index=delta.output_index,
+        first_token_index=delta.first_token_index,
+        token_ids=delta.token_ids,
+        text=delta.text,
+        logprobs=delta.logprobs,
+    )
+
+
+def deltas_event(deltas: Iterable[OutputDelta], position: LogPosition) -> pb.GenerationEvent | None:
+    """Return the event for new tokens; None if there is neither a token nor text, only an end."""
+    messages = [delta_message(delta) for delta in deltas if delta.token_ids or delta.text]
+    if not messages:
+        return None
+    return pb.GenerationEvent(
+        sequence=position.sequence, chain_hash=chain_hash(position), deltas=pb.Deltas(deltas=messages)
+    )
+
+
+def chain_hash(position: LogPosition) -> bytes:
+    """Return the digest that goes with a position; empty before the first event."""
+    return position.chain_hash or b"" if position.sequence else b""
+
+
+def output_end(delta: OutputDelta) -> pb.OutputEnd:
+    """Return how an output ended, from its last delta."""
+    assert delta.finish_reason is not None
+    end = pb.OutputEnd(output_index=delta.output_index, finish_reason=_FINISH_REASONS[delta.finish_reason])
+    if isinstance(delta.stop_match, str):
+        end.stop = delta.stop_match
+    elif isinstance(delta.stop_match, int):
+        end.stop_token_id = delta.stop_match
+    return end
+
+
+def usage_message(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_prompt_tokens=usage.cached_prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+    )
+
+
+def timings_message(record: GenerationRecord) -> pb.Timings:
+    """Return the times of a generation that ended."""
+    timings = pb.Timings(
+        total_time=duration(max(0, record.ended_ms - record.created_ms)),
+        num_takeovers=max(0, record.num_claims - 1),
+    )
+    if record.started:
+        timings.queue_time.FromMilliseconds(max(0, record.started_ms - record.created_ms))
+    if record.first_token_ms:
+        timings.time_to_first_token.FromMilliseconds(max(0, record.first_token_ms - record.created_ms))
+    return timings
+
+
+def finished_event(record: GenerationRecord, position: LogPosition, num_outputs: int) -> pb.GenerationEvent:
+    """Return the last event of a generation that ended well."""
+    otherwise = FinishReason.CANCELLED if record.state is JobState.CANCELLED else FinishReason.TIME_LIMIT
+    finished = pb.Finished(
+        outputs=[output_end(position.end_of(index, otherwise)) for index in range(num_outputs)],
+        usage=usage_message(record.usage),
+        timings=timings_message(record),
+    )
+    return pb.GenerationEvent(sequence=position.sequence, chain_hash=chain_hash(position), finished=finished)
+
+
+def failure_of(record: GenerationRecord) -> errors.ServingError | None:
+    """Return the error that a final state means to a caller; None for one that ended well."""
+    if record.state is JobState.FAILED:
+        if record.reason is Reason.LOG_LIMIT:
+            return errors.LogLimitExceeded("the generation's events outgrew the limit on stored bytes")
+        return errors.WorkerFailed(
+            "the generation failed on every worker that tried it", metadata={"detail": str(record.reason)}
+        )
+    if record.state is JobState.EXPIRED and not record.started:
+        return errors.DeadlineExceeded("the time limit passed before a worker was free")
+    return None
+
+
+def state_of(record: GenerationRecord) -> pb.GenerationState.ValueType:
+    """Return the state that callers see."""
+    if record.state is JobState.QUEUED:
+        return pb.GENERATION_STATE_RECOVERING if record.started else pb.GENERATION_STATE_QUEUED
+    if record.state is JobState.EXPIRED:
+        return pb.GENERATION_STATE_FINISHED if record.started else pb.GENERATION_STATE_EXPIRED
+    return {
+        JobState.RUNNING: pb.GENERATION_STATE_RUNNING,
+        JobState.DONE: pb.GENERATION_STATE_FINISHED,
+        JobState.FAILED: pb.GENERATION_STATE_FAILED,
+        JobState.CANCELLED: pb.GENERATION_STATE_CANCELLED,
+    }[record.state]
+
+
+def progress_event(record: GenerationRecord, position: LogPosition) -> pb.GenerationEvent:
+    """Return the state of a generation between tokens."""
+    progress = pb.Progress(state=state_of(record))
+    if record.state is JobState.QUEUED:
+        progress.place = max(0, record.place - 1)
+    return pb.GenerationEvent(sequence=position.sequence, chain_hash=chain_hash(position), progress=progress)
+
+
+def generation_message(
+    record: GenerationRecord, accepted: pb.Accepted, deltas: Sequence[OutputDelta], position: LogPosition
+) -> pb.Generation:
+    """Return a generation with everything that its log holds."""
+    failure = failure_of(record)
+    message = pb.Generation(
+        generation_id=record.generation_id,
+        model=accepted.model,
+        model_revision=accepted.model_revision,
+        state=state_of(record),
+        config=accepted.config,
+        usage=usage_message(record.usage),
+        create_time=timestamp(record.created_ms),
+        last_sequence=position.sequence,
+        chain_hash=chain_hash(position),
+        error_reason=failure.reason if failure else "",
+    )
+    if record.state.is_final:
+        message.timings.CopyFrom(timings_message(record))
+    by_index = {delta.output_index: delta for delta in deltas}
+    otherwise = FinishReason.CANCELLED if record.state is JobState.CANCELLED else FinishReason.TIME_LIMIT
+    for index in range(accepted.config.num_outputs or 1):
+        output = message.outputs.add(output_index=index)
+        known = by_index.get(index)
+        if known is not None:
+            output.text = known.text
+            output.token_ids.extend(known.token_ids)
+            output.logprobs.extend(known.logprobs)
+        if index in position.ends or (record.state.is_final and failure is None):
+            output.end.CopyFrom(output_end(position.end_of(index, otherwise)))
+    return message

@@ -1,0 +1,144 @@
+"""Wraps every handler: credentials become a caller, bytes become a message, and whatever is raised becomes a status.
+
+Left alone, grpc.aio answers malformed bytes and unexpected exceptions with UNKNOWN and the exception's text, which may
+hold a caller's data; and a handler that raises CancelledError by itself leaves its caller waiting for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from google.rpc import error_details_pb2
+
+from common.errors import InvalidRequest, ServingError
+from gateway.auth import CALLER, Caller
+from gateway.status import DOMAIN, GenerationEndedError, status_of, to_status
+
+log = structlog.get_logger()
+
+Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """The one interceptor. `authenticate` turns a call's metadata into its caller, or raises; None asks nobody."""
+
+    def __init__(
+        self, authenticate: Callable[[Metadata], Awaitable[Caller]] | None, prefix: str = "/torchrelay."
+    ) -> None:
+        self._authenticate = authenticate
+        self._prefix = prefix
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        method = handler_call_details.method
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or not method.startswith(self._prefix):
+            return handler  # health and reflection are open, and parse for themselves
+        deserialize = handler.request_deserializer
+        if handler.response_streaming:
+            behavior = self._guarded(method, lambda data, context: _stream(handler, deserialize, data, context))
+            make: Any = grpc.unary_stream_rpc_method_handler
+        else:
+            behavior = self._guarded(method, lambda data, context: _unary(handler, deserialize, data, context))
+            make = grpc.unary_unary_rpc_method_handler
+        guarded: grpc.RpcMethodHandler[Any, Any] = make(
+            behavior, request_deserializer=None, response_serializer=handler.response_serializer
+        )
+        return guarded
+
+    def _guarded(
+        self, method: str, call: Callable[[bytes, Context], Awaitable[Any]]
+    ) -> Callable[[bytes, Context], Awaitable[Any]]:
+        async def behavior(data: bytes, context: Context) -> Any:
+            try:
+                if self._authenticate is not None:
+                    CALLER.set(await self._authenticate(context.invocation_metadata() or ()))  # type: ignore[arg-type]
+                return await call(data, context)
+            except BaseException as error:  # noqa: BLE001 - all of them must become a status
+                await _abort(error, context, method)
+
+        return behavior
+
+
+async def _unary(handler: Any, deserialize: Callable[[bytes], Message], data: bytes, context: Context) -> Any:
+    return await handler.unary_unary(parse(deserialize, data), context)
+
+
+async def _stream(handler: Any, deserialize: Callable[[bytes], Message], data: bytes, context: Context) -> None:
+    """Drive a generator by hand.
+
+    A call that ends while it writes then closes the generator at once, not when it is collected.
+    """
+    async with contextlib.aclosing(handler.unary_stream(parse(deserialize, data), context)) as responses:
+        async for response in responses:
+            await context.write(response)  # returns when the client's window has room: this is the back-pressure
+
+
+def parse(deserialize: Callable[[bytes], Message], data: bytes) -> Message:
+    """Return the message. Raises InvalidRequest for bytes that are none, and for unknown fields."""
+    try:
+        message = deserialize(data)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest("the request is not a valid message", reason="MALFORMED_MESSAGE") from error
+    unknown = find_unknown_field(message)
+    if unknown is not None:
+        number = unknown.rpartition(".")[2]
+        raise InvalidRequest(
+            f"field number {number} is not known to this server", reason="UNKNOWN_FIELD", field=unknown
+        )
+    return message
+
+
+def find_unknown_field(message: Message, path: str = "") -> str | None:
+    """Return the path of the first field that this server does not know, its number last; None if there is none."""
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        return f"{path}{unknown[0].field_number}"
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
+            continue
+        inside = f"{path}{descriptor.name}"
+        items = [(f"{inside}.", value)]
+        if descriptor.is_repeated:
+            items = [(f"{inside}[{index}].", item) for index, item in enumerate(value)]
+        for item_path, item in items:
+            found = find_unknown_field(item, item_path)
+            if found is not None:
+                return found
+    return None
+
+
+async def _abort(error: BaseException, context: Context, method: str) -> None:
+    """End the call with the error's status; let pass what nobody waits for."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise error  # the caller went away, its deadline passed, or the server stops
+    if isinstance(error, ServingError):
+        await context.abort_with_status(status_of(error))
+    if isinstance(error, GenerationEndedError):
+        await context.abort_with_status(status_of(error.error, error.usage))
+    if not isinstance(error, Exception | asyncio.CancelledError):
+        raise error  # KeyboardInterrupt, SystemExit
+    incident = secrets.token_hex(8)
+    # Where, not what: the text of an exception may hold what a caller wrote.
+    frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    log.error("call.failed", method=method, incident=incident, error=type(error).__name__, frames=frames)
+    info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"incident": incident})
+    await context.abort_with_status(to_status(grpc.StatusCode.INTERNAL, f"internal error {incident}", [info]))

@@ -1,0 +1,295 @@
+"""GenerationService: converts, delegates, and cleans up however a call ends."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc.aio
+
+from common import errors, keys
+from common.deltas import merge_deltas
+from common.generation import JobBody, OutputDelta
+from common.job_queue import JobQueue
+from common.jobs import Attachment, NewJob
+from gateway import convert
+from gateway import validation as check
+from gateway.auth import Caller, current_caller
+from gateway.catalog import Catalog
+from gateway.progress import LogPosition
+from gateway.settings import GatewaySettings
+from gateway.stream import EventStream, StreamFactory, accepted_of, stored_body
+from torchrelay.v1 import generation_pb2 as pb
+from torchrelay.v1 import generation_pb2_grpc as pb_grpc
+
+GENERATION_ID_METADATA = "torchrelay-generation-id"
+_MIN_TIME_LIMIT_MS = 1
+_RETRY_AFTER_MS = 500
+
+NewGeneration = pb.GenerateRequest | pb.StreamGenerateRequest | pb.SubmitGenerationRequest
+
+
+class GenerationServicer(pb_grpc.GenerationServiceServicer):
+    """Serves generations of every model in the catalog."""
+
+    def __init__(
+        self, queue: JobQueue, streams: StreamFactory, catalog: Catalog, settings: GatewaySettings, secret: bytes
+    ) -> None:
+        """`secret` keys digests and salts the prefix cache per tenant; all gateways of a deployment share it."""
+        self._queue = queue
+        self._streams = streams
+        self._catalog = catalog
+        self._settings = settings
+        self._secret = secret
+        self._num_calls = 0
+
+    async def Generate(  # noqa: N802 - the method's name in the contract
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
+    ) -> pb.GenerateResponse:
+        caller = current_caller()
+        async with self._new_stream(request, caller, context) as (stream, accepted, attachment):
+            async for _ in stream.events(attachment):
+                pass
+        return pb.GenerateResponse(generation=await self._whole(accepted.generation_id, caller))
+
+    async def StreamGenerate(  # noqa: N802
+        self,
+        request: pb.StreamGenerateRequest,
+        context: grpc.aio.ServicerContext[pb.StreamGenerateRequest, pb.StreamGenerateResponse],
+    ) -> AsyncIterator[pb.StreamGenerateResponse]:
+        async with self._new_stream(request, current_caller(), context) as (stream, accepted, attachment):
+            yield pb.StreamGenerateResponse(event=pb.GenerationEvent(accepted=accepted))
+            async for event in stream.events(attachment):
+                yield pb.StreamGenerateResponse(event=event)
+
+    async def SubmitGeneration(  # noqa: N802
+        self,
+        request: pb.SubmitGenerationRequest,
+        context: grpc.aio.ServicerContext[pb.SubmitGenerationRequest, pb.SubmitGenerationResponse],
+    ) -> pb.SubmitGenerationResponse:
+        job, accepted = await self._job(request, current_caller(), None)
+        enqueued = await self._queue.enqueue(keys.shard_of(accepted.generation_id), job)
+        if enqueued.duplicate:
+            record = await self._queue.get(enqueued.generation_id, job.tenant)
+            accepted = accepted_of(record)
+            accepted.replayed = True
+        else:
+            accepted.place = max(0, enqueued.place - 1)
+        return pb.SubmitGenerationResponse(accepted=accepted)
+
+    async def ResumeGeneration(  # noqa: N802
+        self,
+        request: pb.ResumeGenerationRequest,
+        context: grpc.aio.ServicerContext[pb.ResumeGenerationRequest, pb.ResumeGenerationResponse],
+    ) -> AsyncIterator[pb.ResumeGenerationResponse]:
+        caller = current_caller()
+        _check_generation_id(request.generation_id)
+        if request.chain_hash and len(request.chain_hash) != 8:
+            raise errors.InvalidRequest("must be empty or 8 bytes", reason="FIELD_INVALID", field="chain_hash")
+        position = LogPosition(request.after_sequence, request.chain_hash or None)
+        if not request.after_sequence:
+            position = LogPosition()
+        with self._one_more_call():
+            subscription = self._streams.listen(request.generation_id)
+            stream: EventStream | None = None
+            try:
+                attachment = await self._queue.attach(
+                    request.generation_id, caller.tenant, request.after_sequence, request.chain_hash
+                )
+                accepted = accepted_of(attachment.record)
+                await self._send_id(request.generation_id, context)
+                stream = self._streams.open(subscription, caller.tenant, accepted, position)
+                yield pb.ResumeGenerationResponse(
+                    event=pb.GenerationEvent(
+                        sequence=position.sequence, chain_hash=convert.chain_hash(position), accepted=accepted
+                    )
+                )
+                async for event in stream.events(attachment):
+                    yield pb.ResumeGenerationResponse(event=event)
+            finally:
+                # Without a stream nothing was attached: there is nothing to let go of.
+                await self._streams.close(subscription, ended=stream is None or stream.ended)
+
+    async def GetGeneration(  # noqa: N802
+        self,
+        request: pb.GetGenerationRequest,
+        context: grpc.aio.ServicerContext[pb.GetGenerationRequest, pb.GetGenerationResponse],
+    ) -> pb.GetGenerationResponse:
+        _check_generation_id(request.generation_id)
+        return pb.GetGenerationResponse(generation=await self._whole(request.generation_id, current_caller()))
+
+    async def CancelGeneration(  # noqa: N802
+        self,
+        request: pb.CancelGenerationRequest,
+        context: grpc.aio.ServicerContext[pb.CancelGenerationRequest, pb.CancelGenerationResponse],
+    ) -> pb.CancelGenerationResponse:
+        _check_generation_id(request.generation_id)
+        record = await self._queue.cancel(request.generation_id, current_caller().tenant)
+        return pb.CancelGenerationResponse(state=convert.state_of(record))
+
+    @asynccontextmanager
+    async def _new_stream(
+        self,
+        request: pb.GenerateRequest | pb.StreamGenerateRequest,
+        caller: Caller,
+        context: grpc.aio.ServicerContext[object, object],
+    ) -> AsyncIterator[tuple[EventStream, pb.Accepted, Attachment | None]]:
+        """Queue a generation and listen to it; at the end let go of it, however the call ended."""
+        with self._one_more_call():
+            job, accepted = await self._job(request, caller, context.time_remaining())
+            known = await self._known(request.model, job)
+            subscription = self._streams.listen(known or accepted.generation_id)
+            stream: EventStream | None = None
+            queued = False
+            try:
+                attachment: Attachment | None = None
+                if known is None:
+                    queued = True
+                    enqueued = await self._queue.enqueue(keys.shard_of(accepted.generation_id), job)
+                    if enqueued.duplicate:
+                        known = enqueued.generation_id
+                        await self._streams.close(subscription, ended=True)
+                        subscription = self._streams.listen(known)
+                    accepted.place = max(0, enqueued.place - 1)
+                if known is not None:
+                    attachment = await self._queue.attach(known, caller.tenant)
+                    accepted = accepted_of(attachment.record)
+                    accepted.replayed = True
+                await self._send_id(accepted.generation_id, context)
+                stream = self._streams.open(subscription, caller.tenant, accepted, LogPosition())
+                yield stream, accepted, attachment
+            finally:
+                # An enqueue whose reply never came may have taken effect all the same: it is let go of too.
+                await self._streams.close(subscription, ended=stream.ended if stream is not None else not queued)
+
+    async def _job(
+        self, request: NewGeneration, caller: Caller, call_remaining_s: float | None
+    ) -> tuple[NewJob, pb.Accepted]:
+        """Validate and tokenize a request. Raises InvalidRequest, ModelNotFound and FailedPrecondition."""
+        model = await self._catalog.get(check.check_model_name(request.model))
+        prompt = await model.encode(request.input)
+        card = model.card
+        limits = check.ConfigLimits(
+            card.context_length, card.vocab_size, self._settings.max_outputs, self._settings.max_stop_strings
+        )
+        seed = secrets.randbits(64)
+        config = check.resolve_config(request.config, model.defaults, len(prompt), limits, seed=seed)
+        sampling = check.sampling_params(config, card.eos_token_ids)
+        grace_ms = self._grace_ms(request)
+        accepted = pb.Accepted(
+            generation_id=keys.new_generation_id(card.shard),
+            model=card.name,
+            model_revision=card.revision,
+            config=config,
+            prompt_tokens=len(prompt),
+        )
+        kv_tokens, peak = model.kv_tokens(len(prompt), sampling)
+        job = NewJob(
+            tenant=caller.tenant,
+            key_id=caller.key_id,
+            body=JobBody(prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=self._salt(caller.tenant)),
+            time_limit_ms=self._time_limit_ms(request, grace_ms, call_remaining_s),
+            disconnect_grace_ms=grace_ms,
+            attended=not isinstance(request, pb.SubmitGenerationRequest),
+            kv_tokens=kv_tokens,
+            peak_kv_tokens=peak,
+            idempotency_key=check.check_idempotency_key(request.idempotency_key),
+            request_digest=self._digest(request),
+            echo=stored_body(accepted),
+            generation_id=accepted.generation_id,
+        )
+        return job, accepted
+
+    def _grace_ms(self, request: NewGeneration) -> int:
+        if isinstance(request, pb.SubmitGenerationRequest) or not request.HasField("disconnect_grace"):
+            return 0
+        longest = int(self._settings.max_disconnect_grace_s * 1000)
+        return check.milliseconds(request.disconnect_grace, "disconnect_grace", minimum=0, maximum=longest)
+
+    def _time_limit_ms(self, request: NewGeneration, grace_ms: int, call_remaining_s: float | None) -> int:
+        """Return how long the generation may live: its time limit, and no longer than its caller waits."""
+        limit_ms = int(self._settings.default_lifetime_s * 1000)
+        if request.HasField("time_limit"):
+            longest = int(self._settings.max_lifetime_s * 1000)
+            limit_ms = check.milliseconds(request.time_limit, "time_limit", minimum=_MIN_TIME_LIMIT_MS, maximum=longest)
+        if call_remaining_s is None:
+            return limit_ms
+        return max(1, min(limit_ms, int(call_remaining_s * 1000) + grace_ms))
+
+    async def _known(self, model: str, job: NewJob) -> str | None:
+        """Return the generation that this request's idempotency key made under another revision of the model."""
+        if job.idempotency_key is None:
+            return None
+        shards = self._catalog.earlier_shards(model)
+        if not shards:
+            return None
+        return await self._queue.lookup_idempotency(shards, job.tenant, job.idempotency_key, job.request_digest)
+
+    async def _whole(self, generation_id: str, caller: Caller) -> pb.Generation:
+        """Return a generation with everything in its log. Raises GenerationNotFound."""
+        position = LogPosition()
+        deltas: list[OutputDelta] = []
+        while True:
+            part = await self._queue.read_log(
+                generation_id, caller.tenant, position.sequence, position.chain_hash or b""
+            )
+            for entry in part.events:
+                deltas += position.advance(entry).deltas
+            if not part.more or not part.events:
+                break
+        message = convert.generation_message(part.record, accepted_of(part.record), merge_deltas(deltas), position)
+        failure = convert.failure_of(part.record)
+        if failure is not None:
+            message.error_reason = failure.reason
+        return message
+
+    def _salt(self, tenant: str) -> bytes:
+        """Return what keeps tenants' blocks apart in the prefix cache."""
+        return hmac.digest(self._secret, b"prefix-cache:" + tenant.encode(), "sha256")
+
+    def _digest(self, request: NewGeneration) -> bytes:
+        """Return what must be equal when an idempotency key is used again: all but times and the key itself.
+
+        Keyed, so that what is stored says nothing about a guessed prompt.
+        """
+        body = pb.StreamGenerateRequest(model=request.model, input=request.input, config=request.config)
+        return hmac.digest(self._secret, body.SerializeToString(deterministic=True), "sha256")
+
+    @staticmethod
+    async def _send_id(generation_id: str, context: grpc.aio.ServicerContext[object, object]) -> None:
+        """Tell the caller at once that its generation exists: from here on the call can be resumed."""
+        await context.send_initial_metadata(((GENERATION_ID_METADATA, generation_id),))
+
+    def _one_more_call(self) -> _CallCount:
+        if self._num_calls >= self._settings.max_calls:
+            raise errors.ResourceExhausted(
+                "this gateway serves as many calls as it may",
+                reason="GATEWAY_FULL",
+                metadata={"limit": str(self._settings.max_calls)},
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
+        return _CallCount(self)
+
+    def count(self, change: int) -> None:
+        """Count calls in progress."""
+        self._num_calls += change
+
+
+class _CallCount:
+    """Counts a call while it lasts."""
+
+    def __init__(self, servicer: GenerationServicer) -> None:
+        self._servicer = servicer
+
+    def __enter__(self) -> None:
+        self._servicer.count(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._servicer.count(-1)
+
+
+def _check_generation_id(generation_id: str) -> None:
+    if not generation_id:
+        raise errors.InvalidRequest("generation_id is required", reason="FIELD_REQUIRED", field="generation_id")

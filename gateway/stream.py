@@ -1,0 +1,237 @@
+"""One call's stream of events: from the reply stream while it can, from the log when it must."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from common import errors
+from common.deltas import merge_deltas
+from common.generation import EventBody, OutputDelta
+from common.job_queue import JobQueue
+from common.jobs import Attachment, GenerationRecord, ItemKind, JobState, LogEvent, ReplyItem
+from gateway import convert
+from gateway.delivery import EventHub, Subscription
+from gateway.progress import LogPosition, Verdict
+from gateway.status import GenerationEndedError
+from torchrelay.v1 import generation_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTimes:
+    """Silences after which a stream does something by itself."""
+
+    reconcile_s: float
+    progress_s: float
+    clock: Callable[[], float] = time.monotonic
+
+
+class EventStream:
+    """The events of one generation after a position, for one call."""
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        subscription: Subscription,
+        tenant: str,
+        accepted: pb.Accepted,
+        position: LogPosition,
+        times: StreamTimes,
+    ) -> None:
+        self._queue = queue
+        self._subscription = subscription
+        self._generation_id = subscription.generation_id
+        self._tenant = tenant
+        self._accepted = accepted
+        self._position = position
+        self._resumed = position.sequence > 0
+        self._times = times
+        self._state = pb.GENERATION_STATE_UNSPECIFIED
+        self._place = -1
+        self._must_read_log = False
+        self.ended = False
+
+    async def events(self, attachment: Attachment | None) -> AsyncIterator[pb.GenerationEvent]:
+        """Yield everything behind the position, ending with Finished.
+
+        `attachment` is what attaching returned, None for a generation that was queued just now. Raises Superseded,
+        ResultLost, and GenerationEndedError for a generation that ended in an error.
+        """
+        if attachment is not None:
+            async for event in self._catch_up(attachment):
+                yield event
+        last_sent = self._times.clock()
+        while not self.ended:
+            items = await self._subscription.take(self._times.reconcile_s)
+            for event in self._apply(items or ()):
+                last_sent = self._times.clock()
+                yield event
+            if items is None or self._must_read_log:
+                async for event in self._catch_up(await self._read_log()):
+                    last_sent = self._times.clock()
+                    yield event
+            if self.ended:
+                yield await self._finish()
+            elif self._times.clock() - last_sent >= self._times.progress_s:
+                last_sent = self._times.clock()
+                yield convert.progress_event(await self._queue.get(self._generation_id, self._tenant), self._position)
+
+    def _apply(self, items: tuple[ReplyItem, ...]) -> list[pb.GenerationEvent]:
+        """Turn waiting items into at most one event of tokens, as far as they continue the position.
+
+        What waits is sent as one message: a caller that reads slower than the model writes gets fewer, longer ones.
+        """
+        deltas: list[OutputDelta] = []
+        produced: list[pb.GenerationEvent] = []
+        for item in items:
+            verdict = self._position.judge(item)
+            if verdict is Verdict.READ_LOG:
+                self._must_read_log = True
+                break
+            if verdict is Verdict.NEWS:
+                produced += self._news(item.kind)
+            elif verdict is Verdict.DELIVER:
+                deltas += self._position.advance(item).deltas
+                self._note_terminal(item.kind)
+        return [*produced, *self._tokens(deltas)]
+
+    async def _catch_up(self, attachment: Attachment) -> AsyncIterator[pb.GenerationEvent]:
+        """Yield what the log holds behind the position."""
+        self._must_read_log = False
+        while True:
+            deltas: list[OutputDelta] = []
+            for entry in attachment.events:
+                if entry.sequence > self._position.sequence:
+                    deltas += self._advance(entry).deltas
+            for event in self._tokens(deltas):
+                yield event
+            if not attachment.more:
+                break
+            attachment = await self._read_log()
+        if attachment.record.state.is_final:
+            self.ended = True
+        else:
+            for event in self._state_change(attachment.record):
+                yield event
+
+    def _advance(self, entry: LogEvent) -> EventBody:
+        body = self._position.advance(entry)
+        self._note_terminal(entry.kind)
+        return body
+
+    def _note_terminal(self, kind: ItemKind) -> None:
+        self.ended = self.ended or kind.is_terminal
+
+    def _tokens(self, deltas: list[OutputDelta]) -> list[pb.GenerationEvent]:
+        event = convert.deltas_event(merge_deltas(deltas), self._position)
+        if event is None:
+            return []
+        self._state = pb.GENERATION_STATE_RUNNING  # tokens say so: no Progress is needed
+        return [event]
+
+    def _news(self, kind: ItemKind) -> list[pb.GenerationEvent]:
+        state = pb.GENERATION_STATE_RUNNING if kind is ItemKind.STARTED else pb.GENERATION_STATE_RECOVERING
+        if state == self._state:
+            return []
+        self._state = state
+        position = self._position
+        return [
+            pb.GenerationEvent(
+                sequence=position.sequence,
+                chain_hash=convert.chain_hash(position),
+                progress=pb.Progress(state=state),
+            )
+        ]
+
+    def _state_change(self, record: GenerationRecord) -> list[pb.GenerationEvent]:
+        """Return a Progress if the state or the place in line is another than last time."""
+        state, place = convert.state_of(record), record.place
+        if state == self._state and place == self._place:
+            return []
+        self._state, self._place = state, place
+        return [convert.progress_event(record, self._position)]
+
+    async def _finish(self) -> pb.GenerationEvent:
+        """Return the last event. Raises GenerationEndedError."""
+        record = await self._queue.get(self._generation_id, self._tenant)
+        failure = convert.failure_of(record)
+        if failure is not None:
+            raise GenerationEndedError(failure, convert.usage_message(record.usage) if record.started else None)
+        num_outputs = self._accepted.config.num_outputs or 1
+        if self._resumed and len(self._position.ends) < num_outputs and record.state is JobState.DONE:
+            await self._read_earlier_ends()
+        return convert.finished_event(record, self._position, num_outputs)
+
+    async def _read_earlier_ends(self) -> None:
+        """Learn how outputs ended before the event that this call resumed after."""
+        sequence, more = 0, True
+        while more:
+            part = await self._queue.read_log(self._generation_id, self._tenant, sequence)
+            for entry in part.events:
+                sequence = entry.sequence
+                if entry.body is not None:
+                    self._position.note_ends(entry.body.deltas)
+            more = part.more and bool(part.events)
+
+    async def _read_log(self) -> Attachment:
+        position = self._position
+        try:
+            return await self._queue.read_log(
+                self._generation_id, self._tenant, position.sequence, position.chain_hash or b""
+            )
+        except errors.SequenceOutOfRange as error:
+            raise errors.ResultLost from error
+
+
+class StreamFactory:
+    """Opens streams, and lets go of generations whose calls are over."""
+
+    def __init__(self, queue: JobQueue, hub: EventHub, times: StreamTimes) -> None:
+        self._queue = queue
+        self._hub = hub
+        self._times = times
+        self._abandoned: set[str] = set()
+
+    def listen(self, generation_id: str) -> Subscription:
+        """Subscribe before attaching or enqueuing, so that no event falls between the two."""
+        return self._hub.subscribe(generation_id)
+
+    def open(
+        self, subscription: Subscription, tenant: str, accepted: pb.Accepted, position: LogPosition
+    ) -> EventStream:
+        return EventStream(self._queue, subscription, tenant, accepted, position, self._times)
+
+    async def close(self, subscription: Subscription, *, ended: bool) -> None:
+        """End a subscription. If the generation goes on and nobody else listens to it, its disconnect grace begins.
+
+        Shielded: the call that owned it has usually just been cancelled.
+        """
+        was_current = self._hub.unsubscribe(subscription)
+        if was_current and not ended:
+            self._abandoned.add(subscription.generation_id)
+            await asyncio.shield(self.detach_abandoned())
+
+    async def detach_abandoned(self) -> None:
+        """Begin the grace of every generation that nobody listens to any more, as far as the server answers."""
+        for generation_id in list(self._abandoned):
+            if not self._hub.has(generation_id):
+                try:
+                    await self._queue.detach(generation_id)
+                except errors.Unavailable:
+                    return  # the server is away; the gateway's upkeep tries again
+            self._abandoned.discard(generation_id)
+
+
+def stored_body(accepted: pb.Accepted) -> bytes:
+    """What the queue keeps for the gateways: how the generation was accepted."""
+    return accepted.SerializeToString(deterministic=True)
+
+
+def accepted_of(record: GenerationRecord) -> pb.Accepted:
+    """Return how a stored generation was accepted, with its place now."""
+    accepted = pb.Accepted.FromString(record.echo)
+    accepted.generation_id = record.generation_id
+    accepted.place = max(0, record.place - 1)
+    return accepted

@@ -1,0 +1,106 @@
+"""What a gateway does by itself: hears the reply streams, renews its leases, and ends what nobody else ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from common.errors import ServingError
+from common.job_queue import START_CURSOR, JobQueue
+from gateway.catalog import Catalog
+from gateway.delivery import EventHub
+from gateway.stream import StreamFactory
+
+log = structlog.get_logger()
+
+_IDLE_S = 0.2
+_RETRY_S = 0.5
+
+
+class Upkeep:
+    """Background tasks of one gateway."""
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        hub: EventHub,
+        streams: StreamFactory,
+        catalog: Catalog,
+        *,
+        interval_s: float,
+        block_ms: int,
+        on_connected: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`on_connected` is called once, when the server has answered for the first time."""
+        self._queue = queue
+        self._hub = hub
+        self._streams = streams
+        self._catalog = catalog
+        self._interval_s = interval_s
+        self._block_ms = block_ms
+        self._on_connected = on_connected
+        self._cursors: dict[str, bytes] = {}
+        self._new_shard = asyncio.Event()
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._hear())
+            group.create_task(self._maintain())
+
+    async def _hear(self) -> None:
+        """Read the reply streams of all shards with one blocking command."""
+        while True:
+            if not self._cursors:
+                await asyncio.sleep(_IDLE_S)
+                continue
+            try:
+                items, moved = await self._queue.replies(dict(self._cursors), self._block_ms)
+            except ServingError as error:
+                log.warning("replies.unavailable", reason=error.reason)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self._hub.dispatch(items)
+            for shard, cursor in moved.items():
+                if shard in self._cursors:
+                    self._cursors[shard] = cursor
+
+    async def _maintain(self) -> None:
+        connected = False
+        while True:
+            try:
+                await self._once()
+                if not connected:
+                    connected = True
+                    await self._on_connected()
+            except ServingError as error:
+                log.warning("upkeep.unavailable", reason=error.reason)
+            await asyncio.sleep(self._interval_s)
+
+    async def _once(self) -> None:
+        await self._catalog.refresh()
+        shards = self._catalog.shards()
+        for shard in shards - self._cursors.keys():
+            self._cursors[shard] = START_CURSOR
+        for shard in self._cursors.keys() - shards:
+            del self._cursors[shard]
+        # A lease or stream that was lost while the server was away is made anew by this call; those who listen there
+        # read the log within a second, since nothing reaches them otherwise.
+        lapsed = await self._queue.heartbeat(self._cursors)
+        for shard in lapsed:
+            self._cursors[shard] = START_CURSOR
+        await self._streams.detach_abandoned()
+        for shard in shards:
+            reaped, swept = await asyncio.gather(self._queue.reap(shard), self._queue.sweep(shard))
+            if reaped.requeued or reaped.dead_lettered or swept.expired or swept.cancelled or swept.detached:
+                log.info(
+                    "upkeep.acted",
+                    shard=shard,
+                    requeued=reaped.requeued,
+                    dead_lettered=reaped.dead_lettered,
+                    expired=swept.expired,
+                    cancelled=swept.cancelled,
+                    detached=swept.detached,
+                )

@@ -1,0 +1,236 @@
+"""From request messages to what the queue takes. What can be refused is refused here, all bad fields at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from google.protobuf.duration_pb2 import Duration
+
+from common.errors import FieldViolation, InvalidRequest
+from common.generation import SamplingParams
+from gateway.tokenization import Message
+from torchrelay.v1 import generation_pb2 as pb
+
+MAX_STOP_BYTES = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_NGRAM = 64
+MAX_TEMPERATURE = 2.0
+MAX_REPETITION_PENALTY = 10.0
+MAX_IDEMPOTENCY_KEY = 128
+MAX_MESSAGES = 4096
+
+_ROLE_NAMES = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigLimits:
+    """What bounds a config: the model's facts and the operator's settings."""
+
+    context_length: int
+    vocab_size: int
+    max_outputs: int
+    max_stop_strings: int
+
+
+@dataclass(slots=True)
+class Violations:
+    """Collects bad fields, so that a caller hears of all of them in one answer."""
+
+    found: list[FieldViolation] = field(default_factory=list)
+
+    def add(self, path: str, description: str, reason: str = "FIELD_OUT_OF_RANGE") -> None:
+        self.found.append(FieldViolation(path, description, reason))
+
+    def raise_if_any(self) -> None:
+        """Raise InvalidRequest with the first one's reason. The text names fields and limits, never what was sent."""
+        if self.found:
+            first = self.found[0]
+            raise InvalidRequest(
+                f"{first.field}: {first.description}", reason=first.reason, violations=tuple(self.found)
+            )
+
+
+def check_model_name(name: str) -> str:
+    """Return the name. Raises InvalidRequest if it is empty."""
+    if not name:
+        raise InvalidRequest("model is required", reason="FIELD_REQUIRED", field="model")
+    return name
+
+
+def check_token_ids(ids: Iterable[int], vocab_size: int, path: str) -> None:
+    """Raise InvalidRequest for an id outside the vocabulary."""
+    highest = max(ids, default=0)
+    if highest >= vocab_size:
+        raise InvalidRequest(
+            f"token ids must be below {vocab_size}", reason="FIELD_OUT_OF_RANGE", field=path, limit=vocab_size - 1
+        )
+
+
+def messages_of(chat: pb.ChatInput) -> list[Message]:
+    """Return the conversation. Raises InvalidRequest for an empty one, an unknown role, or a message without parts."""
+    bad = Violations()
+    if not chat.messages:
+        bad.add("input.chat.messages", "at least one message is required", "FIELD_REQUIRED")
+    if len(chat.messages) > MAX_MESSAGES:
+        bad.add("input.chat.messages", f"at most {MAX_MESSAGES} messages are taken")
+        bad.raise_if_any()
+    for index, message in enumerate(chat.messages):
+        path = f"input.chat.messages[{index}]"
+        if message.role not in _ROLE_NAMES:
+            bad.add(f"{path}.role", "must be ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT", "FIELD_INVALID")
+        if not message.parts:
+            bad.add(f"{path}.parts", "at least one part is required", "FIELD_REQUIRED")
+        for number, part in enumerate(message.parts):
+            if part.WhichOneof("part") is None:
+                bad.add(f"{path}.parts[{number}]", "must be set", "FIELD_REQUIRED")
+    bad.raise_if_any()
+    return [Message(_ROLE_NAMES[m.role], "".join(part.text for part in m.parts)) for m in chat.messages]
+
+
+def resolve_config(
+    config: pb.GenerationConfig,
+    defaults: pb.GenerationConfig,
+    num_prompt_tokens: int,
+    limits: ConfigLimits,
+    *,
+    seed: int,
+) -> pb.GenerationConfig:
+    """Return the config in force: defaults filled in, max_length turned into max_tokens, the seed drawn (`seed`).
+
+    Raises InvalidRequest with every bad field, or CONTEXT_LENGTH_EXCEEDED.
+    """
+    bad = Violations()
+    _check_fields(config, limits, bad)
+    bad.raise_if_any()
+    room = limits.context_length - num_prompt_tokens
+    if room < 1:
+        raise InvalidRequest(
+            f"the prompt has {num_prompt_tokens} tokens, which leaves no room in the model's context of "
+            f"{limits.context_length}",
+            reason="CONTEXT_LENGTH_EXCEEDED",
+            field="input",
+            limit=limits.context_length - 1,
+            got=num_prompt_tokens,
+        )
+    resolved = pb.GenerationConfig()
+    resolved.CopyFrom(defaults)
+    del resolved.stop[:], resolved.stop_token_ids[:]
+    resolved.MergeFrom(config)
+    if not config.stop:
+        resolved.stop.extend(defaults.stop)
+    resolved.max_tokens = _max_tokens(config, defaults, num_prompt_tokens, room, limits.context_length)
+    resolved.ClearField("max_length")
+    filters_given = config.HasField("top_k") or config.HasField("top_p") or config.HasField("min_p")
+    if filters_given and not config.HasField("temperature") and not resolved.temperature:
+        resolved.temperature = 1.0  # asking for a filter is asking to sample
+    if not config.HasField("seed"):
+        resolved.seed = seed
+    return resolved
+
+
+def sampling_params(config: pb.GenerationConfig, eos_token_ids: Iterable[int]) -> SamplingParams:
+    """Turn a resolved config into the engine's parameters."""
+    return SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p if config.HasField("top_p") else 1.0,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty if config.HasField("repetition_penalty") else 1.0,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
+        seed=config.seed,
+        num_outputs=config.num_outputs or 1,
+        stop_strings=tuple(config.stop),
+        stop_token_ids=tuple(dict.fromkeys([*eos_token_ids, *config.stop_token_ids])),
+        logprobs=config.logprobs,
+    )
+
+
+def milliseconds(duration: Duration, path: str, *, minimum: int, maximum: int | None = None) -> int:
+    """Return a duration in milliseconds, cut to `maximum`. Raises InvalidRequest for an invalid or too small one."""
+    if not 0 <= duration.nanos < 1_000_000_000 or not 0 <= duration.seconds <= 315_576_000_000:
+        raise InvalidRequest("must be a valid, non-negative duration", reason="FIELD_OUT_OF_RANGE", field=path)
+    value = duration.ToMilliseconds()
+    if value < minimum:
+        raise InvalidRequest(
+            f"must be at least {minimum} ms", reason="FIELD_OUT_OF_RANGE", field=path, limit=minimum, got=value
+        )
+    return value if maximum is None else min(value, maximum)
+
+
+def check_idempotency_key(key: str) -> str | None:
+    """Return the key, None if there is none. Raises InvalidRequest."""
+    if len(key) > MAX_IDEMPOTENCY_KEY or not all(" " < character <= "~" for character in key):
+        raise InvalidRequest(
+            f"must be at most {MAX_IDEMPOTENCY_KEY} printable ASCII characters without spaces",
+            reason="FIELD_INVALID",
+            field="idempotency_key",
+            limit=MAX_IDEMPOTENCY_KEY,
+        )
+    return key or None
+
+
+def _max_tokens(
+    config: pb.GenerationConfig, defaults: pb.GenerationConfig, num_prompt_tokens: int, room: int, context_length: int
+) -> int:
+    if config.HasField("max_length"):
+        if config.max_length <= num_prompt_tokens:
+            raise InvalidRequest(
+                f"must be above the prompt's {num_prompt_tokens} tokens",
+                reason="FIELD_OUT_OF_RANGE",
+                field="config.max_length",
+                limit=num_prompt_tokens + 1,
+                got=config.max_length,
+            )
+        wanted = config.max_length - num_prompt_tokens
+    elif config.HasField("max_tokens"):
+        wanted = config.max_tokens
+    else:
+        return min(room, defaults.max_tokens) if defaults.HasField("max_tokens") else room
+    if wanted > room:
+        raise InvalidRequest(
+            f"the prompt's {num_prompt_tokens} tokens and {wanted} new ones exceed the model's context of "
+            f"{context_length}",
+            reason="CONTEXT_LENGTH_EXCEEDED",
+            field="config.max_length" if config.HasField("max_length") else "config.max_tokens",
+            limit=room,
+            got=wanted,
+        )
+    return wanted
+
+
+def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violations) -> None:
+    if config.HasField("max_tokens") and config.HasField("max_length"):
+        bad.add("config.max_length", "must not be set together with max_tokens", "FIELD_CONFLICT")
+    if config.HasField("max_tokens") and config.max_tokens < 1:
+        bad.add("config.max_tokens", "must be at least 1")
+    _check_number(config, "temperature", 0, MAX_TEMPERATURE, bad)
+    _check_number(config, "top_p", 0, 1, bad, above=True)
+    _check_number(config, "repetition_penalty", 0, MAX_REPETITION_PENALTY, bad, above=True)
+    if config.HasField("min_p") and not 0 <= config.min_p < 1:
+        bad.add("config.min_p", "must be at least 0 and below 1")
+    if config.no_repeat_ngram_size > MAX_NGRAM:
+        bad.add("config.no_repeat_ngram_size", f"must be at most {MAX_NGRAM}")
+    if config.HasField("num_outputs") and not 1 <= config.num_outputs <= limits.max_outputs:
+        bad.add("config.num_outputs", f"must be 1 to {limits.max_outputs}")
+    if len(config.stop) > limits.max_stop_strings:
+        bad.add("config.stop", f"at most {limits.max_stop_strings} strings are taken")
+    elif not all(1 <= len(stop.encode()) <= MAX_STOP_BYTES for stop in config.stop):
+        bad.add("config.stop", f"each must be 1 to {MAX_STOP_BYTES} bytes")
+    if len(config.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        bad.add("config.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids are taken")
+    elif any(token_id >= limits.vocab_size for token_id in config.stop_token_ids):
+        bad.add("config.stop_token_ids", f"each must be below {limits.vocab_size}")
+
+
+def _check_number(
+    config: pb.GenerationConfig, name: str, low: float, high: float, bad: Violations, *, above: bool = False
+) -> None:
+    if not config.HasField(name):  # type: ignore[arg-type]
+        return
+    value: float = getattr(config, name)
+    inside = low < value <= high if above else low <= value <= high
+    if not math.isfinite(value) or not inside:
+        bad.add(f"config.{name}", f"must be {'above' if above else 'at least'} {low:g} and at most {high:g}")

@@ -1,0 +1,224 @@
+"""The agent: claims jobs when the KV cache has room, hands them to the engine, commits what its steps produce.
+
+Four tasks share the worker's event loop and one engine thread:
+
+    claim    bell or queue length -> claim -> engine.submit
+    commit   step results -> one commit for all held jobs -> engine.ack      one in flight; later steps join the next
+    beat     lease and the worker's figures; ends the process when a step hangs
+    tidy     reap and sweep while nothing else is to do
+
+Losing the server is no reason to drop work: the engine pauses at two uncommitted steps, and when the server is back it
+answers for each job whether it is still ours. Epochs make that safe, however long it took.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
+
+import structlog
+
+from common.errors import ServingError
+from common.job_claims import JobClaims
+from common.jobs import ClaimedJob, CommitResult, WorkerInfo
+from worker.engine.thread import EngineStopped, EngineThread
+from worker.engine.types import StepResult
+from worker.holdings import Holdings
+from worker.settings import WorkerSettings
+
+log = structlog.get_logger()
+
+_RETRY_S: Final = 0.5
+_TIDY_S: Final = 1.0
+
+
+class StepHungError(Exception):
+    """A step takes longer than any step may: the process must end, so that its jobs move on."""
+
+
+class Agent:
+    """Runs one worker. `info` describes it without the figures that change."""
+
+    def __init__(
+        self,
+        claims: JobClaims,
+        engine: EngineThread,
+        settings: WorkerSettings,
+        info: Callable[[], WorkerInfo],
+        *,
+        max_num_seqs: int,
+        beat_interval_s: float,
+    ) -> None:
+        self._claims = claims
+        self._engine = engine
+        self._settings = settings
+        self._info = info
+        self._max_num_seqs = max_num_seqs
+        self._beat_interval_s = beat_interval_s
+        self._holdings = Holdings(engine.stats.block_size)
+        self._results: list[StepResult] = []
+        self._has_results = asyncio.Event()
+        self._may_claim = asyncio.Event()  # something waits in the queue, or may
+        self._may_claim.set()
+        self._emptied = asyncio.Event()  # nothing is held
+        self._emptied.set()
+        self._stopping = asyncio.Event()
+        self._has_unknown_jobs = False
+
+    def stop(self) -> None:
+        """Begin to drain: no new jobs, and at the end of the grace the rest goes back to the queue."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Run until drained. Raises StepHungError, EngineCrashed, or what else makes going on impossible."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(task()) for task in (self._claim, self._pump, self._commit, self._beat, self._tidy)
+            ]
+            await self._stopping.wait()
+            log.info("worker.draining", held=len(self._holdings))
+            tasks[0].cancel()
+            await self._drain()
+            for task in tasks:
+                task.cancel()
+
+    # -- claim ----------------------------------------------------------------------------------------------------
+
+    async def _claim(self) -> None:
+        while True:
+            if self._holdings:
+                await self._may_claim.wait()
+            else:
+                await self._guarded(self._claims.wait_bell())
+            self._may_claim.clear()
+            if self._has_room():
+                await self._guarded(self._claim_once())
+
+    def _has_room(self) -> bool:
+        return len(self._holdings) < min(self._settings.max_jobs, self._max_num_seqs) and self._free_kv_tokens() > 0
+
+    def _free_kv_tokens(self) -> int:
+        return self._engine.stats.free_kv_tokens - self._holdings.reserved_kv_tokens
+
+    async def _claim_once(self) -> None:
+        stats = self._engine.stats
+        room = min(self._settings.max_jobs, self._max_num_seqs) - len(self._holdings)
+        jobs = await self._claims.claim(room, self._free_kv_tokens(), stats.num_blocks * stats.block_size)
+        self._take(jobs)
+
+    def _take(self, jobs: Iterable[ClaimedJob]) -> None:
+        for job in jobs:
+            self._stop_computing(job.generation_id)  # held at an older epoch: what was computed for it is void
+            log.info("job.claimed", generation_id=job.generation_id, epoch=job.epoch, events=len(job.events))
+            self._engine.submit(self._holdings.add(job, time.monotonic()))
+        if self._holdings:
+            self._emptied.clear()
+
+    # -- commit ---------------------------------------------------------------------------------------------------
+
+    async def _pump(self) -> None:
+        """Collect step results; several may wait while a commit is under way."""
+        while True:
+            try:
+                self._results.append(await self._engine.next_result())
+            except EngineStopped:
+                return
+            self._has_results.set()
+
+    async def _commit(self) -> None:
+        while True:
+            await self._has_results.wait()
+            self._has_results.clear()
+            results, self._results = self._results, []
+            # A step without tokens is committed too: a cancelled job that only prefills must learn of it.
+            events = self._holdings.events(results)
+            while True:
+                try:
+                    self._settle(await self._claims.commit(events))
+                    break
+                except ServingError as error:
+                    log.warning("commit.unavailable", reason=error.reason)
+                    events = []  # kept by the claims, and sent first next time
+                    await asyncio.sleep(_RETRY_S)
+            self._engine.ack(results[-1].step)
+            if self._has_unknown_jobs:
+                await self._guarded(self._adopt())
+
+    def _settle(self, result: CommitResult) -> None:
+        """Stop what was lost, and look for work where some waits."""
+        for generation_id, reason in result.lost.items():
+            if self._stop_computing(generation_id):
+                log.info("job.lost", generation_id=generation_id, reason=str(reason))
+        if any(result.queued):
+            self._may_claim.set()
+        if not self._holdings:
+            self._emptied.set()
+            self._may_claim.set()
+        self._has_unknown_jobs = self._has_unknown_jobs or result.has_unknown_jobs
+
+    def _stop_computing(self, generation_id: str) -> bool:
+        """Free what a generation takes; return whether it was held."""
+        request_id = self._holdings.drop(generation_id)
+        if request_id is None:
+            return False
+        self._engine.abort(request_id)
+        return True
+
+    async def _adopt(self) -> None:
+        """Take over jobs that the server counts as ours: the reply that handed them out was lost."""
+        self._take(await self._claims.owned())
+        self._has_unknown_jobs = False
+
+    # -- beat and tidy --------------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        while True:
+            age = time.monotonic() - self._engine.last_step_at
+            if age > self._settings.hang_s:
+                raise StepHungError(f"a step has taken {age:.0f} s")
+            await self._guarded(self._beat_once())
+            await asyncio.sleep(self._beat_interval_s)
+
+    async def _beat_once(self) -> None:
+        self._settle(await self._claims.heartbeat(self._info()))
+        if self._has_unknown_jobs:
+            await self._adopt()
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(_TIDY_S)
+            if not self._holdings:
+                await self._guarded(self._claims.reap())
+                await self._guarded(self._claims.sweep())
+
+    # -- drain ----------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """Let held jobs finish within the grace, then give the rest back."""
+        try:
+            async with asyncio.timeout(self._settings.drain_s):
+                await self._emptied.wait()
+        except TimeoutError:
+            rest = self._holdings.ids()
+            for generation_id in rest:
+                self._stop_computing(generation_id)
+            log.info("worker.releasing", jobs=len(rest))
+            await self._guarded(self._claims.release(rest))
+        self._engine.stop()
+        await self._guarded(self._claims.leave())
+
+    @property
+    def draining(self) -> bool:
+        """Whether no new work is taken."""
+        return self._stopping.is_set()
+
+    @staticmethod
+    async def _guarded(call: Awaitable[object]) -> None:
+        """Await a call to the server; if it fails, say so, and go on a little later."""
+        try:
+            await call
+        except ServingError as error:
+            log.warning("server.unavailable", reason=error.reason)
+            await asyncio.sleep(_RETRY_S)

@@ -1,0 +1,126 @@
+"""The generations that a worker holds: from claimed job to engine request, from step results to events. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from common.deltas import merge_deltas
+from common.generation import EventBody, OutputDelta
+from common.jobs import ClaimedJob, JobState, NewEvent, Reason
+from worker.engine.types import GenerationRequest, RequestOutput, StepResult
+
+
+@dataclass(slots=True)
+class _Held:
+    request_id: str  # in the engine; another one at each epoch, so that nothing of an earlier epoch is taken for ours
+    kv_tokens: int  # slots that it still needs before its first token
+    completion_tokens: int
+    cached_prompt_tokens: int
+
+
+@dataclass(slots=True)
+class _Growing:
+    """One event in the making: what several steps produced for one generation."""
+
+    deltas: list[OutputDelta] = field(default_factory=list)
+    last: RequestOutput | None = None
+
+
+class Holdings:
+    """What is held, and how much of the KV cache the part of it that has not begun will take."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._held: dict[str, _Held] = {}
+        self._generation_ids: dict[str, str] = {}  # by request id
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, generation_id: str) -> bool:
+        return generation_id in self._held
+
+    def ids(self) -> list[str]:
+        """Return the ids of all held generations, oldest first."""
+        return list(self._held)
+
+    @property
+    def reserved_kv_tokens(self) -> int:
+        """Slots that held generations still need before their first token; the engine's free blocks include them."""
+        return sum(held.kv_tokens for held in self._held.values())
+
+    def add(self, job: ClaimedJob, now: float) -> GenerationRequest:
+        """Hold a job and return what the engine is to do. `now` is time.monotonic()."""
+        sampling = job.body.sampling
+        emitted: list[list[int]] = [[] for _ in range(sampling.num_outputs)]
+        finished: set[int] = set()
+        for event in job.events:
+            for delta in event.body.deltas if event.body is not None else ():
+                emitted[delta.output_index] += delta.token_ids
+                if delta.finish_reason is not None:
+                    finished.add(delta.output_index)
+        completion_tokens = sum(map(len, emitted))
+        prompt_blocks = -(-len(job.body.prompt_token_ids) // self._block_size)
+        emitted_blocks = sum(1 + len(ids) // self._block_size for ids in emitted)
+        request_id = f"{job.generation_id}@{job.epoch}"
+        self._generation_ids[request_id] = job.generation_id
+        self._held[job.generation_id] = _Held(
+            request_id=request_id,
+            kv_tokens=(prompt_blocks + emitted_blocks) * self._block_size,
+            completion_tokens=completion_tokens,
+            cached_prompt_tokens=job.usage.cached_prompt_tokens,
+        )
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=job.body.prompt_token_ids,
+            sampling=sampling,
+            emitted=tuple(map(tuple, emitted)) if completion_tokens or finished else (),
+            finished_outputs=frozenset(finished),
+            cache_salt=job.body.cache_salt,
+            priority=job.priority,
+            deadline=now + job.remaining_ms / 1000,
+        )
+
+    def drop(self, generation_id: str) -> str | None:
+        """Hold a generation no longer; return its request in the engine, None if it was not held."""
+        held = self._held.pop(generation_id, None)
+        if held is None:
+            return None
+        del self._generation_ids[held.request_id]
+        return held.request_id
+
+    def events(self, results: Iterable[StepResult]) -> list[NewEvent]:
+        """Turn steps into one event per generation, and hold those that ended no longer.
+
+        What a step says of a generation that is not held, since it was lost meanwhile, is left out.
+        """
+        growing: dict[str, _Growing] = {}
+        for result in results:
+            for output in result.outputs:
+                generation_id = self._generation_ids.get(output.request_id)
+                if generation_id is not None:
+                    event = growing.setdefault(generation_id, _Growing())
+                    event.deltas += output.deltas
+                    event.last = output
+        return [self._event(generation_id, event) for generation_id, event in growing.items()]
+
+    def _event(self, generation_id: str, event: _Growing) -> NewEvent:
+        held, last = self._held[generation_id], event.last
+        assert last is not None
+        held.completion_tokens += sum(len(delta.token_ids) for delta in event.deltas)
+        if event.deltas:
+            held.kv_tokens = 0
+        if last.usage is not None:
+            held.cached_prompt_tokens = last.usage.cached_prompt_tokens
+        terminal = JobState.FAILED if last.error is not None else JobState.DONE if last.finished else None
+        if terminal is not None:
+            self.drop(generation_id)
+        return NewEvent(
+            generation_id=generation_id,
+            body=EventBody(tuple(merge_deltas(event.deltas)), last.usage),
+            completion_tokens=held.completion_tokens,
+            cached_prompt_tokens=held.cached_prompt_tokens,
+            terminal=terminal,
+            reason=Reason.WORKER_FAILED if terminal is JobState.FAILED else Reason.NONE,
+        )

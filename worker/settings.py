@@ -1,0 +1,26 @@
+"""What an operator sets of a worker, from TORCHRELAY_WORKER_* variables; the engine has its own settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class WorkerSettings(BaseSettings):
+    """Which model to serve, where, and how to stop."""
+
+    model_config = SettingsConfigDict(env_prefix="TORCHRELAY_WORKER_", frozen=True, protected_namespaces=())
+
+    model: str = Field(default="demo", description="`demo`, a directory, or a Hub id.")
+    model_name: str = Field(default="", description="Name that requests use; default: the last part of `model`.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub id.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Type of the weights.")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    max_jobs: int = Field(default=256, gt=0, description="Most generations held at a time.")
+    drain_s: float = Field(
+        default=20, ge=0, description="After SIGTERM, how long held generations may still finish here."
+    )
+    hang_s: float = Field(default=120, gt=0, description="A step that takes longer than this ends the process.")
+    log_interval_s: float = Field(default=10, gt=0, description="How often a busy worker logs its figures.")

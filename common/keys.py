@@ -26,10 +26,12 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {<shard>}:dead            list    all      dead letters, newest first             never (1,000 at most)
 
     {models}:cards            hash    worker   shard -> ModelCard (msgpack)           until deleted
+    {models}:times            hash    worker   shard -> server time of publication, ms    until deleted
+    {models}:files            hash    worker   shard -> SHA-256 of its files, for clean-up    until deleted
     {models}:version          string  worker   counts changes of the registry         never
     {models}:b:<sha256>       string  worker   tokenizer files by content             with the last card that names it
 
-    {keys}:k:<key id>         string  admin    ApiKeyRecord (msgpack), with the secret's SHA-256 only  until deleted
+    {keys}:k:<key id>         hash    admin    tenant, name, times, and the key's SHA-256, never the key   never
     {keys}:ids                set     admin    all key ids                            never
 """
 
@@ -46,12 +48,14 @@ from common.errors import GenerationNotFound
 SCHEMA_VERSION: Final = 1  # of keys, fields and scripts together; written into {shard}:meta
 
 MODEL_CARDS: Final = "{models}:cards"
+MODEL_TIMES: Final = "{models}:times"
 MODEL_VERSION: Final = "{models}:version"
 API_KEY_IDS: Final = "{keys}:ids"
 
 PRIORITY_CLASSES: Final = 3  # 0 is served first
 
 _SHARD: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_RESERVED_TAGS: Final = frozenset({"models", "keys"})
 _RANDOM_ID: Final = re.compile(r"[a-z2-7]{26}")
 _MAX_SLUG: Final = 40
 
@@ -70,7 +74,7 @@ def shard_name(model_name: str, revision: str) -> str:
 
 def check_shard(shard: str) -> str:
     """Return `shard`, or raise ValueError where it could leave its hash tag."""
-    if not _SHARD.fullmatch(shard):
+    if not _SHARD.fullmatch(shard) or shard in _RESERVED_TAGS:
         raise ValueError("a shard is 1 to 63 characters of a-z, 0-9 and '-', not beginning with '-'")
     return shard
 

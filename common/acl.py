@@ -1,0 +1,61 @@
+"""Access rules of the server's users: for each role the exact commands and keys that it needs, and nothing else.
+
+Scripts run with the rights of the user that calls them, so a role's list holds the commands inside its scripts too.
+Apply with `ACL SETUSER <name> <rules>`; `acl_file_line` gives the line for an ACL file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Final
+
+
+class Role(StrEnum):
+    """Who connects."""
+
+    GATEWAY = "gateway"
+    WORKER = "worker"
+    ADMIN = "admin"  # manages API keys and the registry; sees no job
+
+
+_CONNECTION: Final = ("auth", "hello", "ping", "select", "client|setinfo", "client|setname", "client|no-touch", "time")
+_SCRIPTS: Final = ("eval", "evalsha")
+_JOB_SCRIPTS: Final = (
+    "del", "exists", "expire", "pexpire", "get", "set",
+    "hdel", "hget", "hincrby", "hkeys", "hlen", "hmget", "hrandfield", "hset", "hstrlen",
+    "llen", "lpush", "ltrim",
+    "sadd", "srandmember", "srem",
+    "xadd", "xrange", "xrevrange", "xtrim",
+    "zadd", "zcard", "zincrby", "zrange", "zrangebyscore", "zrank", "zrem", "zrevrange", "zscore",
+)  # fmt: skip
+_JOB_KEYS: Final = tuple(
+    "~{*}:" + name
+    for name in (
+        "meta", "j:*", "q:*", "act:*", "vtc", "len", "live", "bell", "dl", "dt", "wl", "w:*", "wc:*", "wi:*",
+        "gl", "g:*", "gw:*", "i:*", "usage:*", "dead",
+    )
+)  # fmt: skip
+_REGISTRY: Final = ("exists", "get", "hdel", "hget", "hgetall", "hset", "hsetnx", "hvals", "incr", "set", "del")
+
+_COMMANDS: Final = {
+    Role.GATEWAY: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "xread", "hgetall", "info"),
+    Role.WORKER: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "blpop", *_REGISTRY),
+    Role.ADMIN: (*_CONNECTION, *_SCRIPTS, *_REGISTRY, "sadd", "smembers", "info"),
+}
+_KEYS: Final = {
+    Role.GATEWAY: (*_JOB_KEYS, "%R~{models}:*", "%R~{keys}:*"),
+    Role.WORKER: (*_JOB_KEYS, "~{models}:*"),
+    Role.ADMIN: ("~{models}:*", "~{keys}:*"),
+}
+
+
+def rules(role: Role) -> tuple[str, ...]:
+    """The rules of a role for ACL SETUSER: everything taken away, then what it needs. No password among them."""
+    commands: Iterable[str] = dict.fromkeys(_COMMANDS[role])
+    return ("reset", "on", *_KEYS[role], "resetchannels", "-@all", *(f"+{command}" for command in commands))
+
+
+def acl_file_line(role: Role, username: str, password_sha256: str) -> str:
+    """One line of an ACL file; `password_sha256` is the password's SHA-256 in hex."""
+    return f"user {username} {' '.join(rules(role))} #{password_sha256}".replace(" reset on ", " on ", 1)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -186,7 +187,7 @@ def make_request(request_id: str = "r", prompt: Iterable[int] = (1, 2, 3), **fie
 
 def make_sequence(num_prompt_tokens: int = 8, request_id: str = "s", **fields: Any) -> Sequence:
     """A sequence whose prompt starts with a token of its own, so that nobody hits its blocks by accident."""
-    prompt = fields.pop("prompt", None) or [hash(request_id) % 1000, *range(1, num_prompt_tokens)]
+    prompt = fields.pop("prompt", None) or [crc32(request_id.encode()) % 1000, *range(1, num_prompt_tokens)]
     return Sequence(request_id, prompt, SamplingParams(max_tokens=8), **fields)
 
 

@@ -38,6 +38,10 @@ class Runner(Protocol):
     def execute(self, plan: Plan) -> torch.Tensor: ...
 
 
+class DuplicateRequest(Exception):
+    """A request of this id is in the engine already."""
+
+
 @dataclass(slots=True)
 class _Output:
     """One output that is not finished yet."""
@@ -101,10 +105,10 @@ class Engine:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. One that can never run ends with an error in the next step.
 
-        Raises ValueError for an id in use.
+        Raises DuplicateRequest for an id in use.
         """
         if request.request_id in self._requests or request.request_id in self._ended:
-            raise ValueError(f"request {request.request_id} is in the engine already")
+            raise DuplicateRequest(request.request_id)
         error = self._refusal(request)
         if error is not None:
             self._ended[request.request_id] = error

@@ -16,7 +16,7 @@ from typing import Final
 
 import structlog
 
-from worker.engine.loop import Engine
+from worker.engine.loop import DuplicateRequest, Engine
 from worker.engine.types import EngineStats, GenerationRequest, StepResult
 
 log = structlog.get_logger(__name__)
@@ -59,8 +59,11 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> None:
-        """Decode a request; every outcome, a refusal too, comes as a result."""
-        self._command(lambda: self._engine.add(request))
+        """Decode a request; every outcome, a refusal too, comes as a result.
+
+        A request whose id is in the engine is dropped: the results of that id are those of the first.
+        """
+        self._command(lambda: self._add(request))
 
     def abort(self, request_id: str) -> None:
         """Cancel a request; does nothing when it is over already."""
@@ -145,6 +148,12 @@ class EngineThread:
                 self._stats = self._engine.stats()
             if self._may_step():
                 return True
+
+    def _add(self, request: GenerationRequest) -> None:
+        try:
+            self._engine.add(request)
+        except DuplicateRequest:
+            log.warning("engine.duplicate_request", request_id=request.request_id)
 
     def _may_step(self) -> bool:
         return self._engine.has_work and len(self._unacknowledged) < MAX_UNACKNOWLEDGED_STEPS

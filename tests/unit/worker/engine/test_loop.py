@@ -22,7 +22,7 @@ from tests.builders_engine import (
     prefix_hashes,
 )
 from worker.engine.blocks import BlockPool
-from worker.engine.loop import Engine
+from worker.engine.loop import DuplicateRequest, Engine
 from worker.engine.types import GenerationRequest, RequestOutput
 
 # -- the ordinary way -------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_a_request_that_can_never_run_ends_with_an_error(request_: GenerationReq
 def test_an_id_in_use_is_refused() -> None:
     engine = make_engine(PaperRunner())
     engine.add(make_request("r"))
-    with pytest.raises(ValueError, match="r is in the engine already"):
+    with pytest.raises(DuplicateRequest, match="r"):
         engine.add(make_request("r"))
 
 

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import structlog
+import torch
+
+from common.generation import FinishReason
+from tests.builders_engine import Collected, PaperRunner, make_engine, make_request, paper_tokens
+from worker.engine.scheduler import Plan
+from worker.engine.thread import EngineCrashed, EngineStopped, EngineThread
+
+StartThread = Callable[..., EngineThread]
+
+
+class GatedRunner(PaperRunner):
+    """Runs a step only when it is let; may be told to crash."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Semaphore(0)
+        self.is_in_step = threading.Event()
+        self.crash = False
+
+    def execute(self, plan: Plan) -> torch.Tensor:
+        self.is_in_step.set()
+        assert self.gate.acquire(timeout=10)
+        if self.crash:
+            raise RuntimeError("the device is gone")
+        return super().execute(plan)
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[StartThread]:
+    threads: list[EngineThread] = []
+
+    def start_thread(runner: PaperRunner | None = None, **settings: int) -> EngineThread:
+        thread = EngineThread(make_engine(runner or PaperRunner(), **settings))
+        threads.append(thread)
+        thread.start(asyncio.get_running_loop())
+        return thread
+
+    yield start_thread
+    for thread in threads:
+        thread.stop()
+        await thread.join(timeout=10)
+
+
+async def collect(thread: EngineThread, *requests_left: str) -> dict[str, Collected]:
+    """Take and acknowledge results until these requests are over."""
+    results = {request_id: Collected.of(make_request(request_id)) for request_id in requests_left}
+    async with asyncio.timeout(10):
+        while not all(c.usage or c.error for c in results.values()):
+            result = await thread.next_result()
+            for output in result.outputs:
+                for delta in output.deltas:
+                    results[output.request_id].take(delta)
+                results[output.request_id].usage, results[output.request_id].error = output.usage, output.error
+            thread.ack(result.step)
+    return results
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  # the other thread sets no event
+            await asyncio.sleep(0.001)
+
+
+async def test_requests_from_the_event_loop_come_back_as_results(start: StartThread) -> None:
+    thread = start()
+    thread.submit(make_request("a", [1, 2]))
+    thread.submit(make_request("b", [3, 4]))
+    results = await collect(thread, "a", "b")
+    assert results["a"].tokens == [paper_tokens([1, 2], 8)]
+    assert results["b"].tokens == [paper_tokens([3, 4], 8)]
+    assert thread.stats.generated_tokens == 16
+
+
+async def test_the_engine_pauses_at_two_steps_that_are_not_acknowledged(start: StartThread) -> None:
+    thread = start()
+    thread.submit(make_request("a", [1, 2], max_tokens=30))
+    first = await thread.next_result()
+    second = await thread.next_result()
+    await asyncio.sleep(0.05)
+    assert thread.stats.num_steps == 2
+    thread.ack(first.step)
+    await thread.next_result()
+    await asyncio.sleep(0.05)
+    assert thread.stats.num_steps == 3
+    thread.ack(second.step + 1)  # one acknowledgement covers all steps before
+    await until(lambda: thread.stats.num_steps == 5)
+
+
+async def test_steps_without_output_need_no_acknowledgement(start: StartThread) -> None:
+    thread = start(token_budget=4)
+    thread.submit(make_request("a", range(40)))  # ten steps of prefill
+    async with asyncio.timeout(10):
+        while not (result := await thread.next_result()).outputs:
+            pass
+    assert result.step == 10
+
+
+async def test_an_abort_is_applied_while_the_engine_is_paused(start: StartThread) -> None:
+    thread = start()
+    thread.submit(make_request("a", [1, 2], max_tokens=30))
+    await thread.next_result()
+    await thread.next_result()
+    thread.abort("a")
+    await until(lambda: thread.stats.num_free_blocks == thread.stats.num_blocks)
+    assert thread.stats.held_request_ids == ()
+    thread.ack(2)
+    result = await thread.next_result()
+    assert result.outputs[0].deltas[0].finish_reason == FinishReason.CANCELLED
+
+
+async def test_there_is_one_wake_up_of_the_event_loop_per_step(
+    start: StartThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, calls = asyncio.get_running_loop(), []
+    original = loop.call_soon_threadsafe
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: (calls.append(args), original(*args))[1])
+    thread = start()
+    for name in "abc":
+        thread.submit(make_request(name, [1, 2], max_tokens=4))
+    await collect(thread, "a", "b", "c")
+    assert len(calls) == thread.stats.num_steps
+
+
+async def test_an_idle_engine_does_not_spin_and_does_not_look_hung(start: StartThread) -> None:
+    thread = start()
+    thread.submit(make_request("a", [1, 2]))
+    await collect(thread, "a")
+    cpu_before = time.process_time()
+    await asyncio.sleep(0.2)
+    assert time.process_time() - cpu_before < 0.1
+    assert time.monotonic() - thread.last_step_at < 0.1
+
+
+async def test_a_step_that_hangs_shows_by_the_age_of_the_last_one(start: StartThread) -> None:
+    runner = GatedRunner()
+    thread = start(runner)
+    thread.submit(make_request("a", [1, 2], max_tokens=2))
+    await asyncio.sleep(0.15)
+    assert time.monotonic() - thread.last_step_at > 0.1
+    runner.gate.release(10)
+    await collect(thread, "a")
+
+
+async def test_an_engine_that_waits_for_acknowledgement_does_not_look_hung(start: StartThread) -> None:
+    thread = start()
+    thread.submit(make_request("a", [1, 2], max_tokens=30))
+    await thread.next_result()
+    await thread.next_result()
+    await asyncio.sleep(0.15)
+    assert time.monotonic() - thread.last_step_at < 0.1
+
+
+async def test_a_crash_is_reported_to_whoever_waits_for_results(start: StartThread) -> None:
+    runner = GatedRunner()
+    runner.crash = True
+    thread = start(runner)
+    with structlog.testing.capture_logs() as logs:
+        thread.submit(make_request("a", [1, 2]))
+        runner.gate.release()
+        for _ in range(2):
+            with pytest.raises(EngineCrashed, match="the device is gone") as error:
+                await thread.next_result()
+            assert isinstance(error.value.__cause__, RuntimeError)
+        await thread.join(timeout=10)
+    assert [(entry["event"], entry["held_request_ids"]) for entry in logs] == [("engine.crashed", ("a",))]
+
+
+async def test_a_request_submitted_twice_runs_once(start: StartThread) -> None:
+    thread = start()
+    with structlog.testing.capture_logs() as logs:
+        thread.submit(make_request("a", [1, 2]))
+        thread.submit(make_request("a", [1, 2]))
+        results = await collect(thread, "a")
+    assert results["a"].tokens == [paper_tokens([1, 2], 8)]
+    assert [(entry["event"], entry["request_id"]) for entry in logs] == [("engine.duplicate_request", "a")]
+
+
+async def test_stop_ends_the_results_even_with_work_left(start: StartThread) -> None:
+    thread = start()
+    thread.submit(make_request("a", [1, 2], max_tokens=30))
+    await thread.next_result()
+    await thread.next_result()
+    thread.stop()
+    for _ in range(2):
+        with pytest.raises(EngineStopped):
+            await thread.next_result()
+
+
+async def test_join_does_not_wait_for_ever_for_a_step_that_hangs(start: StartThread) -> None:
+    runner = GatedRunner()
+    thread = start(runner)
+    thread.submit(make_request("a", [1, 2]))
+    await until(runner.is_in_step.is_set)
+    thread.stop()
+    with pytest.raises(TimeoutError, match=r"did not end within 0.05 s"):
+        await thread.join(timeout=0.05)
+    runner.gate.release()
+    await thread.join(timeout=10)

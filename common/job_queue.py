@@ -91,7 +91,9 @@ class JobQueue:
             job.weight,
             self._gateway_id,
             min(lifetime_ms, settings.max_lifetime_ms),
-            min(job.disconnect_grace_ms, settings.max_disconnect_grace_ms),
+            min(job.disconnect_grace_ms, settings.max_disconnect_grace_ms)
+            if job.attended
+            else settings.max_lifetime_ms,
             settings.retention_ms,
             len(job.body.prompt_token_ids),
             sampling.max_tokens * sampling.num_outputs,
@@ -209,6 +211,11 @@ class JobQueue:
         if not found:
             raise GenerationNotFound
         return records.record_from_reply(found[0])
+
+    async def num_queued(self, shard: str) -> int:
+        """Jobs of all classes that wait for a worker."""
+        lengths = await self._retry.call(lambda: execute(self._redis, "HGETALL", keys.queue_lengths(shard)))
+        return sum(map(int, lengths.values()))
 
     async def list_inflight(self, shard: str, limit: int = 100) -> list[GenerationRecord]:
         """Queued and running generations of all tenants, those with the nearest deadline first."""

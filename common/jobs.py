@@ -120,6 +120,7 @@ class NewJob:
     weight: float = 1.0  # the tenant's share of the service against other tenants'
     time_limit_ms: int | None = None  # default: the queue's lifetime for jobs
     disconnect_grace_ms: int = 0
+    attended: bool = True  # False: nobody listens from the start, and it lives as long as its time limit
     kv_tokens: int  # KV slots needed to begin: prompt plus one block per output
     peak_kv_tokens: int  # most KV slots it may ever need
     idempotency_key: str | None = None
@@ -177,6 +178,7 @@ class GenerationRecord:
     gateway_id: str  # where events go; "" when detached
     created_ms: int
     started_ms: int  # first claim
+    first_token_ms: int  # first commit with a token
     ended_ms: int
     deadline_ms: int
     disconnect_grace_ms: int
@@ -257,6 +259,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str = ""
     revision: str = ""
+    host: str = ""  # host name and process id
     device: str = ""  # "cpu", "cuda:0 NVIDIA H100"
     versions: dict[str, str] = {}  # package -> version
     started_ms: int = 0  # wall clock of the worker

@@ -33,6 +33,7 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
 
     {keys}:k:<key id>         hash    admin    tenant, name, times, and the key's SHA-256, never the key   never
     {keys}:ids                set     admin    all key ids                            never
+    {keys}:secret           string  admin           random bytes that all gateways share              never
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ MODEL_CARDS: Final = "{models}:cards"
 MODEL_TIMES: Final = "{models}:times"
 MODEL_VERSION: Final = "{models}:version"
 API_KEY_IDS: Final = "{keys}:ids"
+SHARED_SECRET: Final = "{keys}:secret"
 
 PRIORITY_CLASSES: Final = 3  # 0 is served first
 

@@ -56,7 +56,7 @@ def record_from_reply(reply: Sequence[Any]) -> GenerationRecord:
     (
         generation_id, state, reason, tenant, key_id, priority, epoch, attempts, num_claims, sequence,
         prompt_tokens, cached_prompt_tokens, completion_tokens, place, worker_id, gateway_id,
-        created_ms, started_ms, ended_ms, deadline_ms, disconnect_grace_ms, echo,
+        created_ms, started_ms, first_token_ms, ended_ms, deadline_ms, disconnect_grace_ms, echo,
     ) = reply  # fmt: skip
     return GenerationRecord(
         generation_id=generation_id.decode(),
@@ -75,6 +75,7 @@ def record_from_reply(reply: Sequence[Any]) -> GenerationRecord:
         gateway_id=gateway_id.decode(),
         created_ms=created_ms,
         started_ms=started_ms,
+        first_token_ms=first_token_ms,
         ended_ms=ended_ms,
         deadline_ms=deadline_ms,
         disconnect_grace_ms=disconnect_grace_ms,

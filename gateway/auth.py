@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from hashlib import sha256
 
+from common.api_keys import ApiKeys
 from common.errors import Unauthenticated
 
-_MAX_CACHED_KEYS = 4096
 _MAX_KEY_CHARS = 512
 
 
@@ -33,7 +30,7 @@ def current_caller() -> Caller:
 
 
 def api_key_of(metadata: Sequence[tuple[str, str | bytes]]) -> str:
-    """Return the key of `authorization: Bearer` or else of `x-api-key`. Raises Unauthenticated."""
+    """Return the key of `authorization: Bearer`, or else of `x-api-key`. Raises Unauthenticated."""
     bearer = own = ""
     for name, value in metadata:
         if isinstance(value, bytes):
@@ -51,39 +48,15 @@ def api_key_of(metadata: Sequence[tuple[str, str | bytes]]) -> str:
             "an API key is required in `authorization: Bearer` or `x-api-key`", reason="CREDENTIALS_MISSING"
         )
     if len(key) > _MAX_KEY_CHARS:
-        raise Unauthenticated("the API key is not valid")
+        raise Unauthenticated("the credentials are not valid")
     return key
 
 
-class Authenticator:
-    """Checks keys against their records, and believes a record for a few seconds so that a call costs no round trip.
+def authenticator(api_keys: ApiKeys) -> Callable[[Sequence[tuple[str, str | bytes]]], Awaitable[Caller]]:
+    """Return the function that turns a call's metadata into its caller, or raises Unauthenticated."""
 
-    Keys are cached by digest: the process holds no key longer than its call. Refusals are not cached, so a
-    new key works at once.
-    """
+    async def authenticate(metadata: Sequence[tuple[str, str | bytes]]) -> Caller:
+        record = await api_keys.verify(api_key_of(metadata))
+        return Caller(record.tenant, record.key_id)
 
-    def __init__(
-        self,
-        verify: Callable[[str], Awaitable[Caller]],
-        cache_s: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`verify` looks a key up and raises Unauthenticated; `cache_s` bounds how long a revoked key still works."""
-        self._verify = verify
-        self._cache_s = cache_s
-        self._clock = clock
-        self._cache: OrderedDict[bytes, tuple[float, Caller]] = OrderedDict()
-
-    async def __call__(self, metadata: Sequence[tuple[str, str | bytes]]) -> Caller:
-        """Return the caller. Raises Unauthenticated, or BackendUnavailable while the records cannot be read."""
-        key = api_key_of(metadata)
-        digest = sha256(key.encode()).digest()
-        cached = self._cache.get(digest)
-        if cached is not None and self._clock() < cached[0]:
-            return cached[1]
-        caller = await self._verify(key)
-        self._cache[digest] = (self._clock() + self._cache_s, caller)
-        self._cache.move_to_end(digest)
-        while len(self._cache) > _MAX_CACHED_KEYS:
-            self._cache.popitem(last=False)
-        return caller
+    return authenticate

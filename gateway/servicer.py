@@ -6,6 +6,7 @@ import hmac
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc.aio
 
@@ -76,6 +77,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             accepted = accepted_of(record)
             accepted.replayed = True
         else:
+            await self._queue.detach(enqueued.generation_id)
             accepted.place = max(0, enqueued.place - 1)
         return pb.SubmitGenerationResponse(accepted=accepted)
 
@@ -134,7 +136,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self,
         request: pb.GenerateRequest | pb.StreamGenerateRequest,
         caller: Caller,
-        context: grpc.aio.ServicerContext[object, object],
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[tuple[EventStream, pb.Accepted, Attachment | None]]:
         """Queue a generation and listen to it; at the end let go of it, however the call ended."""
         with self._one_more_call():
@@ -172,7 +174,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         prompt = await model.encode(request.input)
         card = model.card
         limits = check.ConfigLimits(
-            card.context_length, card.vocab_size, self._settings.max_outputs, self._settings.max_stop_strings
+            card.context_tokens, card.vocab_size, self._settings.max_outputs, self._settings.max_stop_strings
         )
         seed = secrets.randbits(64)
         config = check.resolve_config(request.config, model.defaults, len(prompt), limits, seed=seed)
@@ -185,7 +187,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             config=config,
             prompt_tokens=len(prompt),
         )
-        kv_tokens, peak = model.kv_tokens(len(prompt), sampling)
+        kv_tokens, peak_kv_tokens = model.kv_tokens(len(prompt), sampling)
         job = NewJob(
             tenant=caller.tenant,
             key_id=caller.key_id,
@@ -194,7 +196,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             disconnect_grace_ms=grace_ms,
             attended=not isinstance(request, pb.SubmitGenerationRequest),
             kv_tokens=kv_tokens,
-            peak_kv_tokens=peak,
+            peak_kv_tokens=peak_kv_tokens,
             idempotency_key=check.check_idempotency_key(request.idempotency_key),
             request_digest=self._digest(request),
             echo=stored_body(accepted),
@@ -258,7 +260,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return hmac.digest(self._secret, body.SerializeToString(deterministic=True), "sha256")
 
     @staticmethod
-    async def _send_id(generation_id: str, context: grpc.aio.ServicerContext[object, object]) -> None:
+    async def _send_id(generation_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Tell the caller at once that its generation exists: from here on the call can be resumed."""
         await context.send_initial_metadata(((GENERATION_ID_METADATA, generation_id),))
 

@@ -42,7 +42,6 @@ class GatewaySettings(BaseSettings):
     max_pending_events: int = Field(
         default=256, gt=0, description="Events kept for a slow client before it reads the log."
     )
-    key_cache_s: float = Field(default=5, ge=0, le=5, description="How long a checked API key is believed.")
     drain_s: float = Field(default=20, ge=0, description="How long running calls may go on after SIGTERM.")
 
     @model_validator(mode="after")

@@ -75,7 +75,8 @@ def to_status(code: grpc.StatusCode, message: str, details: Iterable[Message]) -
         item = AnyMessage()
         item.Pack(detail)
         packed.append(item)
-    return rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
+    status: grpc.Status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
+    return status
 
 
 def _bad_request(violations: Iterable[errors.FieldViolation]) -> error_details_pb2.BadRequest:

@@ -55,6 +55,13 @@ local function item(gw, id, entry_id, e, kind, reason)
   pieces[k + 4] = kind and e .. text(kind) .. text(reason) or e
 end
 
+-- When the first token was committed: the one time that a commit touches the job's own hash before its end.
+local function note_first_token(id, record, after)
+  if sub(record, 21, 22) == '0 ' and sub(after, 21, 22) ~= '0 ' then
+    call('HSET', P .. 'j:' .. id, 'ft', int(now))
+  end
+end
+
 local writes, num_writes = {}, 0
 for i = 1, num_events do
   local at = 5 * i
@@ -62,6 +69,7 @@ for i = 1, num_events do
   local record = stored[i]
   if record and sub(record, 1, 20) == before then -- mutant: fence
     call('XADD', P .. 'j:' .. id .. ':log', entry_id, 'e', e)
+    note_first_token(id, record, after)
     local gw = sub(record, 61)
     writes[num_writes + 1] = id
     writes[num_writes + 2] = after .. gw
@@ -89,6 +97,7 @@ for i = 1, num_terminals do
     j.ep, j.n = tonumber(ep), tonumber(n)
     read_counters(j, sub(after, 21))
     call('XADD', P .. 'j:' .. id .. ':log', entry_id, 'e', e, 'k', kind, 'y', reason)
+    note_first_token(id, record, after)
     take_from_worker(j)
     settle(j, kind, reason, now)
     item(sub(record, 61), id, entry_id, e, kind, reason)

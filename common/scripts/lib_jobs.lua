@@ -5,7 +5,7 @@
 --   rt retention (ms), pt prompt tokens, mx most completion tokens, kv / pk KV slots to begin / at most,
 --   ik idempotency digest, dg request digest, eo the gateway's record, b body
 -- Changed later:
---   st state Q R D F C E, y reason, ep epoch, es "<epoch>:<events before it>," of each epoch that wrote to the log,
+--   st state Q R D F C E, y reason, ft first token (ms), ep epoch, es "<epoch>:<events before it>," of each epoch that wrote to the log,
 --   n events, at fruitless attempts in a row, nc claims, w worker, gw gateway or '', sc first claim, en end,
 --   ch tokens charged at the first claim, ct / cp completion / cached prompt tokens, lb log bytes
 --
@@ -26,7 +26,7 @@ local INPUT_COST, OUTPUT_COST = 1, 2 -- service in token units (VTC, arXiv:2401.
 local FIELDS = {
   'st', 't', 'k', 'y', 'w', 'gw', 'ik', 'es', 'eo',
   'c', 'wt', 's', 'cr', 'dl', 'gr', 'rt', 'pt', 'mx', 'kv', 'pk',
-  'ep', 'n', 'at', 'nc', 'sc', 'en', 'ch', 'ct', 'cp', 'lb',
+  'ep', 'n', 'at', 'nc', 'sc', 'en', 'ch', 'ct', 'cp', 'lb', 'ft',
 }
 local NUM_TEXT_FIELDS = 9
 
@@ -292,6 +292,6 @@ end
 local function describe(j)
   return {
     j.id, j.st, j.y, j.t, j.k, j.c, j.ep, j.at, j.nc, j.n, prompt_tokens(j), j.cp, j.ct, place(j), j.w, j.gw,
-    j.cr, j.sc, j.en, j.dl, j.gr, j.eo,
+    j.cr, j.sc, j.ft, j.en, j.dl, j.gr, j.eo,
   }
 end

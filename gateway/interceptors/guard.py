@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -41,13 +41,15 @@ class Guard(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         method = handler_call_details.method
         handler: Any = await continuation(handler_call_details)
         if handler is None or not method.startswith(self._prefix):
-            return handler  # health and reflection are open, and parse for themselves
+            return cast(
+                "grpc.RpcMethodHandler[Any, Any] | None", handler
+            )  # health and reflection are open, and parse for themselves
         deserialize = handler.request_deserializer
         if handler.response_streaming:
             behavior = self._guarded(method, lambda data, context: _stream(handler, deserialize, data, context))

@@ -1,0 +1,187 @@
+"""The models that this gateway knows, with their tokenizers ready to use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from common.errors import FailedPrecondition, InvalidRequest, ModelNotReady
+from common.generation import SamplingParams
+from common.registry import ModelCard, ModelDirectory, ModelEntry, ModelRegistry
+from gateway import validation as check
+from gateway.tokenization import TemplateError, TextCodec
+from torchrelay.v1 import generation_pb2 as pb
+
+_T = TypeVar("_T")
+
+TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_TOKENS_FILE = "special_tokens.json"
+
+# A longer text is tokenized beside the event loop, since it would hold up every other call.
+_MAX_INLINE_CHARS = 2048
+# No tokenizer makes less than one token of so many characters of ordinary text; a longer one cannot fit the context.
+_MAX_CHARS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model revision that requests can be made for."""
+
+    card: ModelCard
+    codec: TextCodec
+    defaults: pb.GenerationConfig
+
+    async def encode(self, source: pb.GenerationInput) -> list[int]:
+        """Return the ids of a request's input. Raises InvalidRequest, or FailedPrecondition without a chat template."""
+        kind = source.WhichOneof("input")
+        if kind is None:
+            raise InvalidRequest("one of text, token_ids and chat is required", reason="FIELD_REQUIRED", field="input")
+        if kind == "token_ids":
+            ids = list(source.token_ids.ids)
+            if not ids:
+                raise InvalidRequest("must not be empty", reason="FIELD_REQUIRED", field="input.token_ids.ids")
+            check.check_token_ids(ids, self.card.vocab_size, "input.token_ids.ids")
+            return ids
+        if kind == "text":
+            if not source.text:
+                raise InvalidRequest("must not be empty", reason="FIELD_REQUIRED", field="input.text")
+            self._check_length(len(source.text))
+            ids = await _beside(self.codec.encode_text, source.text, len(source.text))
+        else:
+            ids = await self._encode_chat(source.chat)
+        if not ids:
+            raise InvalidRequest("the input has no tokens", reason="FIELD_REQUIRED", field="input")
+        return ids
+
+    async def _encode_chat(self, chat: pb.ChatInput) -> list[int]:
+        messages = check.messages_of(chat)
+        if not self.codec.has_chat_template:
+            raise FailedPrecondition(
+                "the model has no chat template; send text or token ids", reason="NO_CHAT_TEMPLATE"
+            )
+        num_chars = sum(len(message.content) for message in messages)
+        self._check_length(num_chars)
+        try:
+            return await _beside(self.codec.encode_chat, messages, num_chars)
+        except TemplateError as error:
+            raise InvalidRequest(
+                "the model's chat template refuses this conversation", reason="CHAT_REFUSED", field="input.chat"
+            ) from error
+
+    def _check_length(self, num_chars: int) -> None:
+        """Refuse what cannot fit before its tokens are counted: tokenizing takes time that others need."""
+        longest = self.card.context_tokens * _MAX_CHARS_PER_TOKEN
+        if num_chars > longest:
+            raise InvalidRequest(
+                f"the input is longer than any that fits the model's context of {self.card.context_tokens} tokens",
+                reason="CONTEXT_LENGTH_EXCEEDED",
+                field="input",
+                limit=self.card.context_tokens,
+            )
+
+    def kv_tokens(self, num_prompt_tokens: int, sampling: SamplingParams) -> tuple[int, int]:
+        """Return the KV slots that a request needs to begin, and those without which it can never end.
+
+        Outputs share the prompt's full blocks, and a worker may run them one after another: the longest alone must fit.
+        Raises InvalidRequest if no worker of this model could ever hold it.
+        """
+        block = self.card.block_tokens
+        peak = -(-(num_prompt_tokens + sampling.max_tokens) // block) * block
+        begin = (-(-num_prompt_tokens // block) + sampling.num_outputs) * block
+        if self.card.kv_tokens and peak > self.card.kv_tokens:
+            raise InvalidRequest(
+                f"prompt and output need {peak} KV slots; a worker of this model has {self.card.kv_tokens}",
+                reason="REQUEST_TOO_LARGE",
+                field="config.max_tokens",
+                limit=self.card.kv_tokens,
+                got=peak,
+            )
+        return min(begin, peak), peak
+
+
+class Catalog:
+    """Models by name. `refresh` is called each second, and when a name is not known."""
+
+    def __init__(self, directory: ModelDirectory, registry: ModelRegistry) -> None:
+        self._directory = directory
+        self._registry = registry
+        self._served: dict[str, ServedModel] = {}  # by shard
+        self._loading = asyncio.Lock()
+
+    async def refresh(self) -> None:
+        """Learn of new models and workers. Raises BackendUnavailable."""
+        await self._directory.refresh()
+        for shard in self._served.keys() - self.shards():
+            del self._served[shard]
+
+    def shards(self) -> set[str]:
+        """Return the shards of all revisions of all models."""
+        return set(self._directory.shards)
+
+    def entries(self) -> Sequence[ModelEntry]:
+        """Return the revision that new requests use of each model, by name."""
+        names = sorted({entry.card.name for entry in self._directory.entries})
+        return [self._directory.resolve(name) for name in names]
+
+    def entry(self, name: str) -> ModelEntry:
+        """Return the revision that new requests use. Raises ModelNotFound."""
+        return self._directory.resolve(name)
+
+    def all_entries(self) -> Sequence[ModelEntry]:
+        """Return all revisions of all models."""
+        return sorted(self._directory.entries, key=lambda entry: (entry.card.name, entry.card.revision))
+
+    def earlier_shards(self, name: str) -> list[str]:
+        """Return the shards of a model's revisions that new requests do not use."""
+        current = self._directory.resolve(name).card.shard
+        return [entry.card.shard for entry in self._directory.revisions(name) if entry.card.shard != current]
+
+    async def get(self, name: str) -> ServedModel:
+        """Return a model that requests can be made for. Raises ModelNotFound, ModelNotReady if its files are broken."""
+        card = self._directory.resolve(name).card
+        served = self._served.get(card.shard)
+        if served is None or served.card != card:
+            async with self._loading:
+                served = await self._load(card)
+                self._served[card.shard] = served
+        return served
+
+    async def _load(self, card: ModelCard) -> ServedModel:
+        files = {name: await self._registry.file(digest) for name, digest in card.tokenizer_files.items()}
+        if TOKENIZER_FILE not in files:
+            raise ModelNotReady("the model was published without a tokenizer", retry_after_ms=5000)
+        special = msgspec.json.decode(files.get(SPECIAL_TOKENS_FILE, b"{}"), type=dict[str, str])
+        template = files.get(TEMPLATE_FILE)
+        codec = await asyncio.to_thread(
+            TextCodec, files[TOKENIZER_FILE], template.decode() if template is not None else None, special
+        )
+        return ServedModel(card, codec, default_config(card))
+
+
+def default_config(card: ModelCard) -> pb.GenerationConfig:
+    """Return what an unset field of a request's config takes."""
+    defaults = card.defaults
+    config = pb.GenerationConfig(
+        temperature=defaults.temperature,
+        top_k=defaults.top_k,
+        top_p=defaults.top_p,
+        min_p=defaults.min_p,
+        repetition_penalty=defaults.repetition_penalty,
+        no_repeat_ngram_size=defaults.no_repeat_ngram_size,
+        num_outputs=1,
+        logprobs=False,
+    )
+    if defaults.max_tokens is not None:
+        config.max_tokens = defaults.max_tokens
+    return config
+
+
+async def _beside(encode: Callable[[_T], list[int]], value: _T, num_chars: int) -> list[int]:
+    if num_chars <= _MAX_INLINE_CHARS:
+        return encode(value)
+    return await asyncio.to_thread(encode, value)

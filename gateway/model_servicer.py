@@ -1,0 +1,99 @@
+"""ModelService: the catalog and its tokenizers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+import grpc.aio
+
+from common import errors
+from common.job_queue import JobQueue
+from common.registry import ModelEntry, ModelState
+from gateway import validation as check
+from gateway.catalog import Catalog, default_config
+from torchrelay.v1 import model_pb2 as pb
+from torchrelay.v1 import model_pb2_grpc as pb_grpc
+
+DEFAULT_PAGE_SIZE: Final = 100
+MAX_PAGE_SIZE: Final = 1000
+_MAX_DETOKENIZE_IDS: Final = 1 << 17
+
+_TASKS: Final = {"generate": pb.TASK_GENERATE}
+_STATES: Final = {ModelState.READY: pb.MODEL_STATE_READY, ModelState.COLD: pb.MODEL_STATE_COLD}
+
+
+class ModelServicer(pb_grpc.ModelServiceServicer):
+    """Shows what the catalog holds."""
+
+    def __init__(self, catalog: Catalog, queue: JobQueue) -> None:
+        self._catalog = catalog
+        self._queue = queue
+
+    async def ListModels(  # noqa: N802 - the method's name in the contract
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListModelsResponse:
+        size = page_size(request.page_size)
+        entries = [entry for entry in self._catalog.entries() if entry.card.name > request.page_token]
+        page = entries[:size]
+        models = await asyncio.gather(*(self._message(entry) for entry in page))
+        more = len(entries) > size
+        return pb.ListModelsResponse(models=models, next_page_token=page[-1].card.name if more else "")
+
+    async def GetModel(  # noqa: N802
+        self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetModelResponse:
+        entry = self._catalog.entry(check.check_model_name(request.model))
+        return pb.GetModelResponse(model=await self._message(entry))
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.TokenizeResponse:
+        model = await self._catalog.get(check.check_model_name(request.model))
+        if request.input.WhichOneof("input") == "token_ids":
+            raise errors.InvalidRequest(
+                "token ids are tokenized already", reason="FIELD_INVALID", field="input.token_ids"
+            )
+        return pb.TokenizeResponse(token_ids=await model.encode(request.input))
+
+    async def Detokenize(  # noqa: N802
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.DetokenizeResponse:
+        model = await self._catalog.get(check.check_model_name(request.model))
+        if len(request.token_ids) > _MAX_DETOKENIZE_IDS:
+            raise errors.InvalidRequest(
+                f"at most {_MAX_DETOKENIZE_IDS} ids are taken",
+                reason="FIELD_OUT_OF_RANGE",
+                field="token_ids",
+                limit=_MAX_DETOKENIZE_IDS,
+                got=len(request.token_ids),
+            )
+        check.check_token_ids(request.token_ids, model.card.vocab_size, "token_ids")
+        text = await asyncio.to_thread(
+            model.codec.decode, list(request.token_ids), keep_special_tokens=request.keep_special_tokens
+        )
+        return pb.DetokenizeResponse(text=text)
+
+    async def _message(self, entry: ModelEntry) -> pb.Model:
+        card = entry.card
+        return pb.Model(
+            name=card.name,
+            revision=card.revision,
+            state=_STATES[entry.state],
+            tasks=[_TASKS[task] for task in card.tasks if task in _TASKS],
+            context_length=card.context_tokens,
+            vocab_size=card.vocab_size,
+            eos_token_ids=card.eos_token_ids,
+            default_config=default_config(card),
+            has_chat_template=card.has_chat_template,
+            family=card.family,
+            dtype=card.dtype,
+            num_parameters=card.num_parameters,
+            num_workers=entry.num_workers,
+            num_queued=await self._queue.num_queued(card.shard),
+        )
+
+
+def page_size(wanted: int) -> int:
+    """Return how many items a page holds."""
+    return min(wanted or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)

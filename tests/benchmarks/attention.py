@@ -2,7 +2,7 @@
 
 9 query heads, 3 kv heads, 64 dimensions; contexts of 512 at batch 1, else spread over 64 to 1024. `sdpa` is torch's
 attention called for each sequence over contiguous keys and values, which no paged cache has: a bound for what torch
-could do. Layers take turns, so that a step's cache, not a layer's, must fit the processor's. Prints one line of JSON per
+could do. Layers take turns, so that a step's cache, not a layer's, must fit the processor's. Prints a line of JSON per
 row.
 """
 

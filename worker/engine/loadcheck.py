@@ -1,0 +1,235 @@
+"""Refuses models that would run and answer wrongly.
+
+With an attention function that is not their own, many families neither fail nor warn: they ignore it, or keep layers
+of another kind, and mix the requests that are packed into one batch. A flag in the class does not tell them apart. So
+a model is served only if (a) its configuration names nothing but full and sliding attention, (b) each layer calls our
+attention exactly once, and (c) sequences packed, paged and cut into chunks give the logits that the plain model gives
+to each alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from worker.cache import cache_dir, write_atomically
+from worker.engine.attention import hf
+from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerShape
+
+if TYPE_CHECKING:
+    from worker.engine.model import LoadedModel
+
+_log = structlog.get_logger(__name__)
+
+_LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
+
+# RoPE whose frequencies switch at a length, taken over the whole batch: one long request would change its neighbours.
+# Up to that length they are constant, so the model is exact with its context limited to it.
+_ROPE_BY_LENGTH: Final = frozenset({"dynamic", "longrope"})
+
+_TEST_LENGTHS: Final = (23, 6, 17)
+_FIRST_CHUNKS: Final = (10, 5, 0)  # tokens of each sequence in the first step; the rest in the second
+
+# Largest allowed difference of a row of logits, relative to the row's spread. fp32 rounding is near 1e-6, mixed-up
+# sequences near 1. In bfloat16 rounding reaches a few hundredths, and may send a token to another expert: there the
+# median of a sequence's rows counts.
+_TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-4, torch.bfloat16: 0.15}
+
+
+class UnsupportedFamilyError(Exception):
+    """The model would answer wrongly; the message names its family and the reason."""
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuse what the configuration alone shows to be unsupported. Raises UnsupportedFamilyError."""
+    text = config.get_text_config()
+    family = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedFamilyError(f"the family {family} has an encoder; only decoder models are served")
+    unknown = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
+    if unknown:
+        raise UnsupportedFamilyError(
+            f"the family {family} has layers of type {', '.join(unknown)}; only full and sliding attention is served"
+        )
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Return the most tokens of a sequence for which the model is exact in any batch. Raises UnsupportedFamilyError."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        raise UnsupportedFamilyError(
+            f"the family {config.model_type} names no context length (max_position_embeddings)"
+        )
+    for rope in _rope_parameters(text):
+        if rope.get("rope_type") not in _ROPE_BY_LENGTH:
+            continue
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
+        if isinstance(original, int) and 0 < original < limit:
+            _log.warning("model.context_limited", to=original, of=limit, reason=f"RoPE of type {rope['rope_type']}")
+            limit = original
+    return limit
+
+
+def _rope_parameters(text: PretrainedConfig) -> list[Mapping[str, Any]]:
+    """The configuration's RoPE parameters: one set, or one per layer type."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    if "rope_type" in parameters:
+        return [parameters]
+    return [entry for entry in parameters.values() if isinstance(entry, Mapping)]
+
+
+def install_attention(module: PreTrainedModel) -> dict[int, LayerShape]:
+    """Make the model call our attention and return the shapes of its keys and values. Raises UnsupportedFamilyError."""
+    try:
+        hf.install(module)
+        return hf.probe_layer_shapes(module, module.device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UnsupportedFamilyError(f"the family {module.config.model_type} cannot be served: {error}") from error
+
+
+def check_model(loaded: LoadedModel, backend: AttentionBackend, cache_root: Path | None = None) -> None:
+    """Refuse a model that answers wrongly on this back-end. Raises UnsupportedFamilyError.
+
+    A passed check is remembered for the same revision, number format, back-end and versions. Ends with our attention
+    installed in the model.
+    """
+    parts = (loaded.revision, str(loaded.dtype), loaded.device.type, backend.name)
+    key = json.dumps([*parts, torch.__version__, transformers.__version__, _source_digest()])
+    verdict = cache_dir("verdicts", root=cache_root) / hashlib.sha256(key.encode()).hexdigest()
+    if verdict.exists():
+        return
+    started = time.monotonic()
+    error = check_module(loaded.module, backend)
+    _log.info("model.checked", family=loaded.family, error=error, ms=round((time.monotonic() - started) * 1000))
+    write_atomically(verdict, key.encode())
+
+
+def _source_digest() -> str:
+    """The check itself, and the bridge that it checks, may change."""
+    digest = hashlib.sha256()
+    for path in (Path(__file__), Path(hf.__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def check_module(module: PreTrainedModel, backend: AttentionBackend) -> float:
+    """Compare packed logits with the plain model's; return the largest error. Raises UnsupportedFamilyError."""
+    family = module.config.model_type
+    check_config(module.config)
+    sequences = _test_sequences(module.config.get_text_config().vocab_size, module.device)
+    module.set_attn_implementation("eager")
+    expected = [module(input_ids=tokens[None], use_cache=False).logits[0].float() for tokens in sequences]
+    shapes = install_attention(module)
+    layout = _Layout([len(tokens) for tokens in sequences], backend.block_size)
+    caches = {
+        layer: backend.allocate(shape, layout.num_blocks, module.dtype, module.device)
+        for layer, shape in shapes.items()
+    }
+    paged = hf.PagedAttention(backend, caches)
+    calls: Counter[int] = Counter()
+
+    def attend(
+        layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
+    ) -> torch.Tensor:
+        calls[layer] += 1
+        return paged(layer, query, key, value, options)
+
+    rows: list[list[torch.Tensor]] = [[] for _ in sequences]
+    firsts = list(_FIRST_CHUNKS)
+    lengths = [len(tokens) for tokens in sequences]
+    for starts, ends in (([0] * len(firsts), firsts), (firsts, lengths)):
+        members = [i for i, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
+        spans = [(i, starts[i], ends[i]) for i in members]
+        paged.batch = layout.batch(spans, module.device)
+        input_ids = torch.cat([sequences[i][start:end] for i, start, end in spans])[None]
+        positions = torch.cat([torch.arange(start, end, device=module.device) for _, start, end in spans])[None]
+        calls.clear()
+        with hf.attention(attend):
+            logits = module(input_ids=input_ids, position_ids=positions, use_cache=False).logits[0].float()
+        _check_calls(module, calls)
+        for (i, _, _), part in zip(spans, logits.split([end - start for _, start, end in spans]), strict=True):
+            rows[i].append(part)
+    return _compare(family, module.dtype, [torch.cat(parts) for parts in rows], expected)
+
+
+def _test_sequences(vocab_size: int, device: torch.device) -> list[torch.Tensor]:
+    """Different random tokens in each, the same in every run."""
+    generator = torch.Generator().manual_seed(20240229)
+    return [torch.randint(vocab_size, (n,), generator=generator).to(device) for n in _TEST_LENGTHS]
+
+
+def _check_calls(module: PreTrainedModel, calls: Counter[int]) -> None:
+    num_layers = module.config.get_text_config().num_hidden_layers
+    if calls != Counter(range(num_layers)):
+        raise UnsupportedFamilyError(
+            f"the family {module.config.model_type} cannot be served: {len(calls)} of {num_layers} layers call "
+            f"attention, {sum(calls.values())} times in all; every layer must call it exactly once"
+        )
+
+
+def _compare(
+    family: str, dtype: torch.dtype, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+) -> float:
+    worst = 0.0
+    for ours, plain in zip(actual, expected, strict=True):
+        errors = (ours - plain).norm(dim=-1) / (plain - plain.mean(dim=-1, keepdim=True)).norm(dim=-1)
+        error = errors.median() if dtype != torch.float32 else errors.max()
+        # A NaN compares false with everything, so it is asked for.
+        worst = float("nan") if error.isnan() else max(worst, error.item())
+    tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16])
+    if not worst <= tolerance:
+        raise UnsupportedFamilyError(
+            f"the family {family} cannot be served: sequences packed into one batch give other logits than alone "
+            f"(relative error {worst:.2g}, allowed {tolerance:.2g})"
+        )
+    return worst
+
+
+class _Layout:
+    """Blocks for the test sequences, scattered so that a back-end or model that ignores the block table is noticed."""
+
+    def __init__(self, lengths: Sequence[int], block_size: int) -> None:
+        self._block_size = block_size
+        counts = [-(-length // block_size) for length in lengths]
+        self.num_blocks = sum(counts) + 1  # block 0 is scratch
+        free = list(range(1, self.num_blocks))
+        order = free[1::2] + free[0::2]
+        self._tables = [[order.pop() for _ in range(count)] for count in counts]
+
+    def batch(self, spans: Sequence[tuple[int, int, int]], device: torch.device) -> AttentionBatch:
+        """The batch of a step that computes tokens start:end of the sequences (index, start, end)."""
+        size = self._block_size
+        width = max(len(table) for table in self._tables)
+        tables = [self._tables[i] + [0] * (width - len(self._tables[i])) for i, _, _ in spans]
+        slots = [self._tables[i][p // size] * size + p % size for i, start, end in spans for p in range(start, end)]
+        starts = [0]
+        for _, start, end in spans:
+            starts.append(starts[-1] + end - start)
+
+        def tensor(values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        return AttentionBatch(
+            slots=tensor(slots),
+            block_tables=tensor(tables),
+            query_starts=tensor(starts),
+            context_lens=tensor([end for _, _, end in spans]),
+            max_query_len=max(end - start for _, start, end in spans),
+            max_context_len=max(end for _, _, end in spans),
+        )

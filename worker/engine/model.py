@@ -1,0 +1,190 @@
+"""Loads a model for the engine: weights on the device, tokenizer, and what its configuration says about serving it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from worker.engine import model_files
+from worker.engine.attention.interface import LayerShape
+from worker.engine.loadcheck import UnsupportedFamilyError, check_config, context_length, install_attention
+from worker.engine.model_files import ModelError, TextFiles, find_model
+
+_log = structlog.get_logger(__name__)
+
+__all__ = ["LoadedModel", "ModelError", "load_model"]
+
+Number = int | float
+
+# generation_config.json's names and ours, with the values that make sense.
+_DEFAULTS: Final[Mapping[str, tuple[str, type, float, float]]] = {
+    "max_new_tokens": ("max_tokens", int, 1, 2**31 - 1),
+    "temperature": ("temperature", float, 0.0, 100.0),
+    "top_k": ("top_k", int, 0, 2**31 - 1),
+    "top_p": ("top_p", float, 1e-6, 1.0),
+    "min_p": ("min_p", float, 0.0, 1.0 - 1e-6),
+    "repetition_penalty": ("repetition_penalty", float, 1e-6, 100.0),
+    "no_repeat_ngram_size": ("no_repeat_ngram_size", int, 0, 2**31 - 1),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to be checked and run. The module is in evaluation mode and calls our attention."""
+
+    source: str  # as it was asked for
+    folder: Path
+    module: PreTrainedModel
+    config: PretrainedConfig
+    family: str  # transformers' model_type
+    text: TextFiles
+    generation_defaults: Mapping[str, Number]  # by the names of SamplingParams' fields; only what the model sets
+    eos_token_ids: tuple[int, ...]
+    context_length: int  # most tokens of a sequence, prompt and output together
+    vocab_size: int  # width of the logits
+    revision: str  # SHA-256, hex
+    num_parameters: int
+    layer_shapes: Mapping[int, LayerShape]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that a token takes, all layers together."""
+        numbers = sum(shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.layer_shapes.values())
+        return numbers * self.dtype.itemsize
+
+
+def load_model(
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    cache_root: Path | None = None,
+) -> LoadedModel:
+    """Load `source` (a directory, a Hub id, or "demo"); `revision` is a branch or commit on the Hub.
+
+    Raises ModelError when the model is not there, not safe to load, damaged, or of a family that cannot be served.
+    """
+    started = time.monotonic()
+    folder = find_model(source, revision)
+    model_files.check_config_file(folder)
+    weights = model_files.weight_files(folder)
+    text = model_files.read_text_files(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        check_config(config)
+        limit = context_length(config)
+    except UnsupportedFamilyError as error:
+        raise ModelError(f"{source}: {error}") from error
+    except Exception as error:
+        raise ModelError(f"{source}: transformers does not accept config.json: {error}") from error
+    module = _load_weights(source, folder, config, dtype)
+    torch.nn.Module.to(module, device)  # in place; the subclass's own `to` is typed wrongly
+    try:
+        shapes = install_attention(module)
+    except UnsupportedFamilyError as error:
+        raise ModelError(f"{source}: {error}") from error
+    generation = model_files.read_json(folder / "generation_config.json")
+    loaded = LoadedModel(
+        source=source,
+        folder=folder,
+        module=module,
+        config=config,
+        family=str(config.model_type),
+        text=text,
+        generation_defaults=_generation_defaults(generation),
+        eos_token_ids=_eos_token_ids(generation, config, text),
+        context_length=limit,
+        vocab_size=int(config.get_text_config().vocab_size),
+        revision=model_files.revision_of(folder, weights, text, cache_root),
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        layer_shapes=shapes,
+    )
+    _log.info(
+        "model.loaded",
+        source=source,
+        family=loaded.family,
+        revision=loaded.revision[:16],
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        parameters=loaded.num_parameters,
+        seconds=round(time.monotonic() - started, 1),
+    )
+    return loaded
+
+
+def _load_weights(source: str, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        # In evaluation mode already.
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{source}: transformers cannot load it: {error}") from error
+    module, report = result
+    for fault in ("missing_keys", "mismatched_keys"):
+        if report.get(fault):
+            # transformers would fill them with random numbers, and the model would answer nonsense.
+            names = sorted(str(key) for key in report[fault])
+            raise ModelError(f"{source}: the weights do not fit the model: {fault} {names[:3]}, {len(names)} in all")
+    assert isinstance(module, PreTrainedModel)
+    return module
+
+
+def _generation_defaults(generation: Mapping[str, Any]) -> dict[str, Number]:
+    """What generation_config.json sets of SamplingParams. Without do_sample the model's default is greedy.
+
+    A value outside its range is left out and logged: it must not keep the model from being served.
+    """
+    defaults: dict[str, Number] = {}
+    for name, (field, kind, least, most) in _DEFAULTS.items():
+        value = generation.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            _log.warning("model.default_ignored", field=name, value=repr(value), least=least, most=most)
+            continue
+        defaults[field] = kind(value)
+    if generation.get("do_sample"):
+        defaults.setdefault("temperature", 1.0)
+    else:
+        defaults["temperature"] = 0.0
+    return defaults
+
+
+def _eos_token_ids(generation: Mapping[str, Any], config: PretrainedConfig, text: TextFiles) -> tuple[int, ...]:
+    """End-of-sequence ids of generation_config.json, else of config.json, else of the tokenizer; () without any."""
+    value = generation.get("eos_token_id")
+    if value is None:
+        value = getattr(config.get_text_config(), "eos_token_id", None)
+    if value is None and "eos_token" in text.special_tokens:
+        value = text.tokenizer.token_to_id(text.special_tokens["eos_token"])
+    ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        raise ModelError(f"eos_token_id is {json.dumps(value)}, not a token id or a list of them")
+    return tuple(dict.fromkeys(ids))

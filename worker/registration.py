@@ -1,0 +1,96 @@
+"""What a worker publishes of its model: the card in the registry, and the files that gateways tokenize with."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+from common import keys
+from common.registry import MAX_FILE_BYTES, GenerationDefaults, ModelCard
+from worker.engine.model_files import ModelError
+
+if TYPE_CHECKING:
+    from worker.engine.model import LoadedModel
+
+# The names by which gateways look the files up.
+TOKENIZER_FILE: Final = "tokenizer.json"
+TEMPLATE_FILE: Final = "chat_template.jinja"
+SPECIAL_TOKENS_FILE: Final = "special_tokens.json"
+
+_MAX_NAME_LENGTH: Final = 200
+_NAME: Final = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
+
+
+class Publication(NamedTuple):
+    """A card and the files that it names."""
+
+    card: ModelCard
+    files: dict[str, bytes]
+
+
+def make_card(loaded: LoadedModel, *, name: str, context_tokens: int, block_tokens: int, kv_tokens: int) -> Publication:
+    """Return what to publish of `loaded` under `name`.
+
+    `context_tokens` is the engine's limit on one sequence, `kv_tokens` the room of its KV cache; the card's context is
+    the least of both and of what the model takes. Raises ModelError for a name or a file that nobody could use.
+    """
+    if not _NAME.fullmatch(name) or len(name) > _MAX_NAME_LENGTH:
+        raise ModelError(
+            f"{name!r} cannot be a model name: it takes up to {_MAX_NAME_LENGTH} of A-Z a-z 0-9 . _ / - and begins "
+            "with a letter or digit"
+        )
+    context_tokens = min(loaded.context_length, kv_tokens, context_tokens)
+    if context_tokens < 2:
+        raise ModelError(f"{name} could hold {context_tokens} tokens; prompt and answer need 2: enlarge the KV cache")
+    files = _files(loaded)
+    for file, content in files.items():
+        if len(content) > MAX_FILE_BYTES:
+            raise ModelError(f"{name}: {file} has {len(content)} bytes; the registry takes {MAX_FILE_BYTES}")
+    max_output_tokens = context_tokens - 1  # a prompt has at least one token
+    card = ModelCard(
+        name=name,
+        revision=loaded.revision,
+        shard=keys.shard_name(name, loaded.revision),
+        tasks=("generate",),
+        family=loaded.family,
+        num_parameters=loaded.num_parameters,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        vocab_size=loaded.vocab_size,
+        context_tokens=context_tokens,
+        max_output_tokens=max_output_tokens,
+        eos_token_ids=loaded.eos_token_ids,
+        bos_token_id=_bos_token_id(loaded),
+        defaults=_defaults(loaded, max_output_tokens),
+        has_chat_template=TEMPLATE_FILE in files,
+        block_tokens=block_tokens,
+        kv_tokens=kv_tokens,
+        tokenizer_files={file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+    )
+    return Publication(card, files)
+
+
+def _files(loaded: LoadedModel) -> dict[str, bytes]:
+    text = loaded.text
+    files = {
+        TOKENIZER_FILE: text.tokenizer_json,
+        SPECIAL_TOKENS_FILE: msgspec.json.encode(dict(text.special_tokens), order="sorted"),
+    }
+    if text.chat_template is not None:
+        files[TEMPLATE_FILE] = text.chat_template.encode()
+    return files
+
+
+def _bos_token_id(loaded: LoadedModel) -> int | None:
+    token = loaded.text.special_tokens.get("bos_token")
+    return None if token is None else loaded.text.tokenizer.token_to_id(token)
+
+
+def _defaults(loaded: LoadedModel, max_output_tokens: int) -> GenerationDefaults:
+    """The model's own defaults; a default for max_tokens beyond what fits would make every plain request fail."""
+    defaults = msgspec.convert(dict(loaded.generation_defaults), GenerationDefaults)
+    if defaults.max_tokens is not None and defaults.max_tokens > max_output_tokens:
+        defaults = msgspec.structs.replace(defaults, max_tokens=max_output_tokens)
+    return defaults

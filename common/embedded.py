@@ -7,18 +7,14 @@ Unix socket or loopback only. Its data directory is locked for as long as the se
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +26,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry as RedisPyRetry
 
+from common.children import die_with_parent
 from common.redis import Redis, execute
 
 _LOG: Final = structlog.get_logger(__name__)
@@ -112,7 +109,7 @@ class EmbeddedServer:
             if log_size > _MAX_LOG_BYTES:
                 log_path.replace(log_path.with_suffix(".log.1"))
                 log_size = 0
-            # The server inherits the lock's descriptor: the directory stays locked while the server lives, if we die too.
+            # The server inherits the lock: the directory stays locked while it lives, even after our own death.
             self._process = subprocess.Popen(
                 [str(program), *self._options()],
                 stdin=subprocess.DEVNULL,
@@ -120,7 +117,7 @@ class EmbeddedServer:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[lock.fileno()],
                 start_new_session=True,  # Ctrl-C is for us: we end it after everything that uses it
-                preexec_fn=_die_with_parent(),
+                preexec_fn=die_with_parent(),
             )
         try:
             self._wait_until_ready()
@@ -175,8 +172,8 @@ class EmbeddedServer:
                         return
                 if self._process.poll() is not None:
                     raise EmbeddedServerError(
-                        f"the server ended with status {self._process.returncode}: "
-                        f"see {self._data_dir / 'server.log'}; after a damaged append-only file, repair it with valkey-check-aof"
+                        f"the server ended with status {self._process.returncode}: see {self._data_dir / 'server.log'} "
+                        "(a damaged append-only file can be repaired with valkey-check-aof)"
                     )
                 if time.monotonic() > end:
                     raise EmbeddedServerError(f"the server is not ready after {_START_TIMEOUT_S:.0f} s")
@@ -219,21 +216,6 @@ class EmbeddedServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """On Linux, what makes a new child end when its parent's thread ends. Elsewhere the lock tells the next start."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up now: after a fork hardly anything is safe
-    parent = os.getpid()
-
-    def set_death_signal() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the call
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return set_death_signal
 
 
 @dataclass(frozen=True, slots=True)

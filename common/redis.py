@@ -37,6 +37,11 @@ _RETRY_AFTER_MS: Final = 1000
 
 def connect(settings: RedisSettings) -> Redis:
     """A client with its own connection pool; connects at the first command. Close it with `aclose()`."""
+    return redis_asyncio.from_url(settings.url, **connection_options(settings))
+
+
+def connection_options(settings: RedisSettings) -> dict[str, Any]:
+    """redis-py's options for these settings, without the URL."""
     options: dict[str, Any] = {
         "protocol": 3,
         "decode_responses": False,
@@ -60,7 +65,7 @@ def connect(settings: RedisSettings) -> Redis:
         ):
             if path is not None:
                 options[name] = str(path)
-    return redis_asyncio.from_url(settings.url, **options)
+    return options
 
 
 async def execute(redis: Redis, *command: Argument) -> Any:

@@ -7,10 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from common.logs import LogFormat
+
 PREFIX: Final = "TORCHRELAY_"
+ROLE_PREFIXES: Final = ("TORCHRELAY_GATEWAY_", "TORCHRELAY_WORKER_", "TORCHRELAY_ENGINE_")
+COMMAND_LINE_VARIABLES: Final = frozenset(
+    f"TORCHRELAY_{name}" for name in ("ADDRESS", "ADMIN_ADDRESS", "API_KEY", "TLS_CA", "INSECURE", "TEST_SERVER")
+)
 
 _SECOND: Final = 1000
 _HOUR: Final = 3600 * _SECOND
@@ -94,6 +100,25 @@ class QueueSettings(BaseSettings):
         return self
 
 
+class LogSettings(BaseSettings):
+    """What a process writes on stderr, from TORCHRELAY_LOG_* variables."""
+
+    model_config = SettingsConfigDict(env_prefix="TORCHRELAY_LOG_", frozen=True)
+    level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    format: LogFormat = Field(default=LogFormat.AUTO, description="json, text, or auto: text on a terminal.")
+
+
+def describe_errors(error: ValidationError) -> str:
+    """Say which settings are wrong, by the names of their variables, one line each."""
+    kind = next((kind for kind in BaseSettings.__subclasses__() if kind.__name__ == error.title), BaseSettings)
+    prefix = kind.model_config.get("env_prefix", PREFIX)
+    lines = []
+    for fault in error.errors(include_url=False, include_input=False):
+        name = ".".join(map(str, fault["loc"]))
+        lines.append(f"{prefix}{name.upper() or '*'}: {fault['msg']}\n")
+    return "".join(lines)
+
+
 class UnknownVariable(NamedTuple):
     """A TORCHRELAY_ variable that no setting reads, and the one that was probably meant."""
 
@@ -110,11 +135,18 @@ def variables_of(settings: type[BaseSettings]) -> set[str]:
 def unknown_variables(
     environment: Mapping[str, str], classes: Iterable[type[BaseSettings]], also_known: Iterable[str] = ()
 ) -> list[UnknownVariable]:
-    """Variables with our prefix that nothing reads: a misspelt setting must not be ignored in silence."""
-    known = {name.upper() for name in also_known}
+    """Variables with our prefix that nothing reads: a misspelt setting must not be ignored in silence.
+
+    Those of another role's prefix are left to that role: all may share one environment.
+    """
+    known = {name.upper() for name in also_known} | COMMAND_LINE_VARIABLES
+    own_prefixes = set()
     for settings in classes:
         known |= variables_of(settings)
-    unknown = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
+        own_prefixes.add(settings.model_config.get("env_prefix", PREFIX))
+    foreign = tuple(prefix for prefix in ROLE_PREFIXES if prefix not in own_prefixes)
+    named = (name for name in environment if name.upper().startswith(PREFIX))
+    unknown = sorted(name for name in named if name.upper() not in known and not name.upper().startswith(foreign))
     return [
         UnknownVariable(name, next(iter(difflib.get_close_matches(name.upper(), known, n=1)), None)) for name in unknown
     ]

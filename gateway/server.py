@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from gateway.interceptors.guard import Guard
 from gateway.settings import GatewaySettings
+from torchrelay.client.channel import is_loopback
 
 log = structlog.get_logger()
 
@@ -93,6 +94,18 @@ class GatewayServer:
         await self.health.set_ready(False)
         await asyncio.gather(self.public.stop(self._settings.drain_s), self.admin.stop(1))
         await self.probes.stop(0)
+
+
+def check_plaintext(settings: GatewaySettings) -> None:
+    """Raise ValueError if an address beyond loopback would be plaintext without the operator's word for it."""
+    for name in ("address", "admin_address"):
+        address: str = getattr(settings, name)
+        if address and not settings.insecure and not is_loopback(address):
+            raise ValueError(
+                f"TORCHRELAY_GATEWAY_{name.upper()}={address} is beyond loopback and would be plaintext: API keys and "
+                "prompts could be read on the way. Bind to loopback, or allow it with --insecure "
+                "(TORCHRELAY_GATEWAY_INSECURE=true), as behind a mesh that encrypts."
+            )
 
 
 def _bind(server: grpc.aio.Server, address: str) -> str:

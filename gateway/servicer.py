@@ -20,6 +20,7 @@ from gateway import validation as check
 from gateway.auth import Caller, current_caller
 from gateway.catalog import Catalog
 from gateway.progress import LogPosition
+from gateway.secret import SharedSecret
 from gateway.settings import GatewaySettings
 from gateway.stream import EventStream, StreamFactory, accepted_of, stored_body
 from torchrelay.v1 import generation_pb2 as pb
@@ -36,7 +37,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     """Serves generations of every model in the catalog."""
 
     def __init__(
-        self, queue: JobQueue, streams: StreamFactory, catalog: Catalog, settings: GatewaySettings, secret: bytes
+        self, queue: JobQueue, streams: StreamFactory, catalog: Catalog, settings: GatewaySettings, secret: SharedSecret
     ) -> None:
         """`secret` keys digests and salts the prefix cache per tenant; all gateways of a deployment share it."""
         self._queue = queue
@@ -176,8 +177,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         limits = check.ConfigLimits(
             card.context_tokens, card.vocab_size, self._settings.max_outputs, self._settings.max_stop_strings
         )
-        seed = secrets.randbits(64)
-        config = check.resolve_config(request.config, model.defaults, len(prompt), limits, seed=seed)
+        secret = await self._secret.get()
+        config = check.resolve_config(request.config, model.defaults, len(prompt), limits, seed=secrets.randbits(64))
         sampling = check.sampling_params(config, card.eos_token_ids)
         grace_ms = self._grace_ms(request)
         accepted = pb.Accepted(
@@ -191,14 +192,16 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         job = NewJob(
             tenant=caller.tenant,
             key_id=caller.key_id,
-            body=JobBody(prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=self._salt(caller.tenant)),
+            body=JobBody(
+                prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=self._salt(secret, caller.tenant)
+            ),
             time_limit_ms=self._time_limit_ms(request, grace_ms, call_remaining_s),
             disconnect_grace_ms=grace_ms,
             attended=not isinstance(request, pb.SubmitGenerationRequest),
             kv_tokens=kv_tokens,
             peak_kv_tokens=peak_kv_tokens,
             idempotency_key=check.check_idempotency_key(request.idempotency_key),
-            request_digest=self._digest(request),
+            request_digest=self._digest(secret, request),
             echo=stored_body(accepted),
             generation_id=accepted.generation_id,
         )
@@ -247,17 +250,19 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             message.error_reason = failure.reason
         return message
 
-    def _salt(self, tenant: str) -> bytes:
+    @staticmethod
+    def _salt(secret: bytes, tenant: str) -> bytes:
         """Return what keeps tenants' blocks apart in the prefix cache."""
-        return hmac.digest(self._secret, b"prefix-cache:" + tenant.encode(), "sha256")
+        return hmac.digest(secret, b"prefix-cache:" + tenant.encode(), "sha256")
 
-    def _digest(self, request: NewGeneration) -> bytes:
+    @staticmethod
+    def _digest(secret: bytes, request: NewGeneration) -> bytes:
         """Return what must be equal when an idempotency key is used again: all but times and the key itself.
 
         Keyed, so that what is stored says nothing about a guessed prompt.
         """
         body = pb.StreamGenerateRequest(model=request.model, input=request.input, config=request.config)
-        return hmac.digest(self._secret, body.SerializeToString(deterministic=True), "sha256")
+        return hmac.digest(secret, body.SerializeToString(deterministic=True), "sha256")
 
     @staticmethod
     async def _send_id(generation_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:

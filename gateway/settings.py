@@ -20,6 +20,9 @@ class GatewaySettings(BaseSettings):
         default="127.0.0.1:50052", description="Where operators call, host:port; empty is nowhere."
     )
     health_address: str = Field(default="", description="Plaintext port for probes only, host:port; empty is none.")
+    admin_redis_url: str = Field(
+        default="", description="As the Redis user that may write API keys; empty: the same as TORCHRELAY_REDIS_URL."
+    )
     insecure: bool = Field(default=False, description="Allow plaintext on addresses beyond loopback.")
     reflection: bool = Field(default=False, description="Serve gRPC reflection.")
 

@@ -16,8 +16,9 @@ class WorkerSettings(BaseSettings):
     model: str = Field(default="demo", description="`demo`, a directory, or a Hub id.")
     model_name: str = Field(default="", description="Name that requests use; default: the last part of `model`.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub id.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Type of the weights.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="Type of the weights.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    num_threads: int = Field(default=0, ge=0, description="Threads that compute on a CPU; 0 is one per physical core.")
     max_jobs: int = Field(default=256, gt=0, description="Most generations held at a time.")
     drain_s: float = Field(
         default=20, ge=0, description="After SIGTERM, how long held generations may still finish here."

@@ -1,0 +1,304 @@
+"""`torchrelay serve`: the whole system on one machine, in one terminal.
+
+Starts a server for the queue, a gateway and workers as child processes, waits until the model answers, says how to call
+it, and starts again whatever ends unasked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Final
+
+import grpc
+import structlog
+import typer
+from rich.console import Console
+
+from common.api_keys import ApiKeys
+from common.children import die_with_parent
+from common.embedded import EmbeddedServer, EmbeddedServerError, describe_durability
+from common.errors import ServingError, Unauthenticated
+from common.redis import connect
+from common.settings import RedisSettings
+from common.startup import read_settings
+from torchrelay.cli.connection import credentials_file
+from torchrelay.client import Client, RelayError
+from torchrelay.v1 import model_pb2
+
+log = structlog.get_logger()
+
+_DEV_TENANT: Final = "dev"
+_POLL_S: Final = 0.1
+_STOP_S: Final = 40.0
+_MAX_RESTART_PAUSE_S: Final = 10.0
+_STEADY_S: Final = 30.0  # a child that lived so long has not failed at its start
+
+
+@dataclass(slots=True)
+class Child:
+    """A process that is kept running."""
+
+    name: str
+    module: str
+    env: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    pause_s: float = 0.0
+    restart_at: float = 0.0
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", self.module],
+            env={**os.environ, **self.env},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us: children are ended in order
+            preexec_fn=die_with_parent(),
+        )
+        self.started = time.monotonic()
+        self.restart_at = 0.0
+
+    def keep_running(self) -> None:
+        """Start it again if it has ended; later each time if it fails at once."""
+        now = time.monotonic()
+        if self.process is not None and self.process.poll() is not None:
+            status = self.process.returncode
+            self.pause_s = 0.2 if now - self.started > _STEADY_S else min(_MAX_RESTART_PAUSE_S, self.pause_s * 2 or 0.2)
+            self.restart_at = now + self.pause_s
+            self.process = None
+            log.warning("child.ended", name=self.name, status=status, restart_in_s=self.pause_s)
+        if self.process is None and now >= self.restart_at:
+            self.start()
+
+    def terminate(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
+    def wait(self, until: float) -> None:
+        if self.process is None:
+            return
+        try:
+            self.process.wait(max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            log.warning("child.killed", name=self.name)
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Owns the children; ends them in order: workers give their jobs back, then the gateway, then the server."""
+
+    server: EmbeddedServer | None
+    gateway: Child
+    workers: list[Child]
+    stopping: bool = field(default=False)
+
+    def children(self) -> list[Child]:
+        return [self.gateway, *self.workers]
+
+    def start(self) -> None:
+        for child in self.children():
+            child.start()
+
+    def tend(self) -> None:
+        """Start again what has ended."""
+        if self.server is not None and not self.server.is_running:
+            log.warning("server.ended")
+            self.server.kill()
+            self.server.start()
+        for child in self.children():
+            child.keep_running()
+
+    def stop(self) -> None:
+        until = time.monotonic() + _STOP_S
+        for child in self.workers:
+            child.terminate()
+        self.gateway.terminate()
+        for child in self.children():
+            child.wait(until)
+        if self.server is not None:
+            self.server.stop()
+
+
+def data_dir_of(path: Path | None) -> Path:
+    """Return where queue and logs are kept."""
+    if path is not None:
+        return path
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "torchrelay"
+
+
+async def prepare(settings: RedisSettings) -> tuple[str, str]:
+    """Return a key that works and what the server's durability is; make a key if there is none. Raises ServingError."""
+    redis = connect(settings)
+    try:
+        durability = await describe_durability(redis)
+        key = await _development_key(ApiKeys(redis))
+    finally:
+        await redis.aclose()
+    survives = {True: "survives", False: "does not survive", None: "may not survive"}
+    text = (
+        f"{durability.detail}: accepted work {survives[durability.survives_process]} the end of the server's process, "
+        f"{survives[durability.survives_host]} a crash of the host"
+    )
+    if durability.survives_failover is not None:
+        text += f", {survives[durability.survives_failover]} a failover"
+    return key, text
+
+
+async def _development_key(api_keys: ApiKeys) -> str:
+    path = credentials_file()
+    if path.exists():
+        key = path.read_text().strip()
+        try:
+            await api_keys.verify(key)
+            return key
+        except Unauthenticated:
+            pass  # made for another data directory
+    created = await api_keys.create(_DEV_TENANT, "development key of torchrelay serve")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.fchmod(handle, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(created.secret + "\n")
+    return created.secret
+
+
+def check_free(address: str) -> None:
+    """Raise typer.BadParameter if something listens at an address already."""
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise typer.BadParameter(
+                f"{address} cannot be used ({error.strerror}): another server may be running; choose another port"
+            ) from error
+
+
+def wait_until_served(supervisor: Supervisor, address: str, key: str, stop: list[int]) -> model_pb2.Model | None:
+    """Return the model once a worker serves it; None if asked to stop before."""
+    with Client(address, api_key=key, insecure=True) as client:
+        while not stop:
+            supervisor.tend()
+            try:
+                for model in client.model.ListModels(
+                    model_pb2.ListModelsRequest(), metadata=client.metadata, timeout=2
+                ).models:
+                    if model.state == model_pb2.MODEL_STATE_READY:
+                        return model
+            except (grpc.RpcError, RelayError):
+                pass
+            time.sleep(_POLL_S)
+    return None
+
+
+def banner(model: model_pb2.Model, address: str, admin_address: str, key: str, program: str) -> str:
+    """Return how to call what is served."""
+    where = "" if address == "127.0.0.1:50051" else f" --address {address}"
+    question = "What is the capital of France?"
+    body = (
+        f'{{"model": "{model.name}", "input": {{"text": "The capital of France is"}}, "config": {{"max_tokens": 16}}}}'
+    )
+    return (
+        f"\n  gateway  {address} (gRPC, reflection on)   admin {admin_address}\n"
+        f"  model    {model.name} ({model.family}, {model.dtype}, context {model.context_length})\n"
+        f"  key      {key}   for development; kept in {credentials_file()}\n\n"
+        f'  {program} generate{where} "{question}"\n\n'
+        f"  grpcurl -plaintext -H 'authorization: Bearer {key}' \\\n"
+        f"    -d '{body}' \\\n"
+        f"    {address} torchrelay.v1.GenerationService/StreamGenerate\n\n"
+    )
+
+
+def serve(
+    model: Annotated[str, typer.Option("--model", "-m", help="`demo`, a directory, or a Hub id.")] = "demo",
+    model_name: Annotated[str, typer.Option("--model-name", help="Name that requests use.")] = "",
+    workers: Annotated[int, typer.Option("--workers", "-w", min=0, help="Worker processes.")] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    address: Annotated[str, typer.Option("--address", "-a", help="Where clients call.")] = "127.0.0.1:50051",
+    admin_address: Annotated[str, typer.Option("--admin-address", help="Where operators call.")] = "127.0.0.1:50052",
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the queue is kept.")] = None,
+    redis_url: Annotated[str, typer.Option("--redis-url", help="A server of your own instead.")] = "",
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond loopback.")] = False,
+) -> None:
+    """Serve a model on this machine: gateway, workers and queue in one terminal. Not for production."""
+    console = Console(stderr=True, highlight=False)
+    folder = data_dir_of(data_dir)
+    settings = read_settings(RedisSettings)
+    check_free(address)
+    check_free(admin_address)
+    stop: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, frame: stop.append(received))
+    server: EmbeddedServer | None = None
+    if not redis_url:
+        server = EmbeddedServer(folder / "queue")
+        try:
+            server.start()
+        except EmbeddedServerError as error:
+            console.print(f"[red]error:[/] {error}", soft_wrap=True)
+            raise typer.Exit(1) from error
+        redis_url = server.url
+    settings = settings.model_copy(update={"url": redis_url})
+    try:
+        key, durability = asyncio.run(prepare(settings))
+    except ServingError as error:
+        if server is not None:
+            server.stop()
+        console.print(f"[red]error:[/] {error.message}: {redis_url}", soft_wrap=True)
+        raise typer.Exit(1) from error
+    log.info("queue.durability", url=redis_url, promise=durability)
+    shared = {"TORCHRELAY_REDIS_URL": redis_url}
+    supervisor = Supervisor(
+        server,
+        Child("gateway", "gateway", shared | _gateway_env(address, admin_address, insecure=insecure)),
+        [
+            Child(f"worker-{index}", "worker", shared | _worker_env(model, model_name, dtype, device))
+            for index in range(workers)
+        ],
+    )
+    supervisor.start()
+    try:
+        with console.status("loading the model ..."):
+            found = wait_until_served(supervisor, address, key, stop) if workers else None
+        if found is not None:
+            program = os.path.relpath(Path(sys.argv[0])) if Path(sys.argv[0]).exists() else "torchrelay"
+            sys.stdout.write(banner(found, address, admin_address, key, program))
+            sys.stdout.flush()
+        while not stop:
+            supervisor.tend()
+            time.sleep(_POLL_S)
+    finally:
+        supervisor.stop()
+
+
+def _gateway_env(address: str, admin_address: str, *, insecure: bool) -> dict[str, str]:
+    env = {
+        "TORCHRELAY_GATEWAY_ADDRESS": address,
+        "TORCHRELAY_GATEWAY_ADMIN_ADDRESS": admin_address,
+        "TORCHRELAY_GATEWAY_REFLECTION": "true",
+    }
+    if insecure:
+        env["TORCHRELAY_GATEWAY_INSECURE"] = "true"
+    return env
+
+
+def _worker_env(model: str, model_name: str, dtype: str, device: str) -> dict[str, str]:
+    return {
+        "TORCHRELAY_WORKER_MODEL": model,
+        "TORCHRELAY_WORKER_MODEL_NAME": model_name,
+        "TORCHRELAY_WORKER_DTYPE": dtype,
+        "TORCHRELAY_WORKER_DEVICE": device,
+    }

@@ -1,0 +1,40 @@
+"""What every server process does first: read its settings, set logs up, and name variables that nothing reads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import structlog
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings
+
+from common.logs import set_up_logs
+from common.settings import LogSettings, QueueSettings, RedisSettings, describe_errors, unknown_variables
+
+_T = TypeVar("_T")
+
+SHARED_SETTINGS: tuple[type[BaseSettings], ...] = (LogSettings, RedisSettings, QueueSettings)
+
+
+def read_settings(read: Callable[[], _T], *own: type[BaseSettings]) -> _T:
+    """Return what `read` makes of the environment, with logs set up; `own` are the role's settings classes.
+
+    Ends the process with status 2 and one line per fault where a setting is wrong. A variable that nothing reads is
+    logged with the one that was probably meant.
+    """
+    try:
+        log_settings = LogSettings()
+        settings = read()
+    except ValidationError as error:
+        sys.stderr.write(describe_errors(error))
+        raise SystemExit(2) from None
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from None
+    set_up_logs(log_settings.level, log_settings.format)
+    for variable in unknown_variables(os.environ, (*SHARED_SETTINGS, *own)):
+        structlog.get_logger().warning("settings.unknown", variable=variable.name, did_you_mean=variable.nearest)
+    return settings

@@ -1,0 +1,125 @@
+"""One gateway process: reads settings, builds the objects, runs them, and drains on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from importlib.metadata import version
+
+import structlog
+
+from common import keys
+from common.api_keys import ApiKeys
+from common.errors import ServingError
+from common.job_queue import JobQueue
+from common.redis import Retry, block_ms, connect
+from common.registry import ModelDirectory, ModelRegistry
+from common.settings import QueueSettings, RedisSettings
+from common.startup import read_settings
+from gateway.admin import ApiKeyServicer, FleetServicer
+from gateway.auth import authenticator
+from gateway.catalog import Catalog
+from gateway.delivery import EventHub
+from gateway.interceptors.guard import Guard
+from gateway.model_servicer import ModelServicer
+from gateway.secret import SharedSecret
+from gateway.server import GatewayServer, check_plaintext
+from gateway.servicer import GenerationServicer
+from gateway.settings import GatewaySettings
+from gateway.stream import StreamFactory, StreamTimes
+from gateway.upkeep import Upkeep
+from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc
+from torchrelay.v1 import generation_pb2_grpc, model_pb2_grpc
+
+log = structlog.get_logger()
+
+_BLOCK_MS = 2000
+
+
+async def run(
+    settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings, stop: asyncio.Event
+) -> None:
+    """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound."""
+    retry = Retry.from_settings(redis_settings)
+    redis, blocking_redis = connect(redis_settings), connect(redis_settings)
+    admin_url = settings.admin_redis_url or redis_settings.url
+    admin_redis = connect(redis_settings.model_copy(update={"url": admin_url}))
+    queue = JobQueue(redis, keys.random_id(), queue_settings, retry=retry, blocking_redis=blocking_redis)
+    registry = ModelRegistry(redis, retry=retry)
+    catalog = Catalog(ModelDirectory(registry, queue), registry)
+    hub = EventHub(settings.max_pending_events)
+    streams = StreamFactory(queue, hub, StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s))
+    secret = SharedSecret(redis, admin_redis, retry)
+
+    server = GatewayServer(settings, Guard(authenticator(ApiKeys(redis, retry=retry))), Guard(None))
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+        GenerationServicer(queue, streams, catalog, settings, secret), server.public
+    )
+    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(catalog, queue), server.public)
+    api_key_pb2_grpc.add_ApiKeyServiceServicer_to_server(
+        ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
+    )
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue), server.admin)
+
+    async def on_connected() -> None:
+        await server.health.set_ready(True)
+        log.info("gateway.ready", address=server.address, admin_address=server.admin_address)
+
+    upkeep = Upkeep(
+        queue,
+        hub,
+        streams,
+        catalog,
+        interval_s=settings.maintenance_interval_s,
+        block_ms=block_ms(redis_settings, _BLOCK_MS),
+        on_connected=on_connected,
+    )
+    await server.start()
+    log.info("gateway.started", address=server.address, gateway_id=queue.gateway_id, version=version("torchrelay"))
+    running = asyncio.create_task(upkeep.run())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        log.info("gateway.draining", streams=len(hub))
+        await server.stop()
+    finally:
+        stopping.cancel()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        with contextlib.suppress(ServingError):
+            await queue.leave(catalog.shards())
+        for client in (redis, blocking_redis, admin_redis):
+            await client.aclose()
+    log.info("gateway.stopped")
+
+
+async def _main(settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await run(settings, redis_settings, queue_settings, stop)
+
+
+def _settings() -> tuple[GatewaySettings, RedisSettings, QueueSettings]:
+    settings = GatewaySettings()
+    check_plaintext(settings)
+    return settings, RedisSettings(), QueueSettings()
+
+
+def main() -> int:
+    """Run a gateway from the environment's settings; return the exit status."""
+    settings = read_settings(_settings, GatewaySettings)
+    try:
+        asyncio.run(_main(*settings))
+    except OSError as error:
+        log.error("gateway.failed", error=str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

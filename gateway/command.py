@@ -1,0 +1,31 @@
+"""`torchrelay gateway`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+
+def gateway(
+    address: Annotated[str, typer.Option("--address", "-a", help="Where clients call, host:port.")] = "",
+    admin_address: Annotated[str, typer.Option("--admin-address", help="Where operators call, host:port.")] = "",
+    health_address: Annotated[str, typer.Option("--health-address", help="Plaintext port for probes.")] = "",
+    redis_url: Annotated[str, typer.Option("--redis-url", help="redis://, rediss:// or unix:// address.")] = "",
+    reflection: Annotated[bool | None, typer.Option("--reflection/--no-reflection", help="gRPC reflection.")] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help="Allow plaintext beyond loopback.")] = None,
+) -> None:
+    """Run one gateway. Everything else is set by TORCHRELAY_GATEWAY_*, _REDIS_*, _QUEUE_* and _LOG_* variables."""
+    given = {
+        "TORCHRELAY_GATEWAY_ADDRESS": address,
+        "TORCHRELAY_GATEWAY_ADMIN_ADDRESS": admin_address,
+        "TORCHRELAY_GATEWAY_HEALTH_ADDRESS": health_address,
+        "TORCHRELAY_REDIS_URL": redis_url,
+        "TORCHRELAY_GATEWAY_REFLECTION": "" if reflection is None else str(reflection),
+        "TORCHRELAY_GATEWAY_INSECURE": "" if insecure is None else str(insecure),
+    }
+    os.environ.update({name: value for name, value in given.items() if value})
+    from gateway.__main__ import main  # the command's help needs no gRPC server
+
+    raise typer.Exit(main())

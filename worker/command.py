@@ -1,0 +1,44 @@
+"""`torchrelay worker` and `torchrelay models register`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="`demo`, a directory, or a Hub id.")]
+ModelNameOption = Annotated[str, typer.Option("--model-name", help="Name that requests use.")]
+RevisionOption = Annotated[str, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+RedisOption = Annotated[str, typer.Option("--redis-url", help="redis://, rediss:// or unix:// address.")]
+
+models = typer.Typer()
+
+
+def worker(
+    model: ModelOption = "",
+    model_name: ModelNameOption = "",
+    revision: RevisionOption = "",
+    dtype: DtypeOption = "",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "",
+    redis_url: RedisOption = "",
+) -> None:
+    """Run one worker. Everything else is set by TORCHRELAY_WORKER_*, _ENGINE_*, _REDIS_*, _QUEUE_* and _LOG_* variables."""
+    _set(model, model_name, revision, dtype, redis_url)
+    if device:
+        os.environ["TORCHRELAY_WORKER_DEVICE"] = device
+    from worker.__main__ import main  # the command's help needs no torch
+
+    raise typer.Exit(main())
+
+
+def _set(model: str, model_name: str, revision: str, dtype: str, redis_url: str) -> None:
+    given = {
+        "TORCHRELAY_WORKER_MODEL": model,
+        "TORCHRELAY_WORKER_MODEL_NAME": model_name,
+        "TORCHRELAY_WORKER_REVISION": revision,
+        "TORCHRELAY_WORKER_DTYPE": dtype,
+        "TORCHRELAY_REDIS_URL": redis_url,
+    }
+    os.environ.update({name: value for name, value in given.items() if value})

@@ -6,7 +6,7 @@ Rows are told apart by what they ask for, and pay only for that:
     penalties                    a copy of the row, changed at the tokens seen or banned only
     top_k, top_p, min_p          the CANDIDATES largest scores; all filters work on those
     none of the three            the candidates, then the few other tokens whose noise could beat them
-    filter wider than that       the row's whole vocabulary, sorted
+    filter wider than that       eight times as many candidates, and so on
 
 Processors and filters are transformers' own, in its order: repetition_penalty, no_repeat_ngram_size, temperature,
 top_k, top_p, min_p (`generation/logits_process.py`). Tokens are drawn with the noise of `noise.py`, hence reproducibly.
@@ -56,6 +56,14 @@ class _Filters:
         )
         return cls(table[:, 0:1].float(), table[:, 1:2].long(), table[:, 2:3], table[:, 3:4])
 
+    def of_rows(self, index: torch.Tensor) -> _Filters:
+        return _Filters(self.temperature[index], self.top_k[index], self.top_p[index], self.min_p[index])
+
+    @property
+    def are_off(self) -> torch.Tensor:
+        """[num_rows] bool"""
+        return ((self.top_k == 0) & (self.top_p >= 1) & (self.min_p == 0))[:, 0]
+
 
 class Sampler:
     """Stateless but for constants of its device."""
@@ -102,24 +110,35 @@ class Sampler:
             device=self._device,
         )
         scores /= filters.temperature
-        top, ids = scores.topk(min(CANDIDATES, scores.shape[-1]), dim=-1)  # descending
+        return self._draw_among(CANDIDATES, scores, keys, filters)
+
+    def _draw_among(
+        self, num_candidates: int, scores: torch.Tensor, keys: torch.Tensor, filters: _Filters
+    ) -> torch.Tensor:
+        """Draw from the largest scores; rows that turn out to need more of them get more."""
+        top, ids = scores.topk(min(num_candidates, scores.shape[-1]), dim=-1)  # descending
         top = top.double()
         keep, is_complete = _filter_candidates(scores, top, filters)
-        noise = gumbel(ordered_hash(keys, ids.int()))
-        drawn = ids.gather(1, (top + noise).masked_fill_(~keep, _NEG_INF).argmax(-1, keepdim=True))[:, 0]
-        if not bool(is_complete.all()):
-            rest = (~is_complete).nonzero()[:, 0]
-            _filter_vocabulary(scores, rest.tolist(), rows)
-            scores, ids = scores[rest], ids[rest]
-            best, at = (scores.gather(1, ids).double() + noise[rest]).max(-1)
-            best_ids = ids.gather(1, at[:, None])[:, 0]
-            drawn[rest] = self._draw_from_all(scores, keys[rest], best, best_ids, bound=top[rest, -1])
+        noisy = (top + gumbel(ordered_hash(keys, ids.int()))).masked_fill_(~keep, _NEG_INF)
+        best, at = noisy.max(-1)
+        drawn = ids.gather(1, at[:, None])[:, 0]
+        if bool(is_complete.all()):
+            return drawn
+        is_unfiltered = filters.are_off
+        everything = (is_unfiltered & ~is_complete).nonzero()[:, 0]
+        if len(everything):
+            drawn[everything] = self._draw_from_all(
+                scores[everything], keys[everything], best[everything], drawn[everything], bound=top[everything, -1]
+            )
+        wider = (~is_unfiltered & ~is_complete).nonzero()[:, 0]
+        if len(wider):
+            drawn[wider] = self._draw_among(8 * num_candidates, scores[wider], keys[wider], filters.of_rows(wider))
         return drawn
 
     def _draw_from_all(
         self, scores: torch.Tensor, keys: torch.Tensor, best: torch.Tensor, best_ids: torch.Tensor, bound: torch.Tensor
     ) -> torch.Tensor:
-        """Finish the draw of rows whose distribution reaches beyond the candidates.
+        """Finish the draw of rows without filters.
 
         `best` [num_rows] is the largest score plus noise among the candidates, `bound` the score that no other token
         exceeds: only a token with noise above best - bound can win, and few have that. So all tokens are hashed, but
@@ -197,19 +216,3 @@ def _filter_candidates(scores: torch.Tensor, top: torch.Tensor, filters: _Filter
     keep[:, 0] = True
     is_complete |= ~has_top_k[:, 0] & ~keep[:, -1]
     return keep, is_complete | is_whole
-
-
-def _filter_vocabulary(scores: torch.Tensor, indices: list[int], rows: Rows[Sequence]) -> None:
-    """The same filters on whole rows, in place: what falls out becomes -inf."""
-    for i in indices:
-        params, row = rows[i].sampling, scores[i]
-        if params.top_k > 0:
-            row.masked_fill_(row < row.topk(min(params.top_k, len(row))).values[-1], _NEG_INF)
-        if params.top_p < 1:
-            ordered, ids = row.double().sort(descending=True)
-            probs = ordered.softmax(-1)
-            dropped = probs.cumsum(-1) - probs >= params.top_p
-            dropped[0] = False
-            row[ids[dropped]] = _NEG_INF
-        if params.min_p > 0:
-            row.masked_fill_((row.double() - row.max().double()).exp() < params.min_p, _NEG_INF)

@@ -1,19 +1,22 @@
-"""Paged attention in plain torch: correct on every device, the oracle for the faster back-ends and what runs without
-them.
+"""Paged attention in plain torch: correct on every device, the oracle and the fallback of the faster back-ends.
 
-Keys and values are gathered from their blocks into contiguous tensors and attended over with SDPA. Decodes are gathered
-together, in groups of similar length so that padding at most doubles the work; prefills one by one. What depends on the
-step but not on the layer is prepared once, by the first layer.
+Keys and values are gathered from their blocks into contiguous tensors and attended over with SDPA. Prefills go one by
+one; decodes together, in groups of similar length so that padding at most doubles the work. What depends on the step but
+not on the layer is prepared once, by the first layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from worker.engine.attention.interface import AttentionBatch, AttentionOptions, LayerCache, LayerShape
+
+
+_LONG_CONTEXT: Final = 128  # tokens
 
 
 @dataclass(slots=True)
@@ -94,12 +97,20 @@ class TorchAttention:
         groups: list[_Group] = []
         for seq, context_len in enumerate(lens):
             if starts[seq + 1] - starts[seq] == 1:
-                num_blocks = -(-context_len // self.block_size)
-                decodes.setdefault((num_blocks - 1).bit_length(), []).append(seq)
+                decodes.setdefault(self._group_key(seq, context_len, batch.slots.device), []).append(seq)
             else:
                 groups.append(self._group(batch, [seq], starts, lens))
         groups.extend(self._group(batch, seqs, starts, lens) for seqs in decodes.values())
         return _Prepared(batch.slots.long(), groups)
+
+    def _group_key(self, seq: int, context_len: int, device: torch.device) -> int:
+        """Decodes of equal keys are attended over together: those of about equal length.
+
+        On the CPU long ones stay alone (a negative key): padding and masks cost more there than calls.
+        """
+        if device.type == "cpu" and context_len > _LONG_CONTEXT:
+            return -1 - seq
+        return (-(-context_len // self.block_size) - 1).bit_length()
 
     def _group(self, batch: AttentionBatch, seqs: list[int], starts: list[int], lens: list[int]) -> _Group:
         device = batch.slots.device
@@ -135,9 +146,10 @@ class TorchAttention:
         )
         keys, values = self._gather(cache.keys, group), self._gather(cache.values, group)
         if group.is_padded:
-            # A masked key has weight 0, but 0 times a NaN that a failed request left behind would still be NaN.
+            # A mask does not stop a NaN that a failed request left behind: NaN plus -inf and 0 times NaN are NaN.
             ends = group.first_positions + group.num_queries
             is_behind_end = torch.arange(group.num_keys, device=query.device) >= ends[:, None]
+            keys = keys.masked_fill(is_behind_end[:, None, None, :, None], 0)
             values = values.masked_fill(is_behind_end[:, None, None, :, None], 0)
         mask = group.mask(options.sliding_window)
         if options.softcap is None and options.sinks is None:

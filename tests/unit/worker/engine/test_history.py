@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import NoRepeatNGramLogitsProcessor
+
+from common.generation import SamplingParams
+from worker.engine.history import TokenHistory
+
+
+def make_history(token_ids: list[int], **params: object) -> TokenHistory:
+    history = TokenHistory(SamplingParams(max_tokens=1, **params))  # type: ignore[arg-type]
+    history.extend(token_ids)
+    return history
+
+
+@given(token_ids=st.lists(st.integers(0, 4), min_size=1, max_size=40), ngram_size=st.integers(1, 5))
+def test_banned_are_the_ids_that_transformers_bans(token_ids: list[int], ngram_size: int) -> None:
+    scores = NoRepeatNGramLogitsProcessor(ngram_size)(torch.tensor([token_ids]), torch.zeros(1, 5))
+    expected = (scores[0] == float("-inf")).nonzero()[:, 0].tolist()
+    assert sorted(set(make_history(token_ids, no_repeat_ngram_size=ngram_size).banned_ids())) == expected
+
+
+@given(token_ids=st.lists(st.integers(0, 9), max_size=40), cut=st.integers(0, 40))
+def test_tokens_may_come_in_pieces(token_ids: list[int], cut: int) -> None:
+    params = {"no_repeat_ngram_size": 3, "repetition_penalty": 1.1}
+    whole = make_history(token_ids, **params)
+    pieces = make_history(token_ids[:cut], **params)
+    for token_id in token_ids[cut:]:
+        pieces.extend([token_id])
+    assert (pieces.banned_ids(), pieces.seen_ids) == (whole.banned_ids(), whole.seen_ids)
+
+
+@given(st.lists(st.integers(0, 9), max_size=40))
+def test_every_seen_id_is_listed_once(token_ids: list[int]) -> None:
+    assert make_history(token_ids, repetition_penalty=1.1).seen_ids.tolist() == list(dict.fromkeys(token_ids))
+
+
+def test_only_what_is_asked_for_is_kept() -> None:
+    assert not TokenHistory.is_needed(SamplingParams(max_tokens=1, temperature=1.0, top_k=5))
+    assert not make_history([1, 2, 1], no_repeat_ngram_size=2).seen_ids
+    assert make_history([1, 2, 1], repetition_penalty=1.1).banned_ids() == []

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from worker.engine.settings import EngineSettings
+
+
+def test_a_budget_below_the_number_of_sequences_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"token_budget \(8\) must be at least max_num_seqs \(16\)"):
+        EngineSettings(token_budget=8, max_num_seqs=16)
+
+
+@pytest.mark.parametrize("name", ["token_budget", "max_num_seqs", "block_size", "kv_cache_bytes", "num_blocks"])
+def test_zero_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        EngineSettings(**{name: 0})
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHRELAY_ENGINE_NUM_BLOCKS", "77")
+    monkeypatch.setenv("TORCHRELAY_ENGINE_ENABLE_PREFIX_CACHE", "false")
+    settings = EngineSettings()
+    assert (settings.num_blocks, settings.enable_prefix_cache) == (77, False)

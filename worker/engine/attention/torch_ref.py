@@ -1,8 +1,8 @@
 """Paged attention in plain torch: correct on every device, the oracle and the fallback of the faster back-ends.
 
 Keys and values are gathered from their blocks into contiguous tensors and attended over with SDPA. Prefills go one by
-one; decodes together, in groups of similar length so that padding at most doubles the work. What depends on the step but
-not on the layer is prepared once, by the first layer.
+one; decodes together, in groups of similar length so that padding at most doubles the work. What depends on the step
+but not on the layer is prepared once, by the first layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from worker.engine.attention.interface import AttentionBatch, AttentionOptions, LayerCache, LayerShape
-
 
 _LONG_CONTEXT: Final = 128  # tokens
 

@@ -25,9 +25,29 @@ def test_layer_shapes_are_found_by_asking_the_model(family: str, shape: LayerSha
 
 def test_a_model_that_never_calls_the_attention_function_is_refused() -> None:
     model = BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=200))
-    hf.install(model)
-    with pytest.raises(hf.UnsupportedModel, match="BloomForCausalLM never calls the attention function"):
-        hf.probe_layer_shapes(model, CPU)
+    with pytest.raises(hf.UnsupportedModel, match="BloomForCausalLM does not take its attention from"):
+        hf.install(model)
+
+
+class _Calls(torch.nn.Module):
+    """Asks for attention of layer 0 as often as told."""
+
+    layer_idx = 0
+
+    def __init__(self, num_calls: int) -> None:
+        super().__init__()
+        self.num_calls = num_calls
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> None:
+        for _ in range(self.num_calls):
+            hf._attention_forward(self, torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), None)
+
+
+def test_a_model_whose_layers_are_silent_or_ask_twice_is_refused() -> None:
+    with pytest.raises(hf.UnsupportedModel, match="never calls the attention function"):
+        hf.probe_layer_shapes(_Calls(0), CPU)
+    with pytest.raises(hf.UnsupportedModel, match="layer 0 of _Calls calls attention more than once"):
+        hf.probe_layer_shapes(_Calls(2), CPU)
 
 
 def test_a_call_outside_of_a_step_is_a_clear_error() -> None:

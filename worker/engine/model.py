@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from worker.engine import model_files
 from worker.engine.attention.interface import LayerShape
+from worker.engine.fuse import speed_up
 from worker.engine.loadcheck import UnsupportedFamilyError, check_config, context_length, install_attention
 from worker.engine.model_files import ModelError, TextFiles, find_model
 
@@ -76,8 +77,12 @@ def load_model(
     device: torch.device,
     revision: str | None = None,
     cache_root: Path | None = None,
+    *,
+    fast: bool = True,
 ) -> LoadedModel:
     """Load `source` (a directory, a Hub id, or "demo"); `revision` is a branch or commit on the Hub.
+
+    `fast` lets the model's layers be replaced by faster ones; its state dict is then no longer the files'.
 
     Raises ModelError when the model is not there, not safe to load, damaged, or of a family that cannot be served.
     """
@@ -96,6 +101,9 @@ def load_model(
         raise ModelError(f"{source}: transformers does not accept config.json: {error}") from error
     module = _load_weights(source, folder, config, dtype)
     torch.nn.Module.to(module, device)  # in place; the subclass's own `to` is typed wrongly
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    if fast:
+        speed_up(module)
     try:
         shapes = install_attention(module)
     except UnsupportedFamilyError as error:
@@ -113,7 +121,7 @@ def load_model(
         context_length=limit,
         vocab_size=int(config.get_text_config().vocab_size),
         revision=model_files.revision_of(folder, weights, text, cache_root),
-        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        num_parameters=num_parameters,
         layer_shapes=shapes,
     )
     _log.info(

@@ -31,8 +31,8 @@ def model_dir(tiny_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    return load_model(str(folder), dtype, CPU, cache_root=folder.parent / "cache")
+def load(folder: Path, dtype: torch.dtype = torch.float32, *, fast: bool = True) -> LoadedModel:
+    return load_model(str(folder), dtype, CPU, cache_root=folder.parent / "cache", fast=fast)
 
 
 def change_json(path: Path, **changes: Any) -> None:
@@ -59,7 +59,7 @@ def test_a_directory_becomes_a_model_with_everything_the_engine_asks(model_dir: 
 def test_weights_are_those_of_the_files_in_the_format_asked_for(model_dir: Path) -> None:
     expected = tiny_module("llama").state_dict()
     for dtype in (torch.float32, torch.bfloat16):
-        loaded = load(model_dir, dtype)
+        loaded = load(model_dir, dtype, fast=False)
         assert loaded.dtype is dtype
         for name, weight in loaded.module.state_dict().items():
             assert torch.equal(weight, expected[name].to(dtype))
@@ -274,11 +274,11 @@ def test_a_hub_model_that_is_neither_here_nor_reachable_says_so(
 
 
 def test_a_sharded_model_loads(model_dir: Path) -> None:
-    single = load(model_dir)
+    single = load(model_dir, fast=False)
     (model_dir / "model.safetensors").unlink()
     tiny_module("llama").save_pretrained(model_dir, max_shard_size="100KB")
     assert len(list(model_dir.glob("model-*.safetensors"))) > 1
-    sharded = load(model_dir)
+    sharded = load(model_dir, fast=False)
     assert sharded.revision != single.revision
     for name, weight in sharded.module.state_dict().items():
         assert torch.equal(weight, single.module.state_dict()[name])

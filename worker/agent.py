@@ -122,9 +122,10 @@ class Agent:
         """Collect step results; several may wait while a commit is under way."""
         while True:
             try:
-                self._results.append(await self._engine.next_result())
+                result = await self._engine.next_result()
             except EngineStopped:
                 return
+            self._results.append(result)  # a statement of its own: the list may be another one after the wait
             self._has_results.set()
 
     async def _commit(self) -> None:

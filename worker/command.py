@@ -24,7 +24,7 @@ def worker(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "",
     redis_url: RedisOption = "",
 ) -> None:
-    """Run one worker. Everything else is set by TORCHRELAY_WORKER_*, _ENGINE_*, _REDIS_*, _QUEUE_* and _LOG_* variables."""
+    """Run one worker. The rest is set by TORCHRELAY_WORKER_*, _ENGINE_*, _REDIS_*, _QUEUE_* and _LOG_* variables."""
     _set(model, model_name, revision, dtype, redis_url)
     if device:
         os.environ["TORCHRELAY_WORKER_DEVICE"] = device

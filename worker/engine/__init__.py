@@ -1,1 +1,1 @@
-"""The decode engine: scheduler, blocks, runner, attention, sampler. The only package that uses torch and transformers."""
+"""The decode engine: scheduler, blocks, runner, attention, sampler. What uses torch and transformers is here."""

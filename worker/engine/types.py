@@ -11,8 +11,8 @@ from common.generation import OutputDelta, SamplingParams, Usage
 class GenerationRequest:
     """One generation to decode.
 
-    A takeover differs from a fresh request only in `emitted`: the ids that each output already has in the log, in order.
-    The engine prefills them behind the prompt, replays its text and stop state from them, and goes on at the next index.
+    A takeover differs from a fresh request only in `emitted`: the ids that each output already has in the log, in
+    order. The engine prefills them behind the prompt, replays text and stop state, and goes on at the next index.
     """
 
     request_id: str
@@ -32,7 +32,9 @@ class RequestOutput:
     request_id: str
     deltas: tuple[OutputDelta, ...] = ()
     usage: Usage | None = None  # set when the request ended
-    error: str | None = None  # a machine-readable reason (NAN_LOGITS, OUT_OF_MEMORY ...); the request is gone from the engine
+    error: str | None = (
+        None  # a machine-readable reason (NAN_LOGITS, OUT_OF_MEMORY ...); the request is gone from the engine
+    )
 
     @property
     def finished(self) -> bool:

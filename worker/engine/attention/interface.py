@@ -29,10 +29,12 @@ class LayerCache:
 class AttentionBatch:
     """Where the tokens of a step stand: `num_seqs` sequences packed behind one another into `num_tokens` rows.
 
-    Sequence i owns rows query_starts[i]:query_starts[i+1]; they are the last rows of its context of context_lens[i] tokens.
+    Sequence i owns rows query_starts[i]:query_starts[i+1], the last rows of its context of context_lens[i] tokens.
     """
 
-    slots: torch.Tensor  # [num_tokens] int32: block_id * block_size + offset, where each row's key and value are written
+    slots: (
+        torch.Tensor
+    )  # [num_tokens] int32: block_id * block_size + offset, where each row's key and value are written
     block_tables: torch.Tensor  # [num_seqs, max_num_blocks] int32; entries behind a sequence's last block are not read
     query_starts: torch.Tensor  # [num_seqs + 1] int32
     context_lens: torch.Tensor  # [num_seqs] int32, this step's rows included
@@ -51,7 +53,7 @@ class AttentionOptions:
 
 
 class AttentionBackend(Protocol):
-    """Writes a step's keys and values into the cache and attends over it. Causal; heads are grouped when kv heads are fewer."""
+    """Writes a step's keys and values into the cache and attends over it. Causal; query heads may share kv heads."""
 
     name: str
     block_size: int

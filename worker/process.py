@@ -1,0 +1,152 @@
+"""Runs one worker: builds its objects, hands them to each other, and drains when it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from importlib.metadata import version
+from typing import Final
+
+import structlog
+
+from common import keys
+from common.errors import ServingError
+from common.job_claims import JobClaims
+from common.jobs import WorkerInfo
+from common.redis import Redis, Retry, connect
+from common.registry import ModelRegistry
+from common.settings import QueueSettings, RedisSettings
+from worker.agent import Agent, StepHungError
+from worker.assembly import Assembly, assemble
+from worker.engine.settings import EngineSettings
+from worker.engine.thread import EngineThread
+from worker.settings import WorkerSettings
+
+log = structlog.get_logger()
+
+_BEATS_PER_LEASE: Final = 5
+_JOIN_S: Final = 10.0
+_RETRY_S: Final = 1.0
+_HUNG_STATUS: Final = 3
+
+
+def describe(assembly: Assembly, engine: EngineThread, agent: Agent, started_ms: int) -> WorkerInfo:
+    """Return what this worker tells the fleet of itself."""
+    stats = engine.stats
+    return WorkerInfo(
+        model=assembly.card.name,
+        revision=assembly.card.revision,
+        host=f"{socket.gethostname()}:{os.getpid()}",
+        device=assembly.device,
+        versions={
+            "torchrelay": version("torchrelay"),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+        started_ms=started_ms,
+        draining=agent.draining,
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        kv_tokens_total=stats.num_blocks * stats.block_size,
+        kv_tokens_free=stats.free_kv_tokens,
+        stats={
+            "num_blocks": stats.num_blocks,
+            "num_free_blocks": stats.num_free_blocks,
+            "block_size": stats.block_size,
+            "num_steps": stats.num_steps,
+            "num_preemptions": stats.num_preemptions,
+            "generated_tokens": stats.generated_tokens,
+            "prompt_tokens": stats.prompt_tokens,
+            "cached_prompt_tokens": stats.cached_prompt_tokens,
+            "last_step_ms": stats.last_step_ms,
+        },
+    )
+
+
+async def publish(registry: ModelRegistry, assembly: Assembly) -> None:
+    """Register the model, however long the server stays away."""
+    while True:
+        try:
+            await registry.publish(assembly.card, assembly.files)
+            return
+        except ServingError as error:
+            if error.retry_after_ms is None:
+                raise
+            log.warning("registry.unavailable", reason=error.reason)
+            await asyncio.sleep(_RETRY_S)
+
+
+async def run(
+    assembly: Assembly,
+    settings: WorkerSettings,
+    engine_settings: EngineSettings,
+    redis_settings: RedisSettings,
+    queue_settings: QueueSettings,
+    stop: asyncio.Event,
+) -> None:
+    """Serve jobs until `stop` is set, then drain."""
+    redis: Redis = connect(redis_settings)
+    retry = Retry.from_settings(redis_settings)
+    await publish(ModelRegistry(redis, retry=retry), assembly)
+    claims = JobClaims(redis, assembly.card.shard, keys.random_id(), queue_settings, retry=retry)
+    engine = EngineThread(assembly.engine)
+    engine.start(asyncio.get_running_loop())
+    started_ms = int(time.time() * 1000)
+    agent = Agent(
+        claims,
+        engine,
+        settings,
+        lambda: describe(assembly, engine, agent, started_ms),
+        max_num_seqs=engine_settings.max_num_seqs,
+        beat_interval_s=queue_settings.worker_lease_ms / 1000 / _BEATS_PER_LEASE,
+    )
+
+    async def stop_agent() -> None:
+        await stop.wait()
+        agent.stop()
+
+    stopper = asyncio.create_task(stop_agent())
+    log.info("worker.ready", model=assembly.card.name, worker_id=claims.worker_id, shard=assembly.card.shard)
+    try:
+        await agent.run()
+    finally:
+        stopper.cancel()
+        engine.stop()
+        with contextlib.suppress(TimeoutError):
+            await engine.join(_JOIN_S)
+        await redis.aclose()
+    log.info("worker.stopped", model=assembly.card.name)
+
+
+def run_process(
+    settings: WorkerSettings,
+    engine_settings: EngineSettings,
+    redis_settings: RedisSettings,
+    queue_settings: QueueSettings,
+) -> int:
+    """Run a worker until SIGTERM or SIGINT; return the exit status."""
+    try:
+        assembly = assemble(settings, engine_settings)
+    except Exception as error:  # noqa: BLE001 - every library on the way has its own, and the operator needs one line
+        log.error("worker.failed", error=f"{type(error).__name__}: {error}")
+        return 1
+
+    async def until_signal() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await run(assembly, settings, engine_settings, redis_settings, queue_settings, stop)
+
+    try:
+        asyncio.run(until_signal())
+    except BaseExceptionGroup as group:
+        log.error("worker.failed", errors=[f"{type(error).__name__}: {error}" for error in group.exceptions])
+        if group.subgroup(StepHungError) is not None:
+            # The engine's thread cannot be joined: leave at once, so that the lease ends and the jobs move on.
+            os._exit(_HUNG_STATUS)
+        return 1
+    return 0

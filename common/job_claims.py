@@ -116,10 +116,12 @@ class JobClaims:
         """Take jobs that fit into `free_kv_tokens` now, and could never need more than `total_kv_tokens`.
 
         When the reply is lost for good (BackendUnavailable), the next call gets the same jobs. `events` of a job that
-        another worker began holds its log; `remaining_ms` is the time to its deadline.
+        another worker began holds its log; `remaining_ms` is the time to its deadline. A job that this worker still
+        computes may be among them, at a higher epoch: it was lost meanwhile, and begins anew from its log.
         """
         settings = self._settings
         async with self._lock:
+            await self._flush()
             call_id = self._claim_call = self._claim_call or keys.random_id()
             reply = await self._run(
                 "claim",
@@ -145,6 +147,7 @@ class JobClaims:
         To be called when a commit says `has_unknown_jobs`, and after BackendUnavailable.
         """
         async with self._lock:
+            await self._flush()
             found = await self._run("owned", max_jobs, self._settings.max_claim_bytes, *self._held)
             return self._adopt(as_list(found))
 
@@ -158,6 +161,7 @@ class JobClaims:
                 self._held[job.generation_id] = _Held(
                     job.epoch, job.sequence, job.chain_hash, claim.log_bytes, claim.progress
                 )
+                self._unreported.pop(job.generation_id, None)
                 jobs.append(job)
         return jobs
 
@@ -228,7 +232,7 @@ class JobClaims:
         for generation_id, held in pending.after.items():
             if held is None:
                 self._held.pop(generation_id, None)
-            elif generation_id in self._held:  # a heartbeat may have found it lost meanwhile
+            elif generation_id in self._held:  # else a heartbeat has found it lost meanwhile
                 self._held[generation_id] = held
         for generation_id in result.lost:
             self._held.pop(generation_id, None)

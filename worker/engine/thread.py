@@ -50,6 +50,7 @@ class EngineThread:
         self._crash: BaseException | None = None
         self._stats = engine.stats()
         self._last_step_at = clock()
+        self._is_idle = True  # waits for a command or an acknowledgement
 
     # -- commands -------------------------------------------------------------------------------------------------
 
@@ -118,8 +119,6 @@ class EngineThread:
         return self._last_step_at
 
     # -- the thread -----------------------------------------------------------------------------------------------
-
-    _is_idle = True
 
     def _run(self) -> None:
         try:

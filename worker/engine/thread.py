@@ -1,8 +1,9 @@
 """The engine's thread: steps run here, beside the asyncio loop that claims jobs and commits results.
 
 Commands go in through a lock-protected list, results come out with one wake-up of the event loop per step. The thread
-pauses while two steps with output are not acknowledged: that is the back-pressure of the whole worker. It sleeps on a
-condition when there is nothing to do, and applies commands at once even while paused.
+pauses while two steps are not acknowledged: that is the back-pressure of the whole worker, and it bounds how many steps
+a cancelled request still takes part in, also while it only prefills. The thread sleeps on a condition when there is
+nothing to do, and applies commands at once even while paused.
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ class EngineThread:
         self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next two
         self._unacknowledged: deque[int] = deque()
         self._is_stopping = False
-        self._results: asyncio.Queue[StepResult | None] = (
-            asyncio.Queue()
-        )  # two steps with output at most; None is the end
+        self._results: asyncio.Queue[StepResult | None] = asyncio.Queue()  # two steps at most; None is the end
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._crash: BaseException | None = None
@@ -161,9 +160,8 @@ class EngineThread:
         result = self._engine.step(self._clock())
         self._stats = self._engine.stats()
         self._last_step_at = self._clock()
-        if result.outputs:
-            with self._changed:
-                self._unacknowledged.append(result.step)
+        with self._changed:
+            self._unacknowledged.append(result.step)
         self._deliver(result)
 
     def _deliver(self, result: StepResult | None) -> None:

@@ -26,6 +26,9 @@ namespace {
 // Multiply-adds worth a thread's start: below, waking it costs more than it saves.
 constexpr int64_t kWorkPerThread = 200'000;
 
+// Up to so many keys and values are written by the calling thread: some microseconds.
+constexpr int64_t kNumbersWrittenAlone = 16'384;
+
 struct Item {
   int sequence, kv_head;
   int first_row, num_rows;        // of the sequence's rows for this kv head: token * group + head in group
@@ -247,15 +250,23 @@ void run(const Arguments& a) {
   float* const partials = scratches + plan.num_threads * scratch_size;
   const int64_t num_items = plan.items.size(), num_splits = plan.splits.size();
 
+  // Each barrier may cost a sleep and a wake-up, so a decode step meets only the one at the region's end.
+  const bool writes_alone = a.num_tokens * a.num_kv_heads * (a.key_dim + a.value_dim) <= kNumbersWrittenAlone;
+  if (writes_alone)
+    for (int64_t token = 0; token < a.num_tokens; token++) write_token<T>(a, token);
+
 #pragma omp parallel num_threads(plan.num_threads) if (plan.num_threads > 1)
   {
     const Scratch scratch(a, scratches + omp_get_thread_num() * scratch_size);
+    if (!writes_alone) {
 #pragma omp for schedule(static)
-    for (int64_t token = 0; token < a.num_tokens; token++) write_token<T>(a, token);
-#pragma omp for schedule(dynamic, 1)
+      for (int64_t token = 0; token < a.num_tokens; token++) write_token<T>(a, token);
+    }
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < num_items; i++) run_item<T>(a, plan.items[i], scratch, partials);
     if (num_splits > 0) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1) nowait
       for (int64_t i = 0; i < num_splits; i++) merge_split<T>(a, plan.splits[i], scratch, partials);
     }
   }

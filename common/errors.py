@@ -3,7 +3,7 @@
 Whoever answers a caller maps the *type* to a status code and passes `reason`, `metadata` and `retry_after_ms` on.
 Messages are fixed text plus names and limits of our own: they never repeat what the caller wrote.
 """
-# ruff: noqa: N818 - the names say what happened to a request; "Error" after each would add nothing
+
 
 from __future__ import annotations
 

@@ -473,19 +473,27 @@ class ProtocolMachine(RuleBasedStateMachine):
             taken += swept.requeued + swept.dead_lettered
         assert taken == held
 
-    @precondition(lambda self: self.tenant_of)
-    @rule(data=st.data(), slot=SLOTS, is_swept=st.booleans())
-    def deadline_passes(self, data: st.DataObject, slot: int, is_swept: bool) -> None:
-        generation_id = self._pick(data)
+    def _expire(self, generation_id: str) -> None:
         if not JobState(self._state(generation_id)).is_final:
             self.parts.superuser.hset(keys.job(SHARD, generation_id), "dl", 1)
             self.parts.superuser.zadd(keys.deadlines(SHARD), {generation_id: 1})
-        if is_swept:
-            self._run(self.gateways[0].queue.sweep(SHARD))
-            assert JobState(self._state(generation_id)).is_final
-        else:
-            worker = self.workers[slot]
-            self._take_up(worker, self._run(worker.claims.claim(MAX_JOBS, 1000, 1000)))
+
+    @precondition(lambda self: self.tenant_of)
+    @rule(data=st.data())
+    def deadline_passes(self, data: st.DataObject) -> None:
+        generation_id = self._pick(data)
+        self._expire(generation_id)
+        self._run(self.gateways[0].queue.sweep(SHARD))
+        assert JobState(self._state(generation_id)).is_final
+
+    @precondition(lambda self: len(self.tenant_of) < MAX_JOBS)
+    @rule(slot=SLOTS)
+    def claim_meets_an_expired_job(self, slot: int) -> None:
+        self.enqueue(slot, TENANTS[0], 0, 5000, 16, None, False)
+        for generation_id in list(self.tenant_of)[-1:]:
+            self._expire(generation_id)
+        worker = self.workers[slot]
+        self._take_up(worker, self._run(worker.claims.claim(MAX_JOBS, 1000, 1000)))
 
     @rule(slot=SLOTS)
     def graces_end_and_are_swept(self, slot: int) -> None:

@@ -102,15 +102,13 @@ class Scheduler:
         chunks (Sarathi-Serve, arXiv:2403.02310). Prefills got all their blocks on admission, so only a decode can find
         the pool empty; the last sequence in order then gives way.
         """
-        num_preemptions = self.num_preemptions
         chunks = self._plan_decodes()
         budget = self._settings.token_budget - len(chunks)
         for sequence in self._running:
             if sequence.num_uncomputed_tokens > 1 and budget > 0:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
-        if self.num_preemptions == num_preemptions:  # otherwise the blocks just taken would go straight back
-            self._admit(chunks, budget)
+        self._admit(chunks, budget)
         return Plan(tuple(chunks), sum(chunk.num_tokens for chunk in chunks))
 
     def _plan_decodes(self) -> list[Chunk]:
@@ -149,7 +147,8 @@ class Scheduler:
                 continue  # this very step computes the next block: cheaper to wait for it than to do it twice
             num_new = pool.num_blocks_for(sequence.num_tokens) - len(match.block_ids)
             num_available = pool.num_free_blocks - pool.num_unreferenced(match.block_ids)
-            # One block stays free for each running sequence, or the newcomer would soon be preempted again.
+            # One block stays free for each running sequence, or the newcomer would soon be preempted again. This also
+            # keeps a sequence preempted in this very plan from taking its blocks straight back.
             if num_new + len(self._running) > num_available:
                 return
             pool.acquire(match.block_ids)

@@ -89,6 +89,21 @@ def test_every_row_of_a_mixed_batch_gets_the_token_that_transformers_filters_giv
     assert sampled.invalid_rows == []
 
 
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"top_k": 300}, {"top_k": 9999}, {"top_p": 0.97}, {"min_p": 0.5}, {"top_k": 2500, "top_p": 0.5, "min_p": 0.1}],
+    ids=str,
+)
+def test_filters_wider_than_the_candidates_lose_no_token(params: dict[str, Any]) -> None:
+    num_rows = 60
+    logits = torch.randn(num_rows, 3000, generator=torch.Generator().manual_seed(4)) * 0.1
+    rows = [make_row([1], temperature=1.0, seed=seed, **params) for seed in range(num_rows)]
+    expected = [reference_token(logits[i], row) for i, row in enumerate(rows)]
+    assert Sampler(CPU).sample(logits, rows).token_ids == expected
+    largest = logits.topk(256).indices
+    assert any(token not in largest[i] for i, token in enumerate(expected)), "the candidates were enough"
+
+
 @settings(max_examples=60, deadline=None)
 @given(row=_rows, seed=st.integers(0, 1000), vocab_size=st.sampled_from([300, 3000]))
 def test_ties_are_filtered_as_transformers_filters_them(row: Sequence, seed: int, vocab_size: int) -> None:

@@ -35,7 +35,6 @@ _SMALL: Final[Mapping[str, Any]] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT2: Final[Mapping[str, Any]] = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}
 _WINDOWED: Final[Mapping[str, Any]] = {"sliding_window": 8, "head_dim": 16}
 
 FAMILIES: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -43,7 +42,7 @@ FAMILIES: Final[Mapping[str, Mapping[str, Any]]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "mistral": _WINDOWED,
-    "gpt2": _GPT2,
+    "gpt2": {},
     "gemma": {"head_dim": 16},
     "gemma2": {**_WINDOWED, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
     "gemma3_text": {**_WINDOWED, "query_pre_attn_scalar": 16},

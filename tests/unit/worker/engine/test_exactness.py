@@ -28,6 +28,7 @@ PENALTIES: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3},
     {"no_repeat_ngram_size": 3, "repetition_penalty": 0.8},
 ]
+GPT2_SHAPE = {"hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 1024, "vocab_size": 50257}
 PROMPT_LENGTHS = [1, 5, 40, 16, 150, 17, 64, 200, 2, 33, 90, 100]
 
 
@@ -81,7 +82,8 @@ def test_every_output_is_what_the_request_alone_gets_from_transformers(family: s
 
 
 def test_depth_of_one_layer_and_prompts_up_to_the_context() -> None:
-    model = tiny_model("gpt2", n_layer=1)
+    model = tiny_model("gpt2", num_hidden_layers=1)
+    assert len(model.transformer.h) == 1
     lengths = [1, 100, 246, 255]
     requests = [make_request(f"r{n}", [(7 * i + n) % 190 + 3 for i in range(n)], max_tokens=10) for n in lengths]
     results = generate(make_engine(model, block_size=16, num_blocks=20, token_budget=32), *requests)
@@ -93,7 +95,8 @@ def test_depth_of_one_layer_and_prompts_up_to_the_context() -> None:
 
 
 def test_real_shape_of_gpt2_at_reduced_depth() -> None:
-    model = tiny_model("gpt2", n_embd=768, n_head=12, n_layer=2, n_positions=1024, vocab_size=50257, n_ctx=1024)
+    model = tiny_model("gpt2", **GPT2_SHAPE, num_hidden_layers=2)
+    assert model.config.n_embd == 768
     requests = [
         make_request(f"r{n}", [(7919 * i + n) % 50000 for i in range(n)], max_tokens=8, no_repeat_ngram_size=2)
         for n in (1, 70, 500)

@@ -23,7 +23,7 @@ FOR_NOBODY = [
     ("SCAN", "0"),
     ("ACL", "LIST"),
     ("SHUTDOWN",),
-    ("DEBUG", "SLEEP", "0"),
+    ("CLIENT", "LIST"),
     ("MONITOR",),
     ("SUBSCRIBE", "x"),
     ("REPLICAOF", "NO", "ONE"),

@@ -19,7 +19,7 @@ class Role(StrEnum):
     ADMIN = "admin"  # manages API keys and the registry; sees no job
 
 
-_CONNECTION: Final = ("auth", "hello", "ping", "select", "client|setinfo", "client|setname", "client|no-touch", "time")
+_CONNECTION: Final = ("auth", "hello", "ping", "select", "client|setname", "time")
 _SCRIPTS: Final = ("eval", "evalsha")
 _JOB_SCRIPTS: Final = (
     "del", "exists", "expire", "pexpire", "get", "set",

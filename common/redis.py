@@ -18,6 +18,7 @@ import redis.asyncio as redis_asyncio
 from redis import exceptions as redis_errors
 from redis.asyncio.retry import Retry as RedisPyRetry
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 
 from common.errors import BackendFull, BackendRefused, BackendUnavailable, ServingError
 from common.settings import RedisSettings
@@ -51,6 +52,9 @@ def connection_options(settings: RedisSettings) -> dict[str, Any]:
         "retry": RedisPyRetry(NoBackoff(), 0),
         "retry_on_error": [],
         "health_check_interval": 0,
+        # Two commands that redis-py would send on each connection, and that our users' access rules do not hold.
+        "driver_info": None,
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }
     if settings.username is not None:
         options["username"] = settings.username

@@ -38,7 +38,9 @@ class RedisSettings(BaseSettings):
     tls_key_file: Path | None = Field(default=None, description="Key of the client certificate.")
     tls_check_hostname: bool = Field(default=True, description="Whether the certificate must bear the URL's host name.")
     connect_timeout_ms: int = Field(default=2 * _SECOND, gt=0, description="Longest wait for a connection.")
-    socket_timeout_ms: int = Field(default=3 * _SECOND, gt=0, description="Longest wait for a reply.")
+    socket_timeout_ms: int = Field(
+        default=3 * _SECOND, ge=2 * _SECOND, description="Longest wait for a reply; blocking reads wait up to a second."
+    )
     max_connections: int = Field(default=64, gt=0, description="Most connections of one process.")
     retry_deadline_ms: int = Field(default=10 * _SECOND, ge=0, description="How long an operation is tried again.")
     retry_base_ms: int = Field(default=20, gt=0, description="Upper bound of the first pause between two tries.")

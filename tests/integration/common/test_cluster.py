@@ -1,0 +1,124 @@
+"""The scripts on a server in cluster mode, which refuses a script that touches a key of another hash slot."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis as redis_sync
+
+from common import keys
+from common.embedded import find_server
+from common.job_claims import JobClaims
+from common.job_queue import START_CURSOR, JobQueue
+from common.jobs import JobState, WorkerInfo
+from common.redis import Redis, connect
+from common.registry import ModelRegistry
+from common.settings import QueueSettings, RedisSettings
+from tests.builders_common import make_event, make_job, server_under_test
+from tests.integration.common.conftest import FAST_RETRY, SHARD
+from tests.integration.common.test_registry import FILES, make_card
+
+ROOM = 10_000
+
+
+def free_port() -> int:
+    """A port that is free, as is the one 10,000 above it: the server's cluster bus takes that."""
+    while True:
+        with socket.socket() as one, socket.socket() as bus:
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            if port < 55_000:
+                try:
+                    bus.bind(("127.0.0.1", port + 10_000))
+                except OSError:
+                    continue
+                return port
+
+
+@pytest.fixture(scope="module")
+def cluster_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    folder: Path = tmp_path_factory.mktemp("cluster")
+    port = free_port()
+    program = server_under_test() or find_server()
+    options = [
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--dir",
+        str(folder),
+        "--save",
+        "",
+        "--cluster-enabled",
+        "yes",
+    ]
+    process = subprocess.Popen([str(program), *options], stdout=subprocess.DEVNULL)
+    try:
+        with redis_sync.Redis(port=port) as client:
+            end = time.monotonic() + 20
+            is_assigned = False
+            while True:
+                try:
+                    if not is_assigned:
+                        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+                        is_assigned = True
+                    client.set("probe", 1)
+                    break
+                except redis_sync.RedisError:
+                    assert time.monotonic() < end, "the cluster does not come up"
+                    time.sleep(0.05)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+async def client(cluster_port: int) -> AsyncIterator[Redis]:
+    made = connect(RedisSettings(url=f"redis://127.0.0.1:{cluster_port}"))
+    yield made
+    await made.aclose()
+
+
+async def test_every_script_keeps_to_its_slot(client: Redis) -> None:
+    settings = QueueSettings(worker_lease_ms=100)
+    queue = JobQueue(client, keys.random_id(), settings, retry=FAST_RETRY)
+    other = JobQueue(client, keys.random_id(), settings, retry=FAST_RETRY)
+    claims = JobClaims(client, SHARD, keys.random_id(), settings, retry=FAST_RETRY)
+    ids = [
+        (await queue.enqueue(SHARD, make_job(tenant, idempotency_key="k"))).generation_id
+        for tenant in ("acme", "{other}", "a:b")
+    ]
+    await queue.heartbeat({SHARD: START_CURSOR})
+    await claims.wait_bell()
+    assert len(await claims.claim(3, ROOM, ROOM)) == 3
+    await claims.commit([make_event(generation_id, (1,)) for generation_id in ids])
+    await claims.heartbeat(WorkerInfo(model="tiny"))
+    await claims.release(ids[:1])
+    assert await claims.owned() == []
+    assert len(await claims.claim(1, ROOM, ROOM)) == 1
+    items, _ = await queue.replies({SHARD: START_CURSOR}, 100)
+    assert len(items) >= 6
+    assert len((await other.attach(ids[0], "acme")).events) == 1
+    await other.detach(ids[0])
+    await queue.cancel(ids[1], None)
+    await claims.commit([make_event(ids[2], (2,), first=1, terminal=JobState.DONE)])
+    assert await queue.lookup_idempotency([SHARD], "a:b", "k", b"") == ids[2]
+    assert await queue.workers(SHARD)
+    for upkeep in (queue.reap, queue.sweep):
+        await upkeep(SHARD)
+    assert await queue.list_inflight(SHARD) == []
+    await claims.leave()
+
+
+async def test_the_registry_keeps_to_its_slot(client: Redis) -> None:
+    registry = ModelRegistry(client, retry=FAST_RETRY)
+    card = make_card()
+    await registry.publish(card, FILES)
+    assert await registry.list() == [card]
+    assert await registry.delete(card.shard)

@@ -8,7 +8,7 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {<shard>}:j:<id>:log      stream  all      `<epoch>-<event number>`, the truth    retention after its end
     {<shard>}:q:<c>:<tenant>  zset    all      queued ids of a tenant and class, by arrival            when empty
     {<shard>}:act:<c>         zset    all      tenants with queued jobs, by service so far             when empty
-    {<shard>}:vtc             zset    all      service counter of each tenant         idle for an hour
+    {<shard>}:vtc             zset    all      service counter of each tenant         below the floor, or an hour
     {<shard>}:len             hash    all      queued jobs of each class              never (3 fields)
     {<shard>}:live            hash    all      queued + running jobs of each tenant   field at zero
     {<shard>}:bell            list    all      wake-ups for idle workers, at most 8   when the queue empties

@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Ends what nobody else ends: jobs past their deadline (a queued one even with no worker alive), detached jobs past their
--- grace; and begins the grace of a dead gateway's jobs. Every gateway and idle worker runs it each second.
+-- grace; and begins the grace of a dead gateway's jobs. Forgets idle tenants whose service counter means nothing any more:
+-- a tenant that comes back is lifted to the floor in any case. Every gateway and idle worker runs it each second.
 -- ARGV  1 most jobs of each kind  2 most gateways
 -- Reply {expired, cancelled, detached}
 --@include base
@@ -39,5 +40,9 @@ for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'dt', '-inf', int(now), 'LIMIT', 
   else
     call('ZREM', P .. 'dt', id)
   end
+end
+local floor = call('HGET', KEYS[1], 'floor') or 0
+for _, tenant in ipairs(call('ZRANGEBYSCORE', P .. 'vtc', '-inf', floor, 'LIMIT', 0, most)) do
+  if not call('HGET', P .. 'live', tenant) then call('ZREM', P .. 'vtc', tenant) end
 end
 return { expired, cancelled, detached }

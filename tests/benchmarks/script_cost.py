@@ -1,8 +1,8 @@
 """What a token costs in the queue: server CPU, library CPU, commands.
 
 Run as `python -m tests.benchmarks.script_cost [server program]`. One worker commits one token for each of n running
-jobs per step, n = 32 and 256, while a gateway reads the reply stream in the same process; the server writes its log as in
-production (append-only, synced before each answer). The last line is one JSON object with all figures.
+jobs per step, n = 32 and 256, while a gateway reads the reply stream in the same process; the server writes its log as
+in production (append-only, synced before each answer). The last line is one JSON object with all figures.
 """
 
 from __future__ import annotations

@@ -83,6 +83,21 @@ async def test_a_tenant_is_charged_what_it_really_used(
     assert superuser.zscore(keys.service_counters(SHARD), "acme") == (10 + 2 * 3) / 2
 
 
+async def test_tenants_that_are_long_gone_are_forgotten(
+    queue: JobQueue, claims: JobClaims, superuser: redis_sync.Redis
+) -> None:
+    for number in range(30):
+        (generation_id,) = await enqueue(queue, tenant=f"passing-{number}")
+        await claims.claim(1, ROOM, ROOM)
+        await claims.commit([make_event(generation_id, (1,), terminal=JobState.DONE)])
+    for _ in range(2):  # the second claim raises the floor to what the first has cost
+        (generation_id,) = await enqueue(queue, tenant="regular", prompt=(1,) * 100)
+        await claims.claim(1, ROOM, ROOM)
+        await claims.commit([make_event(generation_id, (1,), terminal=JobState.DONE)])
+    await queue.sweep(SHARD)
+    assert superuser.zrange(keys.service_counters(SHARD), 0, -1) == [b"regular"]
+
+
 async def test_a_job_that_does_not_fit_now_holds_back_its_class_and_those_below(
     queue: JobQueue, claims: JobClaims
 ) -> None:

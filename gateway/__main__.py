@@ -86,9 +86,8 @@ async def run(
         await server.stop()
     finally:
         stopping.cancel()
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        upkeep.stop()
+        await running
         with contextlib.suppress(ServingError):
             await queue.leave(catalog.shards())
         for client in (redis, blocking_redis, admin_redis):

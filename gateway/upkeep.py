@@ -42,17 +42,23 @@ class Upkeep:
         self._block_ms = block_ms
         self._on_connected = on_connected
         self._cursors: dict[str, bytes] = {}
-        self._new_shard = asyncio.Event()
+        self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Run until cancelled."""
+        """Run until `stop`."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._hear())
-            group.create_task(self._maintain())
+            tasks = [group.create_task(self._hear()), group.create_task(self._maintain())]
+            await self._stopping.wait()
+            for task in tasks:
+                task.cancel()
+
+    def stop(self) -> None:
+        """End `run`. The loops look at the flag too: the Redis client can swallow a cancellation."""
+        self._stopping.set()
 
     async def _hear(self) -> None:
         """Read the reply streams of all shards with one blocking command."""
-        while True:
+        while not self._stopping.is_set():
             if not self._cursors:
                 await asyncio.sleep(_IDLE_S)
                 continue
@@ -69,7 +75,7 @@ class Upkeep:
 
     async def _maintain(self) -> None:
         connected = False
-        while True:
+        while not self._stopping.is_set():
             try:
                 await self._once()
                 if not connected:

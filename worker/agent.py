@@ -65,6 +65,7 @@ class Agent:
         self._emptied = asyncio.Event()  # nothing is held
         self._emptied.set()
         self._stopping = asyncio.Event()
+        self._drained = False
         self._has_unknown_jobs = False
 
     def stop(self) -> None:
@@ -81,19 +82,21 @@ class Agent:
             log.info("worker.draining", held=len(self._holdings))
             tasks[0].cancel()
             await self._drain()
+            # The loops look at the flags too: the Redis client can swallow a cancellation.
+            self._drained = True
             for task in tasks:
                 task.cancel()
 
     # -- claim ----------------------------------------------------------------------------------------------------
 
     async def _claim(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             if self._holdings:
                 await self._may_claim.wait()
             else:
                 await self._guarded(self._claims.wait_bell())
             self._may_claim.clear()
-            if self._has_room():
+            if self._has_room() and not self._stopping.is_set():
                 await self._guarded(self._claim_once())
 
     def _has_room(self) -> bool:
@@ -129,13 +132,13 @@ class Agent:
             self._has_results.set()
 
     async def _commit(self) -> None:
-        while True:
+        while not self._drained:
             await self._has_results.wait()
             self._has_results.clear()
             results, self._results = self._results, []
             # A step without tokens is committed too: a cancelled job that only prefills must learn of it.
             events = self._holdings.events(results)
-            while True:
+            while not self._drained:
                 try:
                     self._settle(await self._claims.commit(events))
                     break
@@ -175,7 +178,7 @@ class Agent:
     # -- beat and tidy --------------------------------------------------------------------------------------------
 
     async def _beat(self) -> None:
-        while True:
+        while not self._drained:
             age = time.monotonic() - self._engine.last_step_at
             if age > self._settings.hang_s:
                 raise StepHungError(f"a step has taken {age:.0f} s")
@@ -188,7 +191,7 @@ class Agent:
             await self._adopt()
 
     async def _tidy(self) -> None:
-        while True:
+        while not self._drained:
             await asyncio.sleep(_TIDY_S)
             if not self._holdings:
                 await self._guarded(self._claims.reap())

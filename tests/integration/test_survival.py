@@ -196,7 +196,7 @@ async def test_worker_that_is_told_to_stop_gives_its_work_to_another(
         reader = Reader(client.stream(PROMPTS[0], model=MODEL, max_tokens=MAX_TOKENS))
         reading = asyncio.create_task(reader.read())
         await some_tokens(reader)
-        assert first.stop() == 0, first.log()
+        assert await asyncio.to_thread(first.stop) == 0, first.log()
         system.add_worker(folder)
         await asyncio.wait_for(reading, 60)
     assert reader.token_ids == expected[0]
@@ -209,13 +209,15 @@ async def test_gateway_that_is_told_to_stop_ends_its_streams_resumable(
     system.add_gateway()
     system.add_worker(folder)
     await system.ready(MODEL)
-    async with system.client() as client:
-        reader = Reader(client.stream(PROMPTS[0], model=MODEL, max_tokens=MAX_TOKENS))
-        reading = asyncio.create_task(reader.read())
-        await some_tokens(reader)
-        assert first.stop() == 0, first.log()
-        await asyncio.wait_for(reading, 60)
-    assert reader.token_ids == expected[0]
+    async with system.client() as client:  # calls take turns: each gateway has two of them
+        readers = [Reader(client.stream(prompt, model=MODEL, max_tokens=MAX_TOKENS)) for prompt in PROMPTS]
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            for reader in readers:
+                group.create_task(reader.read())
+            await some_tokens(readers[0])
+            assert await asyncio.to_thread(first.stop) == 0, first.log()
+    assert [reader.token_ids for reader in readers] == expected
+    assert sum(reader.stream.position.num_resumes for reader in readers) >= 2
 
 
 async def test_second_stream_of_a_generation_ends_the_first(system: System, folder: Path) -> None:

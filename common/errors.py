@@ -4,7 +4,6 @@ Whoever answers a caller maps the *type* to a status code and passes `reason`, `
 Messages are fixed text plus names and limits of our own: they never repeat what the caller wrote.
 """
 
-
 from __future__ import annotations
 
 from collections.abc import Mapping

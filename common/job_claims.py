@@ -79,7 +79,7 @@ class JobClaims:
         self._upkeep = Upkeep(self._run_on, settings)
         self._held: dict[str, _Held] = {}
         self._pending: _Pending | None = None  # sent, outcome unknown
-        self._backlog: deque[Sequence[NewEvent]] = deque()  # to be sent after it
+        self._backlog: deque[list[tuple[int, NewEvent]]] = deque()  # to be sent after it, each with its epoch
         self._unreported: dict[str, LostReason] = {}  # lost jobs found on the way, for the next commit's answer
         self._lock = asyncio.Lock()  # held by every change of `_held`
         self._num_changes = 0
@@ -172,7 +172,11 @@ class JobClaims:
         when the outcome stays unknown: all events passed so far are then kept and sent first by the next call, so do
         not pass them again. Lost and ended jobs are held no longer afterwards.
         """
-        self._backlog.append(events)
+        # With the epoch of now: a job that is lost and claimed again before these are sent begins anew from its log.
+        held = self._held
+        self._backlog.append(
+            [(held[event.generation_id].epoch, event) for event in events if event.generation_id in held]
+        )
         async with self._lock:
             result = await self._flush()
             while self._backlog:
@@ -181,15 +185,15 @@ class JobClaims:
             lost, self._unreported = self._unreported, {}
         return CommitResult(lost, result.queued, result.has_unknown_jobs)
 
-    def _prepare(self, events: Sequence[NewEvent]) -> _Pending:
+    def _prepare(self, events: Iterable[tuple[int, NewEvent]]) -> _Pending:
         after: dict[str, _Held | None] = {}
         appended: list[Argument] = []
         ended: list[Argument] = []
         num_events = 0
-        for event in events:
+        for epoch, event in events:
             generation_id = event.generation_id
             held = self._held.get(generation_id)
-            if held is None:
+            if held is None or held.epoch != epoch:
                 continue
             if generation_id in after:
                 raise ValueError("one event of a generation in one commit")
@@ -230,7 +234,7 @@ class JobClaims:
         self._pending = None
         self._num_changes += 1
         for generation_id, held in pending.after.items():
-            if held is None:
+            if held is None or held.epoch != epoch:
                 self._held.pop(generation_id, None)
             elif generation_id in self._held:  # else a heartbeat has found it lost meanwhile
                 self._held[generation_id] = held

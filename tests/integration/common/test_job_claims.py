@@ -245,6 +245,25 @@ async def test_events_of_a_commit_that_was_given_up_are_kept(queue: JobQueue, wo
     assert tokens == [1, 2, 3]
 
 
+async def test_events_from_before_a_job_was_lost_are_not_added_after_it_was_claimed_again(
+    queue: JobQueue, worker_redis: FlakyRedis, superuser: redis_sync.Redis
+) -> None:
+    (generation_id,) = await enqueue(queue)
+    claims = worker(worker_redis, retry=Retry(deadline_ms=0))
+    await claims.claim(1, ROOM, ROOM)
+    for token in (1, 2):  # the first is pending then, the second behind it
+        worker_redis.num_requests_to_lose = 1
+        with pytest.raises(BackendUnavailable):
+            await claims.commit([make_event(generation_id, (token,), first=token - 1)])
+    end_lease(superuser, claims)
+    await queue.reap(SHARD)
+    (job,) = await claims.claim(1, ROOM, ROOM)
+    assert (job.epoch, job.sequence) == (3, 0)
+    await claims.commit([make_event(generation_id, (7,))])
+    events = (await queue.read_log(generation_id, "acme")).events
+    assert [delta.token_ids for event in events if event.body for delta in event.body.deltas] == [(7,)]
+
+
 async def test_a_commit_cancelled_half_way_is_finished_by_the_next(
     queue: JobQueue, claims: JobClaims, worker_redis: FlakyRedis
 ) -> None:

@@ -234,7 +234,7 @@ class JobClaims:
         self._pending = None
         self._num_changes += 1
         for generation_id, held in pending.after.items():
-            if held is None or held.epoch != epoch:
+            if held is None:
                 self._held.pop(generation_id, None)
             elif generation_id in self._held:  # else a heartbeat has found it lost meanwhile
                 self._held[generation_id] = held

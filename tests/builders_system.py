@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ class System:
             finally:
                 await redis.aclose()
 
-        return asyncio.run(create())
+        with ThreadPoolExecutor(1) as thread:  # callers may be inside an event loop
+            return thread.submit(lambda: asyncio.run(create())).result()
 
     def _shared_env(self) -> dict[str, str]:
         return {"TORCHRELAY_REDIS_URL": self.server.url, "TORCHRELAY_LOG_FORMAT": "json", **self.env}
@@ -210,6 +212,16 @@ class System:
         async with grpc.aio.insecure_channel(address) as channel:
             stub: fleet_pb2_grpc.FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(channel)
             return list((await stub.ListWorkers(fleet_pb2.ListWorkersRequest())).workers)
+
+    async def worker_of(self, generation_id: str) -> Process:
+        """Return the process that runs a generation now."""
+        async with grpc.aio.insecure_channel(self.gateways[0].admin_address) as channel:
+            stub: fleet_pb2_grpc.FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(channel)
+            response = await stub.ListGenerations(fleet_pb2.ListGenerationsRequest(page_size=1000))
+        owner = next(info.worker_id for info in response.generations if info.generation_id == generation_id)
+        host = next(worker.host for worker in await self.fleet() if worker.worker_id == owner)
+        pid = int(host.rpartition(":")[2])
+        return next(worker for worker in self.workers if worker.process is not None and worker.process.pid == pid)
 
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 30, what: str = "the condition") -> None:

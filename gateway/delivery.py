@@ -7,7 +7,6 @@ subscription that missed something, or holds too much, is told to read the log.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Iterable
 
 from common.errors import Superseded
@@ -17,52 +16,60 @@ from common.jobs import ItemKind, ReplyItem
 class Subscription:
     """What one call has not yet taken of its generation's items. Used from one event loop."""
 
+    __slots__ = ("_max_pending", "_must_read_log", "_pending", "_waiter", "generation_id", "superseded")
+
     def __init__(self, generation_id: str, max_pending: int) -> None:
         self.generation_id = generation_id
         self.superseded = False
         self._max_pending = max_pending
-        self._pending: deque[ReplyItem] = deque()
-        self._overflowed = False
-        self._wake = asyncio.Event()
+        self._pending: list[ReplyItem] = []
+        self._must_read_log = False
+        self._waiter: asyncio.Future[None] | None = None
 
     def offer(self, item: ReplyItem) -> None:
-        """Take an item; a slow call's items are dropped, since it can read them in the log when it has time."""
-        if item.kind is ItemKind.SUPERSEDED:
-            self.superseded = True
-        elif len(self._pending) >= self._max_pending:
+        """Take an item; a slow call's items are dropped, since it can read them in the log when it has time.
+
+        That another gateway has attached may be old news, from before this subscription: what is stored decides.
+        """
+        if item.kind is ItemKind.SUPERSEDED or len(self._pending) >= self._max_pending:
             self._pending.clear()
-            self._overflowed = True
+            self._must_read_log = True
         else:
             self._pending.append(item)
-        self._wake.set()
+        self._wake()
 
     def supersede(self) -> None:
-        """End this subscription: another call of this process took its place."""
+        """End this subscription: another call took its place."""
         self.superseded = True
-        self._wake.set()
+        self._wake()
 
     async def take(self, timeout_s: float) -> tuple[ReplyItem, ...] | None:
         """Return everything that waits, at least one item; None when the log must be read: nothing came, or too much.
 
         Raises Superseded once another stream of this generation was attached.
         """
-        if not self._wake.is_set():
+        if not (self._pending or self._must_read_log or self.superseded):
+            # A bare future and timer: asyncio's event and timeout would be a fifth of what a token costs a gateway.
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(timeout_s, self._wake)
             try:
-                async with asyncio.timeout(timeout_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                return None
-        self._wake.clear()
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
         if self.superseded:
-            self._wake.set()
             raise Superseded
-        if self._overflowed:
-            self._overflowed = False
-            self._pending.clear()
-            return None
         items = tuple(self._pending)
         self._pending.clear()
+        if self._must_read_log:
+            self._must_read_log = False
+            return None
         return items or None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class EventHub:
@@ -70,34 +77,37 @@ class EventHub:
 
     def __init__(self, max_pending: int) -> None:
         self._max_pending = max_pending
-        self._subscriptions: dict[str, Subscription] = {}
+        self._subscriptions: dict[str, list[Subscription]] = {}
 
     def __len__(self) -> int:
-        return len(self._subscriptions)
+        return sum(map(len, self._subscriptions.values()))
 
     def has(self, generation_id: str) -> bool:
         """Whether a call listens to this generation here."""
         return generation_id in self._subscriptions
 
     def subscribe(self, generation_id: str) -> Subscription:
-        """Listen to a generation. The latest call wins: an earlier subscription ends with Superseded."""
-        earlier = self._subscriptions.get(generation_id)
-        if earlier is not None:
-            earlier.supersede()
+        """Listen to a generation, beside those who do already: whether this call may have it is not known yet."""
         subscription = Subscription(generation_id, self._max_pending)
-        self._subscriptions[generation_id] = subscription
+        self._subscriptions.setdefault(generation_id, []).append(subscription)
         return subscription
 
-    def unsubscribe(self, subscription: Subscription) -> bool:
-        """Stop listening; return whether this subscription was still the generation's current one."""
-        if self._subscriptions.get(subscription.generation_id) is not subscription:
-            return False
-        del self._subscriptions[subscription.generation_id]
-        return not subscription.superseded
+    def take_over(self, subscription: Subscription) -> None:
+        """The latest call wins: all other subscriptions of its generation end with Superseded."""
+        for other in self._subscriptions.get(subscription.generation_id, ()):
+            if other is not subscription:
+                other.supersede()
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Stop listening."""
+        others = [
+            other for other in self._subscriptions.pop(subscription.generation_id, ()) if other is not subscription
+        ]
+        if others:
+            self._subscriptions[subscription.generation_id] = others
 
     def dispatch(self, items: Iterable[ReplyItem]) -> None:
         """Hand items to their subscriptions; those of generations that nobody listens to here are dropped."""
         for item in items:
-            subscription = self._subscriptions.get(item.generation_id)
-            if subscription is not None:
+            for subscription in self._subscriptions.get(item.generation_id, ()):
                 subscription.offer(item)

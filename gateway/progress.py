@@ -33,10 +33,11 @@ class LogPosition:
     def judge(self, item: ReplyItem) -> Verdict:
         """Say what to do with an item of the reply stream; changes nothing but the highest epoch seen.
 
-        What the log holds is not judged: it is the truth, even with lower epochs after a server lost its tail.
+        What the log holds is not judged: it is the truth, even with lower epochs after a server lost its tail. An item
+        of such an epoch is not taken, but tells that the log is to be read.
         """
         if item.epoch < self.epoch:
-            return Verdict.DROP
+            return Verdict.READ_LOG if item.sequence > self.sequence else Verdict.DROP
         self.epoch = item.epoch
         if item.kind in (ItemKind.STARTED, ItemKind.REQUEUED):
             return Verdict.READ_LOG if item.sequence > self.sequence else Verdict.NEWS

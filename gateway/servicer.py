@@ -29,6 +29,8 @@ from torchrelay.v1 import generation_pb2_grpc as pb_grpc
 GENERATION_ID_METADATA = "torchrelay-generation-id"
 _MIN_TIME_LIMIT_MS = 1
 _RETRY_AFTER_MS = 500
+# Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
+_NOT_ATTACHED = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
 
 NewGeneration = pb.GenerateRequest | pb.StreamGenerateRequest | pb.SubmitGenerationRequest
 
@@ -97,10 +99,15 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         with self._one_more_call():
             subscription = self._streams.listen(request.generation_id)
             stream: EventStream | None = None
+            held = True
             try:
-                attachment = await self._queue.attach(
-                    request.generation_id, caller.tenant, request.after_sequence, request.chain_hash
-                )
+                try:
+                    attachment = await self._queue.attach(
+                        request.generation_id, caller.tenant, request.after_sequence, request.chain_hash
+                    )
+                except _NOT_ATTACHED:
+                    held = False
+                    raise
                 accepted = accepted_of(attachment.record)
                 await self._send_id(request.generation_id, context)
                 stream = self._streams.open(subscription, caller.tenant, accepted, position)
@@ -112,8 +119,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 async for event in stream.events(attachment):
                     yield pb.ResumeGenerationResponse(event=event)
             finally:
-                # Without a stream nothing was attached: there is nothing to let go of.
-                await self._streams.close(subscription, ended=stream is None or stream.ended)
+                # An attach whose reply never came may have taken effect all the same: it is let go of too.
+                await self._streams.close(subscription, ended=stream.ended if stream is not None else not held)
 
     async def GetGeneration(  # noqa: N802
         self,
@@ -145,11 +152,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             known = await self._known(request.model, job)
             subscription = self._streams.listen(known or accepted.generation_id)
             stream: EventStream | None = None
-            queued = False
             try:
                 attachment: Attachment | None = None
                 if known is None:
-                    queued = True
                     enqueued = await self._queue.enqueue(keys.shard_of(accepted.generation_id), job)
                     if enqueued.duplicate:
                         known = enqueued.generation_id
@@ -165,7 +170,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 yield stream, accepted, attachment
             finally:
                 # An enqueue whose reply never came may have taken effect all the same: it is let go of too.
-                await self._streams.close(subscription, ended=stream.ended if stream is not None else not queued)
+                await self._streams.close(subscription, ended=stream is not None and stream.ended)
 
     async def _job(
         self, request: NewGeneration, caller: Caller, call_remaining_s: float | None

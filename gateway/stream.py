@@ -11,7 +11,7 @@ from common import errors
 from common.deltas import merge_deltas
 from common.generation import EventBody, OutputDelta
 from common.job_queue import JobQueue
-from common.jobs import Attachment, GenerationRecord, ItemKind, JobState, LogEvent, ReplyItem
+from common.jobs import Attachment, GenerationRecord, ItemKind, LogEvent, ReplyItem
 from gateway import convert
 from gateway.delivery import EventHub, Subscription
 from gateway.progress import LogPosition, Verdict
@@ -79,7 +79,7 @@ class EventStream:
                 yield convert.progress_event(await self._queue.get(self._generation_id, self._tenant), self._position)
 
     def _apply(self, items: tuple[ReplyItem, ...]) -> list[pb.GenerationEvent]:
-        """Turn waiting items into at most one event of tokens, as far as they continue the position.
+        """Turn waiting items into as few events as can be, as far as they continue the position.
 
         What waits is sent as one message: a caller that reads slower than the model writes gets fewer, longer ones.
         """
@@ -91,6 +91,9 @@ class EventStream:
                 self._must_read_log = True
                 break
             if verdict is Verdict.NEWS:
+                # Tokens first: news bear the position, and who resumes there must have seen everything up to it.
+                produced += self._tokens(deltas)
+                deltas = []
                 produced += self._news(item.kind)
             elif verdict is Verdict.DELIVER:
                 deltas += self._position.advance(item).deltas
@@ -110,6 +113,7 @@ class EventStream:
             if not attachment.more:
                 break
             attachment = await self._read_log()
+        self._position.epoch = attachment.record.epoch
         if attachment.record.state.is_final:
             self.ended = True
         else:
@@ -156,11 +160,13 @@ class EventStream:
     async def _finish(self) -> pb.GenerationEvent:
         """Return the last event. Raises GenerationEndedError."""
         record = await self._queue.get(self._generation_id, self._tenant)
+        if not record.state.is_final:
+            raise errors.ResultLost  # the end was delivered, and then lost by the server
         failure = convert.failure_of(record)
         if failure is not None:
             raise GenerationEndedError(failure, convert.usage_message(record.usage) if record.started else None)
         num_outputs = self._accepted.config.num_outputs or 1
-        if self._resumed and len(self._position.ends) < num_outputs and record.state is JobState.DONE:
+        if self._resumed and len(self._position.ends) < num_outputs:
             await self._read_earlier_ends()
         return convert.finished_event(record, self._position, num_outputs)
 
@@ -176,11 +182,21 @@ class EventStream:
             more = part.more and bool(part.events)
 
     async def _read_log(self) -> Attachment:
+        """Read on behind the position, and see to it that the generation is still ours. Raises Superseded, ResultLost.
+
+        Nobody's: this gateway's lease had ended. Without attaching again the disconnect grace would go on.
+        """
         position = self._position
+        where = (self._generation_id, self._tenant, position.sequence, position.chain_hash or b"")
         try:
-            return await self._queue.read_log(
-                self._generation_id, self._tenant, position.sequence, position.chain_hash or b""
-            )
+            found = await self._queue.read_log(*where)
+            holder = found.record.gateway_id
+            if found.record.state.is_final or holder == self._queue.gateway_id:
+                return found
+            if holder:
+                self._subscription.supersede()
+                raise errors.Superseded
+            return await self._queue.attach(*where)
         except errors.SequenceOutOfRange as error:
             raise errors.ResultLost from error
 
@@ -201,6 +217,9 @@ class StreamFactory:
     def open(
         self, subscription: Subscription, tenant: str, accepted: pb.Accepted, position: LogPosition
     ) -> EventStream:
+        """Stream a generation that is attached to this gateway; calls that had it before end with Superseded."""
+        self._hub.take_over(subscription)
+        self._abandoned.discard(subscription.generation_id)
         return EventStream(self._queue, subscription, tenant, accepted, position, self._times)
 
     async def close(self, subscription: Subscription, *, ended: bool) -> None:
@@ -208,20 +227,24 @@ class StreamFactory:
 
         Shielded: the call that owned it has usually just been cancelled.
         """
-        was_current = self._hub.unsubscribe(subscription)
-        if was_current and not ended:
+        self._hub.unsubscribe(subscription)
+        if not ended and not subscription.superseded:
             self._abandoned.add(subscription.generation_id)
-            await asyncio.shield(self.detach_abandoned())
+            await asyncio.shield(self._detach(subscription.generation_id))
 
     async def detach_abandoned(self) -> None:
         """Begin the grace of every generation that nobody listens to any more, as far as the server answers."""
         for generation_id in list(self._abandoned):
-            if not self._hub.has(generation_id):
-                try:
-                    await self._queue.detach(generation_id)
-                except errors.Unavailable:
-                    return  # the server is away; the gateway's upkeep tries again
-            self._abandoned.discard(generation_id)
+            await self._detach(generation_id)
+
+    async def _detach(self, generation_id: str) -> None:
+        if self._hub.has(generation_id):
+            return  # by a call that may yet be refused it
+        try:
+            await self._queue.detach(generation_id)
+        except errors.Unavailable:
+            return  # the server is away; the gateway's upkeep tries again
+        self._abandoned.discard(generation_id)
 
 
 def stored_body(accepted: pb.Accepted) -> bytes:

@@ -21,9 +21,9 @@ def load_reference(folder: Path) -> PreTrainedModel:
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, prompt: Sequence[int], max_tokens: int, eos_token_ids: Sequence[int], **options: Any
+    model: PreTrainedModel, prompt: Sequence[int], max_tokens: int | None, eos_token_ids: Sequence[int], **options: Any
 ) -> list[int]:
-    """Greedy continuation of one prompt, the end-of-sequence id included."""
+    """Greedy continuation of one prompt, the end-of-sequence id included. `max_tokens` None: `max_length` bounds it."""
     ids = torch.tensor([list(prompt)])
     output = model.generate(
         input_ids=ids,

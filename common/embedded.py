@@ -227,6 +227,14 @@ class Durability:
     survives_failover: bool | None  # promotion of a replica
     detail: str
 
+    def summary(self) -> str:
+        """One sentence for an operator."""
+        words = {True: "survives", False: "does not survive", None: "may not survive"}
+        return (
+            f"{self.detail}: accepted work {words[self.survives_process]} the end of the server's process, "
+            f"{words[self.survives_host]} a crash of its host, {words[self.survives_failover]} a failover"
+        )
+
 
 async def describe_durability(redis: Redis) -> Durability:
     """What a server promises, ours or another's, as far as its answers to INFO and CONFIG GET show.

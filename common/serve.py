@@ -145,14 +145,7 @@ async def prepare(settings: RedisSettings) -> tuple[str, str]:
         key = await _development_key(ApiKeys(redis))
     finally:
         await redis.aclose()
-    survives = {True: "survives", False: "does not survive", None: "may not survive"}
-    text = (
-        f"{durability.detail}: accepted work {survives[durability.survives_process]} the end of the server's process, "
-        f"{survives[durability.survives_host]} a crash of the host"
-    )
-    if durability.survives_failover is not None:
-        text += f", {survives[durability.survives_failover]} a failover"
-    return key, text
+    return key, durability.summary()
 
 
 async def _development_key(api_keys: ApiKeys) -> str:

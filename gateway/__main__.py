@@ -12,6 +12,7 @@ import structlog
 
 from common import keys
 from common.api_keys import ApiKeys
+from common.embedded import describe_durability
 from common.errors import ServingError
 from common.job_queue import JobQueue
 from common.redis import Retry, block_ms, connect
@@ -65,6 +66,7 @@ async def run(
 
     async def on_connected() -> None:
         await server.health.set_ready(True)
+        log.info("queue.durability", promise=(await describe_durability(redis)).summary())
         log.info("gateway.ready", address=server.address, admin_address=server.admin_address)
 
     upkeep = Upkeep(

@@ -33,6 +33,22 @@ def worker(
     raise typer.Exit(main())
 
 
+@models.command("register")
+def register(
+    model: ModelOption = "demo",
+    model_name: ModelNameOption = "",
+    revision: RevisionOption = "",
+    dtype: DtypeOption = "",
+    redis_url: RedisOption = "",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Publish a model without serving it: requests for it wait until a worker starts."""
+    _set(model, model_name, revision, dtype, redis_url)
+    from worker.publishing import register_model  # the command's help needs no torch
+
+    raise typer.Exit(register_model(as_json=as_json))
+
+
 def _set(model: str, model_name: str, revision: str, dtype: str, redis_url: str) -> None:
     given = {
         "TORCHRELAY_WORKER_MODEL": model,

@@ -14,7 +14,6 @@ from typing import Final
 import structlog
 
 from common import keys
-from common.errors import ServingError
 from common.job_claims import JobClaims
 from common.jobs import WorkerInfo
 from common.redis import Redis, Retry, connect
@@ -24,13 +23,13 @@ from worker.agent import Agent, StepHungError
 from worker.assembly import Assembly, assemble
 from worker.engine.settings import EngineSettings
 from worker.engine.thread import EngineThread
+from worker.publishing import publish
 from worker.settings import WorkerSettings
 
 log = structlog.get_logger()
 
 _BEATS_PER_LEASE: Final = 5
 _JOIN_S: Final = 10.0
-_RETRY_S: Final = 1.0
 _HUNG_STATUS: Final = 3
 
 
@@ -67,19 +66,6 @@ def describe(assembly: Assembly, engine: EngineThread, agent: Agent, started_ms:
     )
 
 
-async def publish(registry: ModelRegistry, assembly: Assembly) -> None:
-    """Register the model, however long the server stays away."""
-    while True:
-        try:
-            await registry.publish(assembly.card, assembly.files)
-            return
-        except ServingError as error:
-            if error.retry_after_ms is None:
-                raise
-            log.warning("registry.unavailable", reason=error.reason)
-            await asyncio.sleep(_RETRY_S)
-
-
 async def run(
     assembly: Assembly,
     settings: WorkerSettings,
@@ -91,7 +77,7 @@ async def run(
     """Serve jobs until `stop` is set, then drain."""
     redis: Redis = connect(redis_settings)
     retry = Retry.from_settings(redis_settings)
-    await publish(ModelRegistry(redis, retry=retry), assembly)
+    await publish(ModelRegistry(redis, retry=retry), assembly.card, assembly.files)
     claims = JobClaims(redis, assembly.card.shard, keys.random_id(), queue_settings, retry=retry)
     engine = EngineThread(assembly.engine)
     engine.start(asyncio.get_running_loop())

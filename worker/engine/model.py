@@ -79,10 +79,13 @@ def load_model(
     cache_root: Path | None = None,
     *,
     fast: bool = True,
+    with_weights: bool = True,
 ) -> LoadedModel:
     """Load `source` (a directory, a Hub id, or "demo"); `revision` is a branch or commit on the Hub.
 
-    `fast` lets the model's layers be replaced by faster ones; its state dict is then no longer the files'.
+    `fast` lets the model's layers be replaced by faster ones; its state dict is then no longer the files'. Without
+    weights the module stands on the meta device: enough to describe the model, not to run it, and `layer_shapes` is
+    empty.
 
     Raises ModelError when the model is not there, not safe to load, damaged, or of a family that cannot be served.
     """
@@ -99,15 +102,22 @@ def load_model(
         raise ModelError(f"{source}: {error}") from error
     except Exception as error:
         raise ModelError(f"{source}: transformers does not accept config.json: {error}") from error
-    module = _load_weights(source, folder, config, dtype)
-    torch.nn.Module.to(module, device)  # in place; the subclass's own `to` is typed wrongly
-    num_parameters = sum(parameter.numel() for parameter in module.parameters())
-    if fast:
-        speed_up(module)
-    try:
-        shapes = install_attention(module)
-    except UnsupportedFamilyError as error:
-        raise ModelError(f"{source}: {error}") from error
+    shapes: Mapping[int, LayerShape] = {}
+    if with_weights:
+        module = _load_weights(source, folder, config, dtype)
+        torch.nn.Module.to(module, device)  # in place; the subclass's own `to` is typed wrongly
+        num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        if fast:
+            speed_up(module)
+        try:
+            shapes = install_attention(module)
+        except UnsupportedFamilyError as error:
+            raise ModelError(f"{source}: {error}") from error
+    else:
+        with torch.device("meta"):
+            skeleton: Any = AutoModelForCausalLM
+            module = skeleton.from_config(config, dtype=dtype, attn_implementation="eager")
+        num_parameters = sum(parameter.numel() for parameter in module.parameters())
     generation = model_files.read_json(folder / "generation_config.json")
     loaded = LoadedModel(
         source=source,

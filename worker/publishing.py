@@ -1,0 +1,75 @@
+"""Publishes a model: what a worker does before it takes jobs, and `torchrelay models register` does alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+import structlog
+
+from common.errors import ServingError
+from common.redis import Retry, connect
+from common.registry import ModelCard, ModelRegistry
+from common.settings import RedisSettings
+from common.startup import read_settings
+from worker.settings import WorkerSettings
+
+log = structlog.get_logger()
+
+_RETRY_S: Final = 1.0
+
+
+async def publish(registry: ModelRegistry, card: ModelCard, files: Mapping[str, bytes]) -> None:
+    """Register a model, however long the server stays away. Raises ServingError where it refuses."""
+    while True:
+        try:
+            await registry.publish(card, files)
+            return
+        except ServingError as error:
+            if error.retry_after_ms is None:
+                raise
+            log.warning("registry.unavailable", reason=error.reason)
+            await asyncio.sleep(_RETRY_S)
+
+
+def register_model(*, as_json: bool) -> int:
+    """Publish the model of the environment's settings without its weights; return the exit status."""
+    settings, redis_settings = read_settings(lambda: (WorkerSettings(), RedisSettings()), WorkerSettings)
+    from worker.assembly import default_name  # imports torch
+    from worker.engine.device import choose_device, choose_dtype
+    from worker.engine.model import ModelError, load_model
+    from worker.registration import make_card
+
+    device = choose_device(settings.device)
+    try:
+        loaded = load_model(
+            settings.model, choose_dtype(settings.dtype, device), device, settings.revision, with_weights=False
+        )
+        name = settings.model_name or default_name(settings.model)
+        # How much a worker can hold is known once one has started; until then the model's own limit holds.
+        limit = loaded.context_length
+        card, files = make_card(loaded, name=name, context_tokens=limit, block_tokens=16, kv_tokens=limit)
+    except ModelError as error:
+        log.error("model.refused", error=str(error))
+        return 1
+
+    async def run() -> None:
+        redis = connect(redis_settings)
+        try:
+            await ModelRegistry(redis, retry=Retry.from_settings(redis_settings)).publish(card, files)
+        finally:
+            await redis.aclose()
+
+    try:
+        asyncio.run(run())
+    except ServingError as error:
+        log.error("registry.unavailable", reason=error.reason, url=redis_settings.url)
+        return 1
+    if as_json:
+        sys.stdout.write(json.dumps({"name": card.name, "revision": card.revision, "shard": card.shard}) + "\n")
+    else:
+        sys.stderr.write(f"registered {card.name} {card.revision[:12]}\n")
+    return 0

@@ -13,7 +13,7 @@ PACKAGES := common gateway worker
 SOURCES := $(PACKAGES) protos tests
 PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*/*/*.proto))
 
-.PHONY: install install-dev serve test format lint types check-stubs protos pytest test-redis7 clean
+.PHONY: install install-dev serve test format lint types check-stubs protos budgets pytest test-redis7 clean
 
 $(VENV)/.venv-made:
 	@test -n "$(PYTHON)" || { echo "torchrelay needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3"; exit 1; }
@@ -84,6 +84,9 @@ check-stubs: $(VENV)/.protoc
 		cmp -s $$f ../../protos/$$f || { echo "protos/$$f is out of date: run make protos"; exit 1; }; done
 	@cd protos && for f in $$(find torchrelay -name '*_pb2*' -not -name '*.pyc'); do \
 		test -e ../build/stubs/$$f || { echo "protos/$$f has no .proto any more: remove it"; exit 1; }; done
+
+budgets: install-dev  ## the README table of what the system itself costs
+	$(BIN)/python -m tests.benchmarks.budgets
 
 pytest: install-dev
 	$(BIN)/pytest

@@ -28,6 +28,7 @@ from torchrelay.v1 import generation_pb2_grpc as pb_grpc
 
 GENERATION_ID_METADATA = "torchrelay-generation-id"
 _MIN_TIME_LIMIT_MS = 1
+_DEADLINE_SLACK_MS = 100  # so that the call's own deadline is what its caller hears of
 _RETRY_AFTER_MS = 500
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
@@ -212,21 +213,25 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         )
         return job, accepted
 
-    def _grace_ms(self, request: NewGeneration) -> int:
+    @staticmethod
+    def _grace_ms(request: NewGeneration) -> int:
+        """Return how long the generation may go on alone; the queue cuts it to the longest that it grants."""
         if isinstance(request, pb.SubmitGenerationRequest) or not request.HasField("disconnect_grace"):
             return 0
-        longest = int(self._settings.max_disconnect_grace_s * 1000)
-        return check.milliseconds(request.disconnect_grace, "disconnect_grace", minimum=0, maximum=longest)
+        return check.milliseconds(request.disconnect_grace, "disconnect_grace", minimum=0)
 
-    def _time_limit_ms(self, request: NewGeneration, grace_ms: int, call_remaining_s: float | None) -> int:
-        """Return how long the generation may live: its time limit, and no longer than its caller waits."""
-        limit_ms = int(self._settings.default_lifetime_s * 1000)
+    @staticmethod
+    def _time_limit_ms(request: NewGeneration, grace_ms: int, call_remaining_s: float | None) -> int | None:
+        """Return how long the generation may live, None for the queue's default.
+
+        Without a grace it need not outlive its call: a worker is then never given one whose caller has stopped waiting.
+        """
+        limits = []
         if request.HasField("time_limit"):
-            longest = int(self._settings.max_lifetime_s * 1000)
-            limit_ms = check.milliseconds(request.time_limit, "time_limit", minimum=_MIN_TIME_LIMIT_MS, maximum=longest)
-        if call_remaining_s is None:
-            return limit_ms
-        return max(1, min(limit_ms, int(call_remaining_s * 1000) + grace_ms))
+            limits.append(check.milliseconds(request.time_limit, "time_limit", minimum=_MIN_TIME_LIMIT_MS))
+        if call_remaining_s is not None and not grace_ms:
+            limits.append(max(_MIN_TIME_LIMIT_MS, int(call_remaining_s * 1000) + _DEADLINE_SLACK_MS))
+        return min(limits, default=None)
 
     async def _known(self, model: str, job: NewJob) -> str | None:
         """Return the generation that this request's idempotency key made under another revision of the model."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -29,13 +27,8 @@ class GatewaySettings(BaseSettings):
     max_message_bytes: int = Field(default=4 * 1024 * 1024, gt=0, description="Largest request.")
     max_concurrent_streams: int = Field(default=256, gt=0, description="Most calls at a time on one connection.")
     max_calls: int = Field(default=4096, gt=0, description="Most generation calls at a time in this process.")
-    max_queued: int = Field(default=4096, gt=0, description="Most generations that wait for a worker, per model.")
-    max_queued_per_tenant: int = Field(default=2048, gt=0, description="The same, per tenant.")
     max_stop_strings: int = Field(default=16, ge=0, description="Most stop strings of one request.")
     max_outputs: int = Field(default=16, ge=1, description="Most outputs of one request.")
-    max_disconnect_grace_s: float = Field(default=300, ge=0, description="Longest disconnect_grace that is granted.")
-    default_lifetime_s: float = Field(default=3600, gt=0, description="Life of a generation without a time_limit.")
-    max_lifetime_s: float = Field(default=24 * 3600, gt=0, description="Longest time_limit.")
 
     progress_interval_s: float = Field(default=15, gt=0, description="Silence after which a stream gets a Progress.")
     reconcile_interval_s: float = Field(
@@ -46,9 +39,3 @@ class GatewaySettings(BaseSettings):
         default=256, gt=0, description="Events kept for a slow client before it reads the log."
     )
     drain_s: float = Field(default=20, ge=0, description="How long running calls may go on after SIGTERM.")
-
-    @model_validator(mode="after")
-    def _lifetimes_are_ordered(self) -> Self:
-        if self.default_lifetime_s > self.max_lifetime_s:
-            raise ValueError("default_lifetime_s must not be above max_lifetime_s")
-        return self

@@ -72,11 +72,10 @@ class EventStream:
                 async for event in self._catch_up(await self._read_log()):
                     last_sent = self._times.clock()
                     yield event
-            if self.ended:
-                yield await self._finish()
-            elif self._times.clock() - last_sent >= self._times.progress_s:
+            if not self.ended and self._times.clock() - last_sent >= self._times.progress_s:
                 last_sent = self._times.clock()
                 yield convert.progress_event(await self._queue.get(self._generation_id, self._tenant), self._position)
+        yield await self._finish()
 
     def _apply(self, items: tuple[ReplyItem, ...]) -> list[pb.GenerationEvent]:
         """Turn waiting items into as few events as can be, as far as they continue the position.

@@ -6,6 +6,7 @@ text they are plain text: otherwise a user's message could close its own turn an
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Iterable, Sequence
@@ -14,8 +15,10 @@ from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
-import msgspec
 from tokenizers import Tokenizer
 
 _MAX_TEMPLATE_BYTES = 256 * 1024
@@ -52,9 +55,13 @@ class TextCodec:
         for tokenizer in (self._with_control, self._plain):
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        added = self._with_control.get_added_tokens_decoder().values()
-        control = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, control))) if control else None
+        added = self._with_control.get_added_tokens_decoder()
+        control = {token_id: token for token_id, token in added.items() if token.special}
+        texts = sorted((token.content for token in control.values()), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, texts))) if control else None
+        self._control_ids = frozenset(control)
+        # Where some are looked for in normalized text, other spellings of them count too.
+        self._has_other_spellings = any(token.normalized for token in control.values())
         self._special_tokens = dict(special_tokens or {})
         self._template = _compile(chat_template) if chat_template else None
 
@@ -74,13 +81,25 @@ class TextCodec:
         model was trained on. Raises TemplateError.
         """
         assert self._template is not None
-        shield = _Shield(self._control)
-        rendered = self._render([Message(m.role, shield.hide(m.content)) for m in messages])
+        shield = _Shield()
+        rendered = self._render(
+            [Message(m.role, shield.hide(m.content, self._control_spans(m.content))) for m in messages]
+        )
         ids: list[int] = []
         for piece, is_control_text in shield.pieces(rendered):
             tokenizer = self._plain if is_control_text else self._with_control
             ids += tokenizer.encode(piece, add_special_tokens=False).ids
         return ids
+
+    def _control_spans(self, text: str) -> list[tuple[int, int]]:
+        """Return where control tokens stand in a caller's text, in order."""
+        if self._control is None:
+            return []
+        if not self._has_other_spellings:
+            return [match.span() for match in self._control.finditer(text)]
+        encoding = self._with_control.encode(text, add_special_tokens=False)
+        found = zip(encoding.ids, encoding.offsets, strict=True)
+        return [span for token_id, span in found if token_id in self._control_ids]
 
     def decode(self, token_ids: Iterable[int], *, keep_special_tokens: bool = False) -> str:
         """Return the text of ids; invalid UTF-8 becomes U+FFFD."""
@@ -92,12 +111,14 @@ class TextCodec:
         try:
             return self._template.render(
                 messages=[{"role": m.role, "content": m.content} for m in messages],
+                tools=None,  # templates tell "none" from "undefined"
+                documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,
             )
         except jinja2.TemplateError as error:
             raise TemplateError(str(error)) from error
-        except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             # A template may trip over a conversation that its author did not foresee.
             raise TemplateError("the model's chat template does not accept this conversation") from error
 
@@ -108,13 +129,19 @@ class _Shield:
     Each is replaced by a mark that no caller can guess: private-use characters around a random number.
     """
 
-    def __init__(self, control: re.Pattern[str] | None) -> None:
-        self._control = control
+    def __init__(self) -> None:
         self._nonce = secrets.token_hex(8)
         self._hidden: list[str] = []
 
-    def hide(self, text: str) -> str:
-        return self._control.sub(self._mark, text) if self._control else text
+    def hide(self, text: str, spans: Iterable[tuple[int, int]]) -> str:
+        """Return the text with a mark in the place of each span."""
+        pieces: list[str] = []
+        done = 0
+        for start, end in spans:
+            pieces += [text[done:start], f"\ue000{self._nonce}:{len(self._hidden)}\ue001"]
+            self._hidden.append(text[start:end])
+            done = end
+        return "".join([*pieces, text[done:]])
 
     def pieces(self, rendered: str) -> Iterable[tuple[str, bool]]:
         """Yield (text, whether it is a caller's control token), in order."""
@@ -127,9 +154,15 @@ class _Shield:
             elif piece:
                 yield piece, False
 
-    def _mark(self, match: re.Match[str]) -> str:
-        self._hidden.append(match.group())
-        return f"\ue000{self._nonce}:{len(self._hidden) - 1}\ue001"
+
+class _Generation(jinja2.ext.Extension):
+    """Reads over the tags `generation` and `endgeneration`, by which templates mark answers for training."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _compile(source: str) -> jinja2.Template:
@@ -137,7 +170,7 @@ def _compile(source: str) -> jinja2.Template:
     if len(source.encode()) > _MAX_TEMPLATE_BYTES:
         raise ValueError(f"the chat template is over {_MAX_TEMPLATE_BYTES} bytes")
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -148,10 +181,15 @@ def _compile(source: str) -> jinja2.Template:
         raise ValueError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Plain JSON: jinja's own filter escapes for HTML."""
-    encoded = msgspec.json.encode(value)
-    return (msgspec.json.format(encoded, indent=indent) if indent else encoded).decode()
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON, spaced as models were trained on it; jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -116,10 +116,11 @@ def resolve_config(
         )
     resolved = pb.GenerationConfig()
     resolved.CopyFrom(defaults)
-    del resolved.stop[:], resolved.stop_token_ids[:]
+    if config.stop:  # merging would add to the model's
+        del resolved.stop[:]
+    if config.stop_token_ids:
+        del resolved.stop_token_ids[:]
     resolved.MergeFrom(config)
-    if not config.stop:
-        resolved.stop.extend(defaults.stop)
     resolved.max_tokens = _max_tokens(config, defaults, num_prompt_tokens, room, limits.context_length)
     resolved.ClearField("max_length")
     filters_given = config.HasField("top_k") or config.HasField("top_p") or config.HasField("min_p")

@@ -17,6 +17,7 @@ MAX_STOP_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_NGRAM = 64
 MAX_TEMPERATURE = 2.0
+MIN_TEMPERATURE = 1e-6
 MAX_REPETITION_PENALTY = 10.0
 MAX_IDEMPOTENCY_KEY = 128
 MAX_MESSAGES = 4096
@@ -126,6 +127,8 @@ def resolve_config(
     filters_given = config.HasField("top_k") or config.HasField("top_p") or config.HasField("min_p")
     if filters_given and not config.HasField("temperature") and not resolved.temperature:
         resolved.temperature = 1.0  # asking for a filter is asking to sample
+    if resolved.temperature < MIN_TEMPERATURE:
+        resolved.temperature = 0.0  # the same token; dividing by less makes scores overflow
     if not config.HasField("seed"):
         resolved.seed = seed
     return resolved

@@ -175,6 +175,11 @@ def test_asking_for_a_filter_is_asking_to_sample(fields: dict[str, float]) -> No
     assert resolve(pb.GenerationConfig(**fields), defaults=with_defaults(temperature=0.6)).temperature == 0.6
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-300, 5e-324, -0.0])
+def test_a_temperature_that_scores_cannot_be_divided_by_is_greedy(temperature: float) -> None:
+    assert str(resolve(pb.GenerationConfig(temperature=temperature, top_k=3)).temperature) == "0.0"
+
+
 def test_other_fields_leave_a_greedy_model_greedy() -> None:
     config = pb.GenerationConfig(repetition_penalty=1.3, no_repeat_ngram_size=2, seed=4, num_outputs=2)
     assert resolve(config).temperature == 0.0
@@ -230,7 +235,7 @@ def test_what_passes_is_within_the_engine_s_ranges(fields: dict[str, Any], kept:
         return
     params = check.sampling_params(resolved, [1])
     assert 1 <= params.max_tokens <= 100 - prompt
-    assert 0 <= params.temperature <= 2
+    assert params.temperature == 0 or 1e-6 <= params.temperature <= 2
     assert 0 <= params.top_k <= UINT32
     assert 0 < params.top_p <= 1
     assert 0 <= params.min_p < 1
@@ -242,7 +247,7 @@ def test_what_passes_is_within_the_engine_s_ranges(fields: dict[str, Any], kept:
     assert all(0 <= token_id < 50 for token_id in params.stop_token_ids)
     assert len(set(params.stop_token_ids)) == len(params.stop_token_ids)
     for name in given_fields.keys() & {"temperature", "top_p", "min_p", "repetition_penalty", "top_k", "seed"}:
-        if given_fields[name] is not None:
+        if given_fields[name] is not None and (name != "temperature" or given_fields[name] >= 1e-6):
             assert getattr(params, name) == given_fields[name]
 
 

@@ -109,11 +109,12 @@ def check_plaintext(settings: GatewaySettings) -> None:
 
 
 def _bind(server: grpc.aio.Server, address: str) -> str:
-    host = address.rpartition(":")[0]
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: the address is taken, or not this machine's") from error
     if port == 0:
         raise OSError(f"cannot listen on {address}: the address is taken, or not this machine's")
-    return f"{host}:{port}"
+    if address.startswith("unix:"):
+        return address
+    return f"{address.rpartition(':')[0]}:{port}"

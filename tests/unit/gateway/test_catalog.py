@@ -1,0 +1,130 @@
+"""What a model takes: inputs of each kind, and requests that its workers can hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import keys
+from common.errors import FailedPrecondition, InvalidRequest
+from common.generation import SamplingParams
+from common.registry import GenerationDefaults, ModelCard
+from gateway.catalog import ServedModel, default_config
+from gateway.tokenization import TextCodec
+from torchrelay.v1 import generation_pb2 as pb
+from worker.engine.demo import demo_model_dir
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'secret' %}{{ raise_exception(m.content) }}{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> ServedModel:
+    card = ModelCard(
+        name="tiny",
+        revision="r1",
+        shard=keys.shard_name("tiny", "r1"),
+        vocab_size=49152,
+        context_tokens=64,
+        max_output_tokens=63,
+        block_tokens=16,
+        kv_tokens=128,
+    )
+    tokenizer = (demo_model_dir() / "tokenizer.json").read_bytes()
+    return ServedModel(card, TextCodec(tokenizer, TEMPLATE), default_config(card))
+
+
+def chat(*texts: str) -> pb.GenerationInput:
+    parts = [pb.ChatMessage(role=pb.ROLE_USER, parts=[pb.ContentPart(text=text)]) for text in texts]
+    return pb.GenerationInput(chat=pb.ChatInput(messages=parts))
+
+
+async def test_all_kinds_of_input_become_ids(model: ServedModel) -> None:
+    ids = await model.encode(pb.GenerationInput(text="Hello world"))
+    assert model.codec.decode(ids) == "Hello world"
+    assert await model.encode(pb.GenerationInput(token_ids=pb.TokenIds(ids=[0, 49151]))) == [0, 49151]
+    assert await model.encode(chat("Hello world")) == ids
+
+
+async def test_a_long_text_is_tokenized_beside_the_event_loop_and_alike(model: ServedModel) -> None:
+    text = "word " * 800  # more characters than are tokenized at once, fewer than are refused
+    assert await model.encode(pb.GenerationInput(text=text)) == model.codec.encode_text(text)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason", "field"),
+    [
+        (pb.GenerationInput(), "FIELD_REQUIRED", "input"),
+        (pb.GenerationInput(text=""), "FIELD_REQUIRED", "input.text"),
+        (pb.GenerationInput(token_ids=pb.TokenIds()), "FIELD_REQUIRED", "input.token_ids.ids"),
+        (pb.GenerationInput(token_ids=pb.TokenIds(ids=[49152])), "FIELD_OUT_OF_RANGE", "input.token_ids.ids"),
+        (pb.GenerationInput(chat=pb.ChatInput()), "FIELD_REQUIRED", "input.chat.messages"),
+        (chat(""), "FIELD_REQUIRED", "input"),
+        (chat("secret"), "CHAT_REFUSED", "input.chat"),
+        (pb.GenerationInput(text="x" * 4097), "CONTEXT_LENGTH_EXCEEDED", "input"),
+        (chat("x" * 4000, "y" * 97), "CONTEXT_LENGTH_EXCEEDED", "input"),
+    ],
+)
+async def test_inputs_that_cannot_be_generated_from_are_refused(
+    model: ServedModel, source: pb.GenerationInput, reason: str, field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        await model.encode(source)
+    assert (raised.value.reason, raised.value.violations[0].field) == (reason, field)
+    assert "secret" not in raised.value.message, "a template's own text may hold the caller's"
+
+
+async def test_without_a_template_a_chat_is_refused(model: ServedModel) -> None:
+    bare = replace(model, codec=TextCodec((demo_model_dir() / "tokenizer.json").read_bytes(), None))
+    with pytest.raises(FailedPrecondition) as raised:
+        await bare.encode(chat("hi"))
+    assert raised.value.reason == "NO_CHAT_TEMPLATE"
+
+
+@given(prompt=st.integers(1, 300), max_tokens=st.integers(1, 300), outputs=st.integers(1, 16))
+@settings(deadline=None)
+def test_what_a_request_needs_is_whole_blocks_and_fits_a_worker(
+    model: ServedModel, prompt: int, max_tokens: int, outputs: int
+) -> None:
+    params = SamplingParams(max_tokens=max_tokens, num_outputs=outputs)
+    peak_expected = -(-(prompt + max_tokens) // 16) * 16
+    if peak_expected > 128:
+        with pytest.raises(InvalidRequest) as raised:
+            model.kv_tokens(prompt, params)
+        assert raised.value.reason == "REQUEST_TOO_LARGE"
+        assert raised.value.metadata["limit"] == "128"
+        return
+    begin, peak = model.kv_tokens(prompt, params)
+    assert peak == peak_expected
+    assert prompt < begin <= peak
+    assert begin % 16 == 0
+
+
+def test_a_worker_that_does_not_say_its_room_takes_any_request(model: ServedModel) -> None:
+    unbounded = replace(model, card=msgspec.structs.replace(model.card, kv_tokens=0))
+    assert unbounded.kv_tokens(10_000, SamplingParams(max_tokens=1000))[1] == 11_008
+
+
+def test_defaults_are_the_card_s(model: ServedModel) -> None:
+    defaults = GenerationDefaults(
+        max_tokens=5, temperature=0.6, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1
+    )
+    config = default_config(msgspec.structs.replace(model.card, defaults=defaults))
+    assert config == pb.GenerationConfig(
+        max_tokens=5,
+        temperature=0.6,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        no_repeat_ngram_size=0,
+        num_outputs=1,
+        logprobs=False,
+    )
+    assert not model.defaults.HasField("max_tokens")

@@ -45,6 +45,7 @@ class Process:
     module: str
     env: dict[str, str]
     log_path: Path
+    is_special: bool = False  # has settings of its own
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -138,7 +139,7 @@ class System:
     def add_gateway(self, **env: str) -> Gateway:
         """Start a gateway; `ready` waits for it."""
         address, admin_address = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-        name = f"gateway-{len(self.gateways)}"
+        name = f"gateway-{free_port()}"
         gateway = Gateway(
             name,
             "gateway",
@@ -149,6 +150,7 @@ class System:
                 **env,
             },
             self.folder / f"{name}.log",
+            is_special=bool(env),
             address=address,
             admin_address=admin_address,
         )
@@ -158,7 +160,7 @@ class System:
 
     def add_worker(self, model: str | Path, name: str = "tiny", *, start: bool = True, **env: str) -> Process:
         """Start a worker that serves a model directory (or "demo") under a name."""
-        label = f"worker-{len(self.workers)}"
+        label = f"worker-{free_port()}"
         worker = Process(
             label,
             "worker",
@@ -171,11 +173,31 @@ class System:
                 **env,
             },
             self.folder / f"{label}.log",
+            is_special=bool(env),
         )
         self.workers.append(worker)
         if start:
             worker.start()
         return worker
+
+    async def scale(self, model: str | Path, *, gateways: int = 1, workers: int = 1, name: str = "tiny") -> None:
+        """Have so many plain gateways and workers and no others, whatever a test before has killed; wait for them."""
+        for group, count in ((self.gateways, gateways), (self.workers, workers)):
+            plain = [process for process in group if not process.is_special][:count]
+            for process in group:
+                if process not in plain:
+                    process.kill()
+            group[:] = plain  # type: ignore[assignment]
+            for process in plain:
+                if not process.is_running:
+                    process.process = None
+                    process.start()
+        while len(self.gateways) < gateways:
+            self.add_gateway()
+        while len(self.workers) < workers:
+            self.add_worker(model, name)
+        if gateways:
+            await self.ready(name, num_workers=workers)
 
     def client(self, gateway: Gateway | None = None, *, key: str | None = None, **options: Any) -> AsyncClient:
         """Return a client of one gateway, or of all of them (the first that answers)."""
@@ -196,7 +218,7 @@ class System:
                     request = model_pb2.ListModelsRequest()
                     response = await client.model.ListModels(request, metadata=client.metadata, timeout=5)
                     workers = {model.name: model.num_workers for model in response.models}
-                    if all(workers.get(model, 0) >= num_workers for model in models):
+                    if all(workers.get(model, 0) == num_workers for model in models):
                         return
                 for process in (*self.gateways, *self.workers):
                     if process.process is not None and not process.is_running:

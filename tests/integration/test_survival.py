@@ -17,7 +17,7 @@ from torchrelay.client import AsyncGenerationStream
 from torchrelay.v1 import generation_pb2 as pb
 
 MODEL = "tiny"
-MAX_TOKENS = 600
+MAX_TOKENS = 300
 PROMPTS = [[3 + (7 * i + 11 * j) % 250 for j in range(5 + 9 * i)] for i in range(4)]
 
 
@@ -33,9 +33,9 @@ def expected(folder: Path) -> list[list[int]]:
     return [reference.generate(model, prompt, MAX_TOKENS, [2]) for prompt in PROMPTS]
 
 
-@pytest.fixture
-def system(tmp_path: Path) -> Iterator[System]:
-    with running_system(tmp_path) as system:
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with running_system(tmp_path_factory.mktemp("system")) as system:
         yield system
 
 
@@ -77,10 +77,7 @@ async def some_tokens(reader: Reader, at_least: int = 20) -> None:
 async def test_killed_worker_is_not_seen_by_the_same_call(
     system: System, folder: Path, expected: list[list[int]]
 ) -> None:
-    system.add_gateway()
-    system.add_worker(folder)
-    system.add_worker(folder)
-    await system.ready(MODEL, num_workers=2)
+    await system.scale(folder, workers=2)
     async with system.client() as client:
         readers = [Reader(client.stream(prompt, model=MODEL, max_tokens=MAX_TOKENS)) for prompt in PROMPTS]
         async with asyncio.TaskGroup() as group:
@@ -95,9 +92,8 @@ async def test_killed_worker_is_not_seen_by_the_same_call(
 
 
 async def test_killed_gateway_is_resumed_on_another(system: System, folder: Path, expected: list[list[int]]) -> None:
-    first, second = system.add_gateway(), system.add_gateway()
-    system.add_worker(folder)
-    await system.ready(MODEL)
+    await system.scale(folder, gateways=2)
+    first, second = system.gateways
     async with system.client(first) as client, system.client(second) as other:
         reader = Reader(client.stream(PROMPTS[0], model=MODEL, max_tokens=MAX_TOKENS))
         await reader.read(stop_after=30)
@@ -116,9 +112,8 @@ async def test_killed_gateway_is_resumed_on_another(system: System, folder: Path
 async def test_client_goes_on_by_itself_when_its_gateway_is_killed(
     system: System, folder: Path, expected: list[list[int]]
 ) -> None:
-    gateway = system.add_gateway()
-    system.add_worker(folder)
-    await system.ready(MODEL)
+    await system.scale(folder)
+    gateway = system.gateways[0]
     async with system.client(gateway) as client:
         reader = Reader(client.stream(PROMPTS[1], model=MODEL, max_tokens=MAX_TOKENS))
         reading = asyncio.create_task(reader.read())
@@ -133,7 +128,8 @@ async def test_client_goes_on_by_itself_when_its_gateway_is_killed(
 async def test_everything_killed_and_started_again_loses_nothing(
     system: System, folder: Path, expected: list[list[int]]
 ) -> None:
-    gateway = system.add_gateway()
+    await system.scale(folder, workers=0)
+    gateway = system.gateways[0]
     # One sequence at a time: one generation runs, the others wait in the queue.
     worker = system.add_worker(folder, TORCHRELAY_ENGINE_MAX_NUM_SEQS="1")
     await system.ready(MODEL)
@@ -160,9 +156,8 @@ async def test_everything_killed_and_started_again_loses_nothing(
 async def test_paused_worker_writes_nothing_when_it_wakes(
     system: System, folder: Path, expected: list[list[int]]
 ) -> None:
-    system.add_gateway()
-    first = system.add_worker(folder)
-    await system.ready(MODEL)
+    await system.scale(folder)
+    first = system.workers[0]
     async with system.client() as client:
         reader = Reader(client.stream(PROMPTS[2], model=MODEL, max_tokens=MAX_TOKENS))
         reading = asyncio.create_task(reader.read())
@@ -185,7 +180,7 @@ async def test_paused_worker_writes_nothing_when_it_wakes(
 async def test_worker_that_is_told_to_stop_gives_its_work_to_another(
     system: System, folder: Path, expected: list[list[int]]
 ) -> None:
-    system.add_gateway()
+    await system.scale(folder, workers=0)
     first = system.add_worker(folder, TORCHRELAY_WORKER_DRAIN_S="0")
     await system.ready(MODEL)
     async with system.client() as client:
@@ -201,9 +196,9 @@ async def test_worker_that_is_told_to_stop_gives_its_work_to_another(
 async def test_gateway_that_is_told_to_stop_ends_its_streams_resumable(
     system: System, folder: Path, expected: list[list[int]]
 ) -> None:
+    await system.scale(folder, gateways=0)
     first = system.add_gateway(TORCHRELAY_GATEWAY_DRAIN_S="0.1")
     system.add_gateway()
-    system.add_worker(folder)
     await system.ready(MODEL)
     async with system.client() as client:  # calls take turns: each gateway has two of them
         readers = [Reader(client.stream(prompt, model=MODEL, max_tokens=MAX_TOKENS)) for prompt in PROMPTS]
@@ -217,9 +212,7 @@ async def test_gateway_that_is_told_to_stop_ends_its_streams_resumable(
 
 
 async def test_second_stream_of_a_generation_ends_the_first(system: System, folder: Path) -> None:
-    system.add_gateway()
-    system.add_worker(folder)
-    await system.ready(MODEL)
+    await system.scale(folder)
     async with system.client() as client:
         request = pb.StreamGenerateRequest(
             model=MODEL,
@@ -230,10 +223,17 @@ async def test_second_stream_of_a_generation_ends_the_first(system: System, fold
         generation_id = (await call.read()).event.accepted.generation_id
         reader = Reader(client.resume(generation_id))
         reading = asyncio.create_task(reader.read())
-        assert await call.code() is grpc.StatusCode.ABORTED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_on(call)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
         await asyncio.wait_for(reading, 60)
     assert reader.finished is not None
 
 
 async def _any_token(readers: list[Reader]) -> bool:
     return any(reader.token_ids for reader in readers)
+
+
+async def read_on(call: grpc.aio.UnaryStreamCall[pb.StreamGenerateRequest, pb.StreamGenerateResponse]) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass

@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
-from torchrelay.client import AsyncClient, Client, Tls
+from torchrelay.client import AsyncClient, Client, RetryPolicy, Tls
 from torchrelay.client.channel import is_loopback
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_ADMIN_ADDRESS = "127.0.0.1:50052"
+# Somebody looks at the terminal: a wrong address is said at once, a stream that broke is picked up again with patience.
+_RETRY = RetryPolicy(first_contact_s=2.0)
 
 AddressOption = Annotated[
     str, typer.Option("--address", "-a", envvar="TORCHRELAY_ADDRESS", help="Gateway, host:port or a gRPC target.")
@@ -57,10 +59,10 @@ class Connection:
             return None
 
     def client(self) -> Client:
-        return Client(self.address, api_key=self.key(), tls=self._tls(), insecure=self.insecure)
+        return Client(self.address, api_key=self.key(), tls=self._tls(), insecure=self.insecure, retry=_RETRY)
 
     def aio_client(self) -> AsyncClient:
-        return AsyncClient(self.address, api_key=self.key(), tls=self._tls(), insecure=self.insecure)
+        return AsyncClient(self.address, api_key=self.key(), tls=self._tls(), insecure=self.insecure, retry=_RETRY)
 
     def _tls(self) -> Tls | None:
         return Tls(ca_file=self.tls_ca) if self.tls_ca else None

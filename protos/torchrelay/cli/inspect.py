@@ -77,7 +77,7 @@ def create_key(
     request = api_key_pb2.CreateApiKeyRequest(tenant=tenant, display_name=name)
     if expires_in_days is not None:
         request.expire_time.FromDatetime(datetime.now(UTC) + timedelta(days=expires_in_days))
-    with output.explained_errors(admin_address), grpc.insecure_channel(admin_address) as channel:
+    with output.explained_errors(admin_address, "--admin-address"), grpc.insecure_channel(admin_address) as channel:
         response = api_key_pb2_grpc.ApiKeyServiceStub(channel).CreateApiKey(request)
     output.print_json(response) if as_json else output.write(response.secret + "\n")
 
@@ -90,7 +90,7 @@ def list_keys(
 ) -> None:
     """List keys, without their secrets."""
     found: list[api_key_pb2.ApiKey] = []
-    with output.explained_errors(admin_address), grpc.insecure_channel(admin_address) as channel:
+    with output.explained_errors(admin_address, "--admin-address"), grpc.insecure_channel(admin_address) as channel:
         stub = api_key_pb2_grpc.ApiKeyServiceStub(channel)
         token = ""
         while True:
@@ -117,7 +117,7 @@ def revoke_key(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
 ) -> None:
     """Revoke a key; every gateway refuses it within 5 seconds."""
-    with output.explained_errors(admin_address), grpc.insecure_channel(admin_address) as channel:
+    with output.explained_errors(admin_address, "--admin-address"), grpc.insecure_channel(admin_address) as channel:
         stub = api_key_pb2_grpc.ApiKeyServiceStub(channel)
         key = stub.RevokeApiKey(api_key_pb2.RevokeApiKeyRequest(key_id=key_id)).api_key
     output.print_json(key) if as_json else output.stderr.print(f"revoked {key.key_id} of {key.tenant}")
@@ -130,7 +130,7 @@ def ps(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
 ) -> None:
     """List generations in flight, or the workers."""
-    with output.explained_errors(admin_address), grpc.insecure_channel(admin_address) as channel:
+    with output.explained_errors(admin_address, "--admin-address"), grpc.insecure_channel(admin_address) as channel:
         stub = fleet_pb2_grpc.FleetServiceStub(channel)
         if workers:
             _print_workers(stub.ListWorkers(fleet_pb2.ListWorkersRequest(model=model)), as_json=as_json)

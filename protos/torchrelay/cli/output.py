@@ -34,7 +34,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     console = Console(highlight=False)
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(escape(str(cell)) for cell in row))  # names may hold brackets
     if not console.is_terminal:
         console.width = 10_000
     console.print(table)
@@ -47,8 +47,8 @@ def write(text: str) -> None:
 
 
 @contextmanager
-def explained_errors(address: str) -> Iterator[None]:
-    """Turn failed calls into one line that says what to do, and exit code 1."""
+def explained_errors(address: str, option: str = "--address") -> Iterator[None]:
+    """Turn failed calls into lines that say what to do, and exit code 1. `option` sets the address."""
     try:
         yield
     except RelayError as error:
@@ -57,19 +57,22 @@ def explained_errors(address: str) -> Iterator[None]:
         failure = from_rpc_error(error)
     else:
         return
-    print_error(failure, address)
+    print_error(failure, address, option)
     raise typer.Exit(1)
 
 
-def print_error(error: RelayError, address: str) -> None:
+def print_error(error: RelayError, address: str, option: str = "--address") -> None:
     """Print what happened and what to do about it, unwrapped, on stderr."""
-    stderr.print(f"[red]error:[/] {escape(explain(error, address))}", soft_wrap=True)
+    stderr.print(f"[red]error:[/] {escape(explain(error, address, option))}", soft_wrap=True)
 
 
-def explain(error: RelayError, address: str) -> str:
+def explain(error: RelayError, address: str, option: str = "--address") -> str:
     """Say what happened and what to do about it."""
-    advice = _ADVICE.get(error.code)
-    lines = [advice(error, address) if advice else str(error)]
+    if error.code is grpc.StatusCode.UNAVAILABLE:
+        lines = [_unavailable(error, address, option)]
+    else:
+        advice = _ADVICE.get(error.code)
+        lines = [advice(error) if advice else str(error)]
     lines += [f"  {violation.field}: {violation.description}" for violation in error.violations]
     if error.reason:
         lines.append(f"  reason {error.reason}" + "".join(f", {k} {v}" for k, v in error.metadata.items()))
@@ -78,30 +81,37 @@ def explain(error: RelayError, address: str) -> str:
     return "\n".join(lines)
 
 
-def _unavailable(error: RelayError, address: str) -> str:
+def _unavailable(error: RelayError, address: str, option: str) -> str:
     if error.reason:
         return f"{error.message} (the gateway at {address} answered; its back-end did not)"
-    return f"nothing answers at {address}; start a server with `torchrelay serve`, or set --address"
+    return f"nothing answers at {address}; start a server with `torchrelay serve`, or set {option}"
 
 
-def _unauthenticated(error: RelayError, address: str) -> str:
+def _unauthenticated(error: RelayError) -> str:
     if error.reason == "CREDENTIALS_MISSING":
         return "no API key; make one with `torchrelay keys create TENANT` and pass --api-key or set TORCHRELAY_API_KEY"
     return f"{error.message}; check --api-key or TORCHRELAY_API_KEY"
 
 
-def _exhausted(error: RelayError, address: str) -> str:
+def _exhausted(error: RelayError) -> str:
     wait = f"; try again in {error.retry_delay_s:.1f} s" if error.retry_delay_s is not None else ""
     return error.message + wait
 
 
-_ADVICE: dict[grpc.StatusCode, Callable[[RelayError, str], str]] = {
-    grpc.StatusCode.UNAVAILABLE: _unavailable,
+def _not_found(error: RelayError) -> str:
+    what_to_do = {
+        "MODEL_NOT_FOUND": "`torchrelay models list` shows those that are served",
+        "API_KEY_NOT_FOUND": "`torchrelay keys list` shows the ids of keys",
+    }.get(error.reason)
+    return f"{error.message}; {what_to_do}" if what_to_do else error.message
+
+
+_ADVICE: dict[grpc.StatusCode, Callable[[RelayError], str]] = {
     grpc.StatusCode.UNAUTHENTICATED: _unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: _exhausted,
-    grpc.StatusCode.PERMISSION_DENIED: lambda error, address: f"this key may not do that: {error.message}",
-    grpc.StatusCode.NOT_FOUND: lambda error, address: error.message,
-    grpc.StatusCode.INVALID_ARGUMENT: lambda error, address: f"the request was refused: {error.message}",
-    grpc.StatusCode.FAILED_PRECONDITION: lambda error, address: error.message,
-    grpc.StatusCode.DEADLINE_EXCEEDED: lambda error, address: f"out of time: {error.message}",
+    grpc.StatusCode.PERMISSION_DENIED: lambda error: f"this key may not do that: {error.message}",
+    grpc.StatusCode.NOT_FOUND: _not_found,
+    grpc.StatusCode.INVALID_ARGUMENT: lambda error: f"the request was refused: {error.message}",
+    grpc.StatusCode.FAILED_PRECONDITION: lambda error: error.message,
+    grpc.StatusCode.DEADLINE_EXCEEDED: lambda error: f"out of time: {error.message}",
 }

@@ -14,6 +14,7 @@ from torchrelay.v1 import generation_pb2 as pb
 # A prompt: text, token ids, or messages like {"role": "user", "content": "Hello"}.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
+_WHAT_A_PROMPT_IS = "a prompt is a string, a list of token ids, or a list of messages with role and content"
 _ROLES = {"system": pb.ROLE_SYSTEM, "user": pb.ROLE_USER, "assistant": pb.ROLE_ASSISTANT}
 
 
@@ -39,12 +40,14 @@ def make_input(prompt: Prompt) -> pb.GenerationInput:
     """Turn a prompt into an input. Raises ValueError on an unknown role, TypeError on anything else."""
     if isinstance(prompt, str):
         return pb.GenerationInput(text=prompt)
+    if isinstance(prompt, bytes | Mapping):
+        raise TypeError(_WHAT_A_PROMPT_IS)
     if all(isinstance(item, int) for item in prompt):
         return pb.GenerationInput(token_ids=pb.TokenIds(ids=prompt))  # type: ignore[arg-type]
     messages = []
     for item in prompt:
-        if not isinstance(item, Mapping):
-            raise TypeError("a prompt is a string, a list of token ids, or a list of messages with role and content")
+        if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
+            raise TypeError(_WHAT_A_PROMPT_IS)
         if item["role"] not in _ROLES:
             raise ValueError(f"role {item['role']!r} is not one of {', '.join(_ROLES)}")
         messages.append(pb.ChatMessage(role=_ROLES[item["role"]], parts=[pb.ContentPart(text=item["content"])]))

@@ -16,6 +16,7 @@ class RetryPolicy:
     initial_delay_s: float = 0.1
     max_delay_s: float = 5.0
     give_up_after_s: float = 120.0  # without any event
+    first_contact_s: float = 120.0  # the same, before a call has had any answer at all
 
     def delay(self, attempt: int, rng: random.Random) -> float:
         """Return the pause before retry number `attempt`, from 0."""
@@ -35,18 +36,25 @@ class StreamPosition:
     num_resumes: int = 0
     _attempt: int = 0
     _last_progress: float | None = None
+    _was_answered: bool = False
 
     def on_event(self, event: pb.GenerationEvent, now: float) -> bool:
-        """Take an event; return whether the caller should see it: a resumed stream repeats Accepted."""
-        self._attempt = 0
-        self._last_progress = now
-        if event.WhichOneof("event") == "accepted":
-            repeated = bool(self.generation_id)
+        """Take an event; return whether the caller should see it: a resumed stream repeats Accepted.
+
+        Only what is new counts: a server that accepts and breaks at once is tried ever more slowly, and given up.
+        """
+        kind = event.WhichOneof("event")
+        if kind == "accepted" and self.generation_id:
+            return False
+        if kind == "accepted":
             self.generation_id = event.accepted.generation_id
-            return not repeated
+        if kind in ("accepted", "finished") or event.sequence > self.sequence:
+            self._attempt = 0
         if event.sequence > self.sequence:
             self.sequence, self.chain_hash = event.sequence, event.chain_hash
-        self.finished = self.finished or event.WhichOneof("event") == "finished"
+        self._last_progress = now
+        self._was_answered = True
+        self.finished = self.finished or kind == "finished"
         return True
 
     def on_error(self, error: RelayError, now: float) -> float:
@@ -60,7 +68,8 @@ class StreamPosition:
         if not error.is_retryable:
             raise error
         delay = max(self.policy.delay(self._attempt, self.rng), error.retry_delay_s or 0.0)
-        if now + delay - self._last_progress > self.policy.give_up_after_s:
+        patience = self.policy.give_up_after_s if self._was_answered else self.policy.first_contact_s
+        if now + delay - self._last_progress > patience:
             raise error
         self._attempt += 1
         if self.generation_id:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,11 +38,24 @@ class Outcome:
     def __init__(self, events: AsyncIterable[pb.GenerationEvent]) -> None:
         self._events = events
         self.accepted: pb.Accepted | None = None
+        self._is_resumed = False
         self.outputs: list[Output] = []
         self.finished: pb.Finished | None = None
         self.states: list[int] = []
         self.sequence = 0
         self.chain_hash = b""
+
+    @classmethod
+    def resumed(cls, events: AsyncIterable[pb.GenerationEvent], earlier: Outcome | None = None) -> Outcome:
+        """Read what the client library resumes, from the beginning (one output) or behind what came earlier.
+
+        The library hides the repeated Accepted.
+        """
+        outcome = cls(events)
+        outcome._is_resumed = True
+        outcome.outputs = [Output()] if earlier is None else copy.deepcopy(earlier.outputs)
+        outcome.sequence = 0 if earlier is None else earlier.sequence
+        return outcome
 
     @property
     def output(self) -> Output:
@@ -75,7 +89,9 @@ class Outcome:
         assert event.sequence >= self.sequence, "the log goes backwards"
         self.sequence, self.chain_hash = event.sequence, event.chain_hash
         kind = event.WhichOneof("event")
-        assert (kind == "accepted") == (self.accepted is None), "Accepted comes first, and once"
+        assert (kind == "accepted") == (self.accepted is None and not self._is_resumed), (
+            "Accepted comes first, and once"
+        )
         if kind == "accepted":
             self.accepted = event.accepted
             self.outputs = [Output() for _ in range(event.accepted.config.num_outputs or 1)]

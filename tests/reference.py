@@ -13,9 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 def load_reference(folder: Path) -> PreTrainedModel:
     """The plain model of a directory, fp32, with transformers' own attention."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval()
 
 

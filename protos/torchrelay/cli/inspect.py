@@ -13,6 +13,8 @@ from torchrelay.cli import connection as at
 from torchrelay.cli import output
 from torchrelay.v1 import generation_pb2, model_pb2
 
+_MAX_DAYS = 36_500
+
 models = typer.Typer(no_args_is_help=True, help="The models that are served.")
 keys = typer.Typer(no_args_is_help=True, help="API keys, through the gateway's admin port.")
 
@@ -76,6 +78,8 @@ def create_key(
     """Make a key and print it: it cannot be read again."""
     request = api_key_pb2.CreateApiKeyRequest(tenant=tenant, display_name=name)
     if expires_in_days is not None:
+        if not 0 < expires_in_days <= _MAX_DAYS:
+            raise typer.BadParameter(f"must be above 0 and at most {_MAX_DAYS}", param_hint="--expires-in-days")
         request.expire_time.FromDatetime(datetime.now(UTC) + timedelta(days=expires_in_days))
     with output.explained_errors(admin_address, "--admin-address"), grpc.insecure_channel(admin_address) as channel:
         response = api_key_pb2_grpc.ApiKeyServiceStub(channel).CreateApiKey(request)

@@ -106,7 +106,7 @@ class Toy(
         self.api_keys: list[api_key_pb2.ApiKey] = []
         self.generations: list[fleet_pb2.GenerationInfo] = []
         self.workers: list[fleet_pb2.Worker] = []
-        self._accepted: str | None = None  # the idempotency key of the generation
+        self._accepted: set[str] = set()  # idempotency keys
 
     def _note(self, request: Any, context: Any) -> None:
         self.requests.append(request)
@@ -138,10 +138,8 @@ class Toy(
 
     def StreamGenerate(self, request: Any, context: Any) -> Iterator[pb.StreamGenerateResponse]:  # noqa: N802
         self._note(request, context)
-        replayed = self._accepted is not None
-        if replayed and self._accepted != request.idempotency_key:
-            Failure(grpc.StatusCode.INTERNAL, "SECOND_GENERATION").abort(context)
-        self._accepted = request.idempotency_key
+        replayed = request.idempotency_key in self._accepted
+        self._accepted.add(request.idempotency_key)
         for event in self._stream(0, context, replayed=replayed):
             yield pb.StreamGenerateResponse(event=event)
 

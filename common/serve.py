@@ -32,6 +32,7 @@ from common.settings import RedisSettings
 from common.startup import read_settings
 from torchrelay.cli.connection import credentials_file
 from torchrelay.client import Client, RelayError
+from torchrelay.client.channel import is_loopback
 from torchrelay.v1 import model_pb2
 
 log = structlog.get_logger()
@@ -166,13 +167,21 @@ async def _development_key(api_keys: ApiKeys) -> str:
     return created.secret
 
 
-def check_free(address: str) -> None:
-    """Raise typer.BadParameter if something listens at an address already."""
+def check_address(address: str, *, insecure: bool) -> None:
+    """Raise typer.BadParameter if an address is none, would be plaintext beyond loopback, or is taken already."""
     host, _, port = address.rpartition(":")
-    with socket.socket() as probe:
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise typer.BadParameter(f"{address} is not host:port")
+    if not insecure and not is_loopback(address):
+        raise typer.BadParameter(
+            f"{address} is beyond loopback and would be plaintext: API keys and prompts could be read on the way; "
+            "bind to loopback, or allow it with --insecure"
+        )
+    host = host.strip("[]")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host.strip("[]"), int(port)))
+            probe.bind((host, int(port)))
         except OSError as error:
             raise typer.BadParameter(
                 f"{address} cannot be used ({error.strerror}): another server may be running; choose another port"
@@ -230,8 +239,8 @@ def serve(
     console = Console(stderr=True, highlight=False)
     folder = data_dir_of(data_dir)
     settings = read_settings(RedisSettings)
-    check_free(address)
-    check_free(admin_address)
+    check_address(address, insecure=insecure)
+    check_address(admin_address, insecure=insecure)
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: stop.append(received))

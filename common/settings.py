@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple, Self
+from typing import Final, Literal, NamedTuple, Self
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from common.logs import LogFormat
@@ -106,8 +106,13 @@ class LogSettings(BaseSettings):
     """What a process writes on stderr, from TORCHRELAY_LOG_* variables."""
 
     model_config = SettingsConfigDict(env_prefix="TORCHRELAY_LOG_", frozen=True)
-    level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least that is written.")
     format: LogFormat = Field(default=LogFormat.AUTO, description="json, text, or auto: text on a terminal.")
+
+    @field_validator("level", mode="before")
+    @classmethod
+    def _case_does_not_matter(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
 
 
 def describe_errors(error: ValidationError) -> str:

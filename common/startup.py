@@ -27,6 +27,7 @@ def read_settings(read: Callable[[], _T], *own: type[BaseSettings]) -> _T:
     """
     try:
         log_settings = LogSettings()
+        set_up_logs(log_settings.level, log_settings.format)
         settings = read()
     except ValidationError as error:
         sys.stderr.write(describe_errors(error))
@@ -34,7 +35,6 @@ def read_settings(read: Callable[[], _T], *own: type[BaseSettings]) -> _T:
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(2) from None
-    set_up_logs(log_settings.level, log_settings.format)
     for variable in unknown_variables(os.environ, (*SHARED_SETTINGS, *own)):
         structlog.get_logger().warning("settings.unknown", variable=variable.name, did_you_mean=variable.nearest)
     return settings

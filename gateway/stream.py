@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Final
 
 from common import errors
 from common.deltas import merge_deltas
@@ -17,6 +18,10 @@ from gateway.delivery import EventHub, Subscription
 from gateway.progress import LogPosition, Verdict
 from gateway.status import GenerationEndedError
 from torchrelay.v1 import generation_pb2 as pb
+
+_MAX_MESSAGES_PER_S: Final = 4000  # of one gateway process, all streams together
+_MAX_GATHER_S: Final = 0.1
+_MIN_GATHER_S: Final = 0.004  # less is not worth a timer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class EventStream:
         accepted: pb.Accepted,
         position: LogPosition,
         times: StreamTimes,
+        num_streams: Callable[[], int],
     ) -> None:
         self._queue = queue
         self._subscription = subscription
@@ -48,6 +54,7 @@ class EventStream:
         self._position = position
         self._resumed = position.sequence > 0
         self._times = times
+        self._num_streams = num_streams
         self._state = pb.GENERATION_STATE_UNSPECIFIED
         self._place = -1
         self._must_read_log = False
@@ -68,6 +75,7 @@ class EventStream:
             for event in self._apply(items or ()):
                 last_sent = self._times.clock()
                 yield event
+            await self._gather(last_sent)
             if items is None or self._must_read_log:
                 async for event in self._catch_up(await self._read_log()):
                     last_sent = self._times.clock()
@@ -76,6 +84,12 @@ class EventStream:
                 last_sent = self._times.clock()
                 yield convert.progress_event(await self._queue.get(self._generation_id, self._tenant), self._position)
         yield await self._finish()
+
+    async def _gather(self, last_sent: float) -> None:
+        """Let tokens gather while many streams share this process: a message costs as much as several tokens in it."""
+        pause = min(_MAX_GATHER_S, self._num_streams() / _MAX_MESSAGES_PER_S) - (self._times.clock() - last_sent)
+        if pause > _MIN_GATHER_S and not self.ended:
+            await asyncio.sleep(pause)
 
     def _apply(self, items: tuple[ReplyItem, ...]) -> list[pb.GenerationEvent]:
         """Turn waiting items into as few events as can be, as far as they continue the position.
@@ -219,7 +233,7 @@ class StreamFactory:
         """Stream a generation that is attached to this gateway; calls that had it before end with Superseded."""
         self._hub.take_over(subscription)
         self._abandoned.discard(subscription.generation_id)
-        return EventStream(self._queue, subscription, tenant, accepted, position, self._times)
+        return EventStream(self._queue, subscription, tenant, accepted, position, self._times, self._hub.__len__)
 
     async def close(self, subscription: Subscription, *, ended: bool) -> None:
         """End a subscription. If the generation goes on and nobody else listens to it, its disconnect grace begins.

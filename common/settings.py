@@ -95,6 +95,15 @@ class QueueSettings(BaseSettings):
         description="Jobs up to this size may pass a higher class whose next job does not fit yet. 0: none.",
     )
 
+    @property
+    def max_upkeep_pause_s(self) -> float:
+        """Longest pause between two rounds of upkeep, a quarter of the shorter lease.
+
+        A reap that comes more than half a lease after the last one takes the server for stopped, and gives all workers
+        another lease: with rarer rounds no job of a dead worker would ever move on.
+        """
+        return min(self.worker_lease_ms, self.gateway_lease_ms) / 4 / _SECOND
+
     @model_validator(mode="after")
     def _times_agree(self) -> Self:
         if self.default_lifetime_ms > self.max_lifetime_ms:

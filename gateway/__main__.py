@@ -74,7 +74,7 @@ async def run(
         hub,
         streams,
         catalog,
-        interval_s=settings.maintenance_interval_s,
+        interval_s=min(settings.maintenance_interval_s, queue_settings.max_upkeep_pause_s),
         block_ms=block_ms(redis_settings, _BLOCK_MS),
         on_connected=on_connected,
     )

@@ -34,7 +34,9 @@ class GatewaySettings(BaseSettings):
     reconcile_interval_s: float = Field(
         default=1, gt=0, description="Silence after which a stream reads the log itself."
     )
-    maintenance_interval_s: float = Field(default=1, gt=0, description="How often leases, reaping and sweeping run.")
+    maintenance_interval_s: float = Field(
+        default=1, gt=0, description="How often leases, reaping and sweeping run; at least four times a lease."
+    )
     max_pending_events: int = Field(
         default=256, gt=0, description="Events kept for a slow client before it reads the log."
     )

@@ -192,7 +192,7 @@ class Agent:
 
     async def _tidy(self) -> None:
         while not self._drained:
-            await asyncio.sleep(_TIDY_S)
+            await asyncio.sleep(min(_TIDY_S, self._beat_interval_s))  # often enough for the shortest lease
             if not self._holdings:
                 await self._guarded(self._claims.reap())
                 await self._guarded(self._claims.sweep())

@@ -115,6 +115,30 @@ async def test_cold_model_takes_a_job_that_runs_when_its_worker_starts(
     await until(is_ready, what="the model with its worker")
 
 
+async def test_job_of_a_killed_worker_goes_back_to_the_queue_although_only_a_gateway_is_left(
+    system: System, client: AsyncClient
+) -> None:
+    await system.ready("second")
+    worker = system.workers[1]
+    outcome = Outcome(client.stream(PROMPT, model="second", max_tokens=200, temperature=1.0, seed=4, num_outputs=4))
+    reading = asyncio.create_task(outcome.read())
+
+    async def has_begun() -> bool:
+        return bool(outcome.outputs and outcome.outputs[0].token_ids)
+
+    await until(has_begun, what="a token")
+    worker.kill()
+
+    async def is_recovering() -> bool:
+        return (await client.get(outcome.generation_id)).state == pb.GENERATION_STATE_RECOVERING
+
+    await until(is_recovering, timeout_s=6, what="the job in the queue again")
+    worker.start()
+    await asyncio.wait_for(reading, 60)
+    assert outcome.finished is not None
+    assert outcome.finished.timings.num_takeovers == 1
+
+
 async def test_models_are_listed_by_name_in_pages(system: System, client: AsyncClient) -> None:
     await system.ready("first", "second")
     names: list[str] = []

@@ -41,3 +41,9 @@ def test_a_misspelt_variable_is_found_with_what_was_meant() -> None:
 
 def test_variables_are_named_after_their_fields() -> None:
     assert "TORCHRELAY_REDIS_SOCKET_TIMEOUT_MS" in variables_of(RedisSettings)
+
+
+def test_upkeep_runs_more_than_twice_in_the_shorter_lease() -> None:
+    settings = QueueSettings(worker_lease_ms=1500, gateway_lease_ms=8000)
+    assert settings.max_upkeep_pause_s < settings.worker_lease_ms / 1000 / 2
+    assert QueueSettings(gateway_lease_ms=400).max_upkeep_pause_s < 0.4 / 2

@@ -256,7 +256,7 @@ async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 30,
 
 @contextlib.contextmanager
 def running_system(folder: Path, **env: str) -> Iterator[System]:
-    """A system whose leases are short, so that takeovers take a second instead of ten."""
-    short = {"TORCHRELAY_QUEUE_WORKER_LEASE_MS": "1500", "TORCHRELAY_QUEUE_GATEWAY_LEASE_MS": "1500"}
+    """A system whose leases are short, so that takeovers take seconds instead of ten."""
+    short = {"TORCHRELAY_QUEUE_WORKER_LEASE_MS": "2500", "TORCHRELAY_QUEUE_GATEWAY_LEASE_MS": "2500"}
     with System(folder, {**short, **env}) as system:
         yield system

@@ -165,7 +165,7 @@ class EventStream:
     def _state_change(self, record: GenerationRecord) -> list[pb.GenerationEvent]:
         """Return a Progress if the state or the place in line is another than last time."""
         state, place = convert.state_of(record), record.place
-        if state == self._state and place == self._place:
+        if state == self._state and (place == self._place or state == pb.GENERATION_STATE_RUNNING):
             return []
         self._state, self._place = state, place
         return [convert.progress_event(record, self._position)]

@@ -274,6 +274,22 @@ async def test_news_do_not_overtake_the_tokens_before_them() -> None:
     assert (second.sequence, second.progress.state) == (2, pb.GENERATION_STATE_RECOVERING)
 
 
+async def test_a_state_is_told_once() -> None:
+    queue = OneJobQueue(chained([tokens(65)], ItemKind.DONE), JobState.DONE)
+    hub, factory = factory_for(queue)
+    stream = open_stream(factory, num_outputs=1)
+    hub.dispatch([news(ItemKind.STARTED, LogEvent(GENESIS, 1, 0))])
+
+    async def end_after_some_silences() -> None:
+        while queue.num_reads < 3:
+            await asyncio.sleep(0.001)
+        queue.num_visible = 1
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        group.create_task(end_after_some_silences())
+        assert await collect(stream) == ["progress", "deltas", "finished"]
+
+
 async def test_a_slow_caller_gets_fewer_and_longer_messages() -> None:
     queue = OneJobQueue(chained([tokens(65), tokens(66, first=1), tokens(67, first=2)]), JobState.DONE, num_visible=3)
     hub, factory = factory_for(queue, StreamTimes(60, 60))

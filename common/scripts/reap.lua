@@ -1,14 +1,16 @@
 #!lua flags=allow-oom
 -- Takes the jobs of workers whose lease has ended. Every gateway and idle worker runs it each second; when it has not run
--- for half a lease, the server was down or stopped and workers could not renew: they get one lease of grace.
+-- for half a lease, and for longer than a busy machine delays it, the server was down or stopped and workers could not
+-- renew: they get one lease of grace.
 -- ARGV  1 lease ms  2 most workers  3 most jobs of each  4 most fruitless attempts  5 most claims
 -- Reply {requeued, dead-lettered}
 --@include base
 --@include jobs
+local LONG_PAUSE_MS = 3000
 local now, lease = now_ms(), tonumber(ARGV[1])
 local marks = call('HMGET', KEYS[1], 'reaped', 'grace')
 local grace = tonumber(marks[2] or 0)
-if now - (marks[1] or 0) > lease / 2 then
+if now - (marks[1] or 0) > math.max(lease / 2, LONG_PAUSE_MS) then
   grace = now + lease
   call('HSET', KEYS[1], 'grace', int(grace))
 end

@@ -496,25 +496,19 @@ class Progress(_message.Message):
 
     STATE_FIELD_NUMBER: _builtins.int
     PLACE_FIELD_NUMBER: _builtins.int
-    EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
     state: Global___GenerationState.ValueType
     """The state now: queued, running or recovering."""
     place: _builtins.int
     """Generations in the queue before this one; set while queued or recovering."""
-    @_builtins.property
-    def expected_wait(self) -> _duration_pb2.Duration:
-        """Estimate until the next token; set while queued or recovering and a worker's rate is known."""
-
     def __init__(
         self,
         *,
         state: Global___GenerationState.ValueType = ...,
         place: _builtins.int | None = ...,
-        expected_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_place", b"_place", "expected_wait", b"expected_wait", "place", b"place"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_place", b"_place", "place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_place", b"_place", "expected_wait", b"expected_wait", "place", b"place", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_place", b"_place", "place", b"place", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__place: _TypeAlias = _typing.Literal["place"]  # noqa: Y015
     _WhichOneofArgType__place: _TypeAlias = _typing.Literal["_place", b"_place"]  # noqa: Y015
@@ -1079,28 +1073,22 @@ class ResumeGenerationRequest(_message.Message):
     GENERATION_ID_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     CHAIN_HASH_FIELD_NUMBER: _builtins.int
-    DISCONNECT_GRACE_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """The generation."""
     after_sequence: _builtins.int
     """Last sequence that was received; 0 for all events."""
     chain_hash: _builtins.bytes
     """chain_hash of that event. ABORTED with reason RESULT_LOST if the log does not continue it. Empty: not checked."""
-    @_builtins.property
-    def disconnect_grace(self) -> _duration_pb2.Duration:
-        """How long it goes on if this call breaks too. Unset: as the generation was created with."""
-
     def __init__(
         self,
         *,
         generation_id: _builtins.str = ...,
         after_sequence: _builtins.int = ...,
         chain_hash: _builtins.bytes = ...,
-        disconnect_grace: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["disconnect_grace", b"disconnect_grace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "chain_hash", b"chain_hash", "disconnect_grace", b"disconnect_grace", "generation_id", b"generation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "chain_hash", b"chain_hash", "generation_id", b"generation_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -151,6 +151,11 @@ class Refusal:
         return "" if self.error is None else self.error.reason
 
     @property
+    def summary(self) -> tuple[grpc.StatusCode | None, str, str]:
+        """Code, reason and text."""
+        return self.code, self.reason, "" if self.error is None else self.error.message
+
+    @property
     def fields(self) -> list[str]:
         return [] if self.error is None else [violation.field for violation in self.error.violations]
 

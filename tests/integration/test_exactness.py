@@ -289,7 +289,7 @@ async def test_every_family_answers_a_crowd_as_one_at_a_time(
 ) -> None:
     folders = {family: write_family(tmp_path / family, family) for family in families}
     waves = {
-        family: random_waves(50_000, 320, 48) if family == REAL_GPT2 else random_waves(288, 210, 150)
+        family: random_waves(50_000, 320, 96) if family == REAL_GPT2 else random_waves(288, 210, 150)
         for family in families
     }
     system.add_gateway()

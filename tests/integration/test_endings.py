@@ -230,9 +230,7 @@ async def test_grace_that_passes_ends_the_generation(system: System, client: Asy
 
 
 async def test_time_limit_ends_well_with_the_partial_text(system: System, client: AsyncClient) -> None:
-    outcome = await Outcome(
-        client.stream(PROMPT, model=MODEL, max_tokens=1500, num_outputs=2, time_limit_s=0.5)
-    ).read()
+    outcome = await Outcome(client.stream(PROMPT, model=MODEL, max_tokens=1500, num_outputs=2, time_limit_s=0.5)).read()
     assert outcome.finished is not None
     assert {output.finish_reason for output in outcome.outputs} == {pb.FINISH_REASON_TIME_LIMIT}
     assert all(output.token_ids and output.text for output in outcome.outputs)

@@ -17,6 +17,7 @@ PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*
 
 $(VENV)/.venv-made:
 	@test -n "$(PYTHON)" || { echo "torchrelay needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3"; exit 1; }
+	@echo 'Installing into $(VENV); the first time takes some minutes.'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --upgrade 'pip>=24'
 	touch $@

@@ -29,7 +29,7 @@ from common.embedded import EmbeddedServer, EmbeddedServerError, describe_durabi
 from common.errors import ServingError, Unauthenticated
 from common.redis import connect
 from common.settings import RedisSettings
-from common.startup import read_settings
+from common.startup import CANNOT_START, read_settings
 from torchrelay.cli.connection import credentials_file
 from torchrelay.client import Client, RelayError
 from torchrelay.client.channel import is_loopback
@@ -42,6 +42,10 @@ _POLL_S: Final = 0.1
 _STOP_S: Final = 40.0
 _MAX_RESTART_PAUSE_S: Final = 10.0
 _STEADY_S: Final = 30.0  # a child that lived so long has not failed at its start
+
+
+class ChildRefusedError(Exception):
+    """A child cannot start, and has said why; it would not on another try either."""
 
 
 @dataclass(slots=True)
@@ -68,10 +72,15 @@ class Child:
         self.restart_at = 0.0
 
     def keep_running(self) -> None:
-        """Start it again if it has ended; later each time if it fails at once."""
+        """Start it again if it has ended; later each time if it fails at once.
+
+        Raises ChildRefusedError if it said that it never will.
+        """
         now = time.monotonic()
         if self.process is not None and self.process.poll() is not None:
             status = self.process.returncode
+            if status == CANNOT_START:
+                raise ChildRefusedError(f"{self.name} cannot start; its last message above says why")
             self.pause_s = 0.2 if now - self.started > _STEADY_S else min(_MAX_RESTART_PAUSE_S, self.pause_s * 2 or 0.2)
             self.restart_at = now + self.pause_s
             self.process = None
@@ -111,7 +120,7 @@ class Supervisor:
             child.start()
 
     def tend(self) -> None:
-        """Start again what has ended."""
+        """Start again what has ended. Raises ChildRefusedError."""
         if self.server is not None and not self.server.is_running:
             log.warning("server.ended")
             self.server.kill()
@@ -249,18 +258,17 @@ def serve(
         server = EmbeddedServer(folder / "queue")
         try:
             server.start()
-        except EmbeddedServerError as error:
-            console.print(f"[red]error:[/] {error}", soft_wrap=True)
-            raise typer.Exit(1) from error
+        except (EmbeddedServerError, OSError) as error:
+            raise _failed(console, f"cannot keep the queue in {folder}: {error}") from error
         redis_url = server.url
     settings = settings.model_copy(update={"url": redis_url})
     try:
         key, durability = asyncio.run(prepare(settings))
-    except ServingError as error:
+    except (ServingError, OSError) as error:
         if server is not None:
             server.stop()
-        console.print(f"[red]error:[/] {error.message}: {redis_url}", soft_wrap=True)
-        raise typer.Exit(1) from error
+        reason = f"{error.message}: {redis_url}" if isinstance(error, ServingError) else f"cannot keep a key: {error}"
+        raise _failed(console, reason) from error
     log.info("queue.durability", url=redis_url, promise=durability)
     shared = {"TORCHRELAY_REDIS_URL": redis_url}
     supervisor = Supervisor(
@@ -282,8 +290,15 @@ def serve(
         while not stop:
             supervisor.tend()
             time.sleep(_POLL_S)
+    except ChildRefusedError as error:
+        raise _failed(console, str(error)) from error
     finally:
         supervisor.stop()
+
+
+def _failed(console: Console, reason: str) -> typer.Exit:
+    console.print(f"[red]error:[/] {reason}", soft_wrap=True)
+    return typer.Exit(1)
 
 
 def _gateway_env(address: str, admin_address: str, *, insecure: bool) -> dict[str, str]:

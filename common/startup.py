@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import structlog
 from pydantic import ValidationError
@@ -16,13 +16,15 @@ from common.settings import LogSettings, QueueSettings, RedisSettings, describe_
 
 _T = TypeVar("_T")
 
+CANNOT_START: Final = 78  # EX_CONFIG of sysexits.h: starting again would end the same way
+
 SHARED_SETTINGS: tuple[type[BaseSettings], ...] = (LogSettings, RedisSettings, QueueSettings)
 
 
 def read_settings(read: Callable[[], _T], *own: type[BaseSettings]) -> _T:
     """Return what `read` makes of the environment, with logs set up; `own` are the role's settings classes.
 
-    Ends the process with status 2 and one line per fault where a setting is wrong. A variable that nothing reads is
+    Ends the process with CANNOT_START and one line per fault where a setting is wrong. A variable that nothing reads is
     logged with the one that was probably meant.
     """
     try:
@@ -31,10 +33,10 @@ def read_settings(read: Callable[[], _T], *own: type[BaseSettings]) -> _T:
         settings = read()
     except ValidationError as error:
         sys.stderr.write(describe_errors(error))
-        raise SystemExit(2) from None
+        raise SystemExit(CANNOT_START) from None
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(CANNOT_START) from None
     for variable in unknown_variables(os.environ, (*SHARED_SETTINGS, *own)):
         structlog.get_logger().warning("settings.unknown", variable=variable.name, did_you_mean=variable.nearest)
     return settings

@@ -19,7 +19,7 @@ from gateway.progress import LogPosition, Verdict
 from gateway.status import GenerationEndedError
 from torchrelay.v1 import generation_pb2 as pb
 
-_MAX_MESSAGES_PER_S: Final = 4000  # of one gateway process, all streams together
+_MAX_MESSAGES_PER_S: Final = 2500  # of one gateway process, all streams together: about a third of a core
 _MAX_GATHER_S: Final = 0.1
 _MIN_GATHER_S: Final = 0.004  # less is not worth a timer
 

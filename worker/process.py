@@ -19,6 +19,7 @@ from common.jobs import WorkerInfo
 from common.redis import Redis, Retry, connect
 from common.registry import ModelRegistry
 from common.settings import QueueSettings, RedisSettings
+from common.startup import CANNOT_START
 from worker.agent import Agent, StepHungError
 from worker.assembly import Assembly, assemble
 from worker.engine.settings import EngineSettings
@@ -119,7 +120,7 @@ def run_process(
         assembly = assemble(settings, engine_settings)
     except Exception as error:  # noqa: BLE001 - every library on the way has its own, and the operator needs one line
         log.error("worker.failed", error=f"{type(error).__name__}: {error}")
-        return 1
+        return CANNOT_START
 
     async def until_signal() -> None:
         stop = asyncio.Event()

@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,6 @@ async def test_call_that_is_cancelled_ends_its_generation(system: System, client
 
 @pytest.mark.parametrize("unary", [False, True], ids=["stream", "unary"])
 async def test_call_deadline_ends_its_generation(system: System, client: AsyncClient, unary: bool) -> None:
-    began = time.monotonic()
     with refused() as refusal:
         if unary:
             request = pb.GenerateRequest()
@@ -157,7 +155,6 @@ async def test_call_deadline_ends_its_generation(system: System, client: AsyncCl
             async for _ in call:
                 pass
     assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert time.monotonic() - began < 3
     generation_id = dict(await call.initial_metadata())["torchrelay-generation-id"]
     generation = await ended(client, generation_id)
     # The queue's own deadline and the call's end come at the same moment: whichever is first ends it.

@@ -29,11 +29,12 @@ def make_app() -> typer.Typer:
             _add(app, point.name, point.load())
     for verb in (generate, chat, ps, cancel, bench):
         app.command(verb.__name__)(verb)
+    all_models = typer.Typer(no_args_is_help=True, help=models.info.help)
     for point in server:
         if point.name == "models":  # verbs that need the model's files join those that only look
-            for command in point.load().registered_commands:
-                models.registered_commands.append(command)
-    app.add_typer(models, name="models")
+            all_models.registered_commands += point.load().registered_commands
+    all_models.registered_commands += models.registered_commands
+    app.add_typer(all_models, name="models")
     app.add_typer(keys, name="keys")
     app.command("version")(show_version)
     return app

@@ -17,8 +17,9 @@ from structlog.testing import capture_logs
 from common.api_keys import ApiKeys
 from common.embedded import EmbeddedServer
 from common.redis import connect
-from common.serve import Child, Supervisor, banner, check_address, data_dir_of, prepare
+from common.serve import Child, ChildRefusedError, Supervisor, banner, check_address, data_dir_of, prepare
 from common.settings import RedisSettings
+from common.startup import CANNOT_START
 from torchrelay.cli.connection import credentials_file
 from torchrelay.v1 import model_pb2
 
@@ -166,6 +167,15 @@ def test_a_child_that_ends_is_started_again_later_each_time(tmp_path: Path, monk
     child.keep_running()
     assert child.process is not None
     assert child.process.wait(20) == 3
+
+
+def test_a_child_that_says_it_never_can_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = make_child(tmp_path, monkeypatch, f"raise SystemExit({CANNOT_START})")
+    child.start()
+    assert child.process is not None
+    child.process.wait(20)
+    with pytest.raises(ChildRefusedError, match="child cannot start"):
+        child.keep_running()
 
 
 def test_all_children_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from common.settings import QueueSettings, RedisSettings
-from common.startup import read_settings
+from common.startup import CANNOT_START, read_settings
 from gateway.settings import GatewaySettings
 
 
@@ -88,7 +88,7 @@ def test_a_wrong_value_ends_the_process_by_its_name(
 
     with pytest.raises(SystemExit) as ended:
         read_settings(read, GatewaySettings)
-    assert ended.value.code == 2
+    assert ended.value.code == CANNOT_START
     shown = capsys.readouterr().err
     assert shown.startswith(f"{name}: ")
     assert len(shown.splitlines()) == 1
@@ -127,7 +127,7 @@ def test_what_a_role_refuses_itself_is_shown_as_it_is(capsys: pytest.CaptureFixt
 
     with pytest.raises(SystemExit) as ended:
         read_settings(read)
-    assert ended.value.code == 2
+    assert ended.value.code == CANNOT_START
     assert capsys.readouterr().err == "plaintext is not allowed there\n"
 
 

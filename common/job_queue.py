@@ -67,8 +67,8 @@ class JobQueue:
     async def _run(self, name: str, shard: str, *args: Argument) -> Any:
         return await self._retry.call(lambda: self._scripts.run(name, keys.meta(shard), *args))
 
-    async def enqueue(self, shard: str, job: NewJob) -> Enqueued:
-        """Queue a generation; its events come to this gateway.
+    async def enqueue(self, shard: str, job: NewJob, *, attach_id: str = "") -> Enqueued:
+        """Queue a generation; its events come to this gateway, for the call that `attach_id` names (see `detach`).
 
         The time limit is cut to the longest lifetime, the disconnect grace to its own longest. Raises QueueFull,
         IdempotencyKeyReused, and DeadlineExceeded for a time limit that has already passed.
@@ -108,6 +108,7 @@ class JobQueue:
             settings.max_live_per_tenant,
             settings.gateway_lease_ms,
             settings.reply_ttl_ms,
+            attach_id,
         )
         status, *rest = as_list(reply)
         if status in _REFUSALS:
@@ -139,24 +140,36 @@ class JobQueue:
         return value
 
     async def attach(
-        self, generation_id: str, tenant: str, after_sequence: int = 0, after_hash: bytes = b""
+        self,
+        generation_id: str,
+        tenant: str,
+        after_sequence: int = 0,
+        after_hash: bytes = b"",
+        *,
+        attach_id: str = "",
     ) -> Attachment:
         """Send the generation's further events to this gateway and return what its log holds after `after_sequence`.
 
-        `after_hash` is the chain hash of that event, if the caller has it. A gateway that had the stream gets a
-        SUPERSEDED item; a disconnect grace that was running stops. Raises GenerationNotFound, SequenceOutOfRange and
-        ResultLost.
+        `after_hash` is the chain hash of that event, if the caller has it; `attach_id` names the call (see `detach`).
+        A gateway that had the stream gets a SUPERSEDED item; a disconnect grace that was running stops. Raises
+        GenerationNotFound, SequenceOutOfRange and ResultLost.
         """
-        return await self._attach(generation_id, tenant, after_sequence, after_hash, self._gateway_id)
+        return await self._attach(generation_id, tenant, after_sequence, after_hash, self._gateway_id, attach_id)
 
     async def read_log(
         self, generation_id: str, tenant: str, after_sequence: int = 0, after_hash: bytes = b""
     ) -> Attachment:
         """As `attach`, but without taking the stream over: for large events, gaps, and the check of silent streams."""
-        return await self._attach(generation_id, tenant, after_sequence, after_hash, "")
+        return await self._attach(generation_id, tenant, after_sequence, after_hash, "", "")
 
     async def _attach(
-        self, generation_id: str, tenant: str, after_sequence: int, after_hash: bytes, gateway_id: str
+        self,
+        generation_id: str,
+        tenant: str,
+        after_sequence: int,
+        after_hash: bytes,
+        gateway_id: str,
+        attach_id: str,
     ) -> Attachment:
         reply = await self._run(
             "attach",
@@ -170,6 +183,7 @@ class JobQueue:
             self._settings.max_attach_bytes,
             self._settings.gateway_lease_ms,
             self._settings.reply_ttl_ms,
+            attach_id,
         )
         if reply is None:
             raise GenerationNotFound
@@ -182,14 +196,14 @@ class JobQueue:
         events = tuple(records.event_from_fields(fields) for fields in entries)
         return Attachment(records.record_from_reply(described), events, more == 1)
 
-    async def detach(self, generation_id: str) -> JobState | None:
+    async def detach(self, generation_id: str, *, attach_id: str = "") -> JobState | None:
         """The client of this gateway's stream is gone: begin the job's own disconnect grace (0: it is cancelled now).
 
-        Nothing happens when another gateway has attached since. Returns the state afterwards, None if there is no such
-        job.
+        `attach_id` is what its call gave when it enqueued or attached: nothing happens when another call has attached
+        since. Returns the state afterwards, None if there is no such job.
         """
         shard = keys.shard_of(generation_id)
-        state = await self._run("detach", shard, generation_id, self._gateway_id)
+        state = await self._run("detach", shard, generation_id, self._gateway_id, attach_id)
         return None if state is None else JobState(state.decode())
 
     async def cancel(self, generation_id: str, tenant: str | None) -> GenerationRecord:

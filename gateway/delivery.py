@@ -9,17 +9,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from common import keys
 from common.errors import Superseded
 from common.jobs import ItemKind, ReplyItem
 
 
 class Subscription:
-    """What one call has not yet taken of its generation's items. Used from one event loop."""
+    """What one call has not yet taken of its generation's items. Used from one event loop.
 
-    __slots__ = ("_max_pending", "_must_read_log", "_pending", "_waiter", "generation_id", "superseded")
+    `attach_id` names the call to the queue, so that letting go of it later cannot end another call's stream.
+    """
+
+    __slots__ = ("_max_pending", "_must_read_log", "_pending", "_waiter", "attach_id", "generation_id", "superseded")
 
     def __init__(self, generation_id: str, max_pending: int) -> None:
         self.generation_id = generation_id
+        self.attach_id = keys.random_id()
         self.superseded = False
         self._max_pending = max_pending
         self._pending: list[ReplyItem] = []

@@ -104,7 +104,11 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             try:
                 try:
                     attachment = await self._queue.attach(
-                        request.generation_id, caller.tenant, request.after_sequence, request.chain_hash
+                        request.generation_id,
+                        caller.tenant,
+                        request.after_sequence,
+                        request.chain_hash,
+                        attach_id=subscription.attach_id,
                     )
                 except _NOT_ATTACHED:
                     held = False
@@ -156,14 +160,15 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             try:
                 attachment: Attachment | None = None
                 if known is None:
-                    enqueued = await self._queue.enqueue(keys.shard_of(accepted.generation_id), job)
+                    shard = keys.shard_of(accepted.generation_id)
+                    enqueued = await self._queue.enqueue(shard, job, attach_id=subscription.attach_id)
                     if enqueued.duplicate:
                         known = enqueued.generation_id
                         await self._streams.close(subscription, ended=True)
                         subscription = self._streams.listen(known)
                     accepted.place = max(0, enqueued.place - 1)
                 if known is not None:
-                    attachment = await self._queue.attach(known, caller.tenant)
+                    attachment = await self._queue.attach(known, caller.tenant, attach_id=subscription.attach_id)
                     accepted = accepted_of(attachment.record)
                     accepted.replayed = True
                 await self._send_id(accepted.generation_id, context)

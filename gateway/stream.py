@@ -209,7 +209,7 @@ class EventStream:
             if holder:
                 self._subscription.supersede()
                 raise errors.Superseded
-            return await self._queue.attach(*where)
+            return await self._queue.attach(*where, attach_id=self._subscription.attach_id)
         except errors.SequenceOutOfRange as error:
             raise errors.ResultLost from error
 
@@ -221,7 +221,7 @@ class StreamFactory:
         self._queue = queue
         self._hub = hub
         self._times = times
-        self._abandoned: set[str] = set()
+        self._abandoned: set[tuple[str, str]] = set()  # generation and attach ids
 
     def listen(self, generation_id: str) -> Subscription:
         """Subscribe before attaching or enqueuing, so that no event falls between the two."""
@@ -232,7 +232,6 @@ class StreamFactory:
     ) -> EventStream:
         """Stream a generation that is attached to this gateway; calls that had it before end with Superseded."""
         self._hub.take_over(subscription)
-        self._abandoned.discard(subscription.generation_id)
         return EventStream(self._queue, subscription, tenant, accepted, position, self._times, self._hub.__len__)
 
     async def close(self, subscription: Subscription, *, ended: bool) -> None:
@@ -242,22 +241,24 @@ class StreamFactory:
         """
         self._hub.unsubscribe(subscription)
         if not ended and not subscription.superseded:
-            self._abandoned.add(subscription.generation_id)
-            await asyncio.shield(self._detach(subscription.generation_id))
+            attached = (subscription.generation_id, subscription.attach_id)
+            self._abandoned.add(attached)
+            await asyncio.shield(self._detach(attached))
 
     async def detach_abandoned(self) -> None:
         """Begin the grace of every generation that nobody listens to any more, as far as the server answers."""
-        for generation_id in list(self._abandoned):
-            await self._detach(generation_id)
+        for attached in list(self._abandoned):
+            await self._detach(attached)
 
-    async def _detach(self, generation_id: str) -> None:
+    async def _detach(self, attached: tuple[str, str]) -> None:
+        generation_id, attach_id = attached
         if self._hub.has(generation_id):
             return  # by a call that may yet be refused it
         try:
-            await self._queue.detach(generation_id)
+            await self._queue.detach(generation_id, attach_id=attach_id)
         except errors.Unavailable:
             return  # the server is away; the gateway's upkeep tries again
-        self._abandoned.discard(generation_id)
+        self._abandoned.discard(attached)
 
 
 def stored_body(accepted: pb.Accepted) -> bytes:

@@ -124,7 +124,7 @@ class OneJobQueue:
     holder: str = GATEWAY_ID  # where the generation is attached
     num_attached: int = 0
     num_reads: int = 0
-    detached: list[str] = field(default_factory=list)
+    detached: list[tuple[str, str]] = field(default_factory=list)  # generation and attach ids
 
     def record(self) -> GenerationRecord:
         visible = self.log[: self.num_visible]
@@ -157,12 +157,18 @@ class OneJobQueue:
         return Attachment(record, tuple(self.log[after_sequence:end]), end < self.num_visible)
 
     async def attach(
-        self, generation_id: str, tenant: str, after_sequence: int = 0, after_hash: bytes = b""
+        self,
+        generation_id: str,
+        tenant: str,
+        after_sequence: int = 0,
+        after_hash: bytes = b"",
+        *,
+        attach_id: str = "",
     ) -> Attachment:
         self.num_attached += 1
         self.holder = self.gateway_id
         return await self.read_log(generation_id, tenant, after_sequence, after_hash)
 
-    async def detach(self, generation_id: str) -> JobState:
-        self.detached.append(generation_id)
+    async def detach(self, generation_id: str, *, attach_id: str = "") -> JobState:
+        self.detached.append((generation_id, attach_id))
         return self.record().state

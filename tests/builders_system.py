@@ -136,7 +136,7 @@ class System:
     def _shared_env(self) -> dict[str, str]:
         return {"TORCHRELAY_REDIS_URL": self.server.url, "TORCHRELAY_LOG_FORMAT": "json", **self.env}
 
-    def add_gateway(self, **env: str) -> Gateway:
+    def add_gateway(self, *, start: bool = True, **env: str) -> Gateway:
         """Start a gateway; `ready` waits for it."""
         address, admin_address = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
         name = f"gateway-{free_port()}"
@@ -155,7 +155,8 @@ class System:
             admin_address=admin_address,
         )
         self.gateways.append(gateway)
-        gateway.start()
+        if start:
+            gateway.start()
         return gateway
 
     def add_worker(self, model: str | Path, name: str = "tiny", *, start: bool = True, **env: str) -> Process:

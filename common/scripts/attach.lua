@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Reads a job's log after an event, and (unless only reading) sends its further events to this gateway.
 -- ARGV  1 id  2 tenant  3 gateway, or '' to read only  4 after event  5 chain hash of that event, or ''
---       6 most events  7 most bytes  8 gateway lease ms  9 reply TTL ms
+--       6 most events  7 most bytes  8 gateway lease ms  9 reply TTL ms  10 attach id
 -- Reply {OK, described job, 1 if the log goes on, entries ...} | {OUT_OF_RANGE, events} | {RESULT_LOST}, or nil if there is no
 -- such job for this tenant. The gateway that had the stream gets an item of kind S.
 --@include base
@@ -62,6 +62,7 @@ if gid ~= '' then
     if j.st == 'R' then call('HSET', P .. 'w:' .. j.w, j.id, run_record(j)) end
   end
   if is_live(j) then
+    call('HSET', P .. 'j:' .. j.id, 'ai', ARGV[10])
     call('SADD', P .. 'g:' .. gid, j.id)
     call('ZREM', P .. 'dt', j.id)
   end

@@ -5,6 +5,7 @@
 --       10 prompt tokens  11 most completion tokens  12 KV slots to begin  13 KV slots at most
 --       14 idempotency digest or ''  15 request digest  16 echo  17 body
 --       18 most queued  19 most queued of the tenant  20 most live of the tenant  21 gateway lease ms  22 reply TTL ms
+--       23 attach id
 -- Reply {OK | DUPLICATE, id, state, place} or {QUEUE_FULL | TENANT_QUEUE_FULL | TENANT_CONCURRENCY | REUSED}
 --@include base
 --@include jobs
@@ -34,7 +35,7 @@ if tonumber(call('HGET', P .. 'live', tenant) or 0) >= tonumber(ARGV[20]) then r
 local arrival = call('HINCRBY', KEYS[1], 'seq', 1)
 local deadline = now + ARGV[7]
 call('HSET', P .. 'j:' .. id, 'st', 'Q', 't', tenant, 'k', ARGV[3], 'c', class, 'wt', ARGV[5], 's', arrival,
-  'gw', gid, 'cr', int(now), 'dl', int(deadline), 'gr', ARGV[8], 'rt', ARGV[9], 'pt', ARGV[10], 'mx', ARGV[11],
+  'gw', gid, 'ai', ARGV[23], 'cr', int(now), 'dl', int(deadline), 'gr', ARGV[8], 'rt', ARGV[9], 'pt', ARGV[10], 'mx', ARGV[11],
   'kv', ARGV[12], 'pk', ARGV[13], 'ik', ARGV[14], 'dg', ARGV[15], 'eo', ARGV[16], 'b', ARGV[17], 'ep', 0, 'n', 0, 'es', '')
 if ARGV[14] ~= '' then call('SET', digest_key, id .. ' ' .. ARGV[15]) end
 renew_gateway(gid, tonumber(ARGV[21]), tonumber(ARGV[22]), now)

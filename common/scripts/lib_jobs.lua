@@ -5,7 +5,7 @@
 --   rt retention (ms), pt prompt tokens, mx most completion tokens, kv / pk KV slots to begin / at most,
 --   ik idempotency digest, dg request digest, eo the gateway's record, b body
 -- Changed later:
---   st state Q R D F C E, y reason, ft first token (ms), ep epoch, es "<epoch>:<events before it>," of each epoch that wrote to the log,
+--   st state Q R D F C E, y reason, ft first token (ms), ai attach id, ep epoch, es "<epoch>:<events before it>," of each epoch that wrote to the log,
 --   n events, at fruitless attempts in a row, nc claims, w worker, gw gateway or '', sc first claim, en end,
 --   ch tokens charged at the first claim, ct / cp completion / cached prompt tokens, lb log bytes
 --
@@ -24,11 +24,11 @@ local USAGE_TTL_S = 35 * 86400
 local IDLE_TENANT_TTL_S = 3600
 local INPUT_COST, OUTPUT_COST = 1, 2 -- service in token units (VTC, arXiv:2401.00588)
 local FIELDS = {
-  'st', 't', 'k', 'y', 'w', 'gw', 'ik', 'es', 'eo',
+  'st', 't', 'k', 'y', 'w', 'gw', 'ik', 'es', 'eo', 'ai',
   'c', 'wt', 's', 'cr', 'dl', 'gr', 'rt', 'pt', 'mx', 'kv', 'pk',
   'ep', 'n', 'at', 'nc', 'sc', 'en', 'ch', 'ct', 'cp', 'lb', 'ft',
 }
-local NUM_TEXT_FIELDS = 9
+local NUM_TEXT_FIELDS = 10
 
 local function fill(text, width)
   return text .. string.rep(' ', width - #text)

@@ -198,17 +198,18 @@ async def test_gateway_that_is_told_to_stop_ends_its_streams_resumable(
 ) -> None:
     await system.scale(folder, gateways=0)
     first = system.add_gateway(TORCHRELAY_GATEWAY_DRAIN_S="0.1")
-    system.add_gateway()
+    second = system.add_gateway(start=False)
     await system.ready(MODEL)
-    async with system.client() as client:  # calls take turns: each gateway has two of them
+    async with system.client() as client:  # of both addresses; all calls are with the gateway that is up
         readers = [Reader(client.stream(prompt, model=MODEL, max_tokens=MAX_TOKENS)) for prompt in PROMPTS]
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             for reader in readers:
                 group.create_task(reader.read())
             await some_tokens(readers[0])
+            second.start()
             assert await asyncio.to_thread(first.stop) == 0, first.log()
     assert [reader.token_ids for reader in readers] == expected
-    assert sum(reader.stream.position.num_resumes for reader in readers) >= 2
+    assert any(reader.stream.position.num_resumes for reader in readers)
 
 
 async def test_second_stream_of_a_generation_ends_the_first(system: System, folder: Path) -> None:

@@ -54,6 +54,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.writer_of_token: dict[int, str] = {}
         self.tenant_of: dict[str, str] = {}
         self.seen: dict[str, Seen] = {}
+        self.attach_ids: dict[str, list[str]] = {}  # of the calls that had the stream, the latest last
         self.cancelled: set[str] = set()
         self.workers = [self._new_worker(), self._new_worker()]
         self.ghosts: list[Worker] = []
@@ -150,8 +151,9 @@ class ProtocolMachine(RuleBasedStateMachine):
             generation_id=f"{SHARD}.{self._new_id()}",
             request_digest=b"same\x00body",
         )
+        attach_id = self._new_id()
         try:
-            accepted = self._maybe_lost(is_lost, lambda: gateway.queue.enqueue(SHARD, job))
+            accepted = self._maybe_lost(is_lost, lambda: gateway.queue.enqueue(SHARD, job, attach_id=attach_id))
         except QueueFull:
             return
         if accepted.duplicate:
@@ -160,6 +162,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             assert accepted.generation_id == job.generation_id
             self.tenant_of[accepted.generation_id] = tenant
             self.seen[accepted.generation_id] = Seen()
+            self.attach_ids[accepted.generation_id] = [attach_id]
             gateway.clients.add(accepted.generation_id)
 
     def _deliver(self, generation_id: str, event: LogEvent) -> bool:
@@ -204,21 +207,23 @@ class ProtocolMachine(RuleBasedStateMachine):
                 self._catch_up(gateway, generation_id)
 
     @precondition(lambda self: self.tenant_of)
-    @rule(data=st.data(), slot=SLOTS, is_lost=st.booleans())
-    def attach(self, data: st.DataObject, slot: int, is_lost: bool) -> None:
-        """A client resumes at some gateway, from what it has."""
+    @rule(data=st.data(), slot=SLOTS, is_lost=st.booleans(), overtakes=st.booleans())
+    def attach(self, data: st.DataObject, slot: int, is_lost: bool, overtakes: bool) -> None:
+        """A client resumes at some gateway, from what it has; perhaps before its earlier call was let go of."""
         generation_id = self._pick(data)
         seen, gateway = self.seen[generation_id], self.gateways[slot]
-        tenant = self.tenant_of[generation_id]
-        attachment = self._maybe_lost(
-            is_lost, lambda: gateway.queue.attach(generation_id, tenant, seen.sequence, seen.chain_hash)
-        )
+        tenant, attach_id = self.tenant_of[generation_id], self._new_id()
+        where = (generation_id, tenant, seen.sequence, seen.chain_hash)
+        attachment = self._maybe_lost(is_lost, lambda: gateway.queue.attach(*where, attach_id=attach_id))
+        self.attach_ids[generation_id].append(attach_id)
         for event in attachment.events:
             assert self._deliver(generation_id, event)
         for other in self.gateways:
             other.clients.discard(generation_id)
         if not seen.is_ended:
             gateway.clients.add(generation_id)
+        if overtakes:
+            self.detach_at(gateway, generation_id, self.attach_ids[generation_id][-2])
 
     @precondition(lambda self: self.tenant_of)
     @rule(data=st.data(), slot=SLOTS)
@@ -232,7 +237,7 @@ class ProtocolMachine(RuleBasedStateMachine):
                 self._run(operation(generation_id, stranger))
         other = self.gateways[1 - slot]
         if generation_id not in other.clients:
-            self.detach_at(other, generation_id)
+            self.detach_at(other, generation_id, self.attach_ids[generation_id][-1])
         if seen.sequence:
             with pytest.raises(ResultLost):
                 self._run(queue.attach(generation_id, self.tenant_of[generation_id], seen.sequence, b"\xff" * 8))
@@ -241,13 +246,15 @@ class ProtocolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), slot=SLOTS, is_lost=st.booleans())
     def detach(self, data: st.DataObject, slot: int, is_lost: bool) -> None:
         generation_id = self._pick(data)
-        self.detach_at(self.gateways[slot], generation_id, is_lost)
+        self.detach_at(self.gateways[slot], generation_id, self.attach_ids[generation_id][-1], is_lost)
 
-    def detach_at(self, gateway: Gateway, generation_id: str, is_lost: bool = False) -> None:
+    def detach_at(self, gateway: Gateway, generation_id: str, attach_id: str, is_lost: bool = False) -> None:
         before = self.parts.superuser.hmget(keys.job(SHARD, generation_id), "st", "gw")
-        self._maybe_lost(is_lost, lambda: gateway.queue.detach(generation_id))
-        gateway.clients.discard(generation_id)
-        if before[1].decode() != gateway.queue.gateway_id:
+        self._maybe_lost(is_lost, lambda: gateway.queue.detach(generation_id, attach_id=attach_id))
+        is_latest = attach_id == self.attach_ids[generation_id][-1]
+        if is_latest:
+            gateway.clients.discard(generation_id)
+        if not is_latest or before[1].decode() != gateway.queue.gateway_id:
             assert self.parts.superuser.hmget(keys.job(SHARD, generation_id), "st", "gw") == before, "not its stream"
 
     @precondition(lambda self: self.tenant_of)

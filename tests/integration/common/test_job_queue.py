@@ -321,6 +321,18 @@ async def test_detach_without_grace_cancels_at_once_and_counts_what_was_done(
     assert set(result.lost) == {accepted.generation_id}
 
 
+async def test_a_detach_that_comes_late_leaves_the_stream_to_the_call_after_it(
+    queue: JobQueue, claims: JobClaims
+) -> None:
+    """The same gateway, the same generation: only the call's own id tells the two apart."""
+    accepted = await queue.enqueue(SHARD, make_job(), attach_id="first")
+    await run_to(claims, accepted.generation_id, 1)
+    await queue.attach(accepted.generation_id, "acme", 1, attach_id="second")
+    assert await queue.detach(accepted.generation_id, attach_id="first") is JobState.RUNNING
+    assert (await queue.get(accepted.generation_id, "acme")).gateway_id == queue.gateway_id
+    assert await queue.detach(accepted.generation_id, attach_id="second") is JobState.CANCELLED
+
+
 async def test_a_client_that_returns_within_its_grace_finds_its_stream(
     queue: JobQueue, claims: JobClaims, superuser: redis_sync.Redis
 ) -> None:

@@ -73,6 +73,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "attach for any tenant": ("attach", "j.t ~= ARGV[2]", "false"),
     "attach that trusts any past": ("attach", "hash_of(entry_after[2][2]) ~= hash", "false"),
     "detach by a gateway that lost the stream": ("detach", "j.gw == ARGV[2]", "true"),
+    "detach by a call that lost the stream": ("detach", "j.ai == ARGV[3]", "true"),
     "cancel that keeps the epoch": ("lib_jobs", "j.ep = j.ep + 1\n  j.n = j.n + 1", "j.n = j.n + 1"),
     "settling twice": ("lib_jobs", "'generations' .. owner, 1", "'generations' .. owner, 2"),
 }

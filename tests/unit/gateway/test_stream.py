@@ -392,8 +392,9 @@ async def test_an_end_that_the_server_lost_again_is_not_reported_as_an_end() -> 
 async def test_a_call_that_leaves_lets_go_of_its_generation() -> None:
     queue = OneJobQueue(chained([tokens(65)]), JobState.DONE)
     _, factory = factory_for(queue)
-    await factory.close(factory.listen(GENERATION_ID), ended=False)
-    assert queue.detached == [GENERATION_ID]
+    call = factory.listen(GENERATION_ID)
+    await factory.close(call, ended=False)
+    assert queue.detached == [(GENERATION_ID, call.attach_id)]
 
 
 async def test_a_call_that_ended_leaves_nothing_behind() -> None:
@@ -425,7 +426,7 @@ async def test_a_generation_is_let_go_of_once_the_call_that_could_have_taken_it_
     assert queue.detached == []
     await factory.close(second, ended=True)
     await factory.detach_abandoned()
-    assert queue.detached == [GENERATION_ID]
+    assert queue.detached == [(GENERATION_ID, first.attach_id)]
 
 
 async def test_the_latest_call_wins() -> None:

@@ -271,23 +271,6 @@ def engine_throughput(env: dict[str, str], requests: list[tuple[list[int], int]]
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-# -- the machine -----------------------------------------------------------------------------------------------------
-
-LOOP = "import time; t = time.perf_counter(); sum(i * i % 7 for i in range(10_000_000)); print(time.perf_counter() - t)"
-
-
-def slowdown_when_busy() -> float:
-    """How much slower a core computes while all others do too: about 1.6 where two of them are one core's threads."""
-
-    def seconds(num_processes: int) -> float:
-        command = [sys.executable, "-c", LOOP]
-        loops = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(num_processes)]
-        return statistics.median(float(loop.communicate()[0]) for loop in loops)
-
-    rounds = [(seconds(1), seconds(os.cpu_count() or 1)) for _ in range(5)]
-    return statistics.median(busy / alone for alone, busy in rounds)
-
-
 # -- takeover and start ----------------------------------------------------------------------------------------------
 
 
@@ -479,7 +462,6 @@ def main() -> int:
     parser.add_argument("--no-model", action="store_true", help="leave the throughput row out")
     parser.add_argument("--no-start", action="store_true", help="leave the start row out")
     args = parser.parse_args()
-    slowdown = slowdown_when_busy()
     folder = Path(tempfile.mkdtemp(prefix="torchrelay-budgets-"))
     try:
         rows = asyncio.run(measure(args, folder))
@@ -488,8 +470,7 @@ def main() -> int:
     print("| what | budget | measured | |\n|---|---|---|---|")  # noqa: T201
     for row in rows:
         print(f"| {row.what} | {row.budget} | {row.measured} | {'met' if row.met else 'missed'} |")  # noqa: T201
-    print(f"\n{os.cpu_count()} CPUs; with all of them busy each computes {slowdown:.2f} times slower than alone.")  # noqa: T201
-    report: dict[str, Any] = {row.what: row.figures | {"met": row.met} for row in rows} | {"slowdown": slowdown}
+    report: dict[str, Any] = {row.what: row.figures | {"met": row.met} for row in rows}
     print(json.dumps(report))  # noqa: T201
     return 0 if all(row.met for row in rows) else 1
 

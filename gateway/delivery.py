@@ -83,9 +83,10 @@ class EventHub:
     def __init__(self, max_pending: int) -> None:
         self._max_pending = max_pending
         self._subscriptions: dict[str, list[Subscription]] = {}
+        self._num_subscriptions = 0  # asked for with every message
 
     def __len__(self) -> int:
-        return sum(map(len, self._subscriptions.values()))
+        return self._num_subscriptions
 
     def has(self, generation_id: str) -> bool:
         """Whether a call listens to this generation here."""
@@ -95,6 +96,7 @@ class EventHub:
         """Listen to a generation, beside those who do already: whether this call may have it is not known yet."""
         subscription = Subscription(generation_id, self._max_pending)
         self._subscriptions.setdefault(generation_id, []).append(subscription)
+        self._num_subscriptions += 1
         return subscription
 
     def take_over(self, subscription: Subscription) -> None:
@@ -104,12 +106,13 @@ class EventHub:
                 other.supersede()
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Stop listening."""
-        others = [
-            other for other in self._subscriptions.pop(subscription.generation_id, ()) if other is not subscription
-        ]
-        if others:
-            self._subscriptions[subscription.generation_id] = others
+        """Stop listening; does nothing the second time."""
+        listening = self._subscriptions.get(subscription.generation_id, [])
+        if subscription in listening:
+            listening.remove(subscription)
+            self._num_subscriptions -= 1
+            if not listening:
+                del self._subscriptions[subscription.generation_id]
 
     def dispatch(self, items: Iterable[ReplyItem]) -> None:
         """Hand items to their subscriptions; those of generations that nobody listens to here are dropped."""

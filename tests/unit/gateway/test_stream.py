@@ -442,3 +442,17 @@ async def test_the_latest_call_wins() -> None:
     await factory.detach_abandoned()
     assert queue.detached == []
     assert hub.has(GENERATION_ID)
+
+
+def test_the_hub_counts_its_subscriptions() -> None:
+    hub, _ = factory_for(OneJobQueue(chained([tokens(65)]), JobState.DONE))
+    first, second = hub.subscribe(GENERATION_ID), hub.subscribe(GENERATION_ID)
+    other = hub.subscribe("another")
+    assert len(hub) == 3
+    for _ in range(2):  # the second time does nothing
+        hub.unsubscribe(first)
+        assert len(hub) == 2
+    hub.unsubscribe(second)
+    assert not hub.has(GENERATION_ID)
+    hub.unsubscribe(other)
+    assert len(hub) == 0

@@ -52,17 +52,16 @@ local more = j.n > after + #entries and 1 or 0
 
 if gid ~= '' then
   renew_gateway(gid, tonumber(ARGV[8]), tonumber(ARGV[9]), now)
-  if is_live(j) and j.gw ~= gid then
-    if j.gw ~= '' then
-      call('SREM', P .. 'g:' .. j.gw, j.id)
-      notify(j.gw, j.id, entry(last_hash(j.id), j.ep, j.n), 'S')
-    end
-    j.gw = gid
-    call('HSET', P .. 'j:' .. j.id, 'gw', gid)
-    if j.st == 'R' then call('HSET', P .. 'w:' .. j.w, j.id, run_record(j)) end
-  end
   if is_live(j) then
-    call('HSET', P .. 'j:' .. j.id, 'ai', ARGV[10])
+    if j.gw ~= gid then
+      if j.gw ~= '' then
+        call('SREM', P .. 'g:' .. j.gw, j.id)
+        notify(j.gw, j.id, entry(last_hash(j.id), j.ep, j.n), 'S')
+      end
+      j.gw = gid
+      if j.st == 'R' then call('HSET', P .. 'w:' .. j.w, j.id, run_record(j)) end
+    end
+    call('HSET', P .. 'j:' .. j.id, 'gw', gid, 'ai', ARGV[10])
     call('SADD', P .. 'g:' .. gid, j.id)
     call('ZREM', P .. 'dt', j.id)
   end

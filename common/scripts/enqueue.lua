@@ -35,8 +35,8 @@ if tonumber(call('HGET', P .. 'live', tenant) or 0) >= tonumber(ARGV[20]) then r
 local arrival = call('HINCRBY', KEYS[1], 'seq', 1)
 local deadline = now + ARGV[7]
 call('HSET', P .. 'j:' .. id, 'st', 'Q', 't', tenant, 'k', ARGV[3], 'c', class, 'wt', ARGV[5], 's', arrival,
-  'gw', gid, 'ai', ARGV[23], 'cr', int(now), 'dl', int(deadline), 'gr', ARGV[8], 'rt', ARGV[9], 'pt', ARGV[10], 'mx', ARGV[11],
-  'kv', ARGV[12], 'pk', ARGV[13], 'ik', ARGV[14], 'dg', ARGV[15], 'eo', ARGV[16], 'b', ARGV[17], 'ep', 0, 'n', 0, 'es', '')
+  'gw', gid, 'ai', ARGV[23], 'cr', int(now), 'dl', int(deadline), 'gr', ARGV[8], 'rt', ARGV[9], 'pt', ARGV[10],
+  'mx', ARGV[11], 'kv', ARGV[12], 'pk', ARGV[13], 'ik', ARGV[14], 'dg', ARGV[15], 'eo', ARGV[16], 'b', ARGV[17], 'ep', 0, 'n', 0, 'es', '')
 if ARGV[14] ~= '' then call('SET', digest_key, id .. ' ' .. ARGV[15]) end
 renew_gateway(gid, tonumber(ARGV[21]), tonumber(ARGV[22]), now)
 call('SADD', P .. 'g:' .. gid, id)

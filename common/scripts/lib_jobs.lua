@@ -5,8 +5,9 @@
 --   rt retention (ms), pt prompt tokens, mx most completion tokens, kv / pk KV slots to begin / at most,
 --   ik idempotency digest, dg request digest, eo the gateway's record, b body
 -- Changed later:
---   st state Q R D F C E, y reason, ft first token (ms), ai attach id, ep epoch, es "<epoch>:<events before it>," of each epoch that wrote to the log,
---   n events, at fruitless attempts in a row, nc claims, w worker, gw gateway or '', sc first claim, en end,
+--   st state Q R D F C E, y reason, ft first token (ms), ep epoch, n events,
+--   es "<epoch>:<events before it>," of each epoch that wrote to the log, at fruitless attempts in a row, nc claims,
+--   w worker, gw gateway or '', ai attach id (the call that has the stream), sc first claim, en end,
 --   ch tokens charged at the first claim, ct / cp completion / cached prompt tokens, lb log bytes
 --
 -- {s}:w:<wid>, hash: id -> run record. While a job runs, n, ct, cp and lb live here and not in the job's hash, so that a

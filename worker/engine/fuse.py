@@ -20,6 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from worker.engine.closeness import TOLERANCE, relative_error
+
 _log = structlog.get_logger(__name__)
 
 # Layers of one module that read one input, in the order in which forward calls them.
@@ -27,9 +29,6 @@ _SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 _TEST_TOKENS: Final = 24
 _ROWS_HINT: Final = 32  # rows that oneDNN is to pack for: decode batches
-
-# Largest difference of a row of logits relative to its spread that counts as rounding; a wrong change is near 1.
-_TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 
 
 class PackedLinear(nn.Module):
@@ -112,7 +111,7 @@ def speed_up(module: PreTrainedModel) -> tuple[str, ...]:
     To be called before the model's attention is replaced. Needs the memory of the linear layers a second time while it
     works. Other devices are left alone.
     """
-    if module.device.type != "cpu" or module.dtype not in _TOLERANCE or not _has_onednn():
+    if module.device.type != "cpu" or module.dtype not in TOLERANCE or not _has_onednn():
         return ()
     started = time.monotonic()
     generator = torch.Generator().manual_seed(20240229)
@@ -125,8 +124,8 @@ def speed_up(module: PreTrainedModel) -> tuple[str, ...]:
             for change in propose(module):
                 setattr(change.parent, change.name, change.new)
                 changes.append(change)
-            error = _error(_logits(module, tokens), expected, module.dtype)
-            reason = None if error <= _TOLERANCE[module.dtype] else f"logits moved by {error:.2g}"
+            error = relative_error(_logits(module, tokens), expected, module.dtype)
+            reason = None if error <= TOLERANCE[module.dtype] else f"logits moved by {error:.2g}"
         except Exception as failure:  # noqa: BLE001 - a class that does not bear the change may fail in any way
             reason = str(failure) or type(failure).__name__
         if reason is None and changes:
@@ -146,12 +145,6 @@ def _has_onednn() -> bool:
 def _logits(module: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = module(input_ids=tokens[None], use_cache=False).logits[0]
     return logits.float()
-
-
-def _error(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
-    """The largest relative error of a row; in bfloat16 the median, since rounding may move a row to another expert."""
-    errors = (actual - expected).norm(dim=-1) / (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
-    return float(errors.max() if dtype == torch.float32 else errors.median())  # NaN if any is NaN
 
 
 def _merged_changes(module: nn.Module) -> Iterator[_Change]:

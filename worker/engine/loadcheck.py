@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,10 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from worker.cache import cache_dir, write_atomically
+from worker.engine import closeness
 from worker.engine.attention import hf
 from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerShape
+from worker.engine.closeness import TOLERANCE, relative_error
 
 if TYPE_CHECKING:
     from worker.engine.model import LoadedModel
@@ -39,11 +42,6 @@ _ROPE_BY_LENGTH: Final = frozenset({"dynamic", "longrope"})
 
 _TEST_LENGTHS: Final = (23, 6, 17)
 _FIRST_CHUNKS: Final = (10, 5, 0)  # tokens of each sequence in the first step; the rest in the second
-
-# Largest allowed difference of a row of logits, relative to the row's spread. fp32 rounding is near 1e-6, mixed-up
-# sequences near 1. In bfloat16 rounding reaches a few hundredths, and may send a token to another expert: there the
-# median of a sequence's rows counts.
-_TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 
 
 class UnsupportedFamilyError(Exception):
@@ -122,7 +120,7 @@ def check_model(loaded: LoadedModel, backend: AttentionBackend, cache_root: Path
 def _source_digest() -> str:
     """The check itself, and the bridge that it checks, may change."""
     digest = hashlib.sha256()
-    for path in (Path(__file__), Path(hf.__file__)):
+    for path in (Path(__file__), Path(closeness.__file__), Path(hf.__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -188,11 +186,10 @@ def _compare(
 ) -> float:
     worst = 0.0
     for ours, plain in zip(actual, expected, strict=True):
-        errors = (ours - plain).norm(dim=-1) / (plain - plain.mean(dim=-1, keepdim=True)).norm(dim=-1)
-        error = errors.median() if dtype != torch.float32 else errors.max()
+        error = relative_error(ours, plain, dtype)
         # A NaN compares false with everything, so it is asked for.
-        worst = float("nan") if error.isnan() else max(worst, error.item())
-    tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16])
+        worst = float("nan") if math.isnan(error) else max(worst, error)
+    tolerance = TOLERANCE[dtype]
     if not worst <= tolerance:
         raise UnsupportedFamilyError(
             f"the family {family} cannot be served: sequences packed into one batch give other logits than alone "

@@ -22,6 +22,11 @@ from common.redis import Redis, Retry, execute
 from common.scripts import ScriptRunner, as_list
 
 MAX_FILE_BYTES: Final = 64 << 20  # the largest public tokenizer.json files are about half of this
+# The names by which workers publish a model's text files and gateways look them up.
+TOKENIZER_FILE: Final = "tokenizer.json"
+TEMPLATE_FILE: Final = "chat_template.jinja"
+SPECIAL_TOKENS_FILE: Final = "special_tokens.json"
+
 _MAX_UPLOADS: Final = 3  # a deletion that races with us may remove a file between upload and publication
 
 

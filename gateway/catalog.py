@@ -11,16 +11,20 @@ import msgspec
 
 from common.errors import FailedPrecondition, InvalidRequest, ModelNotReady
 from common.generation import SamplingParams
-from common.registry import ModelCard, ModelDirectory, ModelEntry, ModelRegistry
+from common.registry import (
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    ModelCard,
+    ModelDirectory,
+    ModelEntry,
+    ModelRegistry,
+)
 from gateway import validation as check
 from gateway.tokenization import TemplateError, TextCodec
 from torchrelay.v1 import generation_pb2 as pb
 
 _T = TypeVar("_T")
-
-TOKENIZER_FILE = "tokenizer.json"
-TEMPLATE_FILE = "chat_template.jinja"
-SPECIAL_TOKENS_FILE = "special_tokens.json"
 
 # A longer text is tokenized beside the event loop, since it would hold up every other call.
 _MAX_INLINE_CHARS = 2048

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from common import keys
-from common.registry import MAX_FILE_BYTES, GenerationDefaults, ModelCard
+from common.registry import (
+    MAX_FILE_BYTES,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    GenerationDefaults,
+    ModelCard,
+)
 from worker.engine.model_files import ModelError
 
 if TYPE_CHECKING:
     from worker.engine.model import LoadedModel
-
-# The names by which gateways look the files up.
-TOKENIZER_FILE: Final = "tokenizer.json"
-TEMPLATE_FILE: Final = "chat_template.jinja"
-SPECIAL_TOKENS_FILE: Final = "special_tokens.json"
 
 _MAX_NAME_LENGTH: Final = 200
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)

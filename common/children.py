@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
 
 
 def die_with_parent() -> Callable[[], None] | None:

@@ -35,7 +35,6 @@ _STOP_TIMEOUT_S: Final = 30.0
 _LOCK_TIMEOUT_S: Final = 10.0  # of a server whose parent has just died
 _MAX_SOCKET_PATH: Final = 100  # sockaddr_un holds 108 bytes on Linux, 104 on macOS
 _TRUNCATED: Final = re.compile(r"truncat.*(AOF|append only)|short read while loading the AOF", re.IGNORECASE)
-_PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
 _MAX_LOG_BYTES: Final = 16 << 20
 
 

@@ -266,9 +266,6 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     draining: bool = False
     num_running: int = 0
     num_waiting: int = 0
-    kv_tokens_total: int = 0
-    kv_tokens_free: int = 0
-    tokens_per_second: float = 0.0
     stats: dict[str, float] = {}  # further figures of the engine, by name with unit
 
 

@@ -118,24 +118,12 @@ def job_log(shard: str, generation_id: str) -> str:
     return f"{{{shard}}}:j:{generation_id}:log"
 
 
-def tenant_queue(shard: str, priority: int, tenant: str) -> str:
-    return f"{{{shard}}}:q:{priority}:{tenant}"
-
-
-def active_tenants(shard: str, priority: int) -> str:
-    return f"{{{shard}}}:act:{priority}"
-
-
 def service_counters(shard: str) -> str:
     return f"{{{shard}}}:vtc"
 
 
 def queue_lengths(shard: str) -> str:
     return f"{{{shard}}}:len"
-
-
-def live_counts(shard: str) -> str:
-    return f"{{{shard}}}:live"
 
 
 def bell(shard: str) -> str:
@@ -156,14 +144,6 @@ def worker_leases(shard: str) -> str:
 
 def worker_jobs(shard: str, worker_id: str) -> str:
     return f"{{{shard}}}:w:{worker_id}"
-
-
-def worker_call(shard: str, worker_id: str) -> str:
-    return f"{{{shard}}}:wc:{worker_id}"
-
-
-def worker_info(shard: str, worker_id: str) -> str:
-    return f"{{{shard}}}:wi:{worker_id}"
 
 
 def gateway_leases(shard: str) -> str:

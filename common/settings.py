@@ -99,8 +99,9 @@ class QueueSettings(BaseSettings):
     def max_upkeep_pause_s(self) -> float:
         """Longest pause between two rounds of upkeep, a quarter of the shorter lease.
 
-        A reap that comes more than half a lease after the last one takes the server for stopped, and gives all workers
-        another lease: with rarer rounds no job of a dead worker would ever move on.
+        A reap that comes more than half a lease (and 3 s) after the last one takes the server for stopped, and gives
+        all workers another lease: with rarer rounds, as an operator may set them, no job of a dead worker would ever
+        move on.
         """
         return min(self.worker_lease_ms, self.gateway_lease_ms) / 4 / _SECOND
 

@@ -51,8 +51,6 @@ def describe(assembly: Assembly, engine: EngineThread, agent: Agent, started_ms:
         draining=agent.draining,
         num_running=stats.num_running,
         num_waiting=stats.num_waiting,
-        kv_tokens_total=stats.num_blocks * stats.block_size,
-        kv_tokens_free=stats.free_kv_tokens,
         stats={
             "num_blocks": stats.num_blocks,
             "num_free_blocks": stats.num_free_blocks,

@@ -24,4 +24,3 @@ class WorkerSettings(BaseSettings):
         default=20, ge=0, description="After SIGTERM, how long held generations may still finish here."
     )
     hang_s: float = Field(default=120, gt=0, description="A step that takes longer than this ends the process.")
-    log_interval_s: float = Field(default=10, gt=0, description="How often a busy worker logs its figures.")

@@ -47,9 +47,8 @@ class Guard(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         handler: Any = await continuation(handler_call_details)
         if handler is None or not method.startswith(self._prefix):
-            return cast(
-                "grpc.RpcMethodHandler[Any, Any] | None", handler
-            )  # health and reflection are open, and parse for themselves
+            # Health and reflection are open, and parse for themselves.
+            return cast("grpc.RpcMethodHandler[Any, Any] | None", handler)
         deserialize = handler.request_deserializer
         if handler.response_streaming:
             behavior = self._guarded(method, lambda data, context: _stream(handler, deserialize, data, context))

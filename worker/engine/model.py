@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from worker.engine import model_files
-from worker.engine.attention.interface import LayerShape
 from worker.engine.fuse import speed_up
 from worker.engine.loadcheck import UnsupportedFamilyError, check_config, context_length, install_attention
 from worker.engine.model_files import ModelError, TextFiles, find_model
@@ -54,7 +53,6 @@ class LoadedModel:
     vocab_size: int  # width of the logits
     revision: str  # SHA-256, hex
     num_parameters: int
-    layer_shapes: Mapping[int, LayerShape]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,12 +61,6 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.module.device
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that a token takes, all layers together."""
-        numbers = sum(shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.layer_shapes.values())
-        return numbers * self.dtype.itemsize
 
 
 def load_model(
@@ -84,8 +76,7 @@ def load_model(
     """Load `source` (a directory, a Hub id, or "demo"); `revision` is a branch or commit on the Hub.
 
     `fast` lets the model's layers be replaced by faster ones; its state dict is then no longer the files'. Without
-    weights the module stands on the meta device: enough to describe the model, not to run it, and `layer_shapes` is
-    empty.
+    weights the module stands on the meta device: enough to describe the model, not to run it.
 
     Raises ModelError when the model is not there, not safe to load, damaged, or of a family that cannot be served.
     """
@@ -102,7 +93,6 @@ def load_model(
         raise ModelError(f"{source}: {error}") from error
     except Exception as error:
         raise ModelError(f"{source}: transformers does not accept config.json: {error}") from error
-    shapes: Mapping[int, LayerShape] = {}
     if with_weights:
         module = _load_weights(source, folder, config, dtype)
         torch.nn.Module.to(module, device)  # in place; the subclass's own `to` is typed wrongly
@@ -110,7 +100,7 @@ def load_model(
         if fast:
             speed_up(module)
         try:
-            shapes = install_attention(module)
+            install_attention(module)
         except UnsupportedFamilyError as error:
             raise ModelError(f"{source}: {error}") from error
     else:
@@ -132,7 +122,6 @@ def load_model(
         vocab_size=int(config.get_text_config().vocab_size),
         revision=model_files.revision_of(folder, weights, text, cache_root),
         num_parameters=num_parameters,
-        layer_shapes=shapes,
     )
     _log.info(
         "model.loaded",

@@ -109,9 +109,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         if not file.is_file():
             raise ModelError(f"{index} names {file.name}, which is missing; the download may be incomplete")
         try:
-            with safe_open(
-                file, framework="pt"
-            ) as content:  # checks lengths, offsets and types against the file's size
+            # Opening checks lengths, offsets and types against the file's size.
+            with safe_open(file, framework="pt") as content:
                 content.keys()
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is not a sound safetensors file ({error}); download it again") from error

@@ -32,9 +32,8 @@ class RequestOutput:
     request_id: str
     deltas: tuple[OutputDelta, ...] = ()
     usage: Usage | None = None  # set when the request ended
-    error: str | None = (
-        None  # a machine-readable reason (NAN_LOGITS, OUT_OF_MEMORY ...); the request is gone from the engine
-    )
+    # A machine-readable reason (NAN_LOGITS, OUT_OF_MEMORY ...); the request is gone from the engine.
+    error: str | None = None
 
     @property
     def finished(self) -> bool:

@@ -432,7 +432,7 @@ async def test_a_worker_that_leaves_is_gone_at_once(
 async def test_workers_are_seen_with_what_they_say_of_themselves(queue: JobQueue, claims: JobClaims) -> None:
     await enqueue(queue)
     await claims.claim(1, ROOM, ROOM)
-    info = WorkerInfo(model="tiny", device="cpu", kv_tokens_total=1000, stats={"steps_per_second": 2.5})
+    info = WorkerInfo(model="tiny", device="cpu", num_running=3, stats={"steps_per_second": 2.5})
     await claims.heartbeat(info)
     (seen,) = await queue.workers(SHARD)
     assert (seen.worker_id, seen.num_jobs, seen.info) == (claims.worker_id, 1, info)

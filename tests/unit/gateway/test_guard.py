@@ -182,6 +182,19 @@ async def test_who_calls_is_asked_before_what(channel: grpc.aio.Channel, toy: To
     assert toy.calls == []
 
 
+def fail_with(toy: Toy, error: Exception) -> None:
+    """Let both kinds of call end in an error, the streaming one after a message."""
+
+    async def fail(request: Any, context: Any) -> pb.GetGenerationResponse:
+        raise error
+
+    async def fail_streaming(request: Any, context: Any) -> AsyncIterator[pb.StreamGenerateResponse]:
+        yield pb.StreamGenerateResponse()
+        raise error
+
+    toy.get, toy.stream = fail, fail_streaming
+
+
 class Unheard(Exception):
     """An error that no table knows."""
 
@@ -192,14 +205,7 @@ class Unheard(Exception):
 async def test_what_an_exception_says_stays_inside(
     channel: grpc.aio.Channel, toy: Toy, error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def fail(request: Any, context: Any) -> pb.GetGenerationResponse:
-        raise error
-
-    async def fail_streaming(request: Any, context: Any) -> AsyncIterator[pb.StreamGenerateResponse]:
-        yield pb.StreamGenerateResponse()
-        raise error
-
-    toy.get, toy.stream = fail, fail_streaming
+    fail_with(toy, error)
     for call in (get(channel), read(channel)):
         refused = await refusal(call)
         assert (refused.code, refused.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
@@ -274,14 +280,7 @@ CODES = {
 async def test_every_error_of_the_domain_has_its_status(
     channel: grpc.aio.Channel, toy: Toy, error: errors.ServingError
 ) -> None:
-    async def fail(request: Any, context: Any) -> pb.GetGenerationResponse:
-        raise error
-
-    async def fail_streaming(request: Any, context: Any) -> AsyncIterator[pb.StreamGenerateResponse]:
-        yield pb.StreamGenerateResponse()
-        raise error
-
-    toy.get, toy.stream = fail, fail_streaming
+    fail_with(toy, error)
     for call in (get(channel), read(channel)):
         refused = await refusal(call)
         assert refused.code.name == CODES[type(error).__name__]

@@ -32,9 +32,8 @@ class AttentionBatch:
     Sequence i owns rows query_starts[i]:query_starts[i+1], the last rows of its context of context_lens[i] tokens.
     """
 
-    slots: (
-        torch.Tensor
-    )  # [num_tokens] int32: block_id * block_size + offset, where each row's key and value are written
+    # [num_tokens] int32: block_id * block_size + offset, where each row's key and value are written
+    slots: torch.Tensor
     block_tables: torch.Tensor  # [num_seqs, max_num_blocks] int32; entries behind a sequence's last block are not read
     query_starts: torch.Tensor  # [num_seqs + 1] int32
     context_lens: torch.Tensor  # [num_seqs] int32, this step's rows included

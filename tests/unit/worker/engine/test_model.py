@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from tests.builders_models import VOCAB_SIZE, tiny_module, write_tiny_model, write_tokenizer
-from worker.engine.attention.interface import LayerShape
 from worker.engine.model import LoadedModel, ModelError, load_model
 
 CPU = torch.device("cpu")
@@ -47,8 +46,6 @@ def test_a_directory_becomes_a_model_with_everything_the_engine_asks(model_dir: 
     assert loaded.vocab_size == VOCAB_SIZE
     assert loaded.eos_token_ids == (2,)
     assert loaded.generation_defaults == {"temperature": 0.0}
-    assert loaded.layer_shapes == {layer: LayerShape(2, 16, 16) for layer in range(4)}
-    assert loaded.kv_bytes_per_token == 4 * 2 * (16 + 16) * 4
     assert loaded.num_parameters == sum(p.numel() for p in tiny_module("llama").parameters())
     assert loaded.text.special_tokens == {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     assert loaded.text.chat_template == "{{ messages[0].content }}"

@@ -457,7 +457,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10, help="how long costs per token are taken")
     parser.add_argument("--workload", type=int, default=64, help="requests of the throughput row")
     parser.add_argument("--width", type=int, default=32, help="callers of the throughput row")
-    parser.add_argument("--repeat", type=int, default=3, help="repetitions of the throughput row")
+    parser.add_argument("--repeat", type=int, default=6, help="repetitions of the throughput row")
     parser.add_argument("--gpu", action="store_true", help="the model runs on a GPU")
     parser.add_argument("--no-model", action="store_true", help="leave the throughput row out")
     parser.add_argument("--no-start", action="store_true", help="leave the start row out")

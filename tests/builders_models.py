@@ -139,7 +139,9 @@ def tiny_module(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
     return module.eval()
 
 
-def write_tokenizer(folder: Path, *, chat_template: str | None = "{{ messages[0].content }}") -> None:
+def write_tokenizer(
+    folder: Path, *, chat_template: str | None = "{{ messages[0].content }}", ends: bool = True
+) -> None:
     """Byte-level: every byte is a token (ids 3 to 258) behind <pad> 0, <bos> 1 and <eos> 2."""
     control = ["<pad>", "<bos>", "<eos>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -153,16 +155,20 @@ def write_tokenizer(folder: Path, *, chat_template: str | None = "{{ messages[0]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",
-        "eos_token": {"content": "<eos>", "special": True},
         "pad_token": "<pad>",
     }
+    if ends:
+        settings["eos_token"] = {"content": "<eos>", "special": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template)
 
 
 def write_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
-    """Save a tiny model with its tokenizer, as `load_model` takes it; return the folder."""
+    """Save a tiny model with its tokenizer, as `load_model` takes it; return the folder.
+
+    With `eos_token_id=None` every output runs to its length: the tokenizer names no end either.
+    """
     tiny_module(family, seed=seed, **changes).save_pretrained(folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, ends=changes.get("eos_token_id", 2) is not None)
     return folder

@@ -342,9 +342,6 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
 
     rows: list[Row] = []
     tiny = write_tiny_model(folder / "tiny", "llama", max_position_embeddings=2048, eos_token_id=None)
-    tokenizer = json.loads((tiny / "tokenizer_config.json").read_text())
-    del tokenizer["eos_token"]  # every output runs to its length
-    (tiny / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     wide = {"TORCHRELAY_ENGINE_MAX_NUM_SEQS": "256", "TORCHRELAY_ENGINE_TOKEN_BUDGET": "512"}
     with System(folder / "costs") as system:
         system.add_gateway()

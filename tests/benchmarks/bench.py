@@ -112,6 +112,18 @@ class Bench:
         measured: dict[str, Any] = json.loads(done.stdout)
         return measured
 
+    def split(self, measurement: Measurement, precision: str) -> dict[str, Any]:
+        """Measure where a step of ours spends its time, by kind of step."""
+        note(f"measuring the parts of a step in {precision}")
+        command = [sys.executable, "-m", "tests.benchmarks.step_split", "--workload", str(self.workload_path)]
+        command += ["--model", str(self.model), "--threads", str(self.args.threads)]
+        with measurement.alone(), (self.folder / "step-split.log").open("wb") as log:
+            done = subprocess.run(
+                [*command, *self.our_entry(precision).arguments], check=True, stdout=subprocess.PIPE, stderr=log
+            )
+        rows: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return rows
+
     def limits(self, measured: dict[str, Any]) -> dict[str, dict[str, float]]:
         """Return the best possible figures by precision and column key."""
         cost = ModelCost.from_config(json.loads((self.model / "config.json").read_text()))

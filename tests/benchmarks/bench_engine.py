@@ -1,21 +1,25 @@
-"""`make bench-engine`: our engine in process, W1 to W4, against what the machine allows.
+"""`make bench-engine`: our engine in process, W1 to W4, against what the machine allows, and where a step's time goes.
 
-Prints a table and, as its last line, one JSON object.
+Prints tables and, as its last line, one JSON object. With --plots it also runs W1 at several widths, and draws.
 """
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import report
+from tests.benchmarks import plots, report
 from tests.benchmarks.bench import PRECISIONS, Bench, make_parser, print_report, print_tables
+from tests.benchmarks.step_split import split_table
 from tests.benchmarks.turns import ContestantFailed, note
+
+_WIDTHS = (1, 2, 4, 8, 16, 32)
 
 
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--precisions", default="bf16,fp32", help=f"of {', '.join(PRECISIONS)}")
     parser.add_argument("--no-drift", action="store_true", help="do not compare with transformers in fp32")
+    parser.add_argument("--plots", action="store_true", help="also measure W1 at several widths, and draw")
     args = parser.parse_args()
     bench = Bench(args)
     entries = [bench.our_entry(precision) for precision in args.precisions.split(",")]
@@ -30,12 +34,33 @@ def main() -> int:
         for entry in entries:
             measurement.start(entry)
         measurement.run(bench.names)
+        if args.plots:
+            measurement.sweep(_WIDTHS)
         results = measurement.results
+        splits = {entry.label: bench.split(measurement, entry.precision) for entry in entries}
     found = bench.summaries(entries, results, reference)
     limits = bench.limits(hardware)
     shares = report.fractions(found, limits)
-    print_tables(report.table(found, limits), report.fraction_table(shares))
-    more = {"workload": bench.workload.sha256, "hardware": hardware, "limits": limits, "fractions": shares}
+    split_tables = [f"{label}\n\n{split_table(rows)}" for label, rows in splits.items()]
+    print_tables(report.table(found, limits), report.fraction_table(shares), *split_tables)
+    if args.plots:
+        try:
+            drawn = [
+                plots.plot_concurrency(results.sweeps, bench.folder),
+                plots.plot_split(splits, bench.folder),
+                plots.plot_memory(found, bench.folder),
+            ]
+            sys.stdout.write("".join(f"drawn: {path}\n" for path in drawn))
+        except plots.NoMatplotlib as error:
+            note(str(error))
+    more = {
+        "workload": bench.workload.sha256,
+        "hardware": hardware,
+        "limits": limits,
+        "fractions": shares,
+        "split_ms": splits,
+        "sweeps": results.sweeps,
+    }
     print_report("bench-engine", found, results, more)
     return 1 if results.failures else 0
 

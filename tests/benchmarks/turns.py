@@ -135,7 +135,7 @@ class Results:
     runs: dict[str, dict[str, list[Run]]] = field(default_factory=dict)  # by workload
     token_ids: dict[str, list[list[int]]] = field(default_factory=dict)  # of the first requests of W1
     peak_memory_mb: dict[str, int] = field(default_factory=dict)
-    scores: dict[str, list[dict[str, list[Any]]]] = field(default_factory=dict)
+    sweeps: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)  # figures by requests at a time
     failures: dict[str, str] = field(default_factory=dict)  # why an entry is missing or incomplete
 
 
@@ -208,23 +208,22 @@ class Measurement:
     def _seat(self, entry: Entry) -> Seat:
         return Seat(entry, self._workload, self._threads, self._folder / f"{entry.label.replace(' ', '-')}.log")
 
-    def run(self, names: Sequence[str], **order: Any) -> None:
+    def run(self, names: Sequence[str]) -> None:
         """Run workloads in turns, one round of all of them after the other."""
         for variant in range(self._num_variants):
             for name in names:
                 for seat in list(self._seats.values()):
                     if self._needs_more(seat.entry, name):
-                        self._take_turn(seat, name, variant, order)
+                        self._take_turn(seat, name, variant)
 
     def _needs_more(self, entry: Entry, name: str) -> bool:
         runs = self.results.runs.get(entry.label, {}).get(name, [])
         return sum(map(is_quiet, runs)) < entry.rounds.get(name, self._rounds)
 
-    def _take_turn(self, seat: Seat, name: str, variant: int, order: Mapping[str, Any]) -> None:
+    def _take_turn(self, seat: Seat, name: str, variant: int) -> None:
         label = seat.entry.label
         answer = self._ask(
-            seat,
-            {"workload": name, "variant": variant, "num_requests": seat.entry.num_requests.get(name), **order},
+            seat, {"workload": name, "variant": variant, "num_requests": seat.entry.num_requests.get(name)}
         )
         if answer is None:
             return
@@ -236,14 +235,16 @@ class Measurement:
         shown = ", ".join(f"{key} {value:.1f}" for key, value in run.figures.items())
         note(f"{label}: {name} {variant}: {shown} (others {run.others_cpu:.1%})")
 
-    def score(self, num_windows: int) -> None:
-        """Ask everyone to predict text; who cannot is noted."""
-        for seat in list(self._seats.values()):
-            answer = self._ask(seat, {"score": num_windows})
-            if answer is not None and "scores" in answer:
-                self.results.scores[seat.entry.label] = answer["scores"]
-            elif answer is not None:
-                self.results.failures[f"{seat.entry.label}, scores"] = answer["unable"]
+    def sweep(self, widths: Sequence[int]) -> None:
+        """Run part of W1 with so many requests at a time, twice as many in all and at least eight."""
+        for width in widths:
+            for seat in list(self._seats.values()):
+                order = {"workload": "W1", "variant": 0, "max_running": width, "num_requests": max(8, 2 * width)}
+                # The text has been run before: another first token keeps what the prefix cache has of it from helping.
+                answer = self._ask(seat, {**order, "first_token_id": width})
+                if answer is not None:
+                    self.results.sweeps.setdefault(seat.entry.label, {})[width] = answer["figures"]
+                    note(f"{seat.entry.label}: {width} at a time: {answer['figures']['out_tok_s']:.1f} tok/s")
 
     def _ask(self, seat: Seat, order: Mapping[str, Any]) -> dict[str, Any] | None:
         """None when it failed; it then takes no further part."""

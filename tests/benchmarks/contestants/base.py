@@ -6,7 +6,8 @@ each token. It is run by the interpreter of its own environment, so this module 
     python -m tests.benchmarks.contestants.vllm_cpu --model DIR --workload FILE
 
     first line out   {"ready_s", "first_token_s", "info", "peak_memory_mb"}
-    line in          {"workload": "W1", "variant": 0, "num_requests": 64, "max_running": 32}  or  {"score": 16}
+    line in          {"workload": "W1", "variant": 0} and optionally num_requests, max_running, first_token_id;
+                     or {"score": 16}
     line out         {"figures", "others_cpu", "cpu_us_per_token", "peak_memory_mb", "token_ids"}  or  {"scores"}
 
 The process ends at the end of its input.
@@ -184,10 +185,7 @@ def _answer(contestant: Contestant, workload: Workload, order: dict[str, Any]) -
     requests = workload.runs[order["workload"]][order["variant"]]
     # After a pause its threads have slept, and other engines have used the caches.
     contestant.stream(Request(workload.warm_up[0].prompt, 2))
-    limit = order.get("num_requests") or len(requests)
-    return run(contestant, order["workload"], requests[:limit], order.get("max_running") or workload_width(requests))
-
-
-def workload_width(requests: Sequence[Request]) -> int:
-    """How many requests of a run may be in progress at a time."""
-    return min(len(requests), MAX_RUNNING)
+    requests = requests[: order.get("num_requests") or len(requests)]
+    if "first_token_id" in order:
+        requests = [Request([order["first_token_id"], *request.prompt[1:]], request.max_tokens) for request in requests]
+    return run(contestant, order["workload"], requests, order.get("max_running") or MAX_RUNNING)

@@ -31,9 +31,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--texts", type=Path, default=workload.TEXT_FOLDER, help="folder with the licence texts")
     parser.add_argument("--only", default=",".join(NAMES), help="workloads, such as W2,W3")
     parser.add_argument("--rounds", type=int, default=3, help="undisturbed runs behind each figure")
-    parser.add_argument(
-        "--variants", type=int, default=workload.NUM_VARIANTS, help="most runs, disturbed ones included"
-    )
+    parser.add_argument("--spare", type=int, default=2, help="more runs allowed where others disturbed some")
     parser.add_argument("--threads", type=int, default=num_compute_threads(), help="threads that compute")
     parser.add_argument("--kv-cache-mib", type=int, default=1024, help="our memory for keys and values")
     parser.add_argument(
@@ -65,7 +63,7 @@ class Bench:
             self.folder,
             threads=args.threads,
             rounds=args.rounds,
-            num_variants=min(args.variants, workload.NUM_VARIANTS),
+            spare=args.spare,
             lock=args.lock,
         )
 
@@ -74,7 +72,7 @@ class Bench:
         return Entry(
             name="torchrelay",
             precision=precision,
-            module="engine",
+            module="tests.benchmarks.contestants.engine",
             model=str(self.model),
             arguments=arguments,
             is_ours=True,
@@ -92,7 +90,7 @@ class Bench:
             entry = Entry(
                 name="transformers",
                 precision="fp32",
-                module="transformers_generate",
+                module="tests.benchmarks.contestants.transformers_generate",
                 model=str(self.model),
                 arguments=("--dtype", "float32"),
             )

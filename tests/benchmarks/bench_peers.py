@@ -21,8 +21,6 @@ from tests.benchmarks.install_peers import InstallError, Peers, demo_gguf
 from tests.benchmarks.turns import ContestantFailed, Entry, note
 
 # One run of a slow engine tells enough: it is several times behind, and the rounds of the fast ones wait for it.
-_ONCE: Final = {"W1": 1, "W4": 1}
-_NEVER: Final = {"W1": 0, "W4": 0}
 _PART: Final = {"W1": 16}
 
 
@@ -34,7 +32,14 @@ def entries_of(name: str, peers: Peers, bench: Bench, gguf: Path | None, *, quic
     model = str(bench.model)
     if name == "vllm":
         env = {"VLLM_CACHE_ROOT": str(peers.folder / "vllm-cache")}
-        yield Entry(name="vllm", precision="bf16", module="vllm_cpu", model=model, python=peers.python("vllm"), env=env)
+        yield Entry(
+            name="vllm",
+            precision="bf16",
+            module="tests.benchmarks.contestants.vllm_cpu",
+            model=model,
+            python=peers.python("vllm"),
+            env=env,
+        )
     elif name == "openvino":
         # Prompts that arrive together do not share their prefix there: W4 computes it 32 times, half a minute a run.
         rounds = {"W4": 0 if quick else 1}
@@ -44,7 +49,7 @@ def entries_of(name: str, peers: Peers, bench: Bench, gguf: Path | None, *, quic
             yield Entry(
                 name="openvino",
                 precision=precision,
-                module="openvino_genai",
+                module="tests.benchmarks.contestants.openvino_genai",
                 model=exported,
                 python=python,
                 rounds=rounds,
@@ -57,7 +62,7 @@ def entries_of(name: str, peers: Peers, bench: Bench, gguf: Path | None, *, quic
             yield Entry(
                 name="llamacpp",
                 precision=precision,
-                module="llamacpp_server",
+                module="tests.benchmarks.contestants.llamacpp_server",
                 model=str(peers.gguf_model(gguf, kind)),
                 arguments=("--bin", str(peers.llama_bin)),
                 rounds={"W1": 1, "W4": 0 if quick else 1},
@@ -68,7 +73,7 @@ def entries_of(name: str, peers: Peers, bench: Bench, gguf: Path | None, *, quic
         yield Entry(
             name="transformers-batching",
             precision="bf16",
-            module="transformers_batching",
+            module="tests.benchmarks.contestants.transformers_batching",
             model=model,
             python=python,
             rounds={"W1": 1, "W4": 0},
@@ -77,10 +82,11 @@ def entries_of(name: str, peers: Peers, bench: Bench, gguf: Path | None, *, quic
         yield Entry(
             name="transformers-generate",
             precision="bf16",
-            module="transformers_generate",
+            module="tests.benchmarks.contestants.transformers_generate",
             model=model,
             python=python,
-            rounds=_NEVER if quick else {"W1": 1, "W4": 0},
+            arguments=("--width", str(_PART["W1"])),
+            rounds={"W1": 0 if quick else 1, "W4": 0},
             num_requests=_PART,
         )
 

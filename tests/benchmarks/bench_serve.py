@@ -56,7 +56,7 @@ def main() -> int:
     args = parser.parse_args()
     bench = Bench(args)
     alone = bench.our_entry(args.precision)
-    served = dataclasses.replace(alone, name="served", module="served")
+    served = dataclasses.replace(alone, name="served", module="tests.benchmarks.contestants.served")
     with bench.measurement() as measurement:
         for entry in (alone, served):
             measurement.start(entry)

@@ -78,7 +78,7 @@ def main() -> int:
     reference_entry = Entry(
         name="transformers",
         precision="fp32",
-        module="transformers_generate",
+        module="tests.benchmarks.contestants.transformers_generate",
         model=str(bench.model),
         arguments=("--dtype", "float32"),
     )

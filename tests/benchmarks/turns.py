@@ -3,7 +3,7 @@
 Every contestant is a process that loads its model once and is stopped (SIGSTOP) while it is not its turn: it neither
 spins nor is swapped for a fresh one, and engines that compile for a minute at start can still be measured beside ones
 that do not. In each round every contestant runs the next variant of a workload before any of them runs it again.
-Rounds go on until each has enough runs that nothing disturbed, as far as there are variants.
+Rounds go on until each has enough runs that nothing disturbed, or has used up its spare ones.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from common.children import die_with_parent
 from tests.benchmarks.report import Run, is_quiet
+from tests.benchmarks.workload import NUM_VARIANTS
 
 _STOP_S: Final = 20.0
 _LOG_TAIL: Final = 1500
@@ -39,7 +40,7 @@ class Entry:
 
     name: str  # of the engine
     precision: str  # bf16, fp32, int8: figures are compared within one
-    module: str  # of tests.benchmarks.contestants
+    module: str  # such as tests.benchmarks.contestants.engine
     model: str
     python: str = sys.executable
     arguments: tuple[str, ...] = ()
@@ -60,7 +61,7 @@ class Seat:
         """Start it; `hear` returns its first line when it has loaded."""
         self.entry = entry
         self._log_path = log_path
-        command = [entry.python, "-m", f"tests.benchmarks.contestants.{entry.module}", "--model", entry.model]
+        command = [entry.python, "-m", entry.module, "--model", entry.model]
         command += ["--workload", str(workload), "--threads", str(threads), *entry.arguments]
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
@@ -115,12 +116,14 @@ class Seat:
         """End it, politely first: some have children of their own."""
         self.go_on()
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_S)
-        self._signal(signal.SIGKILL)
+        self._signal(signal.SIGKILL)  # children that outlived it too
         self._process.wait()
+        self._process.stdout.close()
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -149,16 +152,19 @@ class Measurement:
         *,
         threads: int,
         rounds: int = 3,
-        num_variants: int = 6,
+        spare: int = 2,
         start_timeout_s: float = 400.0,
         run_timeout_s: float = 400.0,
         lock: Path | None = None,
     ) -> None:
-        """`folder` takes the logs. `lock` is a file to hold (flock) while one computes, where a machine is shared."""
+        """`rounds` are the undisturbed runs that are wanted, `spare` how many more may be made to get them.
+
+        `folder` takes the logs. `lock` is a file to hold (flock) while one computes, where a machine is shared.
+        """
         self.results = Results()
         self._seats: dict[str, Seat] = {}
         self._workload, self._folder, self._threads = workload, folder, threads
-        self._rounds, self._num_variants = rounds, num_variants
+        self._rounds, self._spare = rounds, spare
         self._start_timeout_s, self._run_timeout_s = start_timeout_s, run_timeout_s
         self._lock = lock
 
@@ -210,7 +216,7 @@ class Measurement:
 
     def run(self, names: Sequence[str]) -> None:
         """Run workloads in turns, one round of all of them after the other."""
-        for variant in range(self._num_variants):
+        for variant in range(NUM_VARIANTS):
             for name in names:
                 for seat in list(self._seats.values()):
                     if self._needs_more(seat.entry, name):
@@ -218,7 +224,8 @@ class Measurement:
 
     def _needs_more(self, entry: Entry, name: str) -> bool:
         runs = self.results.runs.get(entry.label, {}).get(name, [])
-        return sum(map(is_quiet, runs)) < entry.rounds.get(name, self._rounds)
+        wanted = entry.rounds.get(name, self._rounds)
+        return wanted > 0 and sum(map(is_quiet, runs)) < wanted and len(runs) < wanted + self._spare
 
     def _take_turn(self, seat: Seat, name: str, variant: int) -> None:
         label = seat.entry.label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import signal
 import subprocess
@@ -10,19 +11,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from tests.benchmarks import report, workload
+from tests.benchmarks import plots, report, workload
 from tests.benchmarks.contestants.base import NUM_COMPARED
 from tests.benchmarks.hardware import parse as parse_hardware
-from tests.benchmarks.limits import ModelCost, limits
+from tests.benchmarks.limits import WEIGHT_BYTES, ModelCost, limits
 from tests.benchmarks.report import Summary
 from tests.benchmarks.turns import Entry, Measurement, Results, note
 from tests.benchmarks.workload import NAMES, Workload
 from worker.engine.demo import demo_model_dir
 from worker.engine.device import num_compute_threads
 
-PRECISIONS = {"bf16": "bfloat16", "fp32": "float32"}
+# Ours, with the arguments of contestants.engine that choose them.
+PRECISIONS: Final = {"bf16": ("--dtype", "bfloat16"), "fp32": ("--dtype", "float32")}
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -68,7 +70,7 @@ class Bench:
         )
 
     def our_entry(self, precision: str, **more: Any) -> Entry:
-        arguments = ("--dtype", PRECISIONS[precision], "--kv-cache-mib", str(self.args.kv_cache_mib))
+        arguments = (*PRECISIONS[precision], "--kv-cache-mib", str(self.args.kv_cache_mib))
         return Entry(
             name="torchrelay",
             precision=precision,
@@ -80,11 +82,22 @@ class Bench:
         )
 
     def reference(self, measurement: Measurement) -> list[list[int]]:
-        """Return the greedy ids of W1's first requests from transformers in fp32; computed once per workload.
+        """Return the greedy ids of W1's first requests from transformers in fp32; decoded once per workload.
 
         Raises ContestantFailed.
         """
-        path = self.folder / f"reference-{self.workload.sha256[:16]}.json"
+        order = {"workload": "W1", "variant": 0, "num_requests": NUM_COMPARED, "max_running": 1}
+        token_ids: list[list[int]] = self._of_reference(measurement, order)["token_ids"]
+        return token_ids
+
+    def reference_scores(self, measurement: Measurement, num_windows: int) -> list[dict[str, list[Any]]]:
+        """Return how transformers in fp32 predicts the windows; computed once per text. Raises ContestantFailed."""
+        scores: list[dict[str, list[Any]]] = self._of_reference(measurement, {"score": num_windows})["scores"]
+        return scores
+
+    def _of_reference(self, measurement: Measurement, order: dict[str, Any]) -> dict[str, Any]:
+        digest = hashlib.sha256(json.dumps([self.workload_path.read_text(), order]).encode()).hexdigest()
+        path = self.folder / f"reference-{digest[:16]}.json"
         if not path.exists():
             note("transformers fp32: decoding the reference")
             entry = Entry(
@@ -94,12 +107,9 @@ class Bench:
                 model=str(self.model),
                 arguments=("--dtype", "float32"),
             )
-            answer = measurement.once(
-                entry, {"workload": "W1", "variant": 0, "num_requests": NUM_COMPARED, "max_running": 1}
-            )
-            path.write_text(json.dumps(answer["token_ids"]))
-        reference: list[list[int]] = json.loads(path.read_text())
-        return reference
+            path.write_text(json.dumps(measurement.once(entry, order)))
+        answer: dict[str, Any] = json.loads(path.read_text())
+        return answer
 
     def hardware(self, measurement: Measurement) -> dict[str, Any]:
         """Measure the machine."""
@@ -126,7 +136,7 @@ class Bench:
         """Return the best possible figures by precision and column key."""
         cost = ModelCost.from_config(json.loads((self.model / "config.json").read_text()))
         hardware = parse_hardware(measured)
-        return {p: limits(cost, self.workload, hardware, p) for p in ("bf16", "fp32", "int8")}
+        return {precision: limits(cost, self.workload, hardware, precision) for precision in WEIGHT_BYTES}
 
     def summaries(self, entries: Sequence[Entry], results: Results, reference: list[list[int]] | None) -> list[Summary]:
         """Return what is said of each entry that ran, in their order."""
@@ -157,6 +167,17 @@ class Bench:
 
 def print_tables(*tables: str) -> None:
     sys.stdout.write("\n" + "\n".join(tables) + "\n")
+
+
+def show_plots(
+    folder: Path, results: Results, splits: Mapping[str, Mapping[str, Any]], found: Sequence[Summary]
+) -> None:
+    """Draw, and say where; without matplotlib say what is missing."""
+    try:
+        for path in plots.draw(folder, results.sweeps, splits, found):
+            sys.stdout.write(f"drawn: {path}\n")
+    except plots.NoMatplotlib as error:
+        note(str(error))
 
 
 def print_report(target: str, found: Sequence[Summary], results: Results, more: Mapping[str, Any]) -> None:

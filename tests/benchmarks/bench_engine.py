@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import plots, report
-from tests.benchmarks.bench import PRECISIONS, Bench, make_parser, print_report, print_tables
+from tests.benchmarks import report
+from tests.benchmarks.bench import PRECISIONS, Bench, make_parser, print_report, print_tables, show_plots
 from tests.benchmarks.step_split import split_table
 from tests.benchmarks.turns import ContestantFailed, note
 
@@ -44,15 +44,7 @@ def main() -> int:
     split_tables = [f"{label}\n\n{split_table(rows)}" for label, rows in splits.items()]
     print_tables(report.table(found, limits), report.fraction_table(shares), *split_tables)
     if args.plots:
-        try:
-            drawn = [
-                plots.plot_concurrency(results.sweeps, bench.folder),
-                plots.plot_split(splits, bench.folder),
-                plots.plot_memory(found, bench.folder),
-            ]
-            sys.stdout.write("".join(f"drawn: {path}\n" for path in drawn))
-        except plots.NoMatplotlib as error:
-            note(str(error))
+        show_plots(bench.folder, results, splits, found)
     more = {
         "workload": bench.workload.sha256,
         "hardware": hardware,

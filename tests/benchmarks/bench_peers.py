@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Final
 
 from tests.benchmarks import report
-from tests.benchmarks.bench import PRECISIONS, Bench, make_parser, print_report, print_tables
+from tests.benchmarks.bench import PRECISIONS, Bench, make_parser, print_report, print_tables, show_plots
 from tests.benchmarks.install_peers import InstallError, Peers, demo_gguf
+from tests.benchmarks.step_split import split_table
 from tests.benchmarks.turns import ContestantFailed, Entry, note
 
 # One run of a slow engine tells enough: it is several times behind, and the rounds of the fast ones wait for it.
@@ -112,6 +113,7 @@ def main() -> int:
     parser.add_argument("--engines", default="vllm,openvino,llamacpp,transformers", help="peers to compare with")
     parser.add_argument("--precisions", default="bf16", help=f"ours, of {', '.join(PRECISIONS)}")
     parser.add_argument("--gguf", type=Path, help="the model for llama.cpp (default: the demo model's)")
+    parser.add_argument("--plots", action="store_true", help="draw memory and the parts of a step")
     parser.add_argument("--quick", action="store_true", help="one round")
     args = parser.parse_args()
     if args.quick:
@@ -133,10 +135,14 @@ def main() -> int:
             measurement.start(entry)
         measurement.run(bench.names)
         results = measurement.results
+        splits = {entry.label: bench.split(measurement, entry.precision) for entry in ours}
     found = bench.summaries(entries, results, reference)
     limits = bench.limits(hardware)
     shares, ratios = report.fractions(found, limits), report.ratios(found)
-    print_tables(report.table(found, limits), report.fraction_table(shares), report.ratio_table(ratios))
+    split_tables = [f"{label}\n\n{split_table(rows)}" for label, rows in splits.items()]
+    print_tables(report.table(found, limits), report.fraction_table(shares), *split_tables, report.ratio_table(ratios))
+    if args.plots:
+        show_plots(bench.folder, results, splits, found)
     for name, reason in failures.items():
         sys.stdout.write(f"{name}: not measured, or not in full: {reason.splitlines()[0]}\n")
     more = {
@@ -144,6 +150,7 @@ def main() -> int:
         "fractions": shares,
         "limits": limits,
         "hardware": hardware,
+        "split_ms": splits,
         "workload": bench.workload.sha256,
     }
     print_report("bench-peers", found, results, more)

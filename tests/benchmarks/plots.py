@@ -61,7 +61,7 @@ def plot_split(splits: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.set(ylabel="ms", title="time of one step by part")
     axes.tick_params(axis="x", labelsize=8)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, folder / "step.png")
 
 
@@ -74,3 +74,15 @@ def plot_memory(summaries: Sequence[Summary], folder: Path) -> Path:
     axes.invert_yaxis()
     axes.set(xlabel="MiB", title="peak resident memory")
     return _save(figure, folder / "memory.png")
+
+
+def draw(
+    folder: Path,
+    sweeps: Mapping[str, Mapping[int, Mapping[str, float]]],
+    splits: Mapping[str, Mapping[str, Any]],
+    summaries: Sequence[Summary],
+) -> list[Path]:
+    """Draw what there is, and return the files. Raises NoMatplotlib."""
+    paths = [plot_concurrency(sweeps, folder)] if sweeps else []
+    paths += [plot_split(splits, folder)] if splits else []
+    return [*paths, plot_memory(summaries, folder)]

@@ -21,7 +21,7 @@ from tests.benchmarks import report
 from tests.benchmarks.bench import PRECISIONS, Bench, make_parser, print_tables
 from tests.benchmarks.bench_peers import gather
 from tests.benchmarks.install_peers import Peers, demo_gguf
-from tests.benchmarks.turns import ContestantFailed, Entry, note
+from tests.benchmarks.turns import ContestantFailed, note
 
 Scores = Sequence[Mapping[str, Sequence[Any]]]  # per window: `logprobs` and `best`
 
@@ -68,28 +68,20 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="folder for environments and models")
     parser.add_argument("--engines", default="vllm,openvino,llamacpp,transformers", help="peers; empty for none")
-    parser.add_argument("--precisions", default="bf16,fp32", help=f"ours, of {', '.join(PRECISIONS)}")
+    parser.add_argument("--precisions", default="bf16,fp32", help=f"ours, of {', '.join(PRECISIONS)}; or none")
     parser.add_argument("--gguf", type=Path, help="the model for llama.cpp (default: the demo model's)")
     parser.add_argument("--windows", type=int, default=16, help="windows of text, at most 16")
     args = parser.parse_args()
     bench = Bench(args)
     gguf = args.gguf or (demo_gguf() if args.model == "demo" else None)
     order = {"score": args.windows}
-    reference_entry = Entry(
-        name="transformers",
-        precision="fp32",
-        module="tests.benchmarks.contestants.transformers_generate",
-        model=str(bench.model),
-        arguments=("--dtype", "float32"),
-    )
     failures: dict[str, str] = {}
     found: dict[str, Quality] = {}
     with bench.measurement() as measurement:
-        entries = [bench.our_entry(precision) for precision in args.precisions.split(",")]
+        entries = [bench.our_entry(precision) for precision in args.precisions.split(",") if precision]
         names = [name for name in args.engines.split(",") if name]
         entries += gather(names, Peers(args.peers), bench, gguf, failures, quick=True) if names else []
-        note("transformers fp32: predicting")
-        reference = measurement.once(reference_entry, order)["scores"]
+        reference = bench.reference_scores(measurement, args.windows)
         for entry in entries:
             note(f"{entry.label}: predicting")
             try:

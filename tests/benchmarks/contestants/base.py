@@ -21,6 +21,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,13 +167,17 @@ def main(
             "peak_memory_mb": peak_memory_mb(contestant.pids()),
         }
     )
+    status = 1
     try:
         for line in sys.stdin:
             reply(_answer(contestant, workload, json.loads(line)))
+        status = 0
+    except Exception:  # noqa: BLE001 - whatever it is, it is this engine's, and its log tells
+        traceback.print_exc()
     finally:
         contestant.close()
         sys.stderr.flush()
-        os._exit(0)  # threads of some engines would keep the process
+        os._exit(status)  # threads of some engines would keep the process
 
 
 def _answer(contestant: Contestant, workload: Workload, order: dict[str, Any]) -> dict[str, Any]:

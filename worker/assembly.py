@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
 import torch
@@ -23,6 +24,8 @@ from worker.registration import make_card
 from worker.settings import WorkerSettings
 
 log = structlog.get_logger()
+
+_SLOWER: Final = "attention in torch: right, but slower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +75,21 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int) -> AttentionBackend:
-    """Return the fastest attention that works here; without a compiler, say so and take torch's."""
+    """Return the fastest attention that works here; without a compiler or Triton, say so and take torch's."""
+    if device.type == "cuda":
+        try:
+            from worker.engine.attention.triton_paged import TritonAttention
+        except ImportError as error:
+            log.warning("kernels.unavailable", reason=str(error), effect=_SLOWER)
+        else:
+            if block_size == TritonAttention.block_size:
+                return TritonAttention()
+            log.warning("kernels.unavailable", reason=f"they need blocks of 16, not {block_size}", effect=_SLOWER)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and block_size == CpuAttention.block_size:
         try:
             return CpuAttention()
         except KernelBuildError as error:
-            log.warning("kernels.unavailable", reason=str(error), effect="attention in torch: right, but slower")
+            log.warning("kernels.unavailable", reason=str(error), effect=_SLOWER)
     return TorchAttention(block_size)
 
 

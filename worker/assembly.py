@@ -45,13 +45,22 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     """
     device = choose_device(settings.device)
     torch.set_num_threads(settings.num_threads or num_compute_threads())
-    loaded = load_model(settings.model, choose_dtype(settings.dtype, device), device, settings.revision)
-    backend = choose_backend(device, loaded.dtype, engine_settings.block_size)
-    check_model(loaded, backend)
+    dtype = choose_dtype(settings.dtype, device)
+    backend = choose_backend(device, dtype, engine_settings.block_size)
+    loaded = load_model(
+        settings.model,
+        dtype,
+        device,
+        settings.revision,
+        compile_for=backend if isinstance(backend, CpuAttention) else None,
+        int8=settings.quantization == "int8",
+    )
+    if loaded.decoder is None:  # a compiled decoder was checked when it was made
+        check_model(loaded, backend)
     longest = min(engine_settings.max_model_len or loaded.context_length, loaded.context_length)
     engine_settings = engine_settings.model_copy(update={"max_model_len": longest})
-    runner = ModelRunner(loaded.module, backend, engine_settings)
-    salt = f"{loaded.revision}:{loaded.dtype}".encode()
+    runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder)
+    salt = f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode()
     engine = Engine(runner, engine_settings, lambda: IncrementalDetokenizer(loaded.text.tokenizer), cache_salt=salt)
     stats = engine.stats()
     card, files = make_card(
@@ -67,6 +76,8 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         device=describe_device(device),
         dtype=card.dtype,
         attention=backend.name,
+        compiled=loaded.decoder is not None,
+        quantization=settings.quantization,
         threads=torch.get_num_threads(),
         kv_tokens=card.kv_tokens,
         context_tokens=card.context_tokens,

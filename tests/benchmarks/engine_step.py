@@ -17,13 +17,13 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from common.generation import SamplingParams
+from tests.benchmarks.stopwatch import Stopwatch
 from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.loop import Engine
 from worker.engine.runner import ModelRunner
@@ -60,35 +60,6 @@ def smollm2_shaped(dtype: torch.dtype, device: str) -> PreTrainedModel:
     return model.to(device)
 
 
-class Stopwatch:
-    """Adds up the time of wrapped calls, part by part; a call inside of another counts for itself only."""
-
-    def __init__(self, synchronize: Callable[[], None]) -> None:
-        self.spent_ms = dict.fromkeys(PARTS, 0.0)
-        self._synchronize = synchronize
-        self._inner = 0.0
-
-    def wrap(self, owner: Any, name: str, part: str) -> None:
-        call = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            outer, self._inner = self._inner, 0.0
-            started = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self._synchronize()
-                elapsed = (time.perf_counter() - started) * 1000
-                self.spent_ms[part] += elapsed - self._inner
-                self._inner = outer + elapsed
-
-        setattr(owner, name, timed)
-
-    def reset(self) -> dict[str, float]:
-        spent, self.spent_ms = self.spent_ms, dict.fromkeys(PARTS, 0.0)
-        return spent
-
-
 def measure(model: PreTrainedModel, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Medians over the steps, in milliseconds."""
     settings = EngineSettings(num_blocks=batch_size * (args.context // 16 + 8) + 64, token_budget=1024, max_num_seqs=64)
@@ -110,7 +81,7 @@ def measure(model: PreTrainedModel, batch_size: int, args: argparse.Namespace) -
         engine.add(GenerationRequest(f"r{i}", tuple(prompt), sampling))
     while sum(len(output.deltas) for output in engine.step(0.0).outputs) < batch_size:
         pass
-    watch = Stopwatch(torch.cuda.synchronize if model.device.type == "cuda" else lambda: None)
+    watch = Stopwatch(PARTS, torch.cuda.synchronize if model.device.type == "cuda" else lambda: None)
     watch.wrap(engine, "_plan", "plan")
     watch.wrap(runner._buffers, "fill", "batch")
     watch.wrap(runner, "execute", "forward")

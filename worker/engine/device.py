@@ -66,13 +66,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this CPU has bfloat16 products: AVX512_BF16 or AMX on x86, the bf16 extension on Arm."""
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the CPU's features by Linux's names for them; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
+        return frozenset()
     lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    flags = set(next(lines, "").split())
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return frozenset(next(lines, "").split())
 
 
 def num_compute_threads(reserved: int = 0) -> int:

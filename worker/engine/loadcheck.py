@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +26,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from worker.cache import cache_dir, write_atomically
 from worker.engine import closeness
 from worker.engine.attention import hf
-from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerShape
+from worker.engine.attention.hf import LayerProbe
+from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerCache, LayerShape
+from worker.engine.batch import StepBatch
 from worker.engine.closeness import TOLERANCE, relative_error
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ _LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 _ROPE_BY_LENGTH: Final = frozenset({"dynamic", "longrope"})
 
 _TEST_LENGTHS: Final = (23, 6, 17)
+LONGEST_TEST: Final = max(_TEST_LENGTHS)
 _FIRST_CHUNKS: Final = (10, 5, 0)  # tokens of each sequence in the first step; the rest in the second
 
 
@@ -89,15 +92,20 @@ def _rope_parameters(text: PretrainedConfig) -> list[Mapping[str, Any]]:
     return [entry for entry in parameters.values() if isinstance(entry, Mapping)]
 
 
-def install_attention(module: PreTrainedModel) -> dict[int, LayerShape]:
-    """Make the model call our attention and return the shapes of its keys and values. Raises UnsupportedFamilyError."""
+def probe_attention(module: PreTrainedModel) -> dict[int, LayerProbe]:
+    """Make the model call our attention and return what its layers ask of it. Raises UnsupportedFamilyError."""
     try:
         hf.install(module)
-        return hf.probe_layer_shapes(module, module.device)
+        return hf.probe_layers(module, module.device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise UnsupportedFamilyError(f"the family {module.config.model_type} cannot be served: {error}") from error
+
+
+def install_attention(module: PreTrainedModel) -> dict[int, LayerShape]:
+    """Make the model call our attention and return the shapes of its keys and values. Raises UnsupportedFamilyError."""
+    return {layer: probe.shape for layer, probe in probe_attention(module).items()}
 
 
 def check_model(loaded: LoadedModel, backend: AttentionBackend, cache_root: Path | None = None) -> None:
@@ -128,42 +136,96 @@ def _source_digest() -> str:
 @torch.inference_mode()
 def check_module(module: PreTrainedModel, backend: AttentionBackend) -> float:
     """Compare packed logits with the plain model's; return the largest error. Raises UnsupportedFamilyError."""
-    family = module.config.model_type
     check_config(module.config)
-    sequences = _test_sequences(module.config.get_text_config().vocab_size, module.device)
-    module.set_attn_implementation("eager")
-    expected = [module(input_ids=tokens[None], use_cache=False).logits[0].float() for tokens in sequences]
+    expected = plain_logits(module)
     shapes = install_attention(module)
-    layout = _Layout([len(tokens) for tokens in sequences], backend.block_size)
-    caches = {
-        layer: backend.allocate(shape, layout.num_blocks, module.dtype, module.device)
-        for layer, shape in shapes.items()
-    }
-    paged = hf.PagedAttention(backend, caches)
     calls: Counter[int] = Counter()
 
-    def attend(
-        layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
-    ) -> torch.Tensor:
-        calls[layer] += 1
-        return paged(layer, query, key, value, options)
+    def bind(caches: Mapping[int, LayerCache]) -> Callable[[StepBatch], torch.Tensor]:
+        paged = hf.PagedAttention(backend, dict(caches))
 
+        def attend(
+            layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
+        ) -> torch.Tensor:
+            calls[layer] += 1
+            return paged(layer, query, key, value, options)
+
+        def forward(batch: StepBatch) -> torch.Tensor:
+            paged.batch = batch.attention
+            calls.clear()
+            with hf.attention(attend):
+                output = module(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            _check_calls(module, calls)
+            logits: torch.Tensor = output.logits[0].float()
+            return logits
+
+        return forward
+
+    error = packed_error(bind, shapes, module.dtype, backend, expected)
+    tolerance = TOLERANCE[module.dtype]
+    if not error <= tolerance:
+        raise UnsupportedFamilyError(
+            f"the family {module.config.model_type} cannot be served: sequences packed into one batch give other "
+            f"logits than alone (relative error {error:.2g}, allowed {tolerance:.2g})"
+        )
+    return error
+
+
+def plain_logits(module: PreTrainedModel, first_position: int = 0) -> list[torch.Tensor]:
+    """The model's own logits for each test sequence alone, with its own attention; float32."""
+    sequences = _test_sequences(module.config.get_text_config().vocab_size, module.device)
+    module.set_attn_implementation("eager")
+    logits = []
+    for tokens in sequences:
+        positions = torch.arange(first_position, first_position + len(tokens), device=module.device)[None]
+        output = module(input_ids=tokens[None], position_ids=positions, use_cache=False)
+        logits.append(output.logits[0].float())
+    return logits
+
+
+def packed_error(
+    bind: Callable[[Mapping[int, LayerCache]], Callable[[StepBatch], torch.Tensor]],
+    shapes: Mapping[int, LayerShape],
+    dtype: torch.dtype,
+    backend: AttentionBackend,
+    expected: Sequence[torch.Tensor],
+    first_position: int = 0,
+) -> float:
+    """Run the test sequences packed, paged and cut into chunks; return how far the logits are from the expected ones.
+
+    `bind` gets the caches of all layers and returns what computes a step's logits for all its rows. The sequences may
+    begin at a later position than 0. The error is their largest `relative_error`; NaN if any is.
+    """
+    device = expected[0].device
+    sequences = _test_sequences(expected[0].shape[-1], device)
+    lengths = [len(tokens) for tokens in sequences]
+    layout = _Layout(lengths, backend.block_size)
+    forward = bind(
+        {layer: backend.allocate(shape, layout.num_blocks, dtype, device) for layer, shape in shapes.items()}
+    )
     rows: list[list[torch.Tensor]] = [[] for _ in sequences]
     firsts = list(_FIRST_CHUNKS)
-    lengths = [len(tokens) for tokens in sequences]
     for starts, ends in (([0] * len(firsts), firsts), (firsts, lengths)):
         members = [i for i, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
         spans = [(i, starts[i], ends[i]) for i in members]
-        paged.batch = layout.batch(spans, module.device)
-        input_ids = torch.cat([sequences[i][start:end] for i, start, end in spans])[None]
-        positions = torch.cat([torch.arange(start, end, device=module.device) for _, start, end in spans])[None]
-        calls.clear()
-        with hf.attention(attend):
-            logits = module(input_ids=input_ids, position_ids=positions, use_cache=False).logits[0].float()
-        _check_calls(module, calls)
-        for (i, _, _), part in zip(spans, logits.split([end - start for _, start, end in spans]), strict=True):
+        positions = torch.cat([torch.arange(start, end, device=device) for _, start, end in spans])[None]
+        positions += first_position
+        logits = forward(
+            StepBatch(
+                input_ids=torch.cat([sequences[i][start:end] for i, start, end in spans])[None],
+                position_ids=positions,
+                logit_rows=torch.arange(positions.shape[1], device=device),
+                attention=layout.batch(spans, device),
+            )
+        )
+        for (i, _, _), part in zip(spans, torch.split(logits, [end - start for _, start, end in spans]), strict=True):
             rows[i].append(part)
-    return _compare(family, module.dtype, [torch.cat(parts) for parts in rows], expected)
+    worst = 0.0
+    for parts, plain in zip(rows, expected, strict=True):
+        error = relative_error(torch.cat(parts), plain, dtype)
+        # A NaN compares false with everything, so it is asked for.
+        worst = float("nan") if math.isnan(error) or math.isnan(worst) else max(worst, error)
+    return worst
 
 
 def _test_sequences(vocab_size: int, device: torch.device) -> list[torch.Tensor]:
@@ -179,23 +241,6 @@ def _check_calls(module: PreTrainedModel, calls: Counter[int]) -> None:
             f"the family {module.config.model_type} cannot be served: {len(calls)} of {num_layers} layers call "
             f"attention, {sum(calls.values())} times in all; every layer must call it exactly once"
         )
-
-
-def _compare(
-    family: str, dtype: torch.dtype, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
-) -> float:
-    worst = 0.0
-    for ours, plain in zip(actual, expected, strict=True):
-        error = relative_error(ours, plain, dtype)
-        # A NaN compares false with everything, so it is asked for.
-        worst = float("nan") if math.isnan(error) else max(worst, error)
-    tolerance = TOLERANCE[dtype]
-    if not worst <= tolerance:
-        raise UnsupportedFamilyError(
-            f"the family {family} cannot be served: sequences packed into one batch give other logits than alone "
-            f"(relative error {worst:.2g}, allowed {tolerance:.2g})"
-        )
-    return worst
 
 
 class _Layout:

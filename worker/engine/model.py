@@ -15,6 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from worker.engine import model_files
+from worker.engine.attention.cpu_ext import CpuAttention
+from worker.engine.decoder.compile import DecoderDiffers, compile_decoder
+from worker.engine.decoder.layout import NotLlamaShaped
+from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.fuse import speed_up
 from worker.engine.loadcheck import UnsupportedFamilyError, check_config, context_length, install_attention
 from worker.engine.model_files import ModelError, TextFiles, find_model
@@ -53,6 +57,7 @@ class LoadedModel:
     vocab_size: int  # width of the logits
     revision: str  # SHA-256, hex
     num_parameters: int
+    decoder: CompiledDecoder | None = None  # runs in the module's place; the module's linear layers are then empty
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,13 +77,17 @@ def load_model(
     *,
     fast: bool = True,
     with_weights: bool = True,
+    compile_for: CpuAttention | None = None,
+    int8: bool = False,
 ) -> LoadedModel:
     """Load `source` (a directory, a Hub id, or "demo"); `revision` is a branch or commit on the Hub.
 
-    `fast` lets the model's layers be replaced by faster ones; its state dict is then no longer the files'. Without
-    weights the module stands on the meta device: enough to describe the model, not to run it.
+    `fast` lets the model's layers be replaced by faster ones; its state dict is then no longer the files'. With
+    `compile_for` a Llama-shaped model becomes a compiled decoder for that attention, on request with int8 weights.
+    Without weights the module stands on the meta device: enough to describe the model, not to run it.
 
-    Raises ModelError when the model is not there, not safe to load, damaged, or of a family that cannot be served.
+    Raises ModelError when the model is not there, not safe to load, damaged, of a family that cannot be served, or
+    cannot have int8 weights though they are asked for.
     """
     started = time.monotonic()
     folder = find_model(source, revision)
@@ -93,14 +102,19 @@ def load_model(
         raise ModelError(f"{source}: {error}") from error
     except Exception as error:
         raise ModelError(f"{source}: transformers does not accept config.json: {error}") from error
+    decoder = None
     if with_weights:
-        module = _load_weights(source, folder, config, dtype)
-        torch.nn.Module.to(module, device)  # in place; the subclass's own `to` is typed wrongly
+        module = _load_weights(source, folder, config, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in module.parameters())
-        if fast:
-            _speed_up(module)
         try:
-            install_attention(module)
+            if compile_for is not None:
+                module, decoder = _compile(source, folder, module, compile_for, limit, int8=int8)
+            elif int8:
+                raise ModelError(f"{source}: int8 weights need the compiled kernels, on a CPU")
+            if fast and decoder is None:
+                _speed_up(module)
+            if decoder is None:
+                install_attention(module)
         except UnsupportedFamilyError as error:
             raise ModelError(f"{source}: {error}") from error
     else:
@@ -122,6 +136,7 @@ def load_model(
         vocab_size=int(config.get_text_config().vocab_size),
         revision=model_files.revision_of(folder, weights, text, cache_root),
         num_parameters=num_parameters,
+        decoder=decoder,
     )
     _log.info(
         "model.loaded",
@@ -148,7 +163,26 @@ def _speed_up(module: PreTrainedModel) -> None:
         fuse_cuda.speed_up(module)
 
 
-def _load_weights(source: str, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _compile(
+    source: str, folder: Path, module: PreTrainedModel, backend: CpuAttention, num_positions: int, *, int8: bool
+) -> tuple[PreTrainedModel, CompiledDecoder | None]:
+    """Return the model's decoder, or, with the model as it was, None. Raises ModelError without int8 as asked."""
+    try:
+        return module, compile_decoder(module, backend, num_positions, int8=int8)
+    except NotLlamaShaped as error:
+        reason: Exception = error
+    except DecoderDiffers as error:
+        reason = error
+        module = _load_weights(source, folder, module.config, module.dtype, module.device)
+    if int8:
+        raise ModelError(f"{source}: int8 weights are not for this model: {reason}") from reason
+    _log.info("model.not_compiled", family=module.config.model_type, reason=str(reason))
+    return module, None
+
+
+def _load_weights(
+    source: str, folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         # In evaluation mode already.
@@ -172,6 +206,7 @@ def _load_weights(source: str, folder: Path, config: PretrainedConfig, dtype: to
             names = sorted(str(key) for key in report[fault])
             raise ModelError(f"{source}: the weights do not fit the model: {fault} {names[:3]}, {len(names)} in all")
     assert isinstance(module, PreTrainedModel)
+    torch.nn.Module.to(module, device)  # in place; the subclass's own `to` is typed wrongly
     return module
 
 

@@ -13,6 +13,7 @@ from worker.engine.attention import hf
 from worker.engine.attention.interface import AttentionBackend, LayerShape
 from worker.engine.batch import BatchBuffers
 from worker.engine.blocks import SCRATCH_BLOCK
+from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.scheduler import Plan
 from worker.engine.settings import EngineSettings
 
@@ -26,6 +27,8 @@ def memory_guard() -> Iterator[None]:
     """Turn torch's ways of saying that memory is short into StepOutOfMemory."""
     try:
         yield
+    except MemoryError as error:
+        raise StepOutOfMemory(str(error)) from error
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise StepOutOfMemory(str(error)) from error
@@ -35,8 +38,16 @@ def memory_guard() -> Iterator[None]:
 class ModelRunner:
     """Runs steps of one model. All tensors live on the model's device, keys and values in its dtype."""
 
-    def __init__(self, model: PreTrainedModel, backend: AttentionBackend, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        backend: AttentionBackend,
+        settings: EngineSettings,
+        decoder: CompiledDecoder | None = None,
+    ) -> None:
         """Takes the model over: its attention is replaced and it is put into evaluation mode.
+
+        With a decoder, compiled from the model, the model itself is not run any more.
 
         Raises UnsupportedModel when its class ignores the replacement, ValueError when kv_cache_bytes holds no block.
         """
@@ -44,8 +55,10 @@ class ModelRunner:
             raise ValueError(f"block_size is {settings.block_size}, but {backend.name} uses {backend.block_size}")
         self._model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         self.device = model.device
-        hf.install(model)
-        shapes = hf.probe_layer_shapes(model, self.device)
+        self._decoder = decoder
+        if decoder is None:
+            hf.install(model)
+        shapes = hf.probe_layer_shapes(model, self.device) if decoder is None else decoder.layer_shapes
         self.num_blocks = settings.num_blocks or settings.kv_cache_bytes // _block_bytes(
             shapes.values(), settings.block_size, model.dtype
         )
@@ -56,6 +69,8 @@ class ModelRunner:
             layer: backend.allocate(shape, self.num_blocks, model.dtype, self.device) for layer, shape in shapes.items()
         }
         self._attention = hf.PagedAttention(backend, caches)
+        if decoder is not None:
+            decoder.bind(caches)
         self.vocab_size: int = model.config.vocab_size
         self.max_model_len = self._max_model_len(settings)
         self._buffers = BatchBuffers(
@@ -83,6 +98,9 @@ class ModelRunner:
         Raises StepOutOfMemory.
         """
         batch = self._buffers.fill(plan)
+        if self._decoder is not None:
+            with memory_guard():
+                return self._decoder.forward(batch)
         self._attention.batch = batch.attention
         extra = {"logits_to_keep": batch.logit_rows} if self._takes_logit_rows else {}
         with memory_guard(), hf.attention(self._attention):

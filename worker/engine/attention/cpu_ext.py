@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
-import sys
 from pathlib import Path
 from typing import Final
 
-import structlog
 import torch
 
 from worker.engine.attention.interface import AttentionBatch, AttentionOptions, LayerCache, LayerShape
-from worker.engine.kernels.build import KernelBuildError, build
+from worker.engine.kernels.library import Kernels
 
-_log = structlog.get_logger(__name__)
-
-_ABI_VERSION: Final = 1
 _BLOCK_SIZE: Final = 16
 _ELEMENT_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 _FAILURES: Final = {
@@ -39,30 +33,20 @@ class CpuAttention:
 
         keys    [num_blocks, num_kv_heads, key_dim, 16]
         values  [num_blocks, num_kv_heads, 16, value_dim]
+
+    With AVX512_BF16, whose instruction multiplies pairs, bfloat16 lies in pairs of dimensions and of tokens, in as much
+    room: keys [.., key_dim / 2, 16, 2], values [.., 8, value_dim, 2]. An odd key_dim is padded in bfloat16.
     """
 
     name = "cpu_ext"
     block_size = _BLOCK_SIZE
 
     def __init__(self, level: str | None = None, cache_root: Path | None = None) -> None:
-        """Load the kernel for an instruction set (default: the best of this CPU), compiling it if need be.
+        """Load the kernels for an instruction set (default: the best of this CPU), compiling them if need be.
 
         Raises KernelBuildError when there is no working compiler.
         """
-        library = build(level, cache_root)
-        try:
-            kernel = ctypes.CDLL(str(library))  # releases the GIL while a call runs
-            version = kernel.torchrelay_abi_version()
-        except (OSError, AttributeError) as error:
-            raise KernelBuildError(f"{library} cannot be loaded: {error}; delete it to compile it again") from error
-        if version != _ABI_VERSION:
-            raise KernelBuildError(f"{library} has interface version {version}, not {_ABI_VERSION}; delete it")
-        self._attend = kernel.torchrelay_paged_attention
-        self._attend.argtypes = [ctypes.c_char_p]
-        self._attend.restype = ctypes.c_int
-        runtimes = openmp_runtimes()
-        if len(runtimes) > 1:
-            _log.warning("kernels.openmp_runtimes_compete", runtimes=sorted(runtimes))
+        self.kernels = Kernels(level, cache_root)
 
     def allocate(self, shape: LayerShape, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """Return one layer's cache, zeroed. Raises ValueError for a dtype or device that the kernel does not know."""
@@ -70,7 +54,7 @@ class CpuAttention:
             raise ValueError(f"the CPU attention kernel needs float32 or bfloat16 on cpu, not {dtype} on {device}")
         heads = shape.num_kv_heads
         return LayerCache(
-            keys=torch.zeros((num_blocks, heads, shape.key_dim, _BLOCK_SIZE), dtype=dtype),
+            keys=torch.zeros((num_blocks, heads, _padded(shape.key_dim, dtype), _BLOCK_SIZE), dtype=dtype),
             values=torch.zeros((num_blocks, heads, _BLOCK_SIZE, shape.value_dim), dtype=dtype),
         )
 
@@ -94,7 +78,7 @@ class CpuAttention:
         if (
             key.shape != (num_tokens, num_kv_heads, key_dim)
             or value.shape != (num_tokens, num_kv_heads, value_dim)
-            or keys.shape != (num_blocks, num_kv_heads, key_dim, _BLOCK_SIZE)
+            or keys.shape != (num_blocks, num_kv_heads, _padded(key_dim, keys.dtype), _BLOCK_SIZE)
             or batch.slots.shape[0] != num_tokens
         ):
             raise ValueError(
@@ -144,18 +128,14 @@ class CpuAttention:
             _ELEMENT_TYPES[dtype],
             torch.get_num_threads(),
         )
-        status = self._attend(arguments)
+        status = self.kernels.paged_attention(arguments)
         if status:
             raise ValueError(f"paged attention refused its arguments: {_FAILURES.get(status, status)}")
         return output
 
 
-def openmp_runtimes() -> frozenset[str]:
-    """Return the files of the OpenMP runtimes in this process; empty where the system does not tell."""
-    if not sys.platform.startswith("linux"):
-        return frozenset()
-    mapped = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
-    return frozenset(file for file in mapped if Path(file).name.startswith(("libgomp", "libiomp5", "libomp")))
+def _padded(key_dim: int, dtype: torch.dtype) -> int:
+    return key_dim + key_dim % 2 if dtype == torch.bfloat16 else key_dim
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

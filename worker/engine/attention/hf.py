@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
@@ -92,27 +93,42 @@ def install(model: PreTrainedModel) -> None:
         )
 
 
-def probe_layer_shapes(model: PreTrainedModel, device: torch.device) -> dict[int, LayerShape]:
-    """Run one token through an installed model and return the shapes of keys and values by layer index.
+@dataclass(frozen=True, slots=True)
+class LayerProbe:
+    """What one layer asks of attention."""
+
+    shape: LayerShape
+    num_heads: int
+    options: AttentionOptions
+
+
+def probe_layers(model: PreTrainedModel, device: torch.device) -> dict[int, LayerProbe]:
+    """Run one token through an installed model and return what its layers ask of attention, by layer index.
 
     Raises UnsupportedModel when a layer calls attention twice or no layer does.
     """
-    shapes: dict[int, LayerShape] = {}
+    probes: dict[int, LayerProbe] = {}
 
     def record(
         layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
-        if layer in shapes:
+        if layer in probes:
             raise UnsupportedModel(f"layer {layer} of {type(model).__name__} calls attention more than once")
-        shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        probes[layer] = LayerProbe(shape, query.shape[1], options)
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
 
     zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with torch.inference_mode(), attention(record):
         model(input_ids=zero, position_ids=zero, use_cache=False)
-    if not shapes:
+    if not probes:
         raise UnsupportedModel(f"{type(model).__name__} never calls the attention function")
-    return shapes
+    return probes
+
+
+def probe_layer_shapes(model: PreTrainedModel, device: torch.device) -> dict[int, LayerShape]:
+    """Return the shapes of keys and values by layer index; see `probe_layers`."""
+    return {layer: probe.shape for layer, probe in probe_layers(model, device).items()}
 
 
 class PagedAttention:

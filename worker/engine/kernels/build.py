@@ -26,12 +26,25 @@ import torch
 from filelock import FileLock, Timeout
 
 from worker.cache import cache_dir
+from worker.engine.device import cpu_flags
 
 _log = structlog.get_logger(__name__)
 
 _HERE: Final = Path(__file__).resolve().parent
-_SOURCE: Final = _HERE / "paged_attention.cpp"
-_HEADERS: Final = ("paged_attention.h", "simd.h", "tile.h")
+_SOURCE: Final = _HERE / "kernels.cpp"
+_HEADERS: Final = (
+    *(
+        "attend.h",
+        "decoder.h",
+        "decoder_step.h",
+        "matmul.h",
+        "paged_attention.h",
+        "rows.h",
+        "simd.h",
+        "team.h",
+        "tile.h",
+    ),
+)
 _COMPILERS: Final = ("g++", "c++", "clang++")
 _LOCK_TIMEOUT_S: Final = 300
 _COMPILE_TIMEOUT_S: Final = 240
@@ -43,8 +56,11 @@ _FLAGS: Final = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
 
+_AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
+
 LEVEL_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+    "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "generic": (),  # what every CPU of the architecture has: SSE2, or NEON
 }
@@ -68,8 +84,8 @@ def supported_levels() -> tuple[str, ...]:
     capability = torch.backends.cpu.get_cpu_capability()
     levels = tuple(LEVEL_FLAGS)
     if capability.startswith("AVX512"):
-        return levels
-    return levels[1:] if capability == "AVX2" else levels[2:]
+        return levels if {"avx512_bf16", "avx512_vnni"} <= cpu_flags() else levels[1:]
+    return levels[2:] if capability == "AVX2" else levels[3:]
 
 
 def find_compiler() -> Compiler:
@@ -111,7 +127,7 @@ def library_path(level: str, compiler: Compiler, cache_root: Path | None = None)
     flags = (*_FLAGS, *LEVEL_FLAGS[level], *openmp_arguments())
     for part in (*compiler.command, compiler.version, *flags, torch.__version__):
         digest.update(part.encode() + b"\0")
-    name = f"paged_attention-{platform.machine()}-{level}-{digest.hexdigest()[:16]}.so"
+    name = f"kernels-{platform.machine()}-{level}-{digest.hexdigest()[:16]}.so"
     return cache_dir("kernels", root=cache_root) / name
 
 

@@ -9,12 +9,12 @@
 
 namespace torchrelay {
 
-// Raised with every change of PagedAttentionArguments.
-constexpr int kAbiVersion = 1;
+// Raised with every change of a structure that Python fills.
+constexpr int kAbiVersion = 2;
 
 constexpr int kBlockSize = 16;
 
-enum Status : int { kOk = 0, kBadBlock = 1, kBadShape = 2, kOutOfMemory = 3 };
+enum Status : int { kOk = 0, kBadBlock = 1, kBadShape = 2, kOutOfMemory = 3, kBadToken = 4 };
 
 enum ElementType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 

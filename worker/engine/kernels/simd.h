@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace torchrelay {
 
 #if defined(__AVX512F__)
@@ -49,6 +53,47 @@ inline Floats load(const BFloat16* source) {
 }
 
 inline void store(float* target, Floats x) { std::memcpy(target, &x, sizeof x); }
+
+inline Floats load_keys(const float* source) { return load(source); }
+inline float broadcast_for(Floats, const float* source) { return *source; }
+inline Floats multiply_add(Floats a, float b, Floats sum) { return a * b + sum; }
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 numbers in each lane, multiplied with another two and added to a float at once.
+typedef __m512bh Pairs;
+
+inline Pairs load_pairs(const void* source) { return (Pairs)_mm512_loadu_si512(source); }
+
+inline Pairs broadcast_pair(const void* source) {
+  int32_t pair;
+  std::memcpy(&pair, source, sizeof pair);
+  return (Pairs)_mm512_set1_epi32(pair);
+}
+
+inline Pairs keep_half(Pairs x, uint32_t mask) { return (Pairs)((Bits)x & mask); }
+
+inline Pairs load_keys(const BFloat16* source) { return load_pairs(source); }
+inline Pairs broadcast_for(Pairs, const float* source) { return broadcast_pair(source); }
+
+// Rounds each sum of two products to nearest even; denormals count as zero.
+inline Floats multiply_add(Pairs a, Pairs b, Floats sum) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
+
+// Rounds to nearest even; a NaN stays a NaN.
+inline void store(BFloat16* target, Floats x) {
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(target, &rounded, sizeof rounded);
+}
+#else
+inline Floats load_keys(const BFloat16* source) { return load(source); }
+
+inline void store(BFloat16* target, Floats x) {
+  const Bits bits = (Bits)x;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits kept = x == x ? rounded : (bits >> 16) | 0x40u;
+  const Halves halves = __builtin_convertvector(kept, Halves);
+  std::memcpy(target, &halves, sizeof halves);
+}
+#endif
 
 inline float to_float(float x) { return x; }
 

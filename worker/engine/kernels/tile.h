@@ -7,15 +7,35 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "paged_attention.h"
 #include "simd.h"
 
 namespace torchrelay {
 
+// Whether keys and values lie in pairs that one instruction multiplies and adds up: neighbouring dimensions of a key,
+// neighbouring tokens of a value.
+template <typename T>
+constexpr bool kPaired = false;
+#if defined(__AVX512BF16__)
+template <>
+inline constexpr bool kPaired<BFloat16> = true;
+#endif
+
+// Dimensions of a key as they lie in the cache.
+template <typename T>
+constexpr int64_t padded_key_dim(int64_t key_dim) {
+  return sizeof(T) == 2 ? (key_dim + 1) / 2 * 2 : key_dim;
+}
+
 constexpr int kSegment = 256;
 constexpr int kMaxRows = kAccumulators / 2;
 constexpr int kUnitsPerBlock = kBlockSize / kLanes;  // a unit: kLanes neighbouring tokens of a block
+
+// What a weight is kept as: floats, or, to be multiplied in pairs, bfloat16.
+template <typename T>
+using Weight = std::conditional_t<kPaired<T>, BFloat16, float>;
 
 // A score that is not to be seen. Finite, so that no infinity minus infinity can arise: e^(kMasked - m) is exactly 0
 // for the maximum m of any segment with a visible token, and a segment without one is wiped out when it is merged.
@@ -33,12 +53,13 @@ struct Tile {
   int64_t key_block_stride, value_block_stride;
   const int32_t* blocks;  // the sequence's block table
   int key_dim, value_dim;
-  float softcap;
-  const float* query;  // [key_dim, rows], scaled
+  float scale, softcap;
+  const float* query;  // [key_dim, rows], scaled; of paired types [pairs of key_dim, rows], not scaled
   Visible visible[kMaxRows];
   Visible all;   // tokens that every row sees
   Visible some;  // tokens that at least one row sees
 
+  // A paired type's unit is a whole block.
   const T* key_unit(int unit) const {
     return keys + blocks[unit / kUnitsPerBlock] * key_block_stride + unit % kUnitsPerBlock * kLanes;
   }
@@ -67,12 +88,16 @@ inline void score_units(const Tile<T>& tile, int unit, float* scores, Floats* ma
     for (int r = 0; r < R; r++) sums[u][r] = Floats{};
   }
   const float* query = tile.query;
-  for (int d = 0; d < tile.key_dim; d++, query += R) {
+  constexpr int kStep = kPaired<T> ? 2 : 1;
+  for (int d = 0; d < tile.key_dim; d += kStep, query += R) {
     for (int u = 0; u < U; u++) {
-      const Floats key = load(keys[u] + d * kBlockSize);
-      for (int r = 0; r < R; r++) sums[u][r] = key * query[r] + sums[u][r];
+      const auto key = load_keys(keys[u] + d * kBlockSize);
+      for (int r = 0; r < R; r++) sums[u][r] = multiply_add(key, broadcast_for(key, query + r), sums[u][r]);
     }
   }
+  if constexpr (kPaired<T>)
+    for (int u = 0; u < U; u++)
+      for (int r = 0; r < R; r++) sums[u][r] *= tile.scale;
   if (tile.softcap > 0.0f) {
     const float inverse = 1.0f / tile.softcap;
     for (int u = 0; u < U; u++)
@@ -118,12 +143,50 @@ inline void weigh_values(const Tile<T>& tile, int begin, int end, const float* w
     for (int c = 0; c < C; c++) store(target + r * tile.value_dim + first_dim + c * kLanes, sums[r][c]);
 }
 
+#if defined(__AVX512BF16__)
+// The same for pairs of tokens, with weights in bfloat16 [units][R][kLanes]. A pair of which only one token belongs to
+// the range counts with that one: the other's weight is zero, but its value may be anything.
+template <int R, int C>
+inline void weigh_pairs(const Tile<BFloat16>& tile, int begin, int end, const BFloat16* weights, int first_dim,
+                        float* target) {
+  const int first_unit = begin / kLanes;
+  Floats sums[R][C];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) sums[r][c] = Floats{};
+  for (int token = begin / 2 * 2; token < end;) {
+    const int block = token / kBlockSize;
+    const int block_end = std::min(end, (block + 1) * kBlockSize);
+    const BFloat16* values = tile.values + tile.blocks[block] * tile.value_block_stride + 2 * first_dim +
+                             static_cast<int64_t>(token % kBlockSize) * tile.value_dim;
+    const BFloat16* weight = weights + (token / kLanes - first_unit) * R * kLanes + token % kLanes;
+    for (; token < block_end; token += 2, weight += 2, values += 2 * tile.value_dim) {
+      Pairs value[C];
+      for (int c = 0; c < C; c++) value[c] = load_pairs(values + 2 * c * kLanes);
+      if (token < begin || token + 1 >= end)
+        for (int c = 0; c < C; c++) value[c] = keep_half(value[c], token < begin ? 0xffff0000u : 0x0000ffffu);
+      for (int r = 0; r < R; r++) {
+        const Pairs both = broadcast_pair(weight + r * kLanes);
+        for (int c = 0; c < C; c++) sums[r][c] = multiply_add(value[c], both, sums[r][c]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) store(target + r * tile.value_dim + first_dim + c * kLanes, sums[r][c]);
+}
+#endif
+
 // All value dimensions from first_dim on: as many vectors at a time as registers allow, then half of that, and so on.
 template <typename T, int R, int C>
-inline void weigh_all_values(const Tile<T>& tile, int begin, int end, const float* weights, int first_dim,
+inline void weigh_all_values(const Tile<T>& tile, int begin, int end, const Weight<T>* weights, int first_dim,
                              float* target) {
-  for (; first_dim + C * kLanes <= tile.value_dim; first_dim += C * kLanes)
-    weigh_values<T, R, C>(tile, begin, end, weights, first_dim, target);
+  for (; first_dim + C * kLanes <= tile.value_dim; first_dim += C * kLanes) {
+#if defined(__AVX512BF16__)
+    if constexpr (kPaired<T>)
+      weigh_pairs<R, C>(tile, begin, end, weights, first_dim, target);
+    else
+#endif
+      weigh_values<T, R, C>(tile, begin, end, weights, first_dim, target);
+  }
   if constexpr (C > 1) {
     weigh_all_values<T, R, C / 2>(tile, begin, end, weights, first_dim, target);
   } else {
@@ -133,9 +196,11 @@ inline void weigh_all_values(const Tile<T>& tile, int begin, int end, const floa
       for (int r = 0; r < R; r++) {
         float sum = 0.0f;
         for (int token = begin; token < end; token++) {
-          const float weight = weights[((token / kLanes - first_unit) * R + r) * kLanes + token % kLanes];
+          const float weight = to_float(weights[((token / kLanes - first_unit) * R + r) * kLanes + token % kLanes]);
           const T* values = tile.values + tile.blocks[token / kBlockSize] * tile.value_block_stride;
-          sum += weight * to_float(values[static_cast<int64_t>(token % kBlockSize) * tile.value_dim + first_dim]);
+          const int64_t offset = token % kBlockSize;
+          sum += weight * to_float(kPaired<T> ? values[(offset / 2 * tile.value_dim + first_dim) * 2 + offset % 2]
+                                              : values[offset * tile.value_dim + first_dim]);
         }
         target[r * tile.value_dim + first_dim] = sum;
       }
@@ -171,15 +236,17 @@ void attend_segment(const Tile<T>& tile, int segment, float* scores, const Parti
     sums[r] = Floats{};
   }
   // A NaN score may be missing from the maximum, but not from the sum: it makes its row's output NaN, and no other's.
-  for (float* p = scores; p < scores + (last_unit - first_unit) * R * kLanes; p += R * kLanes) {
+  // Weights take their scores' place; bfloat16 ones are half as long and so never catch up with the reading.
+  Weight<T>* const weights = reinterpret_cast<Weight<T>*>(scores);
+  for (int i = 0; i < (last_unit - first_unit) * R * kLanes; i += R * kLanes) {
     for (int r = 0; r < R; r++) {
-      const Floats weight = exponential(load(p + r * kLanes) - result.maximum[r]);
+      const Floats weight = exponential(load(scores + i + r * kLanes) - result.maximum[r]);
       sums[r] += weight;
-      store(p + r * kLanes, weight);
+      store(weights + i + r * kLanes, weight);
     }
   }
   for (int r = 0; r < R; r++) result.sum[r] = horizontal_sum(sums[r]);
-  weigh_all_values<T, R, vectors_at_a_time(R)>(tile, begin, end, scores, 0, result.values);
+  weigh_all_values<T, R, vectors_at_a_time(R)>(tile, begin, end, weights, 0, result.values);
 }
 
 // Folds `part`, the next segment in order, into `whole`.

@@ -338,7 +338,8 @@ def test_an_empty_layer_cache_is_zeroed() -> None:
 
 def test_kernel_and_torch_share_one_openmp_runtime() -> None:
     program = (
-        "from worker.engine.attention.cpu_ext import CpuAttention, openmp_runtimes\n"
+        "from worker.engine.attention.cpu_ext import CpuAttention\n"
+        "from worker.engine.kernels.library import openmp_runtimes\n"
         "import torch\nCpuAttention()\n(torch.ones(512, 512) @ torch.ones(512, 512)).sum()\n"
         "print(len(openmp_runtimes()))"
     )

@@ -1,33 +1,21 @@
-// Paged attention on CPUs: writes a step's keys and values into the cache and attends over it, prefill and decode
-// alike.
+// Work of paged attention: cut into items that threads take one after another, and what is done with each.
 //
 // The rows of a sequence that share a kv head (tokens x heads of the group) are cut into tiles of up to kMaxRows, so
 // that each key and value that is loaded serves several rows. One work item is a tile over all segments of its context.
 // Where the batch has too few items for the threads (a long context alone), an item is split into runs of segments,
 // whose results are merged afterwards in the same order as within an item; tile.h says why that changes no bit.
-#include "paged_attention.h"
+#pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "tile.h"
 
-#if defined(_OPENMP)
-extern "C" int omp_get_thread_num(void);  // instead of <omp.h>, which not every compiler's package brings
-#else
-static int omp_get_thread_num() { return 0; }
-#endif
-
 namespace torchrelay {
-namespace {
 
 // Multiply-adds worth a thread's start: below, waking it costs more than it saves.
 constexpr int64_t kWorkPerThread = 200'000;
-
-// Up to so many keys and values are written by the calling thread: some microseconds.
-constexpr int64_t kNumbersWrittenAlone = 16'384;
 
 struct Item {
   int sequence, kv_head;
@@ -46,23 +34,23 @@ struct Plan {
 
 using Arguments = PagedAttentionArguments;
 
-int group_size(const Arguments& a) { return static_cast<int>(a.num_heads / a.num_kv_heads); }
+inline int group_size(const Arguments& a) { return static_cast<int>(a.num_heads / a.num_kv_heads); }
 
 // Rows that a tile of `num_rows` is computed as: the sizes that are compiled.
-int padded_rows(int num_rows) {
+inline int padded_rows(int num_rows) {
   for (int rows : {1, 2, 3, 4, 6, 8, 12})
     if (num_rows <= rows) return rows;
   return kMaxRows;
 }
 
-Visible visible_tokens(const Arguments& a, int sequence, int token) {
+inline Visible visible_tokens(const Arguments& a, int sequence, int token) {
   const int num_queries = a.query_starts[sequence + 1] - a.query_starts[sequence];
   const int last = a.context_lens[sequence] - num_queries + token + 1;
   const int first = a.sliding_window > 0 ? static_cast<int>(std::max<int64_t>(0, last - a.sliding_window)) : 0;
   return {first, last};
 }
 
-Plan make_plan(const Arguments& a) {
+inline Plan make_plan(const Arguments& a) {
   Plan plan;
   const int group = group_size(a);
   int64_t total_cost = 0;
@@ -112,6 +100,7 @@ Plan make_plan(const Arguments& a) {
   return plan;
 }
 
+// Writes the keys and values of a row into its slot.
 template <typename T>
 void write_token(const Arguments& a, int64_t token) {
   const int64_t block = a.slots[token] / kBlockSize, offset = a.slots[token] % kBlockSize;
@@ -119,9 +108,18 @@ void write_token(const Arguments& a, int64_t token) {
     const T* key = static_cast<const T*>(a.key) + token * a.key_token_stride + head * a.key_head_stride;
     const T* value = static_cast<const T*>(a.value) + token * a.value_token_stride + head * a.value_head_stride;
     const int64_t place = (block * a.num_kv_heads + head) * kBlockSize;
-    T* keys = static_cast<T*>(a.key_cache) + place * a.key_dim + offset;
-    for (int64_t d = 0; d < a.key_dim; d++) keys[d * kBlockSize] = key[d];
-    std::memcpy(static_cast<T*>(a.value_cache) + (place + offset) * a.value_dim, value, a.value_dim * sizeof(T));
+    T* keys = static_cast<T*>(a.key_cache) + place * padded_key_dim<T>(a.key_dim);
+    T* values = static_cast<T*>(a.value_cache) + place * a.value_dim;
+    if constexpr (kPaired<T>) {
+      keys += 2 * offset;
+      for (int64_t d = 0; d < a.key_dim; d++) keys[d / 2 * 2 * kBlockSize + d % 2] = key[d];
+      if (a.key_dim % 2 == 1) keys[(a.key_dim - 1) * kBlockSize + 1] = {0};
+      values += offset / 2 * 2 * a.value_dim + offset % 2;
+      for (int64_t d = 0; d < a.value_dim; d++) values[2 * d] = value[d];
+    } else {
+      for (int64_t d = 0; d < a.key_dim; d++) keys[d * kBlockSize + offset] = key[d];
+      std::memcpy(values + offset * a.value_dim, value, a.value_dim * sizeof(T));
+    }
   }
 }
 
@@ -133,12 +131,12 @@ struct Scratch {
 
   static int64_t partial_size(const Arguments& a) { return kMaxRows * (2 + a.value_dim); }
   static int64_t size(const Arguments& a) {
-    const int64_t floats = kMaxRows * (kSegment + a.key_dim) + 2 * partial_size(a);
+    const int64_t floats = kMaxRows * (kSegment + a.key_dim + 1) + 2 * partial_size(a);
     return (floats + 31) / 16 * 16;  // whole cache lines, and one between neighbours
   }
   Scratch(const Arguments& a, float* memory)
-      : scores(memory), query(memory + kMaxRows * kSegment), whole(at(query + kMaxRows * a.key_dim)),
-        part(at(query + kMaxRows * a.key_dim + partial_size(a))) {}
+      : scores(memory), query(memory + kMaxRows * kSegment), whole(at(query + kMaxRows * (a.key_dim + 1))),
+        part(at(query + kMaxRows * (a.key_dim + 1) + partial_size(a))) {}
   static Partial at(float* memory) { return {memory, memory + kMaxRows, memory + 2 * kMaxRows}; }
 };
 
@@ -146,13 +144,14 @@ template <typename T>
 Tile<T> make_tile(const Arguments& a, const Item& item, int rows, float* query) {
   const int group = group_size(a);
   Tile<T> tile;
-  tile.key_block_stride = a.num_kv_heads * a.key_dim * kBlockSize;
+  tile.key_block_stride = a.num_kv_heads * padded_key_dim<T>(a.key_dim) * kBlockSize;
   tile.value_block_stride = a.num_kv_heads * a.value_dim * kBlockSize;
-  tile.keys = static_cast<const T*>(a.key_cache) + item.kv_head * a.key_dim * kBlockSize;
+  tile.keys = static_cast<const T*>(a.key_cache) + item.kv_head * padded_key_dim<T>(a.key_dim) * kBlockSize;
   tile.values = static_cast<const T*>(a.value_cache) + item.kv_head * a.value_dim * kBlockSize;
   tile.blocks = a.block_tables + item.sequence * a.block_table_stride;
   tile.key_dim = static_cast<int>(a.key_dim);
   tile.value_dim = static_cast<int>(a.value_dim);
+  tile.scale = a.scale;
   tile.softcap = a.softcap;
   tile.query = query;
   for (int r = 0; r < rows; r++) {
@@ -162,7 +161,13 @@ Tile<T> make_tile(const Arguments& a, const Item& item, int rows, float* query) 
     tile.visible[r] = visible_tokens(a, item.sequence, token);
     const T* source = static_cast<const T*>(a.query) + head * a.query_head_stride +
                       (a.query_starts[item.sequence] + static_cast<int64_t>(token)) * a.query_token_stride;
-    for (int d = 0; d < tile.key_dim; d++) query[d * rows + r] = to_float(source[d]) * a.scale;
+    if constexpr (kPaired<T>) {
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(query);
+      for (int d = 0; d < tile.key_dim; d += 2)
+        pairs[d / 2 * rows + r] = source[d].bits | (d + 1 < tile.key_dim ? uint32_t{source[d + 1].bits} << 16 : 0u);
+    } else {
+      for (int d = 0; d < tile.key_dim; d++) query[d * rows + r] = to_float(source[d]) * a.scale;
+    }
   }
   // Tokens ascend with rows, and so do both ends of what a row sees.
   tile.some = {tile.visible[0].first, tile.visible[rows - 1].last};
@@ -171,7 +176,7 @@ Tile<T> make_tile(const Arguments& a, const Item& item, int rows, float* query) 
 }
 
 // The state before the first segment: nothing seen, or a sink's weight and no value.
-void begin_rows(const Arguments& a, const Item& item, int rows, const Partial& whole) {
+inline void begin_rows(const Arguments& a, const Item& item, int rows, const Partial& whole) {
   const int group = group_size(a);
   for (int r = 0; r < rows; r++) {
     const int row = item.first_row + std::min(r, item.num_rows - 1);
@@ -238,41 +243,7 @@ void merge_split(const Arguments& a, const Item& tile, const Scratch& scratch, f
   finish_rows<T>(a, tile, scratch.whole);
 }
 
-template <typename T>
-void run(const Arguments& a) {
-  const Plan plan = make_plan(a);
-  // Kept between calls: a step makes one call per layer, and fresh memory would be faulted in each time.
-  static thread_local std::vector<float> memory;
-  const int64_t scratch_size = Scratch::size(a);
-  const size_t needed = plan.num_threads * scratch_size + plan.num_partials * Scratch::partial_size(a);
-  if (memory.size() < needed) memory.resize(needed);
-  float* const scratches = memory.data();
-  float* const partials = scratches + plan.num_threads * scratch_size;
-  const int64_t num_items = plan.items.size(), num_splits = plan.splits.size();
-
-  // Each barrier may cost a sleep and a wake-up, so a decode step meets only the one at the region's end.
-  const bool writes_alone = a.num_tokens * a.num_kv_heads * (a.key_dim + a.value_dim) <= kNumbersWrittenAlone;
-  if (writes_alone)
-    for (int64_t token = 0; token < a.num_tokens; token++) write_token<T>(a, token);
-
-#pragma omp parallel num_threads(plan.num_threads) if (plan.num_threads > 1)
-  {
-    const Scratch scratch(a, scratches + omp_get_thread_num() * scratch_size);
-    if (!writes_alone) {
-#pragma omp for schedule(static)
-      for (int64_t token = 0; token < a.num_tokens; token++) write_token<T>(a, token);
-    }
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 0; i < num_items; i++) run_item<T>(a, plan.items[i], scratch, partials);
-    if (num_splits > 0) {
-#pragma omp barrier
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t i = 0; i < num_splits; i++) merge_split<T>(a, plan.splits[i], scratch, partials);
-    }
-  }
-}
-
-bool is_consistent(const Arguments& a) {
+inline bool is_consistent(const Arguments& a) {
   if (a.num_kv_heads < 1 || a.num_heads % a.num_kv_heads != 0 || a.key_dim < 1 || a.value_dim < 1) return false;
   if (a.query_starts[0] != 0 || a.query_starts[a.num_seqs] != a.num_tokens) return false;
   for (int64_t i = 0; i < a.num_seqs; i++) {
@@ -284,7 +255,7 @@ bool is_consistent(const Arguments& a) {
 }
 
 // A wrong block id would read or overwrite foreign memory, so each one is looked at.
-bool blocks_exist(const Arguments& a) {
+inline bool blocks_exist(const Arguments& a) {
   for (int64_t i = 0; i < a.num_tokens; i++)
     if (a.slots[i] < 0 || a.slots[i] / kBlockSize >= a.num_blocks) return false;
   for (int64_t i = 0; i < a.num_seqs; i++) {
@@ -296,22 +267,4 @@ bool blocks_exist(const Arguments& a) {
   return true;
 }
 
-}  // namespace
 }  // namespace torchrelay
-
-int torchrelay_abi_version(void) { return torchrelay::kAbiVersion; }
-
-int torchrelay_paged_attention(const torchrelay::PagedAttentionArguments* arguments) {
-  using namespace torchrelay;
-  if (!is_consistent(*arguments)) return kBadShape;
-  if (!blocks_exist(*arguments)) return kBadBlock;
-  try {
-    if (arguments->element_type == kBFloat16)
-      run<BFloat16>(*arguments);
-    else
-      run<float>(*arguments);
-  } catch (const std::bad_alloc&) {
-    return kOutOfMemory;
-  }
-  return kOk;
-}

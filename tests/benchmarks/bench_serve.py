@@ -1,0 +1,79 @@
+"""`make bench-serve`: what serving costs, W1 and W2 through gateway and queue against the engine in process.
+
+Client, gateway, queue, worker and the engine alone share this machine and take turns, run by run. Prints tables and, as
+its last line, one JSON object: the ratio of throughputs, the CPU time of each part per token, the difference of the
+times to the first token. Exits with 1 if a budget is missed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from tests.benchmarks import report
+from tests.benchmarks.bench import PRECISIONS, Bench, make_parser, print_report, print_tables
+from tests.benchmarks.report import Run, Summary
+
+_MIN_RATIO: Final = 0.90
+_MAX_TTFT_MS: Final = 5.0
+
+
+def cpu_by_part(runs: Sequence[Run]) -> dict[str, float]:
+    """Return microseconds of CPU per output token of each part of the system, medians over the runs."""
+    parts = dict.fromkeys(part for run in runs for part in run.cpu_us_per_token)
+    return {part: statistics.median(run.cpu_us_per_token[part] for run in runs) for part in parts}
+
+
+def cpu_table(by_contestant: dict[str, dict[str, float]]) -> str:
+    parts = list(dict.fromkeys(part for parts in by_contestant.values() for part in parts))
+    rows = [
+        [name, *(f"{values[part]:.0f}" if part in values else "-" for part in parts)]
+        for name, values in by_contestant.items()
+    ]
+    return report.markdown(["W1, CPU µs per output token", *parts], rows)
+
+
+def verdict(alone: Summary, served: Summary) -> dict[str, float | bool]:
+    """Return what serving costs and whether that is within the budgets, of what was measured."""
+    found: dict[str, float | bool] = {}
+    if "W1" in alone.figures and "W1" in served.figures:
+        found["w1_ratio"] = round(served.figures["W1"] / alone.figures["W1"], 3)
+        found["w1_met"] = found["w1_ratio"] >= _MIN_RATIO
+    if "W2_ttft" in alone.figures and "W2_ttft" in served.figures:
+        found["w2_ttft_more_ms"] = round(served.figures["W2_ttft"] - alone.figures["W2_ttft"], 2)
+        found["w2_itl_more_ms"] = round(served.figures["W2_itl"] - alone.figures["W2_itl"], 2)
+        found["w2_met"] = found["w2_ttft_more_ms"] <= _MAX_TTFT_MS
+    return found
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    parser.set_defaults(only="W1,W2")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    args = parser.parse_args()
+    bench = Bench(args)
+    alone = bench.our_entry(args.precision)
+    served = dataclasses.replace(alone, name="served", module="tests.benchmarks.contestants.served")
+    with bench.measurement() as measurement:
+        for entry in (alone, served):
+            measurement.start(entry)
+        measurement.run(bench.names)
+        results = measurement.results
+    found = bench.summaries([alone, served], results, None)
+    cpu = {
+        entry.name: cpu_by_part(report.quietest(results.runs.get(entry.label, {}).get("W1", ()), args.rounds))
+        for entry in (alone, served)
+    }
+    cost = verdict(*found) if len(found) == 2 else {}
+    print_tables(report.table(found), cpu_table(cpu))
+    for name, value in cost.items():
+        sys.stdout.write(f"{name}: {value}\n")
+    print_report("bench-serve", found, results, {**cost, "cpu_us_per_token": cpu, "workload": bench.workload.sha256})
+    return 1 if results.failures or not all(met for name, met in cost.items() if name.endswith("_met")) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""How our engine predicts a given text, through its own steps: teacher forcing in place of its sampler's choice.
+
+Every window is one request whose prompt is the window's first half. At each step the logits are read off, and the
+text's own next token is put where the sampler's would have gone: the engine decodes the text as if it had written it,
+all windows together, through the same kernels that serve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tests.benchmarks.contestants.base import Output, Score
+from tests.benchmarks.workload import Request
+
+if TYPE_CHECKING:
+    from tests.benchmarks.contestants.engine import InProcessEngine
+
+
+def score_windows(contestant: InProcessEngine, windows: Sequence[list[int]]) -> list[Score]:
+    """Return the predictions for the second half of each window."""
+    sampler = contestant.engine._sampler
+    sample, scores, running = sampler.sample, {}, {}
+    texts: dict[str, list[int]] = {}
+    for window in windows:
+        half = len(window) // 2 + 1
+        request_id = contestant.add(Request(window[:half], len(window) - half))
+        texts[request_id] = window[half:]
+        scores[request_id] = Score([], [])
+        running[request_id] = Output()
+
+    def forced(logits: torch.Tensor, sequences: Sequence[Any]) -> Any:
+        nexts = []
+        for sequence in sequences:
+            score = scores[sequence.request_id]
+            nexts.append(texts[sequence.request_id][len(score.best)])
+        rows = logits.double()
+        logprobs = rows.log_softmax(1).gather(1, torch.tensor(nexts)[:, None])[:, 0].tolist()
+        for sequence, logprob, best in zip(sequences, logprobs, rows.argmax(1).tolist(), strict=True):
+            scores[sequence.request_id].logprobs.append(logprob)
+            scores[sequence.request_id].best.append(best)
+        return dataclasses.replace(sample(logits, sequences), token_ids=nexts)
+
+    sampler.sample = forced  # type: ignore[method-assign]
+    try:
+        while running:
+            contestant.step(running)
+    finally:
+        del sampler.sample
+    return [scores[request_id] for request_id in texts]

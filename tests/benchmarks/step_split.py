@@ -1,0 +1,130 @@
+"""Where the time of a step goes: the engine's own parts, and inside the model the operations that torch runs.
+
+The model decodes 1, 8 and 32 requests of W1, or prefills a chunk, as a worker would; each step is timed in its parts:
+
+    plan       the scheduler chooses                      attention  where it is a call of its own
+    batch      numpy fills the tensors                    forward    the rest of the model
+    sample     logits to tokens                           update     tokens to deltas: stops, text, blocks
+
+    python -m tests.benchmarks.step_split --model DIR --workload FILE      prints one JSON object
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+from tests.benchmarks import report
+from tests.benchmarks.contestants.base import Output
+from tests.benchmarks.contestants.engine import InProcessEngine, add_arguments
+from tests.benchmarks.stopwatch import Stopwatch
+from tests.benchmarks.workload import Request, Workload
+from worker.engine.device import num_compute_threads
+
+PARTS: Final = ("plan", "batch", "attention", "forward", "sample", "update")
+_CALLS: Final = {  # from the engine
+    "plan": "_plan",
+    "batch": "_runner._buffers.fill",
+    "attention": "_runner._attention._backend.attend",
+    "forward": "_runner.execute",
+    "sample": "_sampler.sample",
+    "update": "_update",
+}
+_BATCHES: Final = (1, 8, 32)
+_WARM_UP, _STEPS, _PROFILED = 5, 40, 10
+_NUM_OPERATIONS: Final = 6  # shown by name
+
+
+def watch_engine(contestant: InProcessEngine) -> Stopwatch:
+    """Time the parts of every step from now on. A part that this engine does not have stays at zero."""
+    watch = Stopwatch(PARTS)
+    for part, path in _CALLS.items():
+        *owners, name = path.split(".")
+        owner: Any = contestant.engine
+        for attribute in owners:
+            owner = getattr(owner, attribute, None)
+        if hasattr(owner, name):
+            watch.wrap(owner, name, part)
+    return watch
+
+
+def time_steps(
+    contestant: InProcessEngine, watch: Stopwatch, running: dict[str, Output], count: int
+) -> dict[str, float]:
+    """Run steps; return the medians of the whole and of its parts, milliseconds."""
+    totals, parts = [], []
+    for _ in range(count):
+        watch.reset()
+        started = time.perf_counter()
+        contestant.step(running)
+        totals.append((time.perf_counter() - started) * 1000)
+        parts.append(watch.reset())
+    medians = {part: statistics.median(spent[part] for spent in parts) for part in PARTS}
+    return {"step": statistics.median(totals), **medians}
+
+
+def profile_steps(contestant: InProcessEngine, running: dict[str, Output], count: int) -> dict[str, float]:
+    """Run steps under torch's profiler; return the largest operations' own time, milliseconds a step."""
+    from torch.profiler import ProfilerActivity, profile  # torch is not imported before the engine's own settings
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(count):
+            contestant.step(running)
+    own = Counter({event.key: event.self_cpu_time_total / 1000 / count for event in profiler.key_averages()})
+    return dict(own.most_common(_NUM_OPERATIONS))
+
+
+def split(contestant: InProcessEngine, workload: Workload) -> dict[str, Any]:
+    """Return by kind of step the medians of its parts and its largest operations, milliseconds."""
+    watch, rows = watch_engine(contestant), {}
+    prompts = [request.prompt for request in workload.runs["W1"][0]]
+    for width in _BATCHES:
+        length = _WARM_UP + _STEPS + _PROFILED + 4
+        running = {contestant.add(Request(prompt, length)): Output() for prompt in prompts[:width]}
+        while not all(output.token_ids for output in running.values()):
+            contestant.step(running)
+        time_steps(contestant, watch, running, _WARM_UP)
+        row: dict[str, Any] = time_steps(contestant, watch, running, _STEPS)
+        row["operations"] = profile_steps(contestant, running, _PROFILED)
+        rows[f"decode {width}"] = row
+        finish(contestant, running)
+    for variant in workload.runs["W3"][:2]:  # the first warms up
+        running = {contestant.add(variant[0]): Output()}
+        rows["prefill chunk"] = time_steps(contestant, watch, running, 1)
+        finish(contestant, running)
+    return rows
+
+
+def finish(contestant: InProcessEngine, running: dict[str, Output]) -> None:
+    while running:
+        contestant.step(running)
+
+
+def split_table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the parts in milliseconds, and the largest operations by name."""
+    lines = []
+    for name, row in rows.items():
+        operations = ", ".join(f"{key} {value:.1f}" for key, value in row.get("operations", {}).items())
+        lines.append([name, *(f"{row[part]:.2f}" for part in ("step", *PARTS)), operations or "-"])
+    return report.markdown(["ms", "step", *PARTS, "largest operations of torch, own time"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--workload", type=Path, required=True, help="file written by tests.benchmarks.workload")
+    parser.add_argument("--threads", type=int, default=num_compute_threads())
+    add_arguments(parser)
+    args = parser.parse_args()
+    workload = Workload.parse(args.workload.read_text())
+    sys.stdout.write(json.dumps(split(InProcessEngine(args), workload)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Llama-shaped decoders on the CPU: a whole step in one call of C++, with weights packed once."""

@@ -1,0 +1,284 @@
+"""The compiled decoder: a model's packed weights, and a step as one call into the C++ kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import torch
+
+from worker.engine.attention.interface import LayerCache, LayerShape
+from worker.engine.batch import StepBatch
+from worker.engine.decoder.layout import DecoderLayout, LayerLayout, NotLlamaShaped
+from worker.engine.decoder.packing import (
+    Arena,
+    LinearFormat,
+    PackedLinear,
+    fits,
+    pack,
+    packed_bytes,
+    padded,
+)
+from worker.engine.kernels.library import Kernels
+
+_ACTIVATIONS: Final = {"silu": 0, "gelu_tanh": 1}
+_ELEMENT_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
+_FAILURES: Final = {
+    1: "a slot or a block table names a block that the cache does not have",
+    2: "the batch contradicts itself: query_starts, context_lens or block table width",
+    3: "out of memory",
+    4: "a token id, position or logit row does not exist",
+}
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("column_sums", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("format", ctypes.c_int64),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *[(name, _Linear) for name in ("qkv", "output", "gate_up", "down")],
+        *[
+            (name, ctypes.c_void_p)
+            for name in (
+                *("attention_norm", "query_norm", "key_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm"),
+                *("cosines", "sines", "key_cache", "value_cache"),
+            )
+        ],
+        ("sliding_window", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.POINTER(_Layer)),
+        ("head", _Linear),
+        ("embedding", ctypes.c_void_p),
+        ("final_norm", ctypes.c_void_p),
+        *[
+            (name, ctypes.c_int64)
+            for name in (
+                *("num_layers", "hidden_size", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "rotary_dim"),
+                *("mlp_size", "num_positions", "num_blocks", "element_type", "activation", "wide_query_key_norm"),
+            )
+        ],
+        *[
+            (name, ctypes.c_float)
+            for name in ("norm_epsilon", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap")
+        ],
+    ]
+
+
+class DecoderTimes(ctypes.Structure):
+    """Seconds by part of the steps since it was made."""
+
+    _fields_ = [(name, ctypes.c_double) for name in ("norms", "linears", "attention", "rotary", "head")]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *[
+            (name, ctypes.c_void_p)
+            for name in (
+                *("token_ids", "positions", "logit_rows", "slots", "block_tables", "query_starts", "context_lens"),
+                *("logits", "times"),
+            )
+        ],
+        *[
+            (name, ctypes.c_int64)
+            for name in ("num_tokens", "num_seqs", "num_logit_rows", "block_table_width", "num_threads")
+        ],
+    ]
+
+
+class CompiledDecoder:
+    """Runs a Llama-shaped decoder on the CPU.
+
+    In every number format a row's logits are the same to the bit whatever else is in the batch, however its prompt is
+    cut into chunks, and on any number of threads. The residual stream and all sums are float32.
+    """
+
+    def __init__(self, layout: DecoderLayout, dtype: torch.dtype, kernels: Kernels, *, int8: bool = False) -> None:
+        """Pack the weights. The layout's linear layers lose theirs, one after another, so memory holds them once.
+
+        `dtype` is that of keys and values, and of all weights without `int8`. Raises NotLlamaShaped when a width does
+        not fit the kernels; nothing is lost then.
+        """
+        first = layout.layers[0]
+        self.dtype = dtype
+        self.vocab_size = layout.head.outputs
+        self.layer_shapes: Mapping[int, LayerShape] = {
+            i: layer.attention.shape for i, layer in enumerate(layout.layers)
+        }
+        self.times: DecoderTimes | None = None
+        if len({(layer.attention.shape, layer.attention.num_heads) for layer in layout.layers}) != 1:
+            raise NotLlamaShaped("layers differ in their heads")
+        self._call = kernels.decoder_step
+        self._kept: list[torch.Tensor] = []  # what the structures point to
+        formats = _Formats(dtype, int8=int8)
+        formats.check(layout)
+        arena = Arena(sum(packed_bytes(*size) for size in formats.sizes(layout)))
+        # Read before anything is packed: a tied head and embedding are one tensor, and packing drops the head's.
+        embedding = self._keep(layout.embedding.to(dtype).contiguous())
+        tables = {key: (self._keep(cos), self._keep(sin)) for key, (cos, sin) in layout.rope_tables.items()}
+        self._layers = (_Layer * len(layout.layers))(
+            *(self._layer(layer, formats, arena, tables) for layer in layout.layers)
+        )
+        head = self._linear(pack(layout.head.layers, formats.head, arena))
+        for layer in layout.head.layers:
+            _drop_weight(layer)  # a tied one lives on as the embedding
+        self._decoder = _Decoder(
+            layers=self._layers,
+            head=head,
+            embedding=embedding.data_ptr(),
+            final_norm=self._keep(layout.final_norm).data_ptr(),
+            num_layers=len(layout.layers),
+            hidden_size=first.qkv.inputs,
+            vocab_size=self.vocab_size,
+            num_heads=first.attention.num_heads,
+            num_kv_heads=first.attention.shape.num_kv_heads,
+            head_dim=first.attention.shape.key_dim,
+            rotary_dim=2 * next((cos.shape[1] for cos, _ in tables.values()), 0),
+            mlp_size=layout.mlp_size,
+            num_positions=layout.num_positions,
+            element_type=_ELEMENT_TYPES[dtype],
+            activation=_ACTIVATIONS[layout.activation],
+            wide_query_key_norm=layout.wide_query_key_norm,
+            norm_epsilon=layout.norm_epsilon,
+            embedding_scale=layout.embedding_scale,
+            residual_scale=layout.residual_scale,
+            logit_scale=layout.logit_scale,
+            logit_softcap=layout.logit_softcap,
+        )
+        self._arena = arena
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._kept.append(tensor)
+        return tensor
+
+    def _pointer(self, tensor: torch.Tensor | None) -> int | None:
+        return None if tensor is None else self._keep(tensor).data_ptr()
+
+    def _linear(self, packed: PackedLinear) -> _Linear:
+        self._kept += packed.tensors()
+        return _Linear(
+            panels=packed.panels.data_ptr(),
+            bias=self._pointer(packed.bias),
+            scales=self._pointer(packed.scales),
+            column_sums=self._pointer(packed.column_sums),
+            inputs=packed.inputs,
+            outputs=packed.outputs,
+            format=packed.format,
+        )
+
+    def _layer(
+        self,
+        layer: LayerLayout,
+        formats: _Formats,
+        arena: Arena,
+        tables: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    ) -> _Layer:
+        linears: dict[str, _Linear] = {}
+        for name in ("qkv", "output", "gate_up", "down"):
+            layers = getattr(layer, name).layers
+            linears[name] = self._linear(pack(layers, formats.of(name), arena, gated=name == "gate_up"))
+            for linear in layers:
+                _drop_weight(linear)
+        cosines, sines = tables[layer.rope] if layer.rope else (None, None)
+        options = layer.attention.options
+        return _Layer(
+            **linears,
+            attention_norm=self._pointer(layer.attention_norm),
+            query_norm=self._pointer(layer.query_norm),
+            key_norm=self._pointer(layer.key_norm),
+            attention_output_norm=self._pointer(layer.attention_output_norm),
+            mlp_norm=self._pointer(layer.mlp_norm),
+            mlp_output_norm=self._pointer(layer.mlp_output_norm),
+            cosines=None if cosines is None else cosines.data_ptr(),
+            sines=None if sines is None else sines.data_ptr(),
+            sliding_window=options.sliding_window or 0,
+            scale=options.scale,
+            softcap=options.softcap or 0.0,
+        )
+
+    def bind(self, caches: Mapping[int, LayerCache]) -> Callable[[StepBatch], torch.Tensor]:
+        """Use these caches, by layer, laid out as `CpuAttention` allocates them; return `forward`."""
+        self._caches = dict(caches)
+        for index, cache in caches.items():
+            self._layers[index].key_cache = cache.keys.data_ptr()
+            self._layers[index].value_cache = cache.values.data_ptr()
+        self._decoder.num_blocks = caches[0].values.shape[0]
+        return self.forward
+
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        """Compute a step; return the logits [num_logit_rows, vocab_size] float32.
+
+        Raises ValueError for a batch that contradicts itself or names what does not exist; MemoryError.
+        """
+        attention = batch.attention
+        num_rows = len(batch.logit_rows)
+        logits = torch.empty((num_rows, self.vocab_size), dtype=torch.float32)
+        step = _Step(
+            token_ids=batch.input_ids.data_ptr(),
+            positions=batch.position_ids.data_ptr(),
+            logit_rows=batch.logit_rows.data_ptr(),
+            slots=attention.slots.data_ptr(),
+            block_tables=attention.block_tables.data_ptr(),
+            query_starts=attention.query_starts.data_ptr(),
+            context_lens=attention.context_lens.data_ptr(),
+            logits=logits.data_ptr(),
+            times=None if self.times is None else ctypes.addressof(self.times),
+            num_tokens=batch.input_ids.shape[1],
+            num_seqs=len(attention.context_lens),
+            num_logit_rows=num_rows,
+            block_table_width=attention.block_tables.shape[1],
+            num_threads=torch.get_num_threads(),
+        )
+        status = self._call(ctypes.byref(self._decoder), ctypes.byref(step))
+        if status == 3:
+            raise MemoryError(_FAILURES[3])
+        if status:
+            raise ValueError(f"the decoder refused its arguments: {_FAILURES.get(status, status)}")
+        return logits
+
+
+def _drop_weight(layer: torch.nn.Linear) -> None:
+    layer.weight = torch.nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
+
+
+class _Formats:
+    """Which layer is kept in which format."""
+
+    def __init__(self, dtype: torch.dtype, *, int8: bool) -> None:
+        plain = LinearFormat.BFLOAT16 if dtype == torch.bfloat16 else LinearFormat.FLOAT32
+        self._narrow = LinearFormat.INT8 if int8 else plain
+        self._wide = LinearFormat.INT8_WIDE if int8 else plain
+        self.head = self._wide
+
+    def of(self, name: str) -> LinearFormat:
+        return self._wide if name == "down" else self._narrow
+
+    def sizes(self, layout: DecoderLayout) -> list[tuple[int, int, LinearFormat]]:
+        sizes = [(layout.head.inputs, layout.head.outputs, self.head)]
+        for layer in layout.layers:
+            for name in ("qkv", "output", "down"):
+                linear = getattr(layer, name)
+                sizes.append((linear.inputs, linear.outputs, self.of(name)))
+            sizes.append((layer.gate_up.inputs, 2 * padded(layer.down.inputs), self.of("gate_up")))
+        return sizes
+
+    def check(self, layout: DecoderLayout) -> None:
+        for inputs, _, linear_format in self.sizes(layout):
+            if not fits(inputs, linear_format):
+                raise NotLlamaShaped(f"a layer has {inputs} inputs, which are no whole words in {linear_format.name}")

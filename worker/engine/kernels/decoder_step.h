@@ -1,0 +1,389 @@
+// A step of a Llama-shaped decoder: embedding, layers and head, for all tokens of the step, in one parallel region.
+//
+//     x    float32 [tokens, hidden_size]: the residual stream, never rounded
+//     layer    norm | qkv | rotary, keys and values into the cache | attention | output | norm | gate_up | down
+//
+// The bars are where threads wait for each other. Of the last layer only rows whose logits are wanted go beyond attention.
+#pragma once
+
+#include <chrono>
+#include <vector>
+
+#include "attend.h"
+#include "decoder.h"
+#include "matmul.h"
+#include "rows.h"
+#include "team.h"
+
+namespace torchrelay {
+
+// Inputs of a linear layer: rows of words, `planes` to a row of activations, and the rows' scales.
+struct Inputs {
+  uint32_t* words;
+  float* scales;
+};
+
+// Cuts memory of a step into buffers, each on its own cache lines.
+class Arena {
+ public:
+  explicit Arena(char* memory) : memory_(memory) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    char* start = memory_ + used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;
+    return memory_ ? reinterpret_cast<T*>(start) : nullptr;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+inline int64_t words_per_row(const Linear& linear) { return row_words(linear) * planes(linear.format); }
+
+struct AttentionPlan {
+  int64_t sliding_window;
+  Plan plan;
+};
+
+template <typename T>
+class Step {
+ public:
+  Step(const Decoder& decoder, const DecoderStep& step, int num_threads)
+      : d_(decoder), s_(step), team_(num_threads), rows_(step.num_tokens) {}
+
+  void make_plans() {
+    for (int64_t i = 0; i < d_.num_layers; i++) {
+      const int64_t window = d_.layers[i].sliding_window;
+      const auto is_same = [&](const AttentionPlan& entry) { return entry.sliding_window == window; };
+      if (std::none_of(plans_.begin(), plans_.end(), is_same))
+        plans_.push_back({window, make_plan(attention_arguments(d_.layers[i]))});
+    }
+  }
+
+  Arguments attention_arguments(const Layer& layer) const {
+    Arguments a{};
+    const int64_t query_size = d_.num_heads * d_.head_dim, kv_size = d_.num_kv_heads * d_.head_dim;
+    a.query = query_, a.key = key_, a.value = value_, a.output = attended_;
+    a.key_cache = layer.key_cache, a.value_cache = layer.value_cache;
+    a.slots = s_.slots, a.block_tables = s_.block_tables;
+    a.query_starts = s_.query_starts, a.context_lens = s_.context_lens;
+    a.query_token_stride = query_size, a.query_head_stride = d_.head_dim;
+    a.key_token_stride = a.value_token_stride = kv_size;
+    a.key_head_stride = a.value_head_stride = d_.head_dim;
+    a.block_table_stride = a.block_table_width = s_.block_table_width;
+    a.num_tokens = s_.num_tokens, a.num_seqs = s_.num_seqs, a.num_blocks = d_.num_blocks;
+    a.num_heads = d_.num_heads, a.num_kv_heads = d_.num_kv_heads;
+    a.key_dim = a.value_dim = d_.head_dim;
+    a.sliding_window = layer.sliding_window;
+    a.scale = layer.scale, a.softcap = layer.softcap;
+    a.element_type = static_cast<int32_t>(d_.element_type);
+    a.num_threads = team_.size();
+    return a;
+  }
+
+  // Two passes over the same code: the first, without memory, tells how much is needed.
+  int64_t lay_out(char* memory) {
+    Arena arena(memory);
+    const int64_t query_size = d_.num_heads * d_.head_dim, kv_size = d_.num_kv_heads * d_.head_dim;
+    int64_t words = 0;
+    for (int64_t i = 0; i < d_.num_layers; i++)
+      for (const Linear* linear : {&d_.layers[i].qkv, &d_.layers[i].output, &d_.layers[i].gate_up, &d_.layers[i].down})
+        words = std::max(words, words_per_row(*linear));
+    words = std::max(words, words_per_row(d_.head));
+    x_ = arena.take<float>(rows_ * d_.hidden_size);
+    kept_x_ = arena.take<float>(s_.num_logit_rows * d_.hidden_size);
+    branch_ = arena.take<float>(rows_ * d_.hidden_size);
+    inputs_.words = arena.take<uint32_t>(rows_ * words);
+    inputs_.scales = arena.take<float>(rows_);
+    mlp_inputs_.words = arena.take<uint32_t>(rows_ * words);
+    mlp_inputs_.scales = arena.take<float>(rows_);
+    qkv_ = arena.take<float>(rows_ * (query_size + 2 * kv_size));
+    query_ = arena.take<T>(rows_ * query_size);
+    key_ = arena.take<T>(rows_ * kv_size);
+    value_ = arena.take<T>(rows_ * kv_size);
+    attended_ = arena.take<T>(rows_ * query_size);
+    kept_attended_ = arena.take<T>(s_.num_logit_rows * query_size);
+    mlp_ = arena.take<float>(rows_ * d_.mlp_size);
+    const int64_t widest = std::max({d_.hidden_size, d_.mlp_size, query_size});
+    row_ = arena.take<float>(team_.size() * (widest + 64));
+    row_size_ = widest + 64;
+    const Arguments a = attention_arguments(d_.layers[0]);
+    scratch_size_ = Scratch::size(a);
+    scratch_ = arena.take<float>(team_.size() * scratch_size_);
+    int64_t partials = 0;
+    for (const AttentionPlan& entry : plans_) partials = std::max(partials, entry.plan.num_partials);
+    partials_ = arena.take<float>(partials * Scratch::partial_size(a));
+    return arena.used();
+  }
+
+  int num_threads() const { return team_.size(); }
+
+  // By every thread of the team, which may have turned out smaller than planned.
+  void run(int thread, int num_threads) {
+    team_.set_size(num_threads);
+    clock_ = std::chrono::steady_clock::now();
+    each_row([&](int64_t row) { embed(row); });
+    int64_t num_rows = rows_;
+    float* x = x_;
+    for (int64_t i = 0; i < d_.num_layers; i++) {
+      const Layer& layer = d_.layers[i];
+      const bool is_last = i + 1 == d_.num_layers;
+      // What the layer before added under a norm of its own joins here.
+      const float* pending = i > 0 ? d_.layers[i - 1].mlp_output_norm : nullptr;
+      norm_rows(thread, x, num_rows, pending, layer.attention_norm, layer.qkv, inputs_);
+      spent(thread, &DecoderTimes::norms);
+      multiply(layer.qkv, inputs_.words, inputs_.scales, num_rows, [&](int64_t row, int64_t first, int64_t count, const float* y) {
+        std::memcpy(qkv_ + row * layer.qkv.outputs + first, y, count * sizeof(float));
+      });
+      spent(thread, &DecoderTimes::linears);
+      const Arguments a = attention_arguments(layer);
+      each_row([&](int64_t row) { place_row(a, layer, row); });
+      spent(thread, &DecoderTimes::rotary);
+      if (is_last && s_.num_logit_rows == 0) return;
+      attend(thread, a);
+      const T* attended = attended_;
+      if (is_last && s_.num_logit_rows < num_rows) {
+        each_row([&](int64_t row) { keep_row(row); }, s_.num_logit_rows);
+        num_rows = s_.num_logit_rows;
+        x = kept_x_;
+        attended = kept_attended_;
+      }
+      const uint32_t* words = attention_output(thread, attended, layer.output, num_rows);
+      spent(thread, &DecoderTimes::attention);
+      multiply_add(layer.output, words, num_rows, x, layer.attention_output_norm);
+      spent(thread, &DecoderTimes::linears);
+      norm_rows(thread, x, num_rows, layer.attention_output_norm, layer.mlp_norm, layer.gate_up, inputs_);
+      spent(thread, &DecoderTimes::norms);
+      const bool is_plain = layer.down.format == kLinearFloat32 || layer.down.format == kLinearBFloat16;
+      const int64_t down_words = row_words(layer.down);
+      multiply(layer.gate_up, inputs_.words, inputs_.scales, num_rows, [&](int64_t row, int64_t first, int64_t, const float* y) {
+        float active[kColumns];
+        gate(d_.activation, y, y + kColumns, active);
+        const int64_t at = first / 2, count = std::min<int64_t>(kColumns, d_.mlp_size - at);
+        if (!is_plain)
+          std::memcpy(mlp_ + row * d_.mlp_size + at, active, count * sizeof(float));
+        else if (layer.down.format == kLinearFloat32)
+          convert_row(active, count, reinterpret_cast<float*>(mlp_inputs_.words + row * down_words) + at);
+        else
+          convert_row(active, count, reinterpret_cast<BFloat16*>(mlp_inputs_.words + row * down_words) + at);
+      });
+      if (!is_plain)
+        each_row([&](int64_t row) { prepare(layer.down, mlp_ + row * d_.mlp_size, row, mlp_inputs_); }, num_rows);
+      multiply_add(layer.down, mlp_inputs_.words, num_rows, x, layer.mlp_output_norm, mlp_inputs_.scales);
+      spent(thread, &DecoderTimes::linears);
+    }
+    norm_rows(thread, x, num_rows, d_.layers[d_.num_layers - 1].mlp_output_norm, d_.final_norm, d_.head, inputs_);
+    multiply(d_.head, inputs_.words, inputs_.scales, num_rows, [&](int64_t row, int64_t first, int64_t count, const float* y) {
+      float* target = s_.logits + row * d_.vocab_size + first;
+      for (int64_t i = 0; i < count; i++) target[i] = y[i] * d_.logit_scale;
+      if (d_.logit_softcap > 0.0f)
+        for (int64_t i = 0; i < count; i++) target[i] = std::tanh(target[i] / d_.logit_softcap) * d_.logit_softcap;
+    });
+    spent(thread, &DecoderTimes::head);
+  }
+
+ private:
+  void spent(int thread, double DecoderTimes::*part) {
+    if (thread != 0 || !s_.times) return;
+    const auto now = std::chrono::steady_clock::now();
+    s_.times->*part += std::chrono::duration<double>(now - clock_).count();
+    clock_ = now;
+  }
+
+  // A phase of rows.
+  template <typename Work>
+  void each_row(Work work, int64_t num_rows = -1) {
+    if (num_rows < 0) num_rows = rows_;
+    const int64_t size = std::max<int64_t>(1, num_rows / (team_.size() * 4));
+    for (int64_t piece = team_.next(); piece * size < num_rows; piece = team_.next())
+      for (int64_t row = piece * size; row < std::min(num_rows, (piece + 1) * size); row++) work(row);
+    team_.wait();
+  }
+
+  void embed(int64_t row) {
+    const T* source = static_cast<const T*>(d_.embedding) + s_.token_ids[row] * d_.hidden_size;
+    float* target = x_ + row * d_.hidden_size;
+    for (int64_t i = 0; i < d_.hidden_size; i++) target[i] = to_float(source[i]) * d_.embedding_scale;
+  }
+
+  void prepare(const Linear& linear, const float* source, int64_t row, const Inputs& inputs) {
+    prepare_row(linear.format, source, linear.inputs, inputs.words + row * words_per_row(linear), inputs.scales + row);
+  }
+
+  // Adds what waits in branch_ under the norm `pending`, then makes inputs of the rows under the norm `weight`.
+  void norm_rows(int thread, float* x, int64_t num_rows, const float* pending, const float* weight, const Linear& linear,
+                 const Inputs& inputs) {
+    float* const normed = row_ + thread * row_size_;
+    each_row(
+        [&](int64_t row) {
+          float* const residual = x + row * d_.hidden_size;
+          if (pending) {
+            rms_norm(branch_ + row * d_.hidden_size, pending, d_.hidden_size, d_.norm_epsilon, normed);
+            for (int64_t i = 0; i < d_.hidden_size; i++) residual[i] += normed[i] * d_.residual_scale;
+          }
+          if (weight) rms_norm(residual, weight, d_.hidden_size, d_.norm_epsilon, normed);
+          prepare(linear, weight ? normed : residual, row, inputs);
+        },
+        num_rows);
+  }
+
+  // Norms and rotary positions of a row's query and key; key and value go into the cache.
+  void place_row(const Arguments& a, const Layer& layer, int64_t row) {
+    const int64_t query_size = d_.num_heads * d_.head_dim, kv_size = d_.num_kv_heads * d_.head_dim;
+    float* const query = qkv_ + row * (query_size + 2 * kv_size);
+    float* const key = query + query_size;
+    if (layer.query_norm) norm_heads(query, query_size, layer.query_norm);
+    if (layer.key_norm) norm_heads(key, kv_size, layer.key_norm);
+    if (layer.cosines) {
+      const int64_t at = s_.positions[row] * (d_.rotary_dim / 2);
+      for (int64_t head = 0; head < d_.num_heads + d_.num_kv_heads; head++)
+        rotate(query + head * d_.head_dim, layer.cosines + at, layer.sines + at, d_.rotary_dim);
+    }
+    convert_row(query, query_size, query_ + row * query_size);
+    convert_row(key, kv_size, key_ + row * kv_size);
+    convert_row(key + kv_size, kv_size, value_ + row * kv_size);
+    write_token<T>(a, row);
+  }
+
+  void norm_heads(float* x, int64_t size, const float* weight) {
+    const int64_t width = d_.wide_query_key_norm ? size : d_.head_dim;
+    for (int64_t at = 0; at < size; at += width) rms_norm(x + at, weight, width, d_.norm_epsilon, x + at);
+  }
+
+  void attend(int thread, const Arguments& a) {
+    const auto entry = std::find_if(plans_.begin(), plans_.end(),
+                                    [&](const AttentionPlan& e) { return e.sliding_window == a.sliding_window; });
+    const Plan& plan = entry->plan;
+    const Scratch scratch(a, scratch_ + thread * scratch_size_);
+    const int64_t num_items = plan.items.size(), num_splits = plan.splits.size();
+    for (int64_t i = team_.next(); i < num_items; i = team_.next()) run_item<T>(a, plan.items[i], scratch, partials_);
+    team_.wait();
+    if (num_splits == 0) return;
+    for (int64_t i = team_.next(); i < num_splits; i = team_.next())
+      merge_split<T>(a, plan.splits[i], scratch, partials_);
+    team_.wait();
+  }
+
+  void keep_row(int64_t row) {
+    const int64_t from = s_.logit_rows[row], query_size = d_.num_heads * d_.head_dim;
+    std::memcpy(kept_x_ + row * d_.hidden_size, x_ + from * d_.hidden_size, d_.hidden_size * sizeof(float));
+    std::memcpy(kept_attended_ + row * query_size, attended_ + from * query_size, query_size * sizeof(T));
+  }
+
+  // The attention's output as the output layer's inputs: as it is where the formats agree.
+  const uint32_t* attention_output(int thread, const T* attended, const Linear& linear, int64_t num_rows) {
+    const bool agree = linear.format == (sizeof(T) == 4 ? kLinearFloat32 : kLinearBFloat16);
+    if (agree) return reinterpret_cast<const uint32_t*>(attended);
+    float* const row_floats = row_ + thread * row_size_;
+    each_row(
+        [&](int64_t row) {
+          convert_row(attended + row * linear.inputs, linear.inputs, row_floats);
+          prepare(linear, row_floats, row, inputs_);
+        },
+        num_rows);
+    return inputs_.words;
+  }
+
+  // x += layer's product, or, when a norm is to come in between, the product into branch_.
+  void multiply_add(const Linear& linear, const uint32_t* words, int64_t num_rows, float* x, const float* norm,
+                    const float* scales = nullptr) {
+    multiply(linear, words, scales ? scales : inputs_.scales, num_rows,
+             [&](int64_t row, int64_t first, int64_t count, const float* y) {
+               float* const target = (norm ? branch_ : x) + row * d_.hidden_size + first;
+               if (norm) {
+                 std::memcpy(target, y, count * sizeof(float));
+               } else {
+                 for (int64_t i = 0; i < count; i++) target[i] += y[i] * d_.residual_scale;
+               }
+             });
+  }
+
+  // Calls take(row, first output, number of outputs, float outputs[kPanel]) for all of the product.
+  template <typename Take>
+  void multiply(const Linear& linear, const uint32_t* words, const float* scales, int64_t num_rows, Take take) {
+    switch (linear.format) {
+      case kLinearFloat32: return multiply<Float32Format, 1>(linear, words, scales, num_rows, take);
+      case kLinearBFloat16: return multiply<BFloat16Format, 1>(linear, words, scales, num_rows, take);
+      case kLinearInt8: return multiply<Int8Format, 1>(linear, words, scales, num_rows, take);
+      default: return multiply<Int8Format, 2>(linear, words, scales, num_rows, take);
+    }
+  }
+
+  // A piece of work is a few panels, which then stay in the second-level cache, for a stretch of rows.
+  template <typename Format, int kPlanes, typename Take>
+  void multiply(const Linear& linear, const uint32_t* words, const float* scales, int64_t num_rows, Take take) {
+    constexpr int64_t kMostRows = kTileRows / kPlanes > 0 ? kTileRows / kPlanes : 1;
+    constexpr int64_t kTilesTogether = 8;
+    const int64_t num_words = row_words(linear);
+    const int64_t num_panels = (linear.outputs + kPanel - 1) / kPanel;
+    const int64_t num_tiles = (num_rows + kMostRows - 1) / kMostRows;
+    const int64_t num_stretches = (num_tiles + kTilesTogether - 1) / kTilesTogether;
+    const int64_t share = num_panels / (team_.size() * 3);
+    const int64_t together = num_tiles == 1 ? 1 : std::clamp<int64_t>(share, 1, 4);
+    const int64_t num_groups = (num_panels + together - 1) / together;
+    for (int64_t piece = team_.next(); piece < num_groups * num_stretches; piece = team_.next()) {
+      const int64_t first_panel = piece / num_stretches * together;
+      const int64_t last_panel = std::min(num_panels, first_panel + together);
+      const int64_t stretch = piece % num_stretches;
+      // Tiles as equal as can be.
+      const int64_t first_tile = stretch * num_tiles / num_stretches;
+      const int64_t last_tile = (stretch + 1) * num_tiles / num_stretches;
+      for (int64_t tile = first_tile; tile < last_tile; tile++) {
+        const int64_t row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
+        for (int64_t panel = first_panel; panel < last_panel; panel++) {
+          typename Format::Accumulator sums[kTileRows * kPanel / kColumns < 4 ? 4 : kTileRows * kPanel / kColumns];
+          multiply_rows<Format>(static_cast<int>((end - row) * kPlanes), words + row * kPlanes * num_words, num_words,
+                                linear.panels + panel * num_words * kPanel, num_words, sums);
+          const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, linear.outputs - first);
+          for (int64_t r = row; r < end; r++) {
+            float outputs[kPanel];
+            finish<kPlanes>(linear, first, sums + (r - row) * kPlanes * (kPanel / kColumns), scales ? scales[r] : 1.0f,
+                            outputs);
+            take(r, first, count, outputs);
+          }
+        }
+      }
+    }
+    team_.wait();
+  }
+
+  template <int kPlanes>
+  static void finish(const Linear& linear, int64_t first, const Sums* sums, float, float* outputs) {
+    for (int c = 0; c < kPanel / kColumns; c++) {
+      Sums y = sums[c];
+      if (linear.bias) y += load_sums(linear.bias + first + c * kColumns);
+      std::memcpy(outputs + c * kColumns, &y, sizeof y);
+    }
+  }
+
+  // Bytes of activations are 128 too large, 16 bits of them 32,768: taken off through the sums of the weights.
+  template <int kPlanes>
+  static void finish(const Linear& linear, int64_t first, const Counts* counts, float scale, float* outputs) {
+    for (int c = 0; c < kPanel / kColumns; c++) {
+      Counts offset;
+      std::memcpy(&offset, linear.column_sums + first + c * kColumns, sizeof offset);
+      Sums y = __builtin_convertvector(counts[c] - offset * 128, Sums);
+      if constexpr (kPlanes == 2) y = y * 256.0f + __builtin_convertvector(counts[kPanel / kColumns + c], Sums);
+      y *= load_sums(linear.scales + first + c * kColumns) * scale;
+      if (linear.bias) y += load_sums(linear.bias + first + c * kColumns);
+      std::memcpy(outputs + c * kColumns, &y, sizeof y);
+    }
+  }
+
+  const Decoder& d_;
+  const DecoderStep& s_;
+  Team team_;
+  const int64_t rows_;
+  std::vector<AttentionPlan> plans_;
+  float *x_ = nullptr, *kept_x_ = nullptr, *branch_ = nullptr, *qkv_ = nullptr, *mlp_ = nullptr, *row_ = nullptr;
+  float *scratch_ = nullptr, *partials_ = nullptr;
+  T *query_ = nullptr, *key_ = nullptr, *value_ = nullptr, *attended_ = nullptr, *kept_attended_ = nullptr;
+  Inputs inputs_{}, mlp_inputs_{};
+  int64_t row_size_ = 0, scratch_size_ = 0;
+  std::chrono::steady_clock::time_point clock_;
+};
+
+}  // namespace torchrelay

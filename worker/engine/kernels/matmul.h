@@ -1,0 +1,114 @@
+// Products of activations with packed weights: out[rows, n] = activations[rows, k] * weights[n, k].
+//
+// Weights are packed once, in panels of kPanel outputs. Inputs are taken `Format::kPack` at a time, so that a word of 32
+// bits of an activation row meets one vector of 16 outputs with equally many inputs each:
+//
+//     panel   [k / kPack][kPanel][kPack]      one stretch of memory, read from front to back
+//
+// A tile is a few rows of activations against a panel. Every output is summed up over k in the same order whatever the
+// tile, so a row's result is the same to the bit in any batch and on any number of threads.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace torchrelay {
+
+constexpr int kPanel = 32;
+constexpr int kColumns = 16;  // outputs of one vector of sums
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;  // with two vectors of sums each: 24 of 32 registers
+#else
+constexpr int kTileRows = 2;
+#endif
+
+typedef float Sums __attribute__((vector_size(kColumns * 4)));
+typedef int32_t Counts __attribute__((vector_size(kColumns * 4)));
+typedef uint32_t Words __attribute__((vector_size(kColumns * 4)));
+
+inline Words load_words(const uint32_t* source) {
+  Words x;
+  std::memcpy(&x, source, sizeof x);
+  return x;
+}
+
+struct Float32Format {
+  static constexpr int kPack = 1;
+  typedef Sums Accumulator;
+
+  static Sums multiply_add(Words weights, uint32_t activation, Sums sum) {
+    float x;
+    std::memcpy(&x, &activation, sizeof x);
+    return (Sums)weights * x + sum;
+  }
+};
+
+struct BFloat16Format {
+  static constexpr int kPack = 2;
+  typedef Sums Accumulator;
+
+  static Sums multiply_add(Words weights, uint32_t activation, Sums sum) {
+#if defined(__AVX512BF16__)
+    return (Sums)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(activation));
+#else
+    const uint32_t low = activation << 16, high = activation & 0xffff0000u;
+    float x, y;
+    std::memcpy(&x, &low, sizeof x);
+    std::memcpy(&y, &high, sizeof y);
+    sum = (Sums)(weights << 16) * x + sum;
+    return (Sums)(weights & 0xffff0000u) * y + sum;
+#endif
+  }
+};
+
+// Activations are unsigned bytes, weights signed ones.
+struct Int8Format {
+  static constexpr int kPack = 4;
+  typedef Counts Accumulator;
+
+  static Counts multiply_add(Words weights, uint32_t activation, Counts sum) {
+#if defined(__AVX512VNNI__)
+    return (Counts)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(activation), (__m512i)weights);
+#else
+    const Counts bytes = (Counts)weights;
+    for (int i = 0; i < 4; i++)
+      sum += ((bytes << (24 - 8 * i)) >> 24) * static_cast<int32_t>(activation >> (8 * i) & 0xff);
+    return sum;
+#endif
+  }
+};
+
+// `rows` holds R activation rows of `num_words` words, `row_words` apart; the result is [R][kPanel].
+template <typename Format, int R>
+void multiply_tile(const uint32_t* rows, int64_t row_words, const uint32_t* panel, int64_t num_words,
+                   typename Format::Accumulator* result) {
+  constexpr int kVectors = kPanel / kColumns;
+  constexpr int kPrefetch = 2048 / 4;  // words ahead: the panel comes from memory where the batch is small
+  typename Format::Accumulator sums[R][kVectors];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < kVectors; c++) sums[r][c] = typename Format::Accumulator{};
+  for (int64_t k = 0; k < num_words; k++, panel += kPanel) {
+    __builtin_prefetch(panel + kPrefetch);
+    __builtin_prefetch(panel + kPrefetch + kColumns);
+    Words weights[kVectors];
+    for (int c = 0; c < kVectors; c++) weights[c] = load_words(panel + c * kColumns);
+    for (int r = 0; r < R; r++) {
+      const uint32_t activation = rows[r * row_words + k];
+      for (int c = 0; c < kVectors; c++) sums[r][c] = Format::multiply_add(weights[c], activation, sums[r][c]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < kVectors; c++) result[r * kVectors + c] = sums[r][c];
+}
+
+template <typename Format, int R = kTileRows>
+void multiply_rows(int num_rows, const uint32_t* rows, int64_t row_words, const uint32_t* panel, int64_t num_words,
+                   typename Format::Accumulator* result) {
+  if constexpr (R > 1)
+    if (num_rows < R) return multiply_rows<Format, R - 1>(num_rows, rows, row_words, panel, num_words, result);
+  multiply_tile<Format, R>(rows, row_words, panel, num_words, result);
+}
+
+}  // namespace torchrelay

@@ -1,0 +1,128 @@
+// What is done with one row of activations between matrix products: norms, rotary positions, conversion.
+//
+// Rows are floats; each function takes one row and is called by whichever thread has it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "decoder.h"
+#include "matmul.h"
+
+namespace torchrelay {
+
+inline Sums load_sums(const float* source) {
+  Sums x;
+  std::memcpy(&x, source, sizeof x);
+  return x;
+}
+
+inline float reduce_sum(Sums x) {
+  for (int width = kColumns / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) x[i] += x[i + width];
+  return x[0];
+}
+
+inline float sum_of_squares(const float* x, int64_t size) {
+  Sums sums{};
+  int64_t i = 0;
+  for (; i + kColumns <= size; i += kColumns) sums += load_sums(x + i) * load_sums(x + i);
+  float total = reduce_sum(sums);
+  for (; i < size; i++) total += x[i] * x[i];
+  return total;
+}
+
+// A NaN counts as the largest.
+inline float largest_magnitude(const float* x, int64_t size) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < size; i++) {
+    const float magnitude = std::fabs(x[i]);
+    largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
+  }
+  return largest;
+}
+
+inline void rms_norm(const float* x, const float* weight, int64_t size, float epsilon, float* target) {
+  const float factor = 1.0f / std::sqrt(sum_of_squares(x, size) / static_cast<float>(size) + epsilon);
+  for (int64_t i = 0; i < size; i++) target[i] = x[i] * factor * weight[i];
+}
+
+// Rotary positions (arXiv:2104.09864): dimension i turns with dimension i + size / 2. In place.
+inline void rotate(float* __restrict__ x, const float* __restrict__ cosines, const float* __restrict__ sines,
+                   int64_t size) {
+  const int64_t half = size / 2;
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cosines[i] - b * sines[i];
+    x[i + half] = b * cosines[i] + a * sines[i];
+  }
+}
+
+inline void convert_row(const float* x, int64_t size, float* target) { std::memcpy(target, x, size * sizeof(float)); }
+
+inline void convert_row(const float* x, int64_t size, BFloat16* target) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(target + i, load(x + i));
+  for (; i < size; i++) from_float(x[i], target + i);
+}
+
+inline void convert_row(const BFloat16* x, int64_t size, float* target) {
+  for (int64_t i = 0; i < size; i++) target[i] = to_float(x[i]);
+}
+
+// Rows of words per row of activations: 16 bits lie in two planes of bytes.
+inline int64_t planes(int64_t format) { return format == kLinearInt8Wide ? 2 : 1; }
+
+inline int64_t row_words(const Linear& linear) {
+  const int64_t size = linear.format == kLinearFloat32 ? 4 : linear.format == kLinearBFloat16 ? 2 : 1;
+  return linear.inputs * size / 4;
+}
+
+// Turns a row into what a linear layer of this format takes: words, and for integers their scale.
+inline void prepare_row(int64_t format, const float* x, int64_t size, uint32_t* words, float* scale) {
+  if (format == kLinearFloat32) return convert_row(x, size, reinterpret_cast<float*>(words));
+  if (format == kLinearBFloat16) return convert_row(x, size, reinterpret_cast<BFloat16*>(words));
+  // A row with a NaN gets a NaN as its scale, and no other row is touched.
+  const float largest = largest_magnitude(x, size);
+  const float steps = format == kLinearInt8 ? 127.0f : 32767.0f;
+  *scale = largest / steps;
+  const float inverse = largest > 1e-30f ? steps / largest : 0.0f;
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
+  // Adding 1.5 * 2^23 rounds to an integer in the low bits.
+  const float shift = 12582912.0f;
+  if (format == kLinearInt8) {
+    for (int64_t i = 0; i < size; i++) {
+      const float shifted = x[i] * inverse + shift;
+      uint32_t bits;
+      std::memcpy(&bits, &shifted, sizeof bits);
+      bytes[i] = static_cast<uint8_t>(bits + 128u);
+    }
+  } else {
+    for (int64_t i = 0; i < size; i++) {
+      const float shifted = x[i] * inverse + shift;
+      uint32_t bits;
+      std::memcpy(&bits, &shifted, sizeof bits);
+      bits += 32768u;
+      bytes[i] = static_cast<uint8_t>(bits >> 8);
+      bytes[size + i] = static_cast<uint8_t>(bits);
+    }
+  }
+}
+
+// Gates [16] and ups [16] to activation(gate) * up [16].
+inline void gate(int64_t activation, const float* gates, const float* ups, float* target) {
+  for (int i = 0; i < kColumns; i += kLanes) {
+    const Floats g = load(gates + i);
+    Floats active;
+    if (activation == kSilu) {
+      const Floats x = g < -88.0f ? broadcast(88.0f) : -g;
+      active = g / (exponential(x) + 1.0f);
+    } else {
+      const Floats inner = (g * g * g * 0.044715f + g) * 0.7978845608028654f;
+      active = (hyperbolic_tangent(inner) + 1.0f) * g * 0.5f;
+    }
+    store(target + i, active * load(ups + i));
+  }
+}
+
+}  // namespace torchrelay

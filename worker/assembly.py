@@ -14,9 +14,10 @@ from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.attention.interface import AttentionBackend
 from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.device import choose_device, choose_dtype, num_compute_threads
+from worker.engine.graphs import CudaRecorder, GraphRunner
 from worker.engine.kernels.build import KernelBuildError
 from worker.engine.loadcheck import check_model
-from worker.engine.loop import Engine
+from worker.engine.loop import Engine, Runner
 from worker.engine.model import load_model
 from worker.engine.runner import ModelRunner
 from worker.engine.settings import EngineSettings
@@ -59,7 +60,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         check_model(loaded, backend)
     longest = min(engine_settings.max_model_len or loaded.context_length, loaded.context_length)
     engine_settings = engine_settings.model_copy(update={"max_model_len": longest})
-    runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder)
+    runner: Runner = make_runner(ModelRunner(loaded.module, backend, engine_settings, loaded.decoder), engine_settings)
     salt = f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode()
     engine = Engine(runner, engine_settings, lambda: IncrementalDetokenizer(loaded.text.tokenizer), cache_salt=salt)
     stats = engine.stats()
@@ -83,6 +84,13 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         context_tokens=card.context_tokens,
     )
     return Assembly(engine, card, files, describe_device(device))
+
+
+def make_runner(runner: ModelRunner, settings: EngineSettings) -> Runner:
+    """Return what runs the steps: on a GPU, decodes are recorded now and replayed from then on."""
+    if runner.device.type != "cuda" or runner.attention_name == TorchAttention.name:  # torch's waits for the device
+        return runner
+    return GraphRunner(runner, CudaRecorder(runner.device), settings.max_num_seqs, settings.block_size)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int) -> AttentionBackend:

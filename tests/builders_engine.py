@@ -67,7 +67,7 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
 def reference_tokens(model: PreTrainedModel, prompt: Iterable[int], sampling: SamplingParams) -> list[int]:
     """Greedy output of `model.generate` for one request alone."""
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=model.device)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

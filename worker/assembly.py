@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
 import torch
@@ -13,9 +14,10 @@ from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.attention.interface import AttentionBackend
 from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.device import choose_device, choose_dtype, num_compute_threads
+from worker.engine.graphs import CudaRecorder, GraphRunner
 from worker.engine.kernels.build import KernelBuildError
 from worker.engine.loadcheck import check_model
-from worker.engine.loop import Engine
+from worker.engine.loop import Engine, Runner
 from worker.engine.model import load_model
 from worker.engine.runner import ModelRunner
 from worker.engine.settings import EngineSettings
@@ -23,6 +25,8 @@ from worker.registration import make_card
 from worker.settings import WorkerSettings
 
 log = structlog.get_logger()
+
+_SLOWER: Final = "attention in torch: right, but slower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         check_model(loaded, backend)
     longest = min(engine_settings.max_model_len or loaded.context_length, loaded.context_length)
     engine_settings = engine_settings.model_copy(update={"max_model_len": longest})
-    runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder)
+    runner: Runner = make_runner(ModelRunner(loaded.module, backend, engine_settings, loaded.decoder), engine_settings)
     salt = f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode()
     engine = Engine(runner, engine_settings, lambda: IncrementalDetokenizer(loaded.text.tokenizer), cache_salt=salt)
     stats = engine.stats()
@@ -82,13 +86,29 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     return Assembly(engine, card, files, describe_device(device))
 
 
+def make_runner(runner: ModelRunner, settings: EngineSettings) -> Runner:
+    """Return what runs the steps: on a GPU, decodes are recorded now and replayed from then on."""
+    if runner.device.type != "cuda" or runner.attention_name == TorchAttention.name:  # torch's waits for the device
+        return runner
+    return GraphRunner(runner, CudaRecorder(runner.device), settings.max_num_seqs, settings.block_size)
+
+
 def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int) -> AttentionBackend:
-    """Return the fastest attention that works here; without a compiler, say so and take torch's."""
+    """Return the fastest attention that works here; without a compiler or Triton, say so and take torch's."""
+    if device.type == "cuda":
+        try:
+            from worker.engine.attention.triton_paged import TritonAttention
+        except ImportError as error:
+            log.warning("kernels.unavailable", reason=str(error), effect=_SLOWER)
+        else:
+            if block_size == TritonAttention.block_size:
+                return TritonAttention()
+            log.warning("kernels.unavailable", reason=f"they need blocks of 16, not {block_size}", effect=_SLOWER)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and block_size == CpuAttention.block_size:
         try:
             return CpuAttention()
         except KernelBuildError as error:
-            log.warning("kernels.unavailable", reason=str(error), effect="attention in torch: right, but slower")
+            log.warning("kernels.unavailable", reason=str(error), effect=_SLOWER)
     return TorchAttention(block_size)
 
 

@@ -1,27 +1,85 @@
-"""Large stretches of memory on the CPU: zero, in huge pages where the system has them, and taken only when touched."""
+"""How much memory the KV cache may take."""
 
 from __future__ import annotations
 
-import math
-import mmap
+import inspect
+from typing import Any, Final
 
+import structlog
 import torch
+from transformers import PreTrainedModel
+
+from worker.engine.attention import hf
+from worker.engine.attention.interface import AttentionOptions
+from worker.engine.settings import EngineSettings
+
+_log = structlog.get_logger(__name__)
+
+CPU_CACHE_BYTES: Final = 1 << 30
+# The sampler's work per row of logits: the row in float32, a copy of it with penalties, and noise in float64.
+_SAMPLER_BYTES_PER_LOGIT: Final = 4 + 4 + 8
 
 
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return zeros that take no memory before they are written or read.
+class NoRoomForCache(ValueError):
+    """Weights and steps leave nothing of the memory that the engine may take."""
 
-    Weights and KV blocks are read from end to end at every step: with small pages each of them would cost a lookup.
-    Raises MemoryError when the system refuses the address range.
+
+def cache_bytes(model: PreTrainedModel, settings: EngineSettings) -> int:
+    """Return what settings give the KV cache, or else what there is: on a GPU, after a warm-up with the largest step.
+
+    Raises NoRoomForCache.
     """
-    num_bytes = max(1, math.prod(shape) * dtype.itemsize)
-    try:
-        if hasattr(mmap, "MAP_ANONYMOUS"):
-            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:
-            memory = mmap.mmap(-1, num_bytes)
-    except OSError as error:
-        raise MemoryError(f"{num_bytes} bytes are not to be had: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+    if settings.kv_cache_bytes is not None:
+        return settings.kv_cache_bytes
+    if model.device.type != "cuda":
+        return CPU_CACHE_BYTES
+    step_bytes = _warm_up(model, settings)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
+    num_logits = settings.max_num_seqs * model.config.get_text_config().vocab_size
+    reserved_bytes = step_bytes + num_logits * _SAMPLER_BYTES_PER_LOGIT
+    size = remaining_bytes(total_bytes, free_bytes, reserved_bytes, settings.gpu_memory_fraction)
+    _log.info(
+        "memory.measured", total_bytes=total_bytes, free_bytes=free_bytes, step_bytes=step_bytes, cache_bytes=size
+    )
+    return size
+
+
+def remaining_bytes(total_bytes: int, free_bytes: int, reserved_bytes: int, fraction: float) -> int:
+    """Return what is left of a share of the device, with this much used and this much needed by steps.
+
+    What others use on the device counts as used. Raises NoRoomForCache.
+    """
+    allowed = int(total_bytes * fraction)
+    size = allowed - (total_bytes - free_bytes) - reserved_bytes
+    if size <= 0:
+        raise NoRoomForCache(
+            f"no memory is left for the KV cache: {allowed >> 20} MiB may be used (gpu_memory_fraction {fraction}), "
+            f"{(total_bytes - free_bytes) >> 20} MiB are, and a step needs {reserved_bytes >> 20} MiB"
+        )
+    return size
+
+
+@torch.inference_mode()
+def _warm_up(model: PreTrainedModel, settings: EngineSettings) -> int:
+    """Run the largest step, without a cache, and return the most memory that it took at once."""
+    device = model.device
+
+    def attend(
+        layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
+    ) -> torch.Tensor:
+        return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
+
+    tokens = torch.zeros((1, settings.token_budget), dtype=torch.int64, device=device)
+    rows = torch.arange(min(settings.max_num_seqs, settings.token_budget), device=device)
+    extra: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        extra["logits_to_keep"] = rows
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with hf.attention(attend):
+        model(input_ids=tokens, position_ids=tokens, use_cache=False, **extra)
+    torch.cuda.synchronize(device)
+    peak: int = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak

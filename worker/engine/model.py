@@ -112,7 +112,7 @@ def load_model(
             elif int8:
                 raise ModelError(f"{source}: int8 weights need the compiled kernels, on a CPU")
             if fast and decoder is None:
-                speed_up(module)
+                _speed_up(module)
             if decoder is None:
                 install_attention(module)
         except UnsupportedFamilyError as error:
@@ -149,6 +149,18 @@ def load_model(
         seconds=round(time.monotonic() - started, 1),
     )
     return loaded
+
+
+def _speed_up(module: PreTrainedModel) -> None:
+    if module.device.type != "cuda":
+        speed_up(module)
+        return
+    try:
+        from worker.engine import fuse_cuda
+    except ImportError as error:
+        _log.warning("kernels.unavailable", reason=str(error), effect="layers as transformers has them, slower")
+    else:
+        fuse_cuda.speed_up(module)
 
 
 def _compile(

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from worker.engine.attention import hf
 from worker.engine.attention.interface import AttentionBackend, LayerShape
-from worker.engine.batch import BatchBuffers
+from worker.engine.batch import BatchBuffers, StepBatch
 from worker.engine.blocks import SCRATCH_BLOCK
 from worker.engine.decoder.program import CompiledDecoder
+from worker.engine.memory import cache_bytes
 from worker.engine.scheduler import Plan
 from worker.engine.settings import EngineSettings
 
@@ -49,21 +50,23 @@ class ModelRunner:
 
         With a decoder, compiled from the model, the model itself is not run any more.
 
-        Raises UnsupportedModel when its class ignores the replacement, ValueError when kv_cache_bytes holds no block.
+        Raises UnsupportedModel when its class ignores the replacement, ValueError when the KV cache holds no block.
         """
         if backend.block_size != settings.block_size:
             raise ValueError(f"block_size is {settings.block_size}, but {backend.name} uses {backend.block_size}")
         self._model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         self.device = model.device
+        self.attention_name = backend.name
         self._decoder = decoder
         if decoder is None:
             hf.install(model)
         shapes = hf.probe_layer_shapes(model, self.device) if decoder is None else decoder.layer_shapes
-        self.num_blocks = settings.num_blocks or settings.kv_cache_bytes // _block_bytes(
-            shapes.values(), settings.block_size, model.dtype
-        )
-        if self.num_blocks < 1:
-            raise ValueError(f"kv_cache_bytes ({settings.kv_cache_bytes}) is less than one block")
+        self.num_blocks = settings.num_blocks or 0
+        if settings.num_blocks is None:
+            size = cache_bytes(model, settings)
+            self.num_blocks = size // _block_bytes(shapes.values(), settings.block_size, model.dtype)
+            if self.num_blocks < 1:
+                raise ValueError(f"kv_cache_bytes ({size}) is less than one block")
         self.num_blocks += SCRATCH_BLOCK + 1
         caches = {
             layer: backend.allocate(shape, self.num_blocks, model.dtype, self.device) for layer, shape in shapes.items()
@@ -97,7 +100,11 @@ class ModelRunner:
 
         Raises StepOutOfMemory.
         """
-        batch = self._buffers.fill(plan)
+        return self.forward(self._buffers.fill(plan))
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        """Compute a step that is laid out already. Raises StepOutOfMemory."""
         if self._decoder is not None:
             with memory_guard():
                 return self._decoder.forward(batch)

@@ -16,7 +16,18 @@ class EngineSettings(BaseSettings):
     token_budget: int = Field(default=512, gt=0, description="Most tokens computed in one step.")
     max_num_seqs: int = Field(default=64, gt=0, description="Most sequences in one step.")
     block_size: int = Field(default=16, gt=0, description="Token slots per KV block.")
-    kv_cache_bytes: int = Field(default=1 << 30, gt=0, description="Memory for keys and values, all layers together.")
+    kv_cache_bytes: int | None = Field(
+        default=None,
+        gt=0,
+        description="Memory for keys and values, all layers together; by default 1 GiB on a CPU, on a GPU what a "
+        "warm-up leaves of gpu_memory_fraction.",
+    )
+    gpu_memory_fraction: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory that weights, steps and KV cache may take together.",
+    )
     num_blocks: int | None = Field(default=None, gt=0, description="KV blocks; overrides kv_cache_bytes.")
     max_model_len: int | None = Field(
         default=None, gt=1, description="Most tokens of one sequence, prompt included; at most what the model takes."

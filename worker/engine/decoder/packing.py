@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from worker.engine.memory import lazy_zeros
+from worker.engine.host_memory import lazy_zeros
 
 PANEL: Final = 32
 COLUMNS: Final = 16  # outputs of one vector

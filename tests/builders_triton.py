@@ -1,0 +1,32 @@
+"""Triton for tests: on the GPU where there is one, else through its interpreter, else not at all.
+
+To be imported before any kernel. Skips the importing test module where triton is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _let_scalars_count() -> None:
+    """numpy 2.4 no longer turns an array of one element into an int, which triton 3.6's interpreter asks of it."""
+    from triton.runtime import interpreter
+
+    patch: Callable[[Any, Any], None] = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+_let_scalars_count()

@@ -1,0 +1,328 @@
+"""Makes a loaded model faster on CUDA without touching its class: merged products, and one kernel where there were ten.
+
+    merged projections    query, key and value are one product
+    gated layers          gate and up are one product, activation and product of both one kernel
+    norms                 one kernel instead of six
+    rotary embedding      one kernel for queries and keys, in place, instead of ten
+    residual sums         added by the products that end attention and MLP, instead of by kernels of their own
+
+As in `fuse.py`, nothing here knows a family: a change is made where modules have the shape that it needs, the model's
+logits are compared with those before it, and a change that moves them beyond rounding, or that the model's class does
+not bear, is taken back. Bound by launches and by reading activations at small batches, a step gains most there.
+"""
+
+from __future__ import annotations
+
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeGuard
+
+import structlog
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from worker.engine.closeness import TOLERANCE, relative_error
+from worker.engine.kernels.triton import layers
+
+_log = structlog.get_logger(__name__)
+
+_TEST_TOKENS: Final = 24
+_PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
+_GATED: Final = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
+_LAYER: Final = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+_ROTARY: Final = "apply_rotary_pos_emb"  # what every family calls its function
+
+Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def _merged_weights(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    return weight, torch.cat(biases) if biases else None
+
+
+class _Product:
+    """Several layers' product, computed when the first is called; the others take their parts of it."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self._weight, self._bias = _merged_weights(linears)
+        self._widths = [linear.out_features for linear in linears]
+        self._input: torch.Tensor | None = None
+        self._parts: list[torch.Tensor] = []
+
+    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if index == 0:
+            self._input = x
+            self._parts = list(torch.split(nn.functional.linear(x, self._weight, self._bias), self._widths, dim=-1))
+        elif x is not self._input:
+            raise RuntimeError("merged layers were called with different inputs")
+        part = self._parts[index]
+        if index == len(self._widths) - 1:
+            self._input, self._parts = None, []
+        return part
+
+
+class _Part(nn.Module):
+    """Stands where one of the merged layers stood."""
+
+    def __init__(self, product: _Product, index: int) -> None:
+        super().__init__()
+        self._product = product
+        self._index = index
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product.part(self._index, x)
+
+
+class AddingLinear(nn.Module):
+    """A linear layer without bias that adds to `into` when that is set: the product's own epilogue does it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._weight = linear.weight.detach()
+        self.into: torch.Tensor | None = None  # [..., outputs], changed in place by the next call, which unsets it
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        into, self.into = self.into, None
+        if into is None:
+            return nn.functional.linear(x, self._weight)
+        into.view(-1, self._weight.shape[0]).addmm_(x.reshape(-1, self._weight.shape[1]), self._weight.t())
+        return into
+
+
+class GatedLayer(nn.Module):
+    """down(activation(gate(x)) * up(x)), with gate and up as one product."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: int) -> None:
+        super().__init__()
+        self._weight, self._bias = _merged_weights((gate, up))
+        self._activation = activation
+        self.down_proj: nn.Module = down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = nn.functional.linear(x, self._weight, self._bias)
+        output: torch.Tensor = self.down_proj(layers.gated(product, self._activation))
+        return output
+
+
+class KernelNorm(nn.Module):
+    """RMS norm in one kernel."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, offset: float) -> None:
+        super().__init__()
+        self._weight = weight.detach()
+        self._eps = eps
+        self._offset = offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layers.rms_norm(x, self._weight, self._eps, self._offset)
+
+
+@dataclass(slots=True)
+class _Change:
+    """A submodule or method of a module, and what takes its place."""
+
+    owner: nn.Module
+    name: str
+    new: object
+    _old: object = field(default=None, init=False)
+
+    def make(self) -> None:
+        self._old = self.owner._modules.get(self.name, self.owner.__dict__.get(self.name))
+        setattr(self.owner, self.name, self.new)
+
+    def take_back(self) -> None:
+        if self._old is None:
+            delattr(self.owner, self.name)  # the class's method is seen again
+        else:
+            setattr(self.owner, self.name, self._old)
+
+
+@torch.inference_mode()
+def speed_up(module: PreTrainedModel) -> tuple[str, ...]:
+    """Change a model in place, as far as its logits stay; return the names of the changes that were kept.
+
+    To be called before the model's attention is replaced. Needs the memory of the merged layers a second time while it
+    works; where there is not so much, they stay apart.
+    """
+    if module.dtype not in TOLERANCE:
+        return ()
+    started = time.monotonic()
+    generator = torch.Generator().manual_seed(20240229)
+    tokens = torch.randint(module.config.get_text_config().vocab_size, (_TEST_TOKENS,), generator=generator)
+    tokens = tokens.to(module.device)
+    expected = _logits(module, tokens)
+    kept: list[str] = []
+    for name, propose in _CHANGES:
+        made: list[_Change] = []
+        try:
+            for change in propose(module):
+                change.make()
+                made.append(change)
+            error = relative_error(_logits(module, tokens), expected, module.dtype) if made else 0.0
+            reason = None if error <= TOLERANCE[module.dtype] else f"logits moved by {error:.2g}"
+        except Exception as failure:  # noqa: BLE001 - a class that does not bear the change may fail in any way
+            reason = str(failure) or type(failure).__name__
+        if reason is None and made:
+            kept.append(name)
+        elif reason is not None:
+            for change in reversed(made):
+                change.take_back()
+            _log.info("model.change_taken_back", change=name, family=module.config.model_type, reason=reason)
+    _log.info("model.sped_up", changes=kept, seconds=round(time.monotonic() - started, 1))
+    return tuple(kept)
+
+
+def _logits(module: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = module(input_ids=tokens[None], use_cache=False).logits[0]
+    return logits.float()
+
+
+def _merged_changes(module: PreTrainedModel) -> Iterator[_Change]:
+    for parent in list(module.modules()):
+        linears = [layer for name in _PROJECTIONS if _is_linear(layer := getattr(parent, name, None))]
+        if len(linears) == len(_PROJECTIONS) and _mergeable(linears):
+            product = _Product(linears)
+            for index, name in enumerate(_PROJECTIONS):
+                yield _Change(parent, name, _Part(product, index))
+
+
+def _gated_changes(module: PreTrainedModel) -> Iterator[_Change]:
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            parts = dict(child.named_children())
+            if parts.keys() != _GATED:
+                continue
+            gate, up, down, function = (parts[part] for part in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+            if not (_is_linear(gate) and _is_linear(up) and _is_linear(down) and _mergeable((gate, up))):
+                continue
+            activation = _activation(function, module.device)
+            if activation is not None:
+                yield _Change(parent, name, GatedLayer(gate, up, down, activation))
+
+
+def _activation(function: nn.Module, device: torch.device) -> int | None:
+    """Which of our activations this is, found by trying."""
+    x = torch.linspace(-6, 6, 50, device=device)
+    candidates = {layers.SILU: nn.functional.silu(x), layers.GELU_TANH: nn.functional.gelu(x, approximate="tanh")}
+    result = function(x)
+    return next((name for name, expected in candidates.items() if torch.allclose(result, expected, atol=1e-5)), None)
+
+
+def _norm_changes(module: PreTrainedModel) -> Iterator[_Change]:
+    for parent in list(module.modules()):
+        for name, norm in list(parent.named_children()):
+            eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+            parameters = dict(norm.named_parameters())
+            if type(norm).__name__.endswith("RMSNorm") and isinstance(eps, float) and list(parameters) == ["weight"]:
+                offset = _offset(norm, parameters["weight"], eps)
+                if offset is not None:
+                    yield _Change(parent, name, KernelNorm(parameters["weight"], eps, offset))
+
+
+def _offset(norm: nn.Module, weight: torch.Tensor, eps: float) -> float | None:
+    """What the norm adds to its weight, found by trying; None if it is another formula."""
+    if weight.ndim != 1:
+        return None
+    x = torch.linspace(-3, 5, weight.numel(), device=weight.device).to(weight.dtype)[None]
+    result = norm(x).float()
+    for offset in (0.0, 1.0):
+        expected = nn.functional.rms_norm(x.float(), weight.shape, weight.float() + offset, eps)
+        if relative_error(result, expected, torch.float32) <= (1e-5 if weight.dtype == torch.float32 else 0.02):
+            return offset
+    return None
+
+
+def _rotary_changes(module: PreTrainedModel) -> Iterator[_Change]:
+    """An attention module's forward, its own code, run with another function for the rotary embedding."""
+    for child in module.modules():
+        forward = type(child).forward
+        if not isinstance(forward, types.FunctionType) or _ROTARY not in forward.__code__.co_names:
+            continue
+        original = forward.__globals__.get(_ROTARY)
+        if "forward" not in vars(child) and _turns_halves(original):
+            scope = {**forward.__globals__, _ROTARY: _rotary(original)}
+            clone = types.FunctionType(
+                forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
+            )
+            clone.__kwdefaults__ = forward.__kwdefaults__
+            yield _Change(child, "forward", types.MethodType(clone, child))
+
+
+def _turns_halves(original: Any) -> TypeGuard[Rotary]:
+    """Whether a rotary function is the one that we have, found by trying."""
+    query, key = torch.linspace(-3, 5, 48).view(1, 2, 3, 8), torch.linspace(4, -2, 24).view(1, 1, 3, 8)
+    cos, sin = torch.linspace(-1, 1, 24).view(1, 3, 8), torch.linspace(1, 0, 24).view(1, 3, 8)
+    try:
+        results = original(query, key, cos, sin)
+    except Exception:  # noqa: BLE001 - a function of other arguments may fail in any way
+        return False
+    expected = (x * cos[:, None] + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin[:, None] for x in (query, key))
+    return all(torch.allclose(result, other, atol=1e-5) for result, other in zip(results, expected, strict=True))
+
+
+def _rotary(original: Rotary) -> Rotary:
+    def rotate(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        is_ours = (
+            not args
+            and not kwargs
+            and q.ndim == k.ndim == 4
+            and cos.ndim == sin.ndim == 3
+            and q.shape[0] == cos.shape[0] == 1
+            and cos.shape[1:] == sin.shape[1:] == (q.shape[2], q.shape[3])
+            and q.shape[3] % 2 == 0
+            and q.stride(3) == k.stride(3) == cos.stride(2) == sin.stride(2) == 1
+        )
+        if not is_ours:
+            return original(q, k, cos, sin, *args, **kwargs)
+        layers.rotate_in_place(q, k, cos, sin)
+        return q, k
+
+    return rotate
+
+
+def _sum_changes(module: PreTrainedModel) -> Iterator[_Change]:
+    """Decoder layers that norm, attend, add, norm, transform, add, and nothing else."""
+    for layer in list(module.modules()):
+        parts = dict(layer.named_children())
+        if parts.keys() != _LAYER or not isinstance(parts["mlp"], GatedLayer):
+            continue
+        attention, mlp = parts["self_attn"], parts["mlp"]
+        for owner, name in ((attention, "o_proj"), (mlp, "down_proj")):
+            end = getattr(owner, name, None)
+            if not _is_linear(end) or end.bias is not None:
+                break
+            yield _Change(owner, name, AddingLinear(end))
+        else:
+            yield _Change(layer, "forward", types.MethodType(_adding_forward, layer))
+
+
+def _adding_forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """A decoder layer's forward that adds both results into its input, which nobody else reads afterwards."""
+    self.self_attn.o_proj.into = hidden_states
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    self.mlp.down_proj.into = attended
+    output: torch.Tensor = self.mlp(self.post_attention_layernorm(attended))
+    return output
+
+
+def _is_linear(layer: object) -> TypeGuard[nn.Linear]:
+    return type(layer) is nn.Linear  # not a subclass: it may compute something else
+
+
+def _mergeable(linears: Sequence[nn.Linear]) -> bool:
+    return len({linear.in_features for linear in linears}) == len({linear.bias is None for linear in linears}) == 1
+
+
+_CHANGES: Final[tuple[tuple[str, Callable[[PreTrainedModel], Iterator[_Change]]], ...]] = (
+    ("merged projections", _merged_changes),
+    ("gated layers", _gated_changes),
+    ("norms", _norm_changes),
+    ("rotary embedding", _rotary_changes),
+    ("residual sums", _sum_changes),
+)

@@ -1,0 +1,1 @@
+"""Kernels in Triton, for CUDA. Only to be imported where triton is installed."""

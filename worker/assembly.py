@@ -12,11 +12,13 @@ from worker.detokenizer import IncrementalDetokenizer
 from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.attention.interface import AttentionBackend
 from worker.engine.attention.torch_ref import TorchAttention
+from worker.engine.cost import CostModel, StepBudget
 from worker.engine.device import choose_device, choose_dtype, num_compute_threads
 from worker.engine.kernels.build import KernelBuildError
 from worker.engine.loadcheck import check_model
 from worker.engine.loop import Engine
 from worker.engine.model import load_model
+from worker.engine.probe import probe_cost
 from worker.engine.runner import ModelRunner
 from worker.engine.settings import EngineSettings
 from worker.registration import make_card
@@ -48,8 +50,13 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     longest = min(engine_settings.max_model_len or loaded.context_length, loaded.context_length)
     engine_settings = engine_settings.model_copy(update={"max_model_len": longest})
     runner = ModelRunner(loaded.module, backend, engine_settings)
-    salt = f"{loaded.revision}:{loaded.dtype}".encode()
-    engine = Engine(runner, engine_settings, lambda: IncrementalDetokenizer(loaded.text.tokenizer), cache_salt=salt)
+    engine = Engine(
+        runner,
+        engine_settings,
+        lambda: IncrementalDetokenizer(loaded.text.tokenizer),
+        cost=measure_cost(runner, engine_settings),
+        cache_salt=f"{loaded.revision}:{loaded.dtype}".encode(),
+    )
     stats = engine.stats()
     card, files = make_card(
         loaded,
@@ -69,6 +76,19 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         context_tokens=card.context_tokens,
     )
     return Assembly(engine, card, files, describe_device(device))
+
+
+def measure_cost(runner: ModelRunner, settings: EngineSettings) -> CostModel:
+    """Probe what steps cost here, and log it with the token budgets that follow."""
+    cost = probe_cost(runner, settings)
+    budget = StepBudget(settings, cost)
+    log.info(
+        "engine.probed",
+        step_ms={num_rows: round(ms, 2) for num_rows, ms in cost.points},
+        token_budget=budget.most_tokens(num_decodes=1),
+        prefill_token_budget=budget.most_tokens(num_decodes=0),
+    )
+    return cost
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int) -> AttentionBackend:

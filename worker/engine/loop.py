@@ -18,6 +18,7 @@ import torch
 
 from common.generation import FinishReason, OutputDelta, Usage
 from worker.engine.blocks import BlockPool
+from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import SampledTokens, Sampler
 from worker.engine.scheduler import Plan, Scheduler
@@ -73,15 +74,18 @@ class Engine:
         settings: EngineSettings,
         new_detokenizer: Callable[[], Detokenizer],
         *,
+        cost: CostModel = UNMEASURED,
         cache_salt: bytes = b"",
     ) -> None:
-        """`cache_salt` stands for whatever else decides keys and values: model revision, adapter, dtype."""
+        """`cost` is what the runner's steps cost; `cache_salt` stands for whatever else than tokens decides keys and
+        values: model revision, adapter, dtype.
+        """
         self._runner = runner
         self._new_detokenizer = new_detokenizer
         self._pool = BlockPool(
             runner.num_blocks, settings.block_size, salt=cache_salt, enable_prefix_cache=settings.enable_prefix_cache
         )
-        self._scheduler = Scheduler(settings, self._pool)
+        self._scheduler = Scheduler(settings, self._pool, StepBudget(settings, cost))
         self._sampler = Sampler(runner.device)
         self._requests: dict[str, _Request] = {}
         self._deltas: dict[str, list[OutputDelta]] = {}  # of the step in progress, by request id

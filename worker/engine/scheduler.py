@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from worker.engine.blocks import BlockPool
+from worker.engine.cost import StepBudget
 from worker.engine.sequence import OrderKey, Sequence
 from worker.engine.settings import EngineSettings
 
@@ -49,9 +50,10 @@ def _order(sequence: Sequence) -> OrderKey:
 class Scheduler:
     """Owns the sequences: running ones hold blocks, waiting ones hold none. Both lists are kept in scheduling order."""
 
-    def __init__(self, settings: EngineSettings, pool: BlockPool) -> None:
+    def __init__(self, settings: EngineSettings, pool: BlockPool, budget: StepBudget) -> None:
         self._settings = settings
         self._pool = pool
+        self._budget = budget
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self.num_preemptions = 0
@@ -103,7 +105,7 @@ class Scheduler:
         the pool empty; the last sequence in order then gives way.
         """
         chunks = self._plan_decodes()
-        budget = self._settings.token_budget - len(chunks)
+        budget = self._budget.most_tokens(len(chunks)) - len(chunks)
         for sequence in self._running:
             if sequence.num_uncomputed_tokens > 1 and budget > 0:
                 chunks.append(self._chunk(sequence, budget))

@@ -17,6 +17,7 @@ from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 
 SIZES: Final = (1, 128, 32, 8, 512, 2, 4, 2048)  # rows; in order of what they tell
+_DRAFTED_ROWS: Final = 8  # one of the sizes: so many rows are timed with drafts too
 _NUM_CERTAIN: Final = 2  # without two sizes there is no slope
 _MAX_ROUNDS: Final = 5
 _LIMIT_S: Final = 1.2
@@ -34,7 +35,9 @@ class ProbedRunner(Protocol):
     def execute(self, plan: Plan) -> torch.Tensor: ...
 
 
-def probe_cost(runner: ProbedRunner, settings: EngineSettings) -> CostModel:
+def probe_cost(
+    runner: ProbedRunner, settings: EngineSettings, clock: Callable[[], float] = time.perf_counter
+) -> CostModel:
     """Time steps of several sizes, model and sampler together.
 
     Call it before anything is in the KV cache: what the steps write there is nonsense, and no block is taken for it.
@@ -42,12 +45,17 @@ def probe_cost(runner: ProbedRunner, settings: EngineSettings) -> CostModel:
     sampler = Sampler(runner.device)
 
     def run(plan: Plan) -> None:
-        sampler.sample(runner.execute(plan), plan.sampled)
+        sampler.sample(runner.execute(plan), plan.logit_rows)
 
     largest = min(settings.most_step_tokens, runner.max_model_len)
     sizes = tuple(num_rows for num_rows in SIZES if num_rows <= largest)
-    measured = measure_ms(lambda num_rows: run(_plan(num_rows, runner, settings)), sizes)
-    return CostModel.fit(measured)
+    measured = measure_ms(lambda num_rows: run(_plan(num_rows, runner, settings)), sizes, clock=clock)
+    if not settings.speculation or settings.max_num_seqs < _DRAFTED_ROWS or _DRAFTED_ROWS not in measured:
+        return CostModel.fit(measured)
+    drafted = measure_ms(
+        lambda _: run(_drafted_plan(runner, settings)), (_DRAFTED_ROWS,), clock=clock, limit_s=_LIMIT_S / 10
+    )
+    return CostModel.fit(measured, drafted[_DRAFTED_ROWS] - measured[_DRAFTED_ROWS])
 
 
 def measure_ms(
@@ -101,6 +109,18 @@ def _plan(num_rows: int, runner: ProbedRunner, settings: EngineSettings) -> Plan
         num_tokens = num_rows - num_decodes
         chunks.append(_chunk(num_tokens, num_tokens, runner, settings))
     return Plan(tuple(chunks), num_rows)
+
+
+def _drafted_plan(runner: ProbedRunner, settings: EngineSettings) -> Plan:
+    """A step of as many rows as one of the sizes, all but two of them drafts."""
+    chunks = []
+    for _ in range(2):
+        plain = _chunk(min(_CONTEXT, runner.max_model_len), _DRAFTED_ROWS // 2, runner, settings)
+        sequence = plain.sequence
+        drafts = sequence.token_ids[sequence.num_computed_tokens + 1 :]
+        del sequence.token_ids[sequence.num_computed_tokens + 1 :]
+        chunks.append(Chunk(sequence, plain.num_tokens, is_last=True, drafts=drafts))
+    return Plan(tuple(chunks), _DRAFTED_ROWS)
 
 
 def _chunk(context: int, num_tokens: int, runner: ProbedRunner, settings: EngineSettings) -> Chunk:

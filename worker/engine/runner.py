@@ -78,7 +78,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> torch.Tensor:
-        """Compute the plan: write its keys and values and return the logits [num_sampled, vocab_size] of its last rows.
+        """Compute the plan: write its keys and values and return the logits [len(plan.logit_rows), vocab_size].
 
         Raises StepOutOfMemory.
         """

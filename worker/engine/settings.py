@@ -27,6 +27,14 @@ class EngineSettings(BaseSettings):
     max_model_len: int | None = Field(
         default=None, gt=1, description="Most tokens of one sequence, prompt included; at most what the model takes."
     )
+    speculation: bool = Field(
+        default=True, description="Guess tokens from the text so far where it pays; the output is the same."
+    )
+    max_draft_tokens: int = Field(default=8, gt=0, description="Most tokens guessed for one sequence in one step.")
+    min_draft_ngram: int = Field(default=1, gt=0, description="Fewest tokens whose repetition gives rise to a guess.")
+    max_draft_ngram: int = Field(
+        default=3, gt=0, description="Most tokens looked up for a guess; the longest match wins."
+    )
     enable_prefix_cache: bool = Field(default=True, description="Reuse the blocks of equal prefixes.")
 
     @model_validator(mode="after")
@@ -36,6 +44,14 @@ class EngineSettings(BaseSettings):
             raise ValueError(
                 f"{name} ({self.most_step_tokens}) must be at least max_num_seqs ({self.max_num_seqs}), "
                 "or decodes would starve"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _some_ngram_is_looked_up(self) -> Self:
+        if self.max_draft_ngram < self.min_draft_ngram:
+            raise ValueError(
+                f"max_draft_ngram ({self.max_draft_ngram}) must be at least min_draft_ngram ({self.min_draft_ngram})"
             )
         return self
 

@@ -78,7 +78,7 @@ def test_the_probe_runs_decodes_and_beyond_them_a_prefill() -> None:
     settings = make_settings(token_budget=None, max_step_tokens=64, max_num_seqs=6, num_blocks=20)
     runner = RecordingRunner(tiny_model("llama"), TorchAttention(4), settings)
     runner.shapes = []
-    cost = probe_cost(runner, settings)
+    cost = probe_cost(runner, settings, clock=lambda: 0.0)  # no time passes, so that none is short
     assert [num_rows for num_rows, _ in cost.points] == [1, 2, 4, 8, 32]
     assert sorted(set(runner.shapes), key=lambda shape: sum(shape[0])) == [
         ((1,), (1, 200)),
@@ -87,10 +87,36 @@ def test_the_probe_runs_decodes_and_beyond_them_a_prefill() -> None:
         ((1, 1, 1, 1, 1, 3), (5, 200)),
         ((1, 1, 1, 1, 1, 27), (5, 200)),
     ]
-    assert all(ms > 0 for _, ms in cost.points)
 
 
 def test_the_probe_stays_within_a_short_context() -> None:
     settings = make_settings(token_budget=None, num_blocks=3)  # 12 tokens
-    cost = probe_cost(ModelRunner(tiny_model("llama"), TorchAttention(4), settings), settings)
+    cost = probe_cost(ModelRunner(tiny_model("llama"), TorchAttention(4), settings), settings, clock=lambda: 0.0)
     assert [num_rows for num_rows, _ in cost.points] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("speculation", [True, False])
+def test_a_step_with_drafts_is_probed_where_there_can_be_one(speculation: bool) -> None:
+    limits = {"token_budget": None, "max_step_tokens": 8, "max_num_seqs": 8, "num_blocks": 20}
+    settings = make_settings(speculation=speculation, **limits)
+    runner = RecordingRunner(tiny_model("llama"), TorchAttention(4), settings)
+    runner.shapes = []
+    probe_cost(runner, settings, clock=lambda: 0.0)
+    assert (((4, 4), (8, 200)) in runner.shapes) == speculation
+
+
+def test_what_a_step_with_drafts_takes_longer_is_part_of_the_cost() -> None:
+    class PaperRunner:
+        device = torch.device("cpu")
+        max_model_len = 64
+        vocab_size = 10
+        now = 0.0
+
+        def execute(self, plan: Plan) -> torch.Tensor:
+            self.now += 0.020 + 0.001 * plan.num_tokens + 0.007 * any(chunk.drafts for chunk in plan.chunks)
+            return torch.zeros(len(plan.logit_rows), self.vocab_size)
+
+    runner = PaperRunner()
+    cost = probe_cost(runner, make_settings(token_budget=None, max_num_seqs=8), clock=lambda: runner.now)
+    assert dict(cost.points) == pytest.approx({1: 21.0, 2: 22.0, 4: 24.0, 8: 28.0, 32: 52.0})
+    assert cost.draft_overhead_ms == pytest.approx(7.0)

@@ -134,7 +134,7 @@ def test_a_failed_step_is_planned_again_and_shares_nothing() -> None:
     scheduler, pool = make_scheduler()
     scheduler.add(make_sequence(12, "a", prompt=list(range(12))))
     first = scheduler.plan()
-    scheduler.fail_step()
+    scheduler.fail_step(first)
     scheduler.add(make_sequence(12, "b", prompt=list(range(12)), arrival=1))
     assert summary(scheduler.plan()) == summary(first) == {"a": 12}
     pool.check_integrity()

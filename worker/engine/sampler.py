@@ -16,18 +16,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
 
+from common.generation import SamplingParams
+from worker.engine.history import TokenHistory
 from worker.engine.noise import gumbel, least_hash, ordered_hash, row_key
-from worker.engine.sequence import Sequence
 
 CANDIDATES: Final = 256
 _CPU_CHUNK: Final = 1 << 17  # hashes at a time: all temporaries stay in the second-level cache
 _DEVICE_CHUNK: Final = 1 << 25
 _NEG_INF: Final = float("-inf")
+
+
+class LogitRow(Protocol):
+    """What a row of logits belongs to: a sequence, or one as it would be if its drafts were tokens."""
+
+    @property
+    def sampling(self) -> SamplingParams: ...
+    @property
+    def output_index(self) -> int: ...
+    @property
+    def num_tokens(self) -> int:
+        """Position of the token to be chosen."""
+        ...
+
+    @property
+    def history(self) -> TokenHistory | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +66,7 @@ class _Filters:
     min_p: torch.Tensor  # float64, 0 is off
 
     @classmethod
-    def of(cls, rows: Rows[Sequence], device: torch.device) -> _Filters:
+    def of(cls, rows: Rows[LogitRow], device: torch.device) -> _Filters:
         params = [row.sampling for row in rows]
         table = torch.tensor(
             [[p.temperature, p.top_k, p.top_p, p.min_p] for p in params], dtype=torch.float64, device=device
@@ -73,8 +90,8 @@ class Sampler:
         self._vocabulary = torch.empty(0, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, rows: Rows[Sequence]) -> SampledTokens:
-        """Choose the next token of each sequence. `logits` is [num_rows, vocab_size], any float type, not changed."""
+    def sample(self, logits: torch.Tensor, rows: Rows[LogitRow]) -> SampledTokens:
+        """Choose the token of each row. `logits` is [num_rows, vocab_size], any float type, not changed."""
         scores = logits.float()
         tokens = scores.argmax(-1)
         # A NaN counts as the largest of its row.
@@ -92,7 +109,7 @@ class Sampler:
             invalid_rows=[] if bool(is_valid.all()) else (~is_valid[:, 0]).nonzero()[:, 0].tolist(),
         )
 
-    def _sample_rows(self, scores: torch.Tensor, rows: Rows[Sequence], num_penalised: int) -> torch.Tensor:
+    def _sample_rows(self, scores: torch.Tensor, rows: Rows[LogitRow], num_penalised: int) -> torch.Tensor:
         """Penalised rows first, greedy ones before sampled ones. Overwrites `scores`."""
         if num_penalised:
             _penalise(scores, rows[:num_penalised])
@@ -102,7 +119,7 @@ class Sampler:
         drawn = self._draw(scores[num_greedy:], rows[num_greedy:])
         return torch.cat([scores[:num_greedy].argmax(-1), drawn]) if num_greedy else drawn
 
-    def _draw(self, scores: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
+    def _draw(self, scores: torch.Tensor, rows: Rows[LogitRow]) -> torch.Tensor:
         filters = _Filters.of(rows, self._device)
         keys = torch.tensor(
             [row_key(row.sampling.seed, row.output_index, row.num_tokens) for row in rows],
@@ -162,7 +179,7 @@ class Sampler:
             drawn[part] = torch.where(winner < vocab_size, winner, drawn[part])
         return drawn
 
-    def _logprobs(self, scores: torch.Tensor, tokens: torch.Tensor, rows: Rows[Sequence]) -> dict[int, float]:
+    def _logprobs(self, scores: torch.Tensor, tokens: torch.Tensor, rows: Rows[LogitRow]) -> dict[int, float]:
         wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs]
         if not wanted:
             return {}
@@ -172,7 +189,7 @@ class Sampler:
         return dict(zip(wanted, logprobs.tolist(), strict=True))
 
 
-def _penalise(scores: torch.Tensor, rows: Rows[Sequence]) -> None:
+def _penalise(scores: torch.Tensor, rows: Rows[LogitRow]) -> None:
     """Repetition penalty, then banned n-grams, in place; touches only the tokens concerned."""
     vocab_size = scores.shape[-1]
     flat = scores.view(-1)

@@ -9,8 +9,8 @@ from typing import Final
 import torch
 
 from worker.engine.attention.interface import AttentionBatch, AttentionOptions, LayerCache, LayerShape
-from worker.engine.kernels.library import Kernels
 from worker.engine.host_memory import lazy_zeros
+from worker.engine.kernels.library import Kernels
 
 _BLOCK_SIZE: Final = 16
 _ELEMENT_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}

@@ -70,6 +70,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         lambda: IncrementalDetokenizer(loaded.text.tokenizer),
         cost=cost,
         cache_salt=f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode(),
+        argmax=backend.kernels.argmax if isinstance(backend, CpuAttention) else None,
     )
     stats = engine.stats()
     card, files = make_card(

@@ -20,7 +20,7 @@ from common.generation import FinishReason, OutputDelta, Usage
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.runner import StepOutOfMemory, memory_guard
-from worker.engine.sampler import SampledTokens, Sampler
+from worker.engine.sampler import Argmax, SampledTokens, Sampler
 from worker.engine.scheduler import Chunk, Plan, Scheduler
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
@@ -77,9 +77,10 @@ class Engine:
         *,
         cost: CostModel = UNMEASURED,
         cache_salt: bytes = b"",
+        argmax: Argmax | None = None,
     ) -> None:
         """`cost` is what the runner's steps cost; `cache_salt` stands for whatever else than tokens decides keys and
-        values: model revision, adapter, dtype.
+        values: model revision, adapter, dtype; `argmax` is the sampler's.
         """
         self._runner = runner
         self._new_detokenizer = new_detokenizer
@@ -88,7 +89,7 @@ class Engine:
         )
         speculator = Speculator(settings, cost, runner.max_model_len) if settings.speculation else None
         self._scheduler = Scheduler(settings, self._pool, StepBudget(settings, cost), speculator)
-        self._sampler = Sampler(runner.device)
+        self._sampler = Sampler(runner.device, argmax)
         self._requests: dict[str, _Request] = {}
         self._deltas: dict[str, list[OutputDelta]] = {}  # of the step in progress, by request id
         self._ended: dict[str, Usage | str] = {}  # requests that are over: what they used, or the error

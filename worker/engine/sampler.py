@@ -14,9 +14,10 @@ top_k, top_p, min_p (`generation/logits_process.py`). Tokens are drawn with the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ CANDIDATES: Final = 256
 _CPU_CHUNK: Final = 1 << 17  # hashes at a time: all temporaries stay in the second-level cache
 _DEVICE_CHUNK: Final = 1 << 25
 _NEG_INF: Final = float("-inf")
+
+Argmax: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # [num_rows, vocab_size] to [num_rows] int64
 
 
 class LogitRow(Protocol):
@@ -85,15 +88,17 @@ class _Filters:
 class Sampler:
     """Stateless but for constants of its device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, argmax: Argmax | None = None) -> None:
+        """`argmax` takes torch's place over the vocabulary where there is a faster one."""
         self._device = device
+        self._argmax: Argmax = argmax or (lambda scores: scores.argmax(-1))
         self._vocabulary = torch.empty(0, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: Rows[LogitRow]) -> SampledTokens:
         """Choose the token of each row. `logits` is [num_rows, vocab_size], any float type, not changed."""
         scores = logits.float()
-        tokens = scores.argmax(-1)
+        tokens = self._argmax(scores)
         # A NaN counts as the largest of its row.
         is_valid = scores.gather(1, tokens[:, None]).isfinite()
         penalised = [i for i, row in enumerate(rows) if row.history is not None]

@@ -15,6 +15,7 @@ from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.closeness import TOLERANCE
 from worker.engine.decoder.layout import NotLlamaShaped, read_layout
 from worker.engine.decoder.program import CompiledDecoder
+from worker.engine.decoder.smoothing import observed_magnitudes
 
 _log = structlog.get_logger(__name__)
 
@@ -39,13 +40,14 @@ def compile_decoder(
     started = time.monotonic()
     if module.device.type != "cpu" or module.dtype not in TOLERANCE:
         raise NotLlamaShaped(f"{module.dtype} on {module.device} is not what the decoder computes with")
-    # Positions at both ends of the context: some models change what they do with distance.
-    far = max(0, num_positions - loadcheck.LONGEST_TEST)
-    expected = {first: loadcheck.plain_logits(module, first) for first in (0, far)}
     probes = loadcheck.probe_attention(module)
     module.set_attn_implementation("eager")  # as it came, should the model be refused
     layout = read_layout(module, probes, num_positions)
-    decoder = CompiledDecoder(layout, module.dtype, backend.kernels, int8=int8)
+    # Positions at both ends of the context: some models change what they do with distance.
+    far = max(0, num_positions - loadcheck.LONGEST_TEST)
+    with observed_magnitudes(layout) as magnitudes:
+        expected = {first: loadcheck.plain_logits(module, first) for first in (0, far)}
+    decoder = CompiledDecoder(layout, module.dtype, backend.kernels, int8=int8, magnitudes=magnitudes if int8 else None)
     _let_go_of_files(module)
     errors = [
         loadcheck.packed_error(decoder.bind, decoder.layer_shapes, module.dtype, backend, logits, first)

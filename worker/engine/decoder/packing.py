@@ -91,10 +91,20 @@ def fits(inputs: int, linear_format: LinearFormat) -> bool:
 
 
 def pack(
-    layers: tuple[nn.Linear, ...], linear_format: LinearFormat, arena: Arena, *, gated: bool = False
+    layers: tuple[nn.Linear, ...],
+    linear_format: LinearFormat,
+    arena: Arena,
+    *,
+    gated: bool = False,
+    factors: torch.Tensor | None = None,
 ) -> PackedLinear:
-    """Pack layers on one input into the arena. `gated`: gates and ups take turns, 16 outputs each."""
+    """Pack layers on one input into the arena.
+
+    `gated`: gates and ups take turns, 16 outputs each. `factors` [inputs] multiply the weights of each input.
+    """
     weight = torch.cat([layer.weight.detach() for layer in layers])
+    if factors is not None:
+        weight = weight.float() * factors
     bias = None
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias.detach() for layer in layers]).float()

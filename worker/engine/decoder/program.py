@@ -10,7 +10,7 @@ import torch
 
 from worker.engine.attention.interface import LayerCache, LayerShape
 from worker.engine.batch import StepBatch
-from worker.engine.decoder.layout import DecoderLayout, LayerLayout, NotLlamaShaped
+from worker.engine.decoder.layout import DecoderLayout, LayerLayout, LinearLayout, NotLlamaShaped
 from worker.engine.decoder.packing import (
     Arena,
     LinearFormat,
@@ -20,6 +20,7 @@ from worker.engine.decoder.packing import (
     packed_bytes,
     padded,
 )
+from worker.engine.decoder.smoothing import Magnitudes, input_factors
 from worker.engine.kernels.library import Kernels
 
 _ACTIVATIONS: Final = {"silu": 0, "gelu_tanh": 1}
@@ -109,10 +110,19 @@ class CompiledDecoder:
     cut into chunks, and on any number of threads. The residual stream and all sums are float32.
     """
 
-    def __init__(self, layout: DecoderLayout, dtype: torch.dtype, kernels: Kernels, *, int8: bool = False) -> None:
+    def __init__(
+        self,
+        layout: DecoderLayout,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        *,
+        int8: bool = False,
+        magnitudes: Magnitudes | None = None,
+    ) -> None:
         """Pack the weights. The layout's linear layers lose theirs, one after another, so memory holds them once.
 
-        `dtype` is that of keys and values, and of all weights without `int8`. Raises NotLlamaShaped when a width does
+        `dtype` is that of keys and values, and of all weights without `int8`. `magnitudes` of inputs let int8 lose
+        less, see `smoothing.py`. Raises NotLlamaShaped when a width does
         not fit the kernels; nothing is lost then.
         """
         first = layout.layers[0]
@@ -125,6 +135,7 @@ class CompiledDecoder:
         if len({(layer.attention.shape, layer.attention.num_heads) for layer in layout.layers}) != 1:
             raise NotLlamaShaped("layers differ in their heads")
         self._call = kernels.decoder_step
+        self._magnitudes = magnitudes or {}
         self._kept: list[torch.Tensor] = []  # what the structures point to
         formats = _Formats(dtype, int8=int8)
         formats.check(layout)
@@ -190,20 +201,25 @@ class CompiledDecoder:
         tables: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     ) -> _Layer:
         linears: dict[str, _Linear] = {}
+        norms = {"qkv": layer.attention_norm, "gate_up": layer.mlp_norm}
         for name in ("qkv", "output", "gate_up", "down"):
-            layers = getattr(layer, name).layers
-            linears[name] = self._linear(pack(layers, formats.of(name), arena, gated=name == "gate_up"))
-            for linear in layers:
+            product: LinearLayout = getattr(layer, name)
+            norm, factors = norms.get(name), input_factors(product, self._magnitudes)
+            if norm is not None and factors is not None:
+                norms[name] = norm / factors
+            packed = pack(product.layers, formats.of(name), arena, gated=name == "gate_up", factors=factors)
+            linears[name] = self._linear(packed)
+            for linear in product.layers:
                 _drop_weight(linear)
         cosines, sines = tables[layer.rope] if layer.rope else (None, None)
         options = layer.attention.options
         return _Layer(
             **linears,
-            attention_norm=self._pointer(layer.attention_norm),
+            attention_norm=self._pointer(norms["qkv"]),
             query_norm=self._pointer(layer.query_norm),
             key_norm=self._pointer(layer.key_norm),
             attention_output_norm=self._pointer(layer.attention_output_norm),
-            mlp_norm=self._pointer(layer.mlp_norm),
+            mlp_norm=self._pointer(norms["gate_up"]),
             mlp_output_norm=self._pointer(layer.mlp_output_norm),
             cosines=None if cosines is None else cosines.data_ptr(),
             sines=None if sines is None else sines.data_ptr(),
@@ -213,7 +229,13 @@ class CompiledDecoder:
         )
 
     def bind(self, caches: Mapping[int, LayerCache]) -> Callable[[StepBatch], torch.Tensor]:
-        """Use these caches, by layer, laid out as `CpuAttention` allocates them; return `forward`."""
+        """Use these caches, by layer, laid out as `CpuAttention` allocates them; return `forward`.
+
+        Raises ValueError for caches of another format or of different sizes.
+        """
+        for cache in caches.values():
+            if not cache.keys.dtype is cache.values.dtype is self.dtype or len(cache.values) != len(caches[0].values):
+                raise ValueError(f"the decoder needs caches of {self.dtype}, all of one size")
         self._caches = dict(caches)
         for index, cache in caches.items():
             self._layers[index].key_cache = cache.keys.data_ptr()

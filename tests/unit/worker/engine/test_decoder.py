@@ -12,12 +12,13 @@ from torch import nn
 from tests.builders_models import RIGHT_FAMILIES, tiny_module, write_tiny_model
 from worker.engine import loadcheck
 from worker.engine.attention.cpu_ext import CpuAttention
-from worker.engine.attention.interface import AttentionBatch
+from worker.engine.attention.interface import AttentionBatch, LayerCache
 from worker.engine.batch import StepBatch
 from worker.engine.decoder.compile import DecoderDiffers, compile_decoder
-from worker.engine.decoder.layout import NotLlamaShaped
+from worker.engine.decoder.layout import NotLlamaShaped, read_layout
 from worker.engine.decoder.packing import Arena, LinearFormat, fits, pack, packed_bytes
 from worker.engine.decoder.program import CompiledDecoder, DecoderTimes
+from worker.engine.decoder.smoothing import observed_magnitudes
 from worker.engine.kernels.build import supported_levels
 from worker.engine.model import ModelError, load_model
 
@@ -140,6 +141,28 @@ class TestARowDoesNotDependOnItsBatch:
         assert torch.equal(poisoned[1:], expected[32:])
 
 
+def test_int8_loses_less_where_a_few_inputs_are_large() -> None:
+    def error(*, smoothed: bool) -> float:
+        module = tiny_module("llama")
+        with torch.no_grad():
+            for layer in module.model.layers:
+                layer.input_layernorm.weight[[3, 40]] *= 60
+                layer.post_attention_layernorm.weight[[7, 21]] *= 60
+                for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                    linear.weight[:, [3, 40]] /= 60
+                for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                    linear.weight[:, [7, 21]] /= 60
+        with torch.inference_mode():
+            layout = read_layout(module, loadcheck.probe_attention(module), NUM_POSITIONS)
+            with observed_magnitudes(layout) as magnitudes:
+                expected = loadcheck.plain_logits(module)
+        found = magnitudes if smoothed else None
+        decoder = CompiledDecoder(layout, torch.float32, backend().kernels, int8=True, magnitudes=found)
+        return loadcheck.packed_error(decoder.bind, decoder.layer_shapes, torch.float32, backend(), expected)
+
+    assert error(smoothed=True) < error(smoothed=False) / 3
+
+
 def test_a_batch_that_names_what_does_not_exist_is_refused() -> None:
     session = Session(compiled(), [20])
     good = session.layout.batch([(0, 0, 20)], CPU)
@@ -163,6 +186,10 @@ def test_a_batch_that_names_what_does_not_exist_is_refused() -> None:
     bad = AttentionBatch(good.slots + 1000, good.block_tables, good.query_starts, good.context_lens, 20, 20)
     with pytest.raises(ValueError, match="slot or a block table"):
         forward(attention=bad)
+    with pytest.raises(ValueError, match="caches of torch.float32"):
+        session.decoder.bind(
+            {0: LayerCache(torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.bfloat16))}
+        )
     short = AttentionBatch(good.slots, good.block_tables[:, :1], good.query_starts, good.context_lens, 20, 20)
     with pytest.raises(ValueError, match="contradicts itself"):
         forward(attention=short)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -94,30 +95,43 @@ class TokenNames:
 class PaperRunner:
     """A runner without a model: logits are a hash of all tokens so far, and a slot remembers what it stands for.
 
+    With a `memory` logits depend on that many last tokens only, so that outputs become periodic and can be guessed.
+
     Before a step it checks that every token counted as computed has its own prefix in its slot, *written by an earlier
     step*. So it fails at once on a wrong block table, on a block shared too early and on one that was handed out twice.
     """
 
     def __init__(
-        self, num_blocks: int = 33, block_size: int = 4, max_model_len: int = 64, vocab_size: int = 40
+        self,
+        num_blocks: int = 33,
+        block_size: int = 4,
+        max_model_len: int = 64,
+        vocab_size: int = 40,
+        memory: int | None = None,
     ) -> None:
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_model_len = min(max_model_len, (num_blocks - 1) * block_size)
         self.vocab_size = vocab_size
+        self.memory = memory
         self.num_steps = 0
+        self.num_rows = 0  # computed in all steps
+        self.num_draft_rows = 0  # of these, for drafts
         self.fail_steps: set[int] = set()  # run out of memory in these
         self.poisoned_token: int | None = None  # a sequence whose last token this is gets NaN
         self._slots: dict[int, int] = {}
 
     def execute(self, plan: Plan) -> torch.Tensor:
         self.num_steps += 1
+        self.num_rows += sum(chunk.num_tokens for chunk in plan.chunks)
+        self.num_draft_rows += sum(len(chunk.drafts) for chunk in plan.chunks)
         written: dict[int, int] = {}
         rows = []
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            prefixes = prefix_hashes(sequence.token_ids)
+            tokens = sequence.token_ids + chunk.drafts
+            prefixes = prefix_hashes(tokens)
             end = sequence.num_computed_tokens + chunk.num_tokens
             for position in range(end):
                 slot = sequence.block_ids[position // self.block_size] * self.block_size + position % self.block_size
@@ -127,17 +141,18 @@ class PaperRunner:
                 else:
                     assert slot not in written, "two sequences write one slot"
                     written[slot] = prefixes[position]
-            if chunk.is_last:
-                rows.append(self._logits(prefixes[-1], sequence.token_ids[-1]))
+            assert chunk.is_last == (end == len(tokens)), "drafts are no part of the prompt's chunks"
+            rows += [self._logits(tokens[: index + 1]) for index in range(end - chunk.num_logit_rows, end)]
         if self.num_steps in self.fail_steps:
             raise StepOutOfMemory("as told")
         self._slots.update(written)
         return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, self.vocab_size)
 
-    def _logits(self, prefix: int, last_token: int) -> np.ndarray:
-        if last_token == self.poisoned_token:
+    def _logits(self, tokens: array[int]) -> np.ndarray:
+        if tokens[-1] == self.poisoned_token:
             return np.full(self.vocab_size, np.nan, dtype=np.float32)
-        return paper_logits(prefix, self.vocab_size)
+        seen = tokens if self.memory is None else tokens[-self.memory :]
+        return paper_logits(prefix_hashes(seen)[-1], self.vocab_size)
 
 
 def prefix_hashes(token_ids: Iterable[int]) -> list[int]:

@@ -13,12 +13,14 @@ from worker.detokenizer import IncrementalDetokenizer
 from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.attention.interface import AttentionBackend
 from worker.engine.attention.torch_ref import TorchAttention
+from worker.engine.cost import CostModel, StepBudget
 from worker.engine.device import choose_device, choose_dtype, num_compute_threads
 from worker.engine.graphs import CudaRecorder, GraphRunner
 from worker.engine.kernels.build import KernelBuildError
 from worker.engine.loadcheck import check_model
 from worker.engine.loop import Engine, Runner
 from worker.engine.model import load_model
+from worker.engine.probe import probe_cost
 from worker.engine.runner import ModelRunner
 from worker.engine.settings import EngineSettings
 from worker.registration import make_card
@@ -60,9 +62,16 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         check_model(loaded, backend)
     longest = min(engine_settings.max_model_len or loaded.context_length, loaded.context_length)
     engine_settings = engine_settings.model_copy(update={"max_model_len": longest})
-    runner: Runner = make_runner(ModelRunner(loaded.module, backend, engine_settings, loaded.decoder), engine_settings)
-    salt = f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode()
-    engine = Engine(runner, engine_settings, lambda: IncrementalDetokenizer(loaded.text.tokenizer), cache_salt=salt)
+    model_runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder)
+    cost = measure_cost(model_runner, engine_settings)
+    engine = Engine(
+        make_runner(model_runner, engine_settings),
+        engine_settings,
+        lambda: IncrementalDetokenizer(loaded.text.tokenizer),
+        cost=cost,
+        cache_salt=f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode(),
+        argmax=backend.kernels.argmax if isinstance(backend, CpuAttention) else None,
+    )
     stats = engine.stats()
     card, files = make_card(
         loaded,
@@ -91,6 +100,19 @@ def make_runner(runner: ModelRunner, settings: EngineSettings) -> Runner:
     if runner.device.type != "cuda" or runner.attention_name == TorchAttention.name:  # torch's waits for the device
         return runner
     return GraphRunner(runner, CudaRecorder(runner.device), settings.max_num_seqs, settings.block_size)
+
+
+def measure_cost(runner: ModelRunner, settings: EngineSettings) -> CostModel:
+    """Probe what steps cost here, and log it with the token budgets that follow."""
+    cost = probe_cost(runner, settings)
+    budget = StepBudget(settings, cost)
+    log.info(
+        "engine.probed",
+        step_ms={num_rows: round(ms, 2) for num_rows, ms in cost.points},
+        token_budget=budget.most_tokens(num_decodes=1),
+        prefill_token_budget=budget.most_tokens(num_decodes=0),
+    )
+    return cost
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int) -> AttentionBackend:

@@ -24,7 +24,11 @@ from worker.engine.demo import demo_model_dir
 from worker.engine.device import num_compute_threads
 
 # Ours, with the arguments of contestants.engine that choose them.
-PRECISIONS: Final = {"bf16": ("--dtype", "bfloat16"), "fp32": ("--dtype", "float32")}
+PRECISIONS: Final = {
+    "bf16": ("--dtype", "bfloat16"),
+    "int8": ("--dtype", "bfloat16", "--quantization", "int8"),
+    "fp32": ("--dtype", "float32"),
+}
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -157,6 +157,7 @@ class Ours:
             max_num_seqs=scale.of(256),
             token_budget=max(scale.of(8192), scale.of(256)),
             enable_prefix_cache=False,
+            speculation=False,  # random weights repeat themselves, and steps with guesses are not replayed
             max_model_len=12288,
         )
         backend = choose_backend(scale.device, scale.dtype, self.settings.block_size)

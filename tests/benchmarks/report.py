@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 MAX_OTHERS: Final = 0.05  # share of the machine above which a run counts as disturbed
 
@@ -198,13 +198,13 @@ def fraction_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> st
 
 
 def ratio_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Return the ratios to each peer; above 1 where ours is better."""
+    """Return the ratios to each peer, and to the best of them; above 1 where ours is better."""
     keys = list(found)
-    pairs = dict.fromkeys(
-        (precision, peer) for by in found.values() for precision, peers in by.items() for peer in peers
-    )
     rows = []
-    for precision, peer in pairs:
-        values: list[Any] = [found[key].get(precision, {}).get(peer) for key in keys]
-        rows.append([peer, precision, *("-" if value is None else f"{value:.2f}" for value in values)])
+    for precision in dict.fromkeys(precision for by in found.values() for precision in by):
+        columns = [found[key].get(precision, {}) for key in keys]
+        for peer in dict.fromkeys(peer for column in columns for peer in column):
+            rows.append([peer, precision, *(f"{column[peer]:.2f}" if peer in column else "-" for column in columns)])
+        best = [f"**{min(column.values()):.2f}**" if column else "-" for column in columns]
+        rows.append(["**the best of them**", precision, *best])
     return markdown(["ours against", "precision", *keys], rows)

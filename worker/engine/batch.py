@@ -21,7 +21,7 @@ class StepBatch:
 
     input_ids: torch.Tensor  # [1, num_tokens] int64
     position_ids: torch.Tensor  # [1, num_tokens] int64
-    logit_rows: torch.Tensor  # [num_sampled] int64: the rows whose logits give a new token
+    logit_rows: torch.Tensor  # [num_logit_rows] int64: the rows whose logits give a new token
     attention: AttentionBatch
 
 
@@ -44,7 +44,7 @@ class BatchBuffers:
     def __init__(
         self, max_num_tokens: int, max_num_seqs: int, max_num_blocks: int, block_size: int, device: torch.device
     ) -> None:
-        """`max_num_blocks` is of one sequence."""
+        """`max_num_seqs` bounds the rows of logits too, drafts' included; `max_num_blocks` is of one sequence."""
         self._block_size = block_size
         self._input_ids = _Buffer(max_num_tokens, torch.int64, device)
         self._position_ids = _Buffer(max_num_tokens, torch.int64, device)
@@ -62,7 +62,7 @@ class BatchBuffers:
         max_context_len = max(chunk.sequence.num_computed_tokens + chunk.num_tokens for chunk in plan.chunks)
         num_blocks = -(-max_context_len // block_size)
         tables = self._block_tables.array[: num_seqs * num_blocks].reshape(num_seqs, num_blocks)
-        row = num_sampled = 0
+        row = num_logit_rows = 0
         for index, chunk in enumerate(plan.chunks):
             sequence, start = chunk.sequence, chunk.sequence.num_computed_tokens
             end, next_row = start + chunk.num_tokens, row + chunk.num_tokens
@@ -73,20 +73,20 @@ class BatchBuffers:
                 positions[row] = start
                 slots[row] = sequence.block_ids[start // block_size] * block_size + start % block_size
             else:
-                ids[row:next_row] = np.frombuffer(sequence.token_ids[start:end], dtype=np.int32)
+                ids[row:next_row] = np.frombuffer(sequence.token_ids[start:end] + chunk.drafts, dtype=np.int32)
                 span = np.arange(start, end, dtype=np.int32)
                 positions[row:next_row] = span
                 slots[row:next_row] = blocks[span // block_size] * block_size + span % block_size
             row = next_row
             starts[index + 1] = row
             lens[index] = end
-            if chunk.is_last:
-                logit_rows[num_sampled] = row - 1
-                num_sampled += 1
+            for logit_row in range(row - chunk.num_logit_rows, row):
+                logit_rows[num_logit_rows] = logit_row
+                num_logit_rows += 1
         return StepBatch(
             input_ids=self._input_ids.take(row).unsqueeze(0),
             position_ids=self._position_ids.take(row).unsqueeze(0),
-            logit_rows=self._logit_rows.take(num_sampled),
+            logit_rows=self._logit_rows.take(num_logit_rows),
             attention=AttentionBatch(
                 slots=self._slots.take(row),
                 block_tables=self._block_tables.take(num_seqs * num_blocks).view(num_seqs, num_blocks),

@@ -10,7 +10,7 @@ Not thread-safe: everything runs on the thread that calls `step` (see `thread.py
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,11 +18,13 @@ import torch
 
 from common.generation import FinishReason, OutputDelta, Usage
 from worker.engine.blocks import BlockPool
+from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.runner import StepOutOfMemory, memory_guard
-from worker.engine.sampler import SampledTokens, Sampler
-from worker.engine.scheduler import Plan, Scheduler
+from worker.engine.sampler import Argmax, SampledTokens, Sampler
+from worker.engine.scheduler import Chunk, Plan, Scheduler
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
+from worker.engine.speculation import Speculator, num_accepted
 from worker.engine.stopping import Detokenizer, Progress, StopState
 from worker.engine.types import EngineStats, GenerationRequest, RequestOutput, StepResult
 
@@ -73,16 +75,21 @@ class Engine:
         settings: EngineSettings,
         new_detokenizer: Callable[[], Detokenizer],
         *,
+        cost: CostModel = UNMEASURED,
         cache_salt: bytes = b"",
+        argmax: Argmax | None = None,
     ) -> None:
-        """`cache_salt` stands for whatever else decides keys and values: model revision, adapter, dtype."""
+        """`cost` is what the runner's steps cost; `cache_salt` stands for whatever else than tokens decides keys and
+        values: model revision, adapter, dtype; `argmax` is the sampler's.
+        """
         self._runner = runner
         self._new_detokenizer = new_detokenizer
         self._pool = BlockPool(
             runner.num_blocks, settings.block_size, salt=cache_salt, enable_prefix_cache=settings.enable_prefix_cache
         )
-        self._scheduler = Scheduler(settings, self._pool)
-        self._sampler = Sampler(runner.device)
+        speculator = Speculator(settings, cost, runner.max_model_len) if settings.speculation else None
+        self._scheduler = Scheduler(settings, self._pool, StepBudget(settings, cost), speculator)
+        self._sampler = Sampler(runner.device, argmax)
         self._requests: dict[str, _Request] = {}
         self._deltas: dict[str, list[OutputDelta]] = {}  # of the step in progress, by request id
         self._ended: dict[str, Usage | str] = {}  # requests that are over: what they used, or the error
@@ -143,7 +150,7 @@ class Engine:
                 stop.push(token_id)
         if stop.finished is not None:  # the log has the last token and its text, but not the end
             end = Progress("", stop.finished.finish_reason, stop.finished.stop_match)
-            self._report(request.request_id, _delta(output_index, len(emitted), (), end))
+            self._report(request.request_id, _end_delta(output_index, len(emitted), end))
             return
         sequence = Sequence(
             request.request_id,
@@ -198,15 +205,15 @@ class Engine:
         try:
             logits = self._runner.execute(plan)
             with memory_guard():
-                return self._sampler.sample(logits, plan.sampled)
+                return self._sampler.sample(logits, plan.logit_rows)
         except StepOutOfMemory:
-            self._scheduler.fail_step()
+            self._scheduler.fail_step(plan)
             self._relieve(plan)
             return None
 
     def _relieve(self, plan: Plan) -> None:
         """Requeue the newest prefill, or else the newest sequence; the second time that memory fails it, end it."""
-        prefills = [chunk.sequence for chunk in plan.chunks if chunk.num_tokens > 1]
+        prefills = [chunk.sequence for chunk in plan.chunks if chunk.num_tokens > 1 + len(chunk.drafts)]
         victim = max(prefills or [chunk.sequence for chunk in plan.chunks], key=lambda sequence: sequence.order)
         victim.num_memory_failures += 1
         if victim.num_memory_failures > 1:
@@ -216,23 +223,47 @@ class Engine:
 
     def _update(self, plan: Plan, sampled: SampledTokens) -> None:
         self._scheduler.finish_step(plan)
-        rows = plan.sampled
-        for row in sampled.invalid_rows:
-            self._scheduler.forget_blocks(rows[row])
-            self._fail(rows[row].request_id, "NAN_LOGITS")
-        for row, (sequence, token_id) in enumerate(zip(rows, sampled.token_ids, strict=True)):
-            state = self._requests.get(sequence.request_id)
+        accepted: list[tuple[Chunk, range]] = []
+        for chunk, rows in _valid_rows(plan, sampled):
+            if not rows:
+                self._scheduler.forget_blocks(chunk.sequence)
+                self._fail(chunk.sequence.request_id, "NAN_LOGITS")
+                continue
+            chosen = sampled.token_ids[rows.start : rows.stop - 1]
+            accepted.append((chunk, rows[: 1 + num_accepted(chunk.drafts, chosen)]))
+        for chunk, rows in accepted:
+            state = self._requests.get(chunk.sequence.request_id)
             if state is not None:  # it failed in this step otherwise
-                self._take_token(state, state.outputs[sequence.output_index], token_id, sampled.logprobs.get(row))
+                self._take_tokens(state, chunk, rows, sampled)
 
-    def _take_token(self, state: _Request, output: _Output, token_id: int, logprob: float | None) -> None:
-        sequence = output.sequence
-        token_index = sequence.num_output_tokens
-        sequence.append(token_id)
-        state.num_completion_tokens += 1
-        self._num_generated_tokens += 1
-        progress = output.stop.push(token_id)
-        self._report(sequence.request_id, _delta(sequence.output_index, token_index, (token_id,), progress, logprob))
+    def _take_tokens(self, state: _Request, chunk: Chunk, rows: range, sampled: SampledTokens) -> None:
+        """Give an output the tokens of these rows, up to its end if that is among them."""
+        sequence, output = chunk.sequence, state.outputs[chunk.sequence.output_index]
+        first_token_index = sequence.num_output_tokens
+        texts = []
+        for row in rows:
+            sequence.append(sampled.token_ids[row])
+            progress = output.stop.push(sampled.token_ids[row])
+            texts.append(progress.text)
+            if progress.finish_reason is not None:
+                break
+        taken = rows[: len(texts)]
+        state.num_completion_tokens += len(taken)
+        self._num_generated_tokens += len(taken)
+        self._report(
+            sequence.request_id,
+            OutputDelta(
+                output_index=sequence.output_index,
+                first_token_index=first_token_index,
+                token_ids=tuple(sampled.token_ids[row] for row in taken),
+                text="".join(texts),
+                logprobs=tuple(sampled.logprobs[row] for row in taken) if sequence.sampling.logprobs else (),
+                finish_reason=progress.finish_reason,
+                stop_match=progress.stop_match,
+            ),
+        )
+        if chunk.drafts:
+            self._scheduler.accept_drafts(sequence, len(taken) - 1)
         if progress.finish_reason is not None:
             self._drop(state, output)
 
@@ -242,7 +273,7 @@ class Engine:
         """End an output from outside."""
         sequence = output.sequence
         end = output.stop.end(reason)
-        self._report(sequence.request_id, _delta(sequence.output_index, sequence.num_output_tokens, (), end))
+        self._report(sequence.request_id, _end_delta(sequence.output_index, sequence.num_output_tokens, end))
         self._drop(state, output)
 
     def _drop(self, state: _Request, output: _Output) -> None:
@@ -307,19 +338,27 @@ class Engine:
         self._pool.check_integrity()
 
 
-def _delta(
-    output_index: int,
-    first_token_index: int,
-    token_ids: tuple[int, ...],
-    progress: Progress,
-    logprob: float | None = None,
-) -> OutputDelta:
+def _valid_rows(plan: Plan, sampled: SampledTokens) -> Iterator[tuple[Chunk, range]]:
+    """The rows of logits of each chunk that has any, up to the first invalid one.
+
+    An invalid row of a draft ends no request: the next step computes its place alone, and if it is invalid without
+    drafts too, that does.
+    """
+    invalid = set(sampled.invalid_rows)
+    row = 0
+    for chunk in plan.chunks:
+        if chunk.is_last:
+            rows = range(row, row + chunk.num_logit_rows)
+            row = rows.stop
+            yield chunk, rows[: next((i for i, r in enumerate(rows) if r in invalid), None)] if invalid else rows
+
+
+def _end_delta(output_index: int, num_output_tokens: int, end: Progress) -> OutputDelta:
+    """An output's end, without a token."""
     return OutputDelta(
         output_index=output_index,
-        first_token_index=first_token_index,
-        token_ids=token_ids,
-        text=progress.text,
-        logprobs=() if logprob is None else (logprob,),
-        finish_reason=progress.finish_reason,
-        stop_match=progress.stop_match,
+        first_token_index=num_output_tokens,
+        text=end.text,
+        finish_reason=end.finish_reason,
+        stop_match=end.stop_match,
     )

@@ -69,8 +69,8 @@ def _warm_up(model: PreTrainedModel, settings: EngineSettings) -> int:
     ) -> torch.Tensor:
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
 
-    tokens = torch.zeros((1, settings.token_budget), dtype=torch.int64, device=device)
-    rows = torch.arange(min(settings.max_num_seqs, settings.token_budget), device=device)
+    tokens = torch.zeros((1, settings.most_step_tokens), dtype=torch.int64, device=device)
+    rows = torch.arange(min(settings.max_num_seqs, settings.most_step_tokens), device=device)
     extra: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         extra["logits_to_keep"] = rows

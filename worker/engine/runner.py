@@ -77,7 +77,7 @@ class ModelRunner:
         self.vocab_size: int = model.config.vocab_size
         self.max_model_len = self._max_model_len(settings)
         self._buffers = BatchBuffers(
-            max_num_tokens=settings.token_budget,
+            max_num_tokens=settings.most_step_tokens,
             max_num_seqs=settings.max_num_seqs,
             max_num_blocks=-(-self.max_model_len // settings.block_size),
             block_size=settings.block_size,
@@ -96,7 +96,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> torch.Tensor:
-        """Compute the plan: write its keys and values and return the logits [num_sampled, vocab_size] of its last rows.
+        """Compute the plan: write its keys and values and return the logits [len(plan.logit_rows), vocab_size].
 
         Raises StepOutOfMemory.
         """

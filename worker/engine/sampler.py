@@ -18,20 +18,40 @@ are drawn again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
+from common.generation import SamplingParams
+from worker.engine.history import TokenHistory
 from worker.engine.noise import gumbel, least_hash, ordered_hash, row_key
-from worker.engine.sequence import Sequence
 
 CANDIDATES: Final = 256
 _CPU_CHUNK: Final = 1 << 17  # hashes at a time: all temporaries stay in the second-level cache
 _DEVICE_CHUNK: Final = 1 << 25
 _NEG_INF: Final = float("-inf")
+
+Argmax: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # [num_rows, vocab_size] to [num_rows] int64
+
+
+class LogitRow(Protocol):
+    """What a row of logits belongs to: a sequence, or one as it would be if its drafts were tokens."""
+
+    @property
+    def sampling(self) -> SamplingParams: ...
+    @property
+    def output_index(self) -> int: ...
+    @property
+    def num_tokens(self) -> int:
+        """Position of the token to be chosen."""
+        ...
+
+    @property
+    def history(self) -> TokenHistory | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +74,7 @@ class _Filters:
     any_top_p: bool  # some row's may be below 1
 
     @classmethod
-    def of(cls, rows: Rows[Sequence], device: torch.device) -> _Filters:
+    def of(cls, rows: Rows[LogitRow], device: torch.device) -> _Filters:
         params = [row.sampling for row in rows]
         values = [[p.temperature, p.top_k, p.top_p, p.min_p] for p in params]
         table = _on_device(torch.tensor(values, dtype=torch.float64), device)
@@ -75,15 +95,19 @@ class _Filters:
 class Sampler:
     """Stateless but for constants of its device."""
 
-    def __init__(self, device: torch.device, may_wait: bool | None = None) -> None:
-        """`may_wait` is whether results may be looked at on the way; default: where that costs nothing, on a CPU."""
+    def __init__(self, device: torch.device, argmax: Argmax | None = None, *, may_wait: bool | None = None) -> None:
+        """`argmax` takes torch's place over the vocabulary where there is a faster one.
+
+        `may_wait` is whether results may be looked at on the way; default: where that costs nothing, on a CPU.
+        """
         self._device = device
+        self._argmax: Argmax = argmax or (lambda scores: scores.argmax(-1))
         self._may_wait = device.type == "cpu" if may_wait is None else may_wait
         self._vocabulary = torch.empty(0, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, rows: Rows[Sequence]) -> SampledTokens:
-        """Choose the next token of each sequence. `logits` is [num_rows, vocab_size], any float type, not changed."""
+    def sample(self, logits: torch.Tensor, rows: Rows[LogitRow]) -> SampledTokens:
+        """Choose the token of each row. `logits` is [num_rows, vocab_size], any float type, not changed."""
         sampled = self._sample(logits, rows, self._may_wait)
         again = [i for i, token_id in enumerate(sampled.token_ids) if token_id < 0]
         if not again:
@@ -95,10 +119,10 @@ class Sampler:
         sampled.logprobs.update((again[i], logprob) for i, logprob in widened.logprobs.items())
         return sampled
 
-    def _sample(self, logits: torch.Tensor, rows: Rows[Sequence], may_wait: bool) -> SampledTokens:
+    def _sample(self, logits: torch.Tensor, rows: Rows[LogitRow], may_wait: bool) -> SampledTokens:
         """One copy from the device at the end. A negative token stands for a row that needs more candidates."""
         scores = logits.float()
-        tokens = scores.argmax(-1)
+        tokens = self._argmax(scores)
         # A NaN counts as the largest of its row.
         is_valid = scores.gather(1, tokens[:, None]).isfinite()
         penalised = [i for i, row in enumerate(rows) if row.history is not None]
@@ -122,7 +146,7 @@ class Sampler:
         )
 
     def _sample_rows(
-        self, scores: torch.Tensor, rows: Rows[Sequence], num_penalised: int, may_wait: bool
+        self, scores: torch.Tensor, rows: Rows[LogitRow], num_penalised: int, may_wait: bool
     ) -> torch.Tensor:
         """Penalised rows first, greedy ones before sampled ones. Overwrites `scores`."""
         if num_penalised:
@@ -133,7 +157,7 @@ class Sampler:
         drawn = self._draw(scores[num_greedy:], rows[num_greedy:], may_wait)
         return torch.cat([scores[:num_greedy].argmax(-1), drawn]) if num_greedy else drawn
 
-    def _draw(self, scores: torch.Tensor, rows: Rows[Sequence], may_wait: bool) -> torch.Tensor:
+    def _draw(self, scores: torch.Tensor, rows: Rows[LogitRow], may_wait: bool) -> torch.Tensor:
         filters = _Filters.of(rows, self._device)
         words = [row_key(row.sampling.seed, row.output_index, row.num_tokens) for row in rows]
         keys = _on_device(torch.tensor(words, dtype=torch.int32), self._device)
@@ -143,7 +167,7 @@ class Sampler:
         return self._draw_without_waiting(scores, keys, filters, rows)
 
     def _draw_without_waiting(
-        self, scores: torch.Tensor, keys: torch.Tensor, filters: _Filters, rows: Rows[Sequence]
+        self, scores: torch.Tensor, keys: torch.Tensor, filters: _Filters, rows: Rows[LogitRow]
     ) -> torch.Tensor:
         """Draw filtered rows from the candidates, -1 where those do not suffice, and the others from all tokens."""
         top, ids = scores.topk(min(CANDIDATES, scores.shape[-1]), dim=-1)
@@ -229,7 +253,7 @@ def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _penalise(scores: torch.Tensor, rows: Rows[Sequence]) -> None:
+def _penalise(scores: torch.Tensor, rows: Rows[LogitRow]) -> None:
     """Repetition penalty, then banned n-grams, in place; touches only the tokens concerned."""
     vocab_size = scores.shape[-1]
     flat = scores.view(-1)

@@ -10,23 +10,58 @@ that waits is never overtaken for want of blocks by one behind it.
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
+from common.generation import SamplingParams
 from worker.engine.blocks import BlockPool
+from worker.engine.cost import StepBudget
 from worker.engine.sequence import OrderKey, Sequence
 from worker.engine.settings import EngineSettings
+from worker.engine.speculation import Speculator
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next `num_tokens` uncomputed tokens of one sequence."""
+    """The next `num_tokens` tokens of one sequence: uncomputed ones, and behind its last one possibly drafts."""
 
     sequence: Sequence
-    num_tokens: int
+    num_tokens: int  # drafts included
     is_last: bool  # reaches the sequence's last known token, so that its logits give the next one
+    drafts: array[int] = field(default_factory=lambda: array("i"))  # guesses of the tokens behind the last one
+
+    @property
+    def num_logit_rows(self) -> int:
+        """Rows whose logits are needed, the chunk's last ones: of the last known token and of every draft."""
+        return 1 + len(self.drafts) if self.is_last else 0
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRow:
+    """A draft's row of logits, as the sampler sees it: like the sequence, were the drafts up to this one its tokens."""
+
+    sequence: Sequence
+    num_drafts: int
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.sequence.sampling
+
+    @property
+    def output_index(self) -> int:
+        return self.sequence.output_index
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sequence.num_tokens + self.num_drafts
+
+    @property
+    def history(self) -> None:
+        """Sequences with a history do not draft."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +73,18 @@ class Plan:
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:
-        """The sequences that get a new token, in the order of their rows."""
+        """The sequences that get new tokens, in the order of their rows."""
         return tuple(chunk.sequence for chunk in self.chunks if chunk.is_last)
+
+    @property
+    def logit_rows(self) -> list[Sequence | DraftRow]:
+        """What the sampler chooses a token for, row by row: `num_logit_rows` of each chunk."""
+        rows: list[Sequence | DraftRow] = []
+        for chunk in self.chunks:
+            if chunk.is_last:
+                rows.append(chunk.sequence)
+                rows += [DraftRow(chunk.sequence, k) for k in range(1, chunk.num_logit_rows)]
+        return rows
 
 
 def _order(sequence: Sequence) -> OrderKey:
@@ -49,9 +94,13 @@ def _order(sequence: Sequence) -> OrderKey:
 class Scheduler:
     """Owns the sequences: running ones hold blocks, waiting ones hold none. Both lists are kept in scheduling order."""
 
-    def __init__(self, settings: EngineSettings, pool: BlockPool) -> None:
+    def __init__(
+        self, settings: EngineSettings, pool: BlockPool, budget: StepBudget, speculator: Speculator | None = None
+    ) -> None:
         self._settings = settings
         self._pool = pool
+        self._budget = budget
+        self._speculator = speculator
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self.num_preemptions = 0
@@ -100,15 +149,18 @@ class Scheduler:
 
         Decodes first, so that a long prompt never stalls a stream; prefills share the rest of the token budget, cut to
         chunks (Sarathi-Serve, arXiv:2403.02310). Prefills got all their blocks on admission, so only a decode can find
-        the pool empty; the last sequence in order then gives way.
+        the pool empty; the last sequence in order then gives way. Drafts take what all others leave.
         """
         chunks = self._plan_decodes()
-        budget = self._settings.token_budget - len(chunks)
+        num_decodes = len(chunks)
+        budget = self._budget.most_tokens(num_decodes) - num_decodes
         for sequence in self._running:
             if sequence.num_uncomputed_tokens > 1 and budget > 0:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
         self._admit(chunks, budget)
+        if self._speculator is not None:
+            self._add_drafts(chunks, num_decodes, self._speculator)
         return Plan(tuple(chunks), sum(chunk.num_tokens for chunk in chunks))
 
     def _plan_decodes(self) -> list[Chunk]:
@@ -161,6 +213,22 @@ class Scheduler:
             chunks.append(self._chunk(sequence, budget))
             budget -= chunks[-1].num_tokens
 
+    def _add_drafts(self, chunks: list[Chunk], num_decodes: int, speculator: Speculator) -> None:
+        """Let decodes draft. Logits of drafts take places of sequences that are not there: never more rows of logits
+        than max_num_seqs.
+        """
+        num_rows = sum(chunk.num_tokens for chunk in chunks)
+        max_drafts = min(
+            self._budget.most_tokens(num_decodes) - num_rows, self._settings.max_num_seqs - len(self._running)
+        )
+        drafts = speculator.draft([chunk.sequence for chunk in chunks[:num_decodes]], num_rows, max_drafts)
+        for index, token_ids in drafts.items():
+            sequence = chunks[index].sequence
+            num_missing = self._pool.num_blocks_for(sequence.num_tokens + len(token_ids)) - len(sequence.block_ids)
+            sequence.block_ids.extend(self._pool.allocate(min(max(num_missing, 0), self._pool.num_free_blocks)))
+            fitting = token_ids[: len(sequence.block_ids) * self._pool.block_size - sequence.num_tokens]
+            chunks[index] = Chunk(sequence, 1 + len(fitting), is_last=True, drafts=fitting)
+
     def _count_prompt(self, sequence: Sequence) -> None:
         if sequence.num_hit_tokens is None:  # later admissions follow a preemption and hit what they left themselves
             sequence.num_hit_tokens = sequence.num_computed_tokens
@@ -169,31 +237,54 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         num_tokens = min(sequence.num_uncomputed_tokens, budget)
-        start = sequence.num_computed_tokens
-        first, end = start // self._pool.block_size, (start + num_tokens) // self._pool.block_size
+        self._register(sequence, num_tokens)
+        return Chunk(sequence, num_tokens, is_last=num_tokens == sequence.num_uncomputed_tokens)
+
+    def _register(self, sequence: Sequence, num_tokens: int) -> None:
+        """Announce the blocks that computing this many more tokens fills."""
+        start, block_size = sequence.num_computed_tokens, self._pool.block_size
+        first, end = start // block_size, (start + num_tokens) // block_size
         if end > first:
             self._pool.extend_hashes(sequence.block_hashes, sequence.token_ids, end, sequence.cache_salt)
             for block_id, block_hash in zip(
                 sequence.block_ids[first:end], sequence.block_hashes[first:end], strict=False
             ):
                 self._pool.register(block_id, block_hash)
-        return Chunk(sequence, num_tokens, is_last=start + num_tokens == sequence.num_tokens)
 
     # -- after the step -------------------------------------------------------------------------------------------
 
     def finish_step(self, plan: Plan) -> None:
-        """The plan was computed: its keys and values are in the cache."""
+        """The plan was computed: its keys and values are in the cache. Those of drafts count from `accept_drafts`."""
         for chunk in plan.chunks:
-            chunk.sequence.num_computed_tokens += chunk.num_tokens
+            chunk.sequence.num_computed_tokens += chunk.num_tokens - len(chunk.drafts)
         self._pool.settle()
 
-    def fail_step(self) -> None:
+    def accept_drafts(self, sequence: Sequence, num_drafts: int) -> None:
+        """The first `num_drafts` drafts of the step just finished, maybe none, became tokens of their sequence.
+
+        Call it once the tokens are appended, for each sequence that had drafts.
+        """
+        self._register(sequence, num_drafts)
+        sequence.num_computed_tokens += num_drafts
+        self._pool.settle()
+        self._give_back_spare(sequence)
+
+    def fail_step(self, plan: Plan) -> None:
         """The plan was not computed. Sequences keep their blocks; the same tokens are planned again."""
         self._pool.discard_pending()
+        for chunk in plan.chunks:
+            if chunk.drafts:
+                self._give_back_spare(chunk.sequence)
 
     def forget_blocks(self, sequence: Sequence) -> None:
         """Let nobody hit what this sequence computed."""
         self._pool.forget(sequence.block_ids)
+
+    def _give_back_spare(self, sequence: Sequence) -> None:
+        """Free blocks that only drafts needed: another sequence may want them before this one does."""
+        num_blocks = self._pool.num_blocks_for(sequence.num_tokens)
+        self._pool.release(sequence.block_ids[num_blocks:])
+        del sequence.block_ids[num_blocks:]
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.block_ids)

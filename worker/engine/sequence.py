@@ -8,6 +8,7 @@ from typing import Final, TypeAlias
 
 from common.generation import SamplingParams
 from worker.engine.history import TokenHistory
+from worker.engine.lookup import PromptLookup
 
 OrderKey: TypeAlias = tuple[int, int, int]
 
@@ -30,6 +31,7 @@ class Sequence:
         "cache_salt",
         "deadline",
         "history",
+        "lookup",
         "num_computed_tokens",
         "num_hit_tokens",
         "num_memory_failures",
@@ -71,6 +73,7 @@ class Sequence:
         if TokenHistory.is_needed(sampling):
             self.history = TokenHistory(sampling)
             self.history.extend(self.token_ids)
+        self.lookup: PromptLookup | None = None  # made when it first may draft
         self.block_ids: array[int] = array("i")
         self.block_hashes: list[bytes] = []
         self.num_computed_tokens = 0

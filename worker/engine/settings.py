@@ -13,7 +13,13 @@ class EngineSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TORCHRELAY_ENGINE_", frozen=True)
 
-    token_budget: int = Field(default=512, gt=0, description="Most tokens computed in one step.")
+    token_budget: int | None = Field(
+        default=None, gt=0, description="Most tokens computed in one step; default: what a probe at start-up chooses."
+    )
+    itl_target_ms: float = Field(
+        default=200, gt=0, description="How long the probe lets prefills make a step in which other sequences decode."
+    )
+    max_step_tokens: int = Field(default=2048, gt=0, description="Most tokens that the probe may choose.")
     max_num_seqs: int = Field(default=64, gt=0, description="Most sequences in one step.")
     block_size: int = Field(default=16, gt=0, description="Token slots per KV block.")
     kv_cache_bytes: int | None = Field(
@@ -32,13 +38,35 @@ class EngineSettings(BaseSettings):
     max_model_len: int | None = Field(
         default=None, gt=1, description="Most tokens of one sequence, prompt included; at most what the model takes."
     )
+    speculation: bool = Field(
+        default=True, description="Guess tokens from the text so far where it pays; the output is the same."
+    )
+    max_draft_tokens: int = Field(default=8, gt=0, description="Most tokens guessed for one sequence in one step.")
+    min_draft_ngram: int = Field(default=1, gt=0, description="Fewest tokens whose repetition gives rise to a guess.")
+    max_draft_ngram: int = Field(
+        default=3, gt=0, description="Most tokens looked up for a guess; the longest match wins."
+    )
     enable_prefix_cache: bool = Field(default=True, description="Reuse the blocks of equal prefixes.")
 
     @model_validator(mode="after")
     def _every_decode_fits(self) -> Self:
-        if self.token_budget < self.max_num_seqs:
+        name = "max_step_tokens" if self.token_budget is None else "token_budget"
+        if self.most_step_tokens < self.max_num_seqs:
             raise ValueError(
-                f"token_budget ({self.token_budget}) must be at least max_num_seqs ({self.max_num_seqs}), "
+                f"{name} ({self.most_step_tokens}) must be at least max_num_seqs ({self.max_num_seqs}), "
                 "or decodes would starve"
             )
         return self
+
+    @model_validator(mode="after")
+    def _some_ngram_is_looked_up(self) -> Self:
+        if self.max_draft_ngram < self.min_draft_ngram:
+            raise ValueError(
+                f"max_draft_ngram ({self.max_draft_ngram}) must be at least min_draft_ngram ({self.min_draft_ngram})"
+            )
+        return self
+
+    @property
+    def most_step_tokens(self) -> int:
+        """Tokens of the largest step there can be."""
+        return self.max_step_tokens if self.token_budget is None else self.token_budget

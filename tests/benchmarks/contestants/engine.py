@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--quantization", choices=["none", "int8"], default="none", help="of the weights")
     parser.add_argument("--kv-cache-mib", type=int, default=KV_CACHE_MIB, help="memory for keys and values")
     parser.add_argument("--max-num-seqs", type=int, default=MAX_RUNNING, help="most sequences in one step")
 
@@ -36,7 +37,13 @@ class InProcessEngine(Contestant):
         from worker.settings import WorkerSettings
 
         self.engine: Engine = assemble(
-            WorkerSettings(model=args.model, dtype=args.dtype, num_threads=args.threads, device="cpu"),
+            WorkerSettings(
+                model=args.model,
+                dtype=args.dtype,
+                quantization=args.quantization,
+                num_threads=args.threads,
+                device="cpu",
+            ),
             EngineSettings(max_num_seqs=args.max_num_seqs, kv_cache_bytes=args.kv_cache_mib << 20),
         ).engine
         self._num_requests = 0
@@ -44,6 +51,7 @@ class InProcessEngine(Contestant):
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "dtype": args.dtype,
+            "quantization": args.quantization,
             "threads": torch.get_num_threads(),
             "kv_cache_mib": args.kv_cache_mib,
         }

@@ -44,8 +44,8 @@ def without_end(model: Path) -> Iterator[Path]:
             path = copy / name
             if path.exists():
                 values = json.loads(path.read_text())
-                for key in ("eos_token_id", "eos_token"):
-                    values.pop(key, None)
+                values |= {"eos_token_id": None}  # left out, it would be the family's default
+                values.pop("eos_token", None)
                 path.unlink()  # not through the link
                 path.write_text(json.dumps(values))
         yield copy

@@ -92,6 +92,12 @@ def test_table_shows_limits_gaps_stars_and_parts() -> None:
     assert lines[-1].startswith("\\* others used 5%")
 
 
-def test_ratio_table_has_a_row_for_each_peer_and_precision() -> None:
-    text = ratio_table({"W1": {"bf16": {"vllm": 1.234}}, "RSS": {"bf16": {"vllm": 2.0}, "int8": {"openvino": 0.5}}})
-    assert text.splitlines()[2:] == ["| vllm | bf16 | 1.23 | 2.00 |", "| openvino | int8 | - | 0.50 |"]
+def test_ratio_table_has_a_row_for_each_peer_and_for_the_best_of_them() -> None:
+    found = {"W1": {"bf16": {"vllm": 1.234, "slow": 9.0}}, "RSS": {"bf16": {"vllm": 2.0}, "int8": {"openvino": 0.5}}}
+    assert ratio_table(found).splitlines()[2:] == [
+        "| vllm | bf16 | 1.23 | 2.00 |",
+        "| slow | bf16 | 9.00 | - |",
+        "| **the best of them** | bf16 | **1.23** | **2.00** |",
+        "| openvino | int8 | - | 0.50 |",
+        "| **the best of them** | int8 | - | **0.50** |",
+    ]

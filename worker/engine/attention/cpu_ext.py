@@ -9,6 +9,7 @@ from typing import Final
 import torch
 
 from worker.engine.attention.interface import AttentionBatch, AttentionOptions, LayerCache, LayerShape
+from worker.engine.host_memory import lazy_zeros
 from worker.engine.kernels.library import Kernels
 
 _BLOCK_SIZE: Final = 16
@@ -54,8 +55,8 @@ class CpuAttention:
             raise ValueError(f"the CPU attention kernel needs float32 or bfloat16 on cpu, not {dtype} on {device}")
         heads = shape.num_kv_heads
         return LayerCache(
-            keys=torch.zeros((num_blocks, heads, _padded(shape.key_dim, dtype), _BLOCK_SIZE), dtype=dtype),
-            values=torch.zeros((num_blocks, heads, _BLOCK_SIZE, shape.value_dim), dtype=dtype),
+            keys=lazy_zeros((num_blocks, heads, _padded(shape.key_dim, dtype), _BLOCK_SIZE), dtype),
+            values=lazy_zeros((num_blocks, heads, _BLOCK_SIZE, shape.value_dim), dtype),
         )
 
     def attend(

@@ -46,6 +46,7 @@ def compile_decoder(
     module.set_attn_implementation("eager")  # as it came, should the model be refused
     layout = read_layout(module, probes, num_positions)
     decoder = CompiledDecoder(layout, module.dtype, backend.kernels, int8=int8)
+    _let_go_of_files(module)
     errors = [
         loadcheck.packed_error(decoder.bind, decoder.layer_shapes, module.dtype, backend, logits, first)
         for first, logits in expected.items()
@@ -56,3 +57,10 @@ def compile_decoder(
         raise DecoderDiffers(f"relative error of the logits {error:.2g}, allowed {tolerance:.2g}")
     _log.info("model.compiled", int8=int8, error=error, seconds=round(time.monotonic() - started, 1))
     return decoder
+
+
+def _let_go_of_files(module: PreTrainedModel) -> None:
+    """Copy what is left of the model's tensors: as views they would keep the mapped weight files in memory."""
+    module.get_input_embeddings().weight = torch.nn.Parameter(torch.empty(0, dtype=module.dtype), requires_grad=False)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()

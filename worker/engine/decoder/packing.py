@@ -8,7 +8,6 @@ weights but 8 bits of activations where their magnitudes vary most: the MLP's la
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -16,6 +15,8 @@ from typing import Final
 import torch
 from torch import nn
 from torch.nn import functional
+
+from worker.engine.host_memory import lazy_zeros
 
 PANEL: Final = 32
 COLUMNS: Final = 16  # outputs of one vector
@@ -56,17 +57,14 @@ class PackedLinear:
 
 
 class Arena:
-    """One stretch of memory for all weights, in huge pages where the system has them: it is streamed at every step."""
+    """One stretch of memory for all weights, which is streamed at every step."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._memory = mmap.mmap(-1, max(num_bytes, 1))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._bytes = lazy_zeros((max(num_bytes, 1),), torch.uint8)
         self._used = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in the arena, its content undefined."""
+        """A tensor in the arena, to be filled. Raises MemoryError when it does not fit."""
         size = dtype.itemsize
         for length in shape:
             size *= length

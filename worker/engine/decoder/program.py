@@ -128,9 +128,9 @@ class CompiledDecoder:
         self._kept: list[torch.Tensor] = []  # what the structures point to
         formats = _Formats(dtype, int8=int8)
         formats.check(layout)
-        arena = Arena(sum(packed_bytes(*size) for size in formats.sizes(layout)))
-        # Read before anything is packed: a tied head and embedding are one tensor, and packing drops the head's.
-        embedding = self._keep(layout.embedding.to(dtype).contiguous())
+        embedding_bytes = layout.embedding.numel() * dtype.itemsize + 64
+        arena = Arena(sum(packed_bytes(*size) for size in formats.sizes(layout)) + embedding_bytes)
+        embedding = self._keep(arena.empty(tuple(layout.embedding.shape), dtype).copy_(layout.embedding))
         tables = {key: (self._keep(cos), self._keep(sin)) for key, (cos, sin) in layout.rope_tables.items()}
         self._layers = (_Layer * len(layout.layers))(
             *(self._layer(layer, formats, arena, tables) for layer in layout.layers)

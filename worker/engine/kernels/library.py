@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import structlog
+import torch
 
 from worker.engine.kernels.build import KernelBuildError, build
 
@@ -38,9 +39,22 @@ class Kernels:
         self.decoder_step = loaded.torchrelay_decoder_step
         self.decoder_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self.decoder_step.restype = ctypes.c_int
+        self._argmax = loaded.torchrelay_argmax
+        self._argmax.argtypes = [*(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), ctypes.c_void_p, ctypes.c_int64]
         runtimes = openmp_runtimes()
         if len(runtimes) > 1:
             _log.warning("kernels.openmp_runtimes_compete", runtimes=sorted(runtimes))
+
+    def argmax(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return where each row's largest score stands, [num_rows] int64: as torch's argmax, faster.
+
+        `scores` is [num_rows, width] float32.
+        """
+        scores = scores.contiguous()
+        num_rows, width = scores.shape
+        result = torch.empty(num_rows, dtype=torch.int64)
+        self._argmax(scores.data_ptr(), num_rows, width, result.data_ptr(), torch.get_num_threads())
+        return result
 
 
 def openmp_runtimes() -> frozenset[str]:

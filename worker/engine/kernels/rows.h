@@ -42,6 +42,32 @@ inline float largest_magnitude(const float* x, int64_t size) {
   return largest;
 }
 
+// Where the largest number stands, of equal ones the first; a NaN counts as larger than all.
+inline int64_t argmax(const float* x, int64_t size) {
+  Sums largest = Sums{} - INFINITY;
+  Counts blocks{}, nans{};
+  int64_t i = 0;
+  for (int32_t block = 0; i + kColumns <= size; i += kColumns, block++) {
+    const Sums y = load_sums(x + i);
+    nans |= y != y;
+    blocks = y > largest ? Counts{} + block : blocks;
+    largest = y > largest ? y : largest;
+  }
+  bool has_nan = false;
+  for (int lane = 0; lane < kColumns; lane++) has_nan |= nans[lane] != 0;
+  for (int64_t j = i; j < size; j++) has_nan |= x[j] != x[j];
+  if (has_nan) return std::find_if(x, x + size, [](float y) { return y != y; }) - x;
+  int64_t best = 0;
+  if (i > 0)
+    for (int lane = 0; lane < kColumns; lane++) {
+      const int64_t at = static_cast<int64_t>(blocks[lane]) * kColumns + lane;
+      if (x[at] > x[best] || (x[at] == x[best] && at < best)) best = at;
+    }
+  for (int64_t j = i; j < size; j++)
+    if (x[j] > x[best]) best = j;
+  return best;
+}
+
 inline void rms_norm(const float* x, const float* weight, int64_t size, float epsilon, float* target) {
   const float factor = 1.0f / std::sqrt(sum_of_squares(x, size) / static_cast<float>(size) + epsilon);
   for (int64_t i = 0; i < size; i++) target[i] = x[i] * factor * weight[i];

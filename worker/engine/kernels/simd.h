@@ -78,6 +78,21 @@ inline Pairs broadcast_for(Pairs, const float* source) { return broadcast_pair(s
 // Rounds each sum of two products to nearest even; denormals count as zero.
 inline Floats multiply_add(Pairs a, Pairs b, Floats sum) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
+// e^x for x <= 0 within 1e-5, for weights that are rounded to bfloat16 next; exactly 0 below -87. A NaN stays a NaN.
+// 2^n times a minimax polynomial of 2^f on [-1/2, 1/2].
+inline Floats rough_exponential(Floats x) {
+  const Floats clamped = x < -88.0f ? broadcast(-200.0f) : x;
+  const __m512 t = (__m512)(clamped * 1.44269504088896341f);
+  const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats f = (Floats)t - (Floats)n;
+  Floats p = broadcast(9.56051e-3f);
+  p = p * f + 5.591704e-2f;
+  p = p * f + 2.4024981e-1f;
+  p = p * f + 6.9312197e-1f;
+  p = p * f + 9.9999919e-1f;
+  return (Floats)_mm512_scalef_ps((__m512)p, n);
+}
+
 // Rounds to nearest even; a NaN stays a NaN.
 inline void store(BFloat16* target, Floats x) {
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);

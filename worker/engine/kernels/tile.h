@@ -79,20 +79,31 @@ inline Ints unit_positions(int unit) {
 }
 
 // Scores of U units for R rows, with mask and softcap, to scores[U][R][kLanes].
+//
+// `ahead` are units that will be read next: where few rows share a key, attention waits for memory, and blocks lie
+// scattered in it.
 template <typename T, int R, int U>
-inline void score_units(const Tile<T>& tile, int unit, float* scores, Floats* maxima) {
+inline void score_units(const Tile<T>& tile, int unit, int ahead, float* scores, Floats* maxima) {
+  constexpr bool kPrefetch = R <= 4;
   const T* keys[U];
+  const T* next[U];
   Floats sums[U][R];
   for (int u = 0; u < U; u++) {
     keys[u] = tile.key_unit(unit + u);
+    if constexpr (kPrefetch) next[u] = tile.key_unit(ahead + u);
     for (int r = 0; r < R; r++) sums[u][r] = Floats{};
   }
   const float* query = tile.query;
   constexpr int kStep = kPaired<T> ? 2 : 1;
   for (int d = 0; d < tile.key_dim; d += kStep, query += R) {
+    decltype(load_keys(keys[0])) key[U];
     for (int u = 0; u < U; u++) {
-      const auto key = load_keys(keys[u] + d * kBlockSize);
-      for (int r = 0; r < R; r++) sums[u][r] = multiply_add(key, broadcast_for(key, query + r), sums[u][r]);
+      key[u] = load_keys(keys[u] + d * kBlockSize);
+      if constexpr (kPrefetch) __builtin_prefetch(next[u] + d * kBlockSize);
+    }
+    for (int r = 0; r < R; r++) {
+      const auto both = broadcast_for(key[0], query + r);
+      for (int u = 0; u < U; u++) sums[u][r] = multiply_add(key[u], both, sums[u][r]);
     }
   }
   if constexpr (kPaired<T>)
@@ -214,6 +225,15 @@ constexpr int vectors_at_a_time(int rows) {
   return vectors;
 }
 
+// e^(score - maximum), as precisely as the weights are kept.
+template <typename T>
+inline Floats weight_of(Floats difference) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPaired<T>) return rough_exponential(difference);
+#endif
+  return exponential(difference);
+}
+
 // One segment for R rows. `scores` has room for kSegment * R floats.
 template <typename T, int R>
 void attend_segment(const Tile<T>& tile, int segment, float* scores, const Partial& result) {
@@ -226,9 +246,10 @@ void attend_segment(const Tile<T>& tile, int segment, float* scores, const Parti
   for (int r = 0; r < R; r++) maxima[r] = broadcast(kMasked);
   int unit = first_unit;
   for (; unit + kTogether <= last_unit; unit += kTogether)
-    score_units<T, R, kTogether>(tile, unit, scores + (unit - first_unit) * R * kLanes, maxima);
+    score_units<T, R, kTogether>(tile, unit, unit + 2 * kTogether <= last_unit ? unit + kTogether : unit,
+                                 scores + (unit - first_unit) * R * kLanes, maxima);
   for (; unit < last_unit; unit++)
-    score_units<T, R, 1>(tile, unit, scores + (unit - first_unit) * R * kLanes, maxima);
+    score_units<T, R, 1>(tile, unit, unit, scores + (unit - first_unit) * R * kLanes, maxima);
 
   Floats sums[R];
   for (int r = 0; r < R; r++) {
@@ -240,7 +261,7 @@ void attend_segment(const Tile<T>& tile, int segment, float* scores, const Parti
   Weight<T>* const weights = reinterpret_cast<Weight<T>*>(scores);
   for (int i = 0; i < (last_unit - first_unit) * R * kLanes; i += R * kLanes) {
     for (int r = 0; r < R; r++) {
-      const Floats weight = exponential(load(scores + i + r * kLanes) - result.maximum[r]);
+      const Floats weight = weight_of<T>(load(scores + i + r * kLanes) - result.maximum[r]);
       sums[r] += weight;
       store(weights + i + r * kLanes, weight);
     }

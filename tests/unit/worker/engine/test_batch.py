@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from array import array
+
 import torch
 
 from tests.builders_engine import make_sequence
@@ -60,3 +62,19 @@ def test_blocks_given_beyond_the_step_are_left_out() -> None:
     batch = make_buffers().fill(Plan((Chunk(sequence, 6, is_last=False),), 6))
     assert batch.attention.block_tables.tolist() == [[1, 2]]
     assert batch.logit_rows.tolist() == []
+
+
+def test_drafts_stand_behind_their_sequences_last_token_and_all_their_logits_are_needed() -> None:
+    decode = placed(make_sequence(prompt=[10, 11, 12, 13, 14, 15]), 5, 7, 3)
+    prefill = placed(make_sequence(prompt=[20, 21, 22]), 0, 2)
+    chunks = (Chunk(decode, 3, is_last=True, drafts=array("i", [31, 32])), Chunk(prefill, 3, is_last=True))
+    plan = Plan(chunks, 6)
+    batch = make_buffers().fill(plan)
+    assert batch.input_ids.tolist() == [[15, 31, 32, 20, 21, 22]]
+    assert batch.position_ids.tolist() == [[5, 6, 7, 0, 1, 2]]
+    assert batch.logit_rows.tolist() == [0, 1, 2, 5]
+    assert batch.attention.slots.tolist() == [13, 14, 15, 8, 9, 10]
+    assert batch.attention.query_starts.tolist() == [0, 3, 6]
+    assert batch.attention.context_lens.tolist() == [8, 3]
+    assert batch.attention.block_tables[0].tolist() == [7, 3]
+    assert [row.num_tokens for row in plan.logit_rows] == [6, 7, 8, 3]  # positions of the tokens to be chosen

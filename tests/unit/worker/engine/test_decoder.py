@@ -229,8 +229,8 @@ class TestLoading:
         folder = write_tiny_model(tmp_path / "m")
         loaded = load_model(str(folder), torch.float32, CPU, cache_root=tmp_path, compile_for=backend())
         assert loaded.decoder is not None
-        assert all(p.numel() < 288 * 64 + 1 for p in loaded.module.parameters())
-        assert sum(p.numel() for p in loaded.module.parameters()) < loaded.num_parameters / 4
+        assert all(p.ndim == 1 for p in loaded.module.parameters())
+        assert sum(p.numel() for p in loaded.module.parameters()) < loaded.num_parameters / 100
 
     def test_another_family_is_loaded_as_before(self, tmp_path: Path) -> None:
         folder = write_tiny_model(tmp_path / "m", "gpt2")

@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from common.generation import SamplingParams
+from worker.engine.kernels.build import supported_levels
+from worker.engine.kernels.library import Kernels
 from worker.engine.noise import gumbel, ordered_hash, row_key
 from worker.engine.sampler import Sampler
 from worker.engine.sequence import Sequence
@@ -269,3 +271,19 @@ class TestWithoutWaiting:
         logits[1, 7] = float("nan")
         rows = [make_row([1], temperature=1.0, top_p=0.5, seed=i) for i in range(3)]
         assert Sampler(CPU, may_wait=False).sample(logits, rows).invalid_rows == [1]
+
+
+@pytest.mark.parametrize("level", supported_levels())
+def test_the_kernels_find_the_same_largest_scores_as_torch(level: str) -> None:
+    argmax = Kernels(level).argmax
+    generator = torch.Generator().manual_seed(11)
+    for width in (1, 7, 16, 288, 49152):
+        scores = torch.randn(9, width, generator=generator)
+        scores[1] = 0.5  # ties: the first
+        scores[2] = float("-inf")
+        scores[3, width // 2] = float("inf")
+        scores[4, width - 1] = float("nan")
+        scores[4, 0] = float("inf")
+        scores[5, width // 3 :] = scores[5, : width - width // 3].max() + 1
+        assert argmax(scores).tolist() == scores.argmax(-1).tolist(), width
+    assert argmax(torch.empty(0, 5)).tolist() == []

@@ -6,13 +6,15 @@ from hypothesis import strategies as st
 from common.generation import SamplingParams
 from tests.builders_engine import make_pool, make_sequence, make_settings
 from worker.engine.blocks import BlockPool
+from worker.engine.cost import UNMEASURED, StepBudget
 from worker.engine.scheduler import Plan, Scheduler
 from worker.engine.sequence import Sequence
 
 
 def make_scheduler(num_blocks: int = 100, **limits: int) -> tuple[Scheduler, BlockPool]:
     pool = make_pool(num_blocks)
-    return Scheduler(make_settings(**limits), pool), pool
+    settings = make_settings(**limits)
+    return Scheduler(settings, pool, StepBudget(settings, UNMEASURED)), pool
 
 
 def summary(plan: Plan) -> dict[str, int]:
@@ -132,7 +134,7 @@ def test_a_failed_step_is_planned_again_and_shares_nothing() -> None:
     scheduler, pool = make_scheduler()
     scheduler.add(make_sequence(12, "a", prompt=list(range(12))))
     first = scheduler.plan()
-    scheduler.fail_step()
+    scheduler.fail_step(first)
     scheduler.add(make_sequence(12, "b", prompt=list(range(12)), arrival=1))
     assert summary(scheduler.plan()) == summary(first) == {"a": 12}
     pool.check_integrity()

@@ -15,7 +15,7 @@ PACKAGES := common gateway worker
 SOURCES := $(PACKAGES) protos tests
 PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*/*/*.proto))
 
-.PHONY: install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality pytest test-redis7 clean
+.PHONY: install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality bench-gpu pytest test-redis7 clean
 
 $(VENV)/.venv-made:
 	@test -n "$(PYTHON)" || { echo "torchrelay needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3"; exit 1; }
@@ -102,6 +102,9 @@ bench-peers: install-dev  ## the engine against vLLM, OpenVINO, llama.cpp and tr
 
 bench-quality: install-dev  ## what each precision of each engine loses against fp32
 	$(BIN)/python -m tests.benchmarks.quality --peers '$(PEERS)' $(ARGS)
+
+bench-gpu: install-dev  ## correctness and speed on an NVIDIA GPU, ten minutes; says so where there is none
+	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
 pytest: install-dev
 	$(BIN)/pytest

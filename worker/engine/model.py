@@ -112,7 +112,7 @@ def load_model(
             elif int8:
                 raise ModelError(f"{source}: int8 weights need the compiled kernels, on a CPU")
             if fast and decoder is None:
-                _speed_up(module)
+                speed_up_for_device(module)
             if decoder is None:
                 install_attention(module)
         except UnsupportedFamilyError as error:
@@ -151,16 +151,16 @@ def load_model(
     return loaded
 
 
-def _speed_up(module: PreTrainedModel) -> None:
+def speed_up_for_device(module: PreTrainedModel) -> tuple[str, ...]:
+    """Replace layers by the faster ones of the device; return the names of the changes that were kept."""
     if module.device.type != "cuda":
-        speed_up(module)
-        return
+        return speed_up(module)
     try:
         from worker.engine import fuse_cuda
     except ImportError as error:
         _log.warning("kernels.unavailable", reason=str(error), effect="layers as transformers has them, slower")
-    else:
-        fuse_cuda.speed_up(module)
+        return ()
+    return fuse_cuda.speed_up(module)
 
 
 def _compile(

@@ -10,6 +10,10 @@ Rows are told apart by what they ask for, and pay only for that:
 
 Processors and filters are transformers' own, in its order: repetition_penalty, no_repeat_ngram_size, temperature,
 top_k, top_p, min_p (`generation/logits_process.py`). Tokens are drawn with the noise of `noise.py`, hence reproducibly.
+
+On a GPU a look at a result waits for the device. There the choice is made without one, rows without filters from the
+whole vocabulary at once, and everything comes to the host in one copy; only rows that turn out to need more candidates
+are drawn again.
 """
 
 from __future__ import annotations
@@ -67,17 +71,20 @@ class _Filters:
     top_k: torch.Tensor  # int64, 0 is off
     top_p: torch.Tensor  # float64, 1 is off
     min_p: torch.Tensor  # float64, 0 is off
+    any_top_p: bool  # some row's may be below 1
 
     @classmethod
     def of(cls, rows: Rows[LogitRow], device: torch.device) -> _Filters:
         params = [row.sampling for row in rows]
-        table = torch.tensor(
-            [[p.temperature, p.top_k, p.top_p, p.min_p] for p in params], dtype=torch.float64, device=device
-        )
-        return cls(table[:, 0:1].float(), table[:, 1:2].long(), table[:, 2:3], table[:, 3:4])
+        values = [[p.temperature, p.top_k, p.top_p, p.min_p] for p in params]
+        table = _on_device(torch.tensor(values, dtype=torch.float64), device)
+        any_top_p = any(p.top_p < 1 for p in params)
+        return cls(table[:, 0:1].float(), table[:, 1:2].long(), table[:, 2:3], table[:, 3:4], any_top_p)
 
     def of_rows(self, index: torch.Tensor) -> _Filters:
-        return _Filters(self.temperature[index], self.top_k[index], self.top_p[index], self.min_p[index])
+        return _Filters(
+            self.temperature[index], self.top_k[index], self.top_p[index], self.min_p[index], self.any_top_p
+        )
 
     @property
     def are_off(self) -> torch.Tensor:
@@ -88,15 +95,32 @@ class _Filters:
 class Sampler:
     """Stateless but for constants of its device."""
 
-    def __init__(self, device: torch.device, argmax: Argmax | None = None) -> None:
-        """`argmax` takes torch's place over the vocabulary where there is a faster one."""
+    def __init__(self, device: torch.device, argmax: Argmax | None = None, *, may_wait: bool | None = None) -> None:
+        """`argmax` takes torch's place over the vocabulary where there is a faster one.
+
+        `may_wait` is whether results may be looked at on the way; default: where that costs nothing, on a CPU.
+        """
         self._device = device
         self._argmax: Argmax = argmax or (lambda scores: scores.argmax(-1))
+        self._may_wait = device.type == "cpu" if may_wait is None else may_wait
         self._vocabulary = torch.empty(0, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: Rows[LogitRow]) -> SampledTokens:
         """Choose the token of each row. `logits` is [num_rows, vocab_size], any float type, not changed."""
+        sampled = self._sample(logits, rows, self._may_wait)
+        again = [i for i, token_id in enumerate(sampled.token_ids) if token_id < 0]
+        if not again:
+            return sampled
+        index = _on_device(torch.tensor(again), self._device)
+        widened = self._sample(logits[index], [rows[i] for i in again], may_wait=True)
+        for i, token_id in zip(again, widened.token_ids, strict=True):
+            sampled.token_ids[i] = token_id
+        sampled.logprobs.update((again[i], logprob) for i, logprob in widened.logprobs.items())
+        return sampled
+
+    def _sample(self, logits: torch.Tensor, rows: Rows[LogitRow], may_wait: bool) -> SampledTokens:
+        """One copy from the device at the end. A negative token stands for a row that needs more candidates."""
         scores = logits.float()
         tokens = self._argmax(scores)
         # A NaN counts as the largest of its row.
@@ -106,33 +130,66 @@ class Sampler:
         if penalised or sampled:
             penalised.sort(key=lambda i: rows[i].sampling.temperature > 0)  # greedy ones first
             order = penalised + sampled
-            work = scores[torch.tensor(order, device=self._device)]
-            tokens[order] = self._sample_rows(work, [rows[i] for i in order], len(penalised))
+            index = _on_device(torch.tensor(order), self._device)
+            chosen = self._sample_rows(scores[index], [rows[i] for i in order], len(penalised), may_wait)
+            tokens.index_copy_(0, index, chosen)
+        results = [tokens.double(), is_valid[:, 0].double()]
+        wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs]
+        if wanted:
+            results.append(self._logprobs(scores, tokens, wanted))
+        sizes = [len(result) for result in results]
+        token_ids, validity, *logprobs = torch.split(torch.cat(results).cpu(), sizes)
         return SampledTokens(
-            token_ids=tokens.tolist(),
-            logprobs=self._logprobs(scores, tokens, rows),
-            invalid_rows=[] if bool(is_valid.all()) else (~is_valid[:, 0]).nonzero()[:, 0].tolist(),
+            token_ids=[int(token_id) for token_id in token_ids.tolist()],
+            logprobs=dict(zip(wanted, logprobs[0].tolist(), strict=True)) if wanted else {},
+            invalid_rows=[i for i, valid in enumerate(validity.tolist()) if not valid],
         )
 
-    def _sample_rows(self, scores: torch.Tensor, rows: Rows[LogitRow], num_penalised: int) -> torch.Tensor:
+    def _sample_rows(
+        self, scores: torch.Tensor, rows: Rows[LogitRow], num_penalised: int, may_wait: bool
+    ) -> torch.Tensor:
         """Penalised rows first, greedy ones before sampled ones. Overwrites `scores`."""
         if num_penalised:
             _penalise(scores, rows[:num_penalised])
         num_greedy = sum(1 for row in rows if row.sampling.temperature == 0)
         if num_greedy == len(rows):
             return scores.argmax(-1)
-        drawn = self._draw(scores[num_greedy:], rows[num_greedy:])
+        drawn = self._draw(scores[num_greedy:], rows[num_greedy:], may_wait)
         return torch.cat([scores[:num_greedy].argmax(-1), drawn]) if num_greedy else drawn
 
-    def _draw(self, scores: torch.Tensor, rows: Rows[LogitRow]) -> torch.Tensor:
+    def _draw(self, scores: torch.Tensor, rows: Rows[LogitRow], may_wait: bool) -> torch.Tensor:
         filters = _Filters.of(rows, self._device)
-        keys = torch.tensor(
-            [row_key(row.sampling.seed, row.output_index, row.num_tokens) for row in rows],
-            dtype=torch.int32,
-            device=self._device,
-        )
+        words = [row_key(row.sampling.seed, row.output_index, row.num_tokens) for row in rows]
+        keys = _on_device(torch.tensor(words, dtype=torch.int32), self._device)
         scores /= filters.temperature
-        return self._draw_among(CANDIDATES, scores, keys, filters)
+        if may_wait:
+            return self._draw_among(CANDIDATES, scores, keys, filters)
+        return self._draw_without_waiting(scores, keys, filters, rows)
+
+    def _draw_without_waiting(
+        self, scores: torch.Tensor, keys: torch.Tensor, filters: _Filters, rows: Rows[LogitRow]
+    ) -> torch.Tensor:
+        """Draw filtered rows from the candidates, -1 where those do not suffice, and the others from all tokens."""
+        top, ids = scores.topk(min(CANDIDATES, scores.shape[-1]), dim=-1)
+        top = top.double()
+        keep, is_complete = _filter_candidates(scores, top, filters)
+        noisy = (top + gumbel(ordered_hash(keys, ids.int()))).masked_fill_(~keep, _NEG_INF)
+        drawn = torch.where(is_complete, ids.gather(1, noisy.argmax(-1, keepdim=True))[:, 0], -1)
+        unfiltered = [
+            i for i, p in enumerate(row.sampling for row in rows) if p.top_k == 0 and p.top_p >= 1 and p.min_p == 0
+        ]
+        chunk = max(1, _DEVICE_CHUNK // scores.shape[-1])
+        vocabulary = self._all_ids(scores.shape[-1])
+        for start in range(0, len(unfiltered), chunk):
+            index = _on_device(torch.tensor(unfiltered[start : start + chunk]), self._device)
+            totals = gumbel(ordered_hash(keys[index], vocabulary)).add_(scores[index])
+            drawn.index_copy_(0, index, totals.argmax(-1))
+        return drawn
+
+    def _all_ids(self, vocab_size: int) -> torch.Tensor:
+        if len(self._vocabulary) != vocab_size:
+            self._vocabulary = torch.arange(vocab_size, dtype=torch.int32, device=self._device)
+        return self._vocabulary
 
     def _draw_among(
         self, num_candidates: int, scores: torch.Tensor, keys: torch.Tensor, filters: _Filters
@@ -167,13 +224,12 @@ class Sampler:
         logarithms are taken of few.
         """
         vocab_size = scores.shape[-1]
-        if len(self._vocabulary) != vocab_size:
-            self._vocabulary = torch.arange(vocab_size, dtype=torch.int32, device=self._device)
+        vocabulary = self._all_ids(vocab_size)
         drawn = best_ids.clone()
         chunk = max(1, (_CPU_CHUNK if self._device.type == "cpu" else _DEVICE_CHUNK) // vocab_size)
         for start in range(0, len(scores), chunk):
             part = slice(start, start + chunk)
-            hashes = ordered_hash(keys[part], self._vocabulary)
+            hashes = ordered_hash(keys[part], vocabulary)
             row, token = (hashes >= least_hash(best[part] - bound[part])[:, None]).nonzero(as_tuple=True)
             totals = scores[part][row, token].double() + gumbel(hashes[row, token])
             # The largest of each row's few; of equal ones the smallest id.
@@ -184,14 +240,17 @@ class Sampler:
             drawn[part] = torch.where(winner < vocab_size, winner, drawn[part])
         return drawn
 
-    def _logprobs(self, scores: torch.Tensor, tokens: torch.Tensor, rows: Rows[LogitRow]) -> dict[int, float]:
-        wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs]
-        if not wanted:
-            return {}
-        index = torch.tensor(wanted, device=self._device)
+    def _logprobs(self, scores: torch.Tensor, tokens: torch.Tensor, wanted: list[int]) -> torch.Tensor:
+        """[len(wanted)] float64, of these rows' tokens."""
+        index = _on_device(torch.tensor(wanted), self._device)
         picked = scores[index]
-        logprobs = picked.gather(1, tokens[index, None])[:, 0] - picked.logsumexp(-1)
-        return dict(zip(wanted, logprobs.tolist(), strict=True))
+        chosen = tokens[index, None].clamp(min=0)  # a row that is drawn again gets its own later
+        return (picked.gather(1, chosen)[:, 0] - picked.logsumexp(-1)).double()
+
+
+def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy from the host without waiting for what the device does."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _penalise(scores: torch.Tensor, rows: Rows[LogitRow]) -> None:
@@ -207,12 +266,12 @@ def _penalise(scores: torch.Tensor, rows: Rows[LogitRow]) -> None:
             penalties.append(np.full(len(seen[-1]), row.sampling.repetition_penalty, dtype=np.float32))
         banned += [i * vocab_size + token_id for token_id in row.history.banned_ids() if token_id < vocab_size]
     if seen:
-        index = torch.from_numpy(np.concatenate(seen)).to(scores.device)
-        penalty = torch.from_numpy(np.concatenate(penalties)).to(scores.device)
+        index = _on_device(torch.from_numpy(np.concatenate(seen)), scores.device)
+        penalty = _on_device(torch.from_numpy(np.concatenate(penalties)), scores.device)
         values = flat[index]
         flat[index] = torch.where(values < 0, values * penalty, values / penalty)
     if banned:
-        flat[torch.tensor(banned, device=scores.device)] = _NEG_INF
+        flat.index_fill_(0, _on_device(torch.tensor(banned), scores.device), _NEG_INF)
 
 
 def _filter_candidates(scores: torch.Tensor, top: torch.Tensor, filters: _Filters) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,7 +288,7 @@ def _filter_candidates(scores: torch.Tensor, top: torch.Tensor, filters: _Filter
     # With top_k the candidates are all there is, if the smallest is out already; otherwise top_p and min_p must end the
     # row.
     is_complete = torch.where(has_top_k[:, 0], ~keep[:, -1], False)
-    if bool((filters.top_p < 1).any()):
+    if filters.any_top_p:
         of_kept = top.masked_fill(~keep, _NEG_INF).logsumexp(-1, keepdim=True)
         total = torch.where(has_top_k, of_kept, scores.logsumexp(-1, keepdim=True).double())
         probs = (top - total).exp().masked_fill(~keep, 0)

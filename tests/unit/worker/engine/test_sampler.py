@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -79,13 +80,14 @@ _rows = st.builds(
     seed=st.integers(0, 1000),
     scale=st.sampled_from([0.1, 1.0, 5.0]),  # nearly flat to peaked
     vocab_size=st.sampled_from([31, 256, 257, 3000]),
+    may_wait=st.booleans(),
 )
 def test_every_row_of_a_mixed_batch_gets_the_token_that_transformers_filters_give(
-    rows: list[Sequence], seed: int, scale: float, vocab_size: int
+    rows: list[Sequence], seed: int, scale: float, vocab_size: int, may_wait: bool
 ) -> None:
     logits = torch.randn(len(rows), vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
     before = logits.clone()
-    sampled = Sampler(CPU).sample(logits, rows)
+    sampled = Sampler(CPU, may_wait=may_wait).sample(logits, rows)
     assert sampled.token_ids == [reference_token(logits[i], row) for i, row in enumerate(rows)]
     assert torch.equal(logits, before)
     assert sampled.invalid_rows == []
@@ -212,6 +214,63 @@ def test_tokens_beyond_the_logits_are_not_penalised() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.5]])
     row = make_row([1, 7, 7, 7], repetition_penalty=4.0, no_repeat_ngram_size=2)
     assert Sampler(CPU).sample(logits, [row]).token_ids == [0]
+
+
+class _Waits(TorchDispatchMode):
+    """Notes every operation for which a GPU's host would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = [i for i in args[1] if i is not None] if name in ("index", "index_put", "index_put_") else []
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero") or any(i.dtype == torch.bool for i in indices):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class TestWithoutWaiting:
+    """As on a GPU: what is chosen is the same, and nobody looks at it before the end."""
+
+    def rows(self) -> list[Sequence]:
+        return [
+            make_row([1, 2, 3]),
+            make_row([1, 2, 3], logprobs=True),
+            make_row([4, 5, 4], temperature=1.0, seed=3, repetition_penalty=1.2, no_repeat_ngram_size=2),
+            make_row([4, 5, 6], temperature=0.7, seed=4, top_p=0.5, top_k=40, logprobs=True),
+            make_row([7], temperature=1.0, seed=5),
+        ]
+
+    def test_no_operation_waits_for_the_device(self) -> None:
+        logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(1)) * 5
+        results = []
+        for may_wait, waits in ((False, _Waits()), (True, _Waits())):
+            with waits:
+                results.append(Sampler(CPU, may_wait=may_wait).sample(logits, self.rows()))
+            assert bool(waits.seen) == may_wait
+        assert results[0] == results[1]
+
+    def test_rows_that_need_more_candidates_are_drawn_again_with_their_logprobs(self) -> None:
+        logits = torch.randn(3, 3000, generator=torch.Generator().manual_seed(2)) * 0.1  # nearly flat
+        rows = [
+            make_row([1], temperature=1.0, seed=1, top_p=0.9, logprobs=True),
+            make_row([1], logprobs=True),
+            make_row([2], temperature=1.0, seed=2, top_k=2000, repetition_penalty=0.8, logprobs=True),
+        ]
+        expected = Sampler(CPU).sample(logits, rows)
+        sampled = Sampler(CPU, may_wait=False).sample(logits, rows)
+        assert sampled.token_ids == expected.token_ids
+        assert sampled.logprobs == pytest.approx(expected.logprobs)
+        of_tokens = logits.log_softmax(-1)[torch.arange(3), torch.tensor(expected.token_ids)]
+        assert list(sampled.logprobs.values()) == pytest.approx(of_tokens.tolist(), abs=1e-5)
+
+    def test_invalid_logits_are_told(self) -> None:
+        logits = torch.zeros(3, 500)
+        logits[1, 7] = float("nan")
+        rows = [make_row([1], temperature=1.0, top_p=0.5, seed=i) for i in range(3)]
+        assert Sampler(CPU, may_wait=False).sample(logits, rows).invalid_rows == [1]
 
 
 @pytest.mark.parametrize("level", supported_levels())

@@ -1,0 +1,65 @@
+"""The GPU benchmark: what it says without a GPU, and a rehearsal of all its parts at a toy shape."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from tests.benchmarks import gpu, gpu_checks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks, "_FAMILIES", ("llama", "gpt2"))
+    monkeypatch.setattr(gpu_checks, "VARIANTS", (gpu_checks.VARIANTS[3], gpu_checks.VARIANTS[-1]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 0
+    assert capsys.readouterr().out.splitlines() == ["not run on a GPU", '{"gpu": null}']
+
+
+def test_a_rehearsal_runs_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--rehearse"]) == 0
+    *text, last = capsys.readouterr().out.splitlines()
+    report: dict[str, Any] = json.loads(last)
+    assert report["failures"] == {}
+    assert report["kernels"] == {"smollm2": True, "narrow values float32": True}
+    assert report["greedy"] == {"llama": True, "gpt2": True}
+    assert list(report["decode"]) == ["1", "32", "128", "256"]
+    assert all(figures["tok_s"] > 0 for figures in (*report["decode"].values(), *report["prefill"].values()))
+    assert all(figures["bf16_tok_s"] > 0 for figures in report["shapes"].values())
+    assert report["gpu"] is None
+    assert text[-1].startswith("greedy: 2 of 2 right")
+    assert any("rehearsal" in line for line in text)
+
+
+def test_a_wrong_kernel_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu, "SECONDS", -1.0)  # nothing else is begun
+    monkeypatch.setattr(gpu_checks, "check_kernels", lambda device: {"llama 8b": False})
+    assert gpu.main(["--rehearse"]) == 1
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["wrong"] == ["kernels", "greedy"]
+    assert report["failures"]["greedy"] == "no time was left"
+
+
+def test_a_kernel_that_ignores_sinks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class IgnoresSinks(gpu_checks.TorchAttention):
+        def attend(self, query: Any, key: Any, value: Any, cache: Any, batch: Any, options: Any) -> torch.Tensor:
+            plain = gpu_checks.AttentionOptions(options.scale, options.sliding_window, options.softcap)
+            return super().attend(query, key, value, cache, batch, plain)
+
+    monkeypatch.setattr(gpu_checks, "choose_backend", lambda device, dtype, block_size: IgnoresSinks(block_size))
+    assert gpu_checks.check_kernels(CPU) == {"smollm2": True, "narrow values float32": False}
+
+
+def test_targets_that_were_not_met_are_named() -> None:
+    report = {"decode": {"1": {"bandwidth_share": 0.8}}, "batching": {"over_transformers": 1.6}}
+    assert gpu.missed(report) == ["bandwidth_share"]
+    assert gpu.missed({"decode": None, "batching": {}}) == []

@@ -24,8 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from common.generation import SamplingParams
 from tests.benchmarks.stopwatch import Stopwatch
-from worker.engine.attention.torch_ref import TorchAttention
+from worker.assembly import choose_backend
+from worker.engine.cost import UNMEASURED
 from worker.engine.loop import Engine
+from worker.engine.probe import probe_cost
 from worker.engine.runner import ModelRunner
 from worker.engine.settings import EngineSettings
 from worker.engine.types import GenerationRequest
@@ -62,9 +64,16 @@ def smollm2_shaped(dtype: torch.dtype, device: str) -> PreTrainedModel:
 
 def measure(model: PreTrainedModel, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Medians over the steps, in milliseconds."""
-    settings = EngineSettings(num_blocks=batch_size * (args.context // 16 + 8) + 64, token_budget=1024, max_num_seqs=64)
-    runner = ModelRunner(model, TorchAttention(settings.block_size), settings)
-    engine = Engine(runner, settings, NoText)
+    settings = EngineSettings(
+        num_blocks=batch_size * (args.context // 16 + 8) + 64,
+        token_budget=1024,
+        max_num_seqs=64,
+        speculation=args.speculation,
+    )
+    backend = choose_backend(model.device, model.dtype, settings.block_size)
+    runner = ModelRunner(model, backend, settings)
+    cost = probe_cost(runner, settings) if args.speculation else UNMEASURED
+    engine = Engine(runner, settings, NoText, cost=cost)
     sampling = SamplingParams(
         max_tokens=args.warmup + args.steps + 1000,
         temperature=args.temperature,
@@ -87,22 +96,25 @@ def measure(model: PreTrainedModel, batch_size: int, args: argparse.Namespace) -
     watch.wrap(runner, "execute", "forward")
     watch.wrap(engine._sampler, "sample", "sample")
     watch.wrap(engine, "_update", "update")
-    totals, parts = [], []
+    totals, parts, num_tokens = [], [], 0
     for step in range(args.warmup + args.steps):
         watch.reset()
         started = time.perf_counter()
-        engine.step(0.0)
+        result = engine.step(0.0)
         total = (time.perf_counter() - started) * 1000
         if step >= args.warmup:
             totals.append(total)
             parts.append(watch.reset())
-    result: dict[str, Any] = {"batch": batch_size, "step_ms": statistics.median(totals), "step_ms_min": min(totals)}
-    result |= {f"{part}_ms": statistics.median(spent[part] for spent in parts) for part in PARTS}
-    result["overhead_ms"] = statistics.median(
+            num_tokens += sum(len(delta.token_ids) for output in result.outputs for delta in output.deltas)
+    figures: dict[str, Any] = {"batch": batch_size, "step_ms": statistics.median(totals), "step_ms_min": min(totals)}
+    figures |= {f"{part}_ms": statistics.median(spent[part] for spent in parts) for part in PARTS}
+    figures["overhead_ms"] = statistics.median(
         total - spent["forward"] for total, spent in zip(totals, parts, strict=True)
     )
-    result["tokens_per_s"] = batch_size * 1000 / result["step_ms"]
-    return {key: round(value, 3) for key, value in result.items()}
+    figures["tokens_per_step"] = num_tokens / args.steps
+    figures["tokens_per_s"] = figures["tokens_per_step"] * 1000 / figures["step_ms"]
+    rounded = {key: round(value, 3) for key, value in figures.items()}
+    return {**rounded, "attention": backend.name, "speculation": args.speculation}
 
 
 def main() -> None:
@@ -119,6 +131,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--logprobs", action="store_true")
+    parser.add_argument("--speculation", action="store_true", help="guess tokens; a random model soon repeats itself")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = smollm2_shaped(getattr(torch, args.dtype), args.device)

@@ -3,9 +3,10 @@
 Pure: it knows token counts and block ids, no tensors and no clock. One step is `plan`, the forward pass, then
 `finish_step` (or `fail_step`).
 
-Nothing starves: every choice follows one order (priority, arrival). The first running sequence in that order can always
-preempt all others, a sequence alone always fits (the engine refuses longer ones), so it runs to its end; and a sequence
-that waits is never overtaken for want of blocks by one behind it.
+Nothing starves: every choice follows one order (priority, arrival), but for a bounded number of times that a sequence
+with a cached prefix is admitted before older ones (see `admission.py`). The first running sequence in that order can
+always preempt all others, a sequence alone always fits (the engine refuses longer ones), so it runs to its end; and a
+sequence that waits is never overtaken for want of blocks by one behind it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Final
 
 from common.generation import SamplingParams
-from worker.engine.blocks import BlockPool
+from worker.engine.admission import admission_order
+from worker.engine.blocks import BlockPool, PrefixMatch
 from worker.engine.cost import StepBudget
 from worker.engine.sequence import OrderKey, Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator
+
+_LOOKAHEAD: Final = 64  # waiting sequences whose prefixes are looked up before every step
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +191,15 @@ class Scheduler:
         return True
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        """Start waiting sequences, first come first served, while tokens, places and blocks last."""
+        """Start waiting sequences while tokens, places and blocks last."""
         pool = self._pool
-        for sequence in list(self._waiting):
+        first_unfit: Sequence | None = None
+        for sequence in self._admission_order():
             if budget == 0 or len(self._running) == self._settings.max_num_seqs:
                 return
-            # The last token is always computed: its logits are what the sequence came for.
-            num_sharable = (sequence.num_tokens - 1) // pool.block_size
-            pool.extend_hashes(sequence.block_hashes, sequence.token_ids, num_sharable, sequence.cache_salt)
-            match = pool.match(sequence.block_hashes[:num_sharable])
+            if first_unfit is not None and sequence.order > first_unfit.order:
+                continue  # it may want the blocks that the older one waits for
+            match = self._match(sequence)
             if match.is_pending:
                 continue  # this very step computes the next block: cheaper to wait for it than to do it twice
             num_new = pool.num_blocks_for(sequence.num_tokens) - len(match.block_ids)
@@ -202,16 +207,38 @@ class Scheduler:
             # One block stays free for each running sequence, or the newcomer would soon be preempted again. This also
             # keeps a sequence preempted in this very plan from taking its blocks straight back.
             if num_new + len(self._running) > num_available:
-                return
+                first_unfit = sequence
+                continue
             pool.acquire(match.block_ids)
             sequence.block_ids.extend(match.block_ids)
             sequence.block_ids.extend(pool.allocate(num_new))
             sequence.num_computed_tokens = len(match.block_ids) * pool.block_size
             self._count_prompt(sequence)
+            self._count_overtaken(sequence)
             self._waiting.remove(sequence)
             insort(self._running, sequence, key=_order)
             chunks.append(self._chunk(sequence, budget))
             budget -= chunks[-1].num_tokens
+
+    def _admission_order(self) -> list[Sequence]:
+        if len(self._waiting) < 2 or self._settings.max_overtakings == 0:
+            return list(self._waiting)
+        num_cached_blocks = {s: len(self._match(s).block_ids) for s in self._waiting[:_LOOKAHEAD]}
+        return admission_order(self._waiting, num_cached_blocks, self._settings.max_overtakings)
+
+    def _match(self, sequence: Sequence) -> PrefixMatch:
+        """The blocks that it need not compute. The last token always is: its logits are what it came for."""
+        num_sharable = (sequence.num_tokens - 1) // self._pool.block_size
+        self._pool.extend_hashes(sequence.block_hashes, sequence.token_ids, num_sharable, sequence.cache_salt)
+        return self._pool.match(sequence.block_hashes[:num_sharable])
+
+    def _count_overtaken(self, admitted: Sequence) -> None:
+        """Those that wait for a block of this very step are not overtaken: they would not be admitted anyway."""
+        for sequence in self._waiting:
+            if sequence.order >= admitted.order:
+                break
+            if sequence.priority == admitted.priority and not self._match(sequence).is_pending:
+                sequence.num_overtaken += 1
 
     def _add_drafts(self, chunks: list[Chunk], num_decodes: int, speculator: Speculator) -> None:
         """Let decodes draft. Logits of drafts take places of sequences that are not there: never more rows of logits

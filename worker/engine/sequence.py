@@ -35,6 +35,7 @@ class Sequence:
         "num_computed_tokens",
         "num_hit_tokens",
         "num_memory_failures",
+        "num_overtaken",
         "num_prompt_tokens",
         "order",
         "output_index",
@@ -79,6 +80,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_hit_tokens: int | None = None  # found in the prefix cache when first admitted; None before
         self.num_memory_failures = 0
+        self.num_overtaken = 0  # younger ones of the same priority that were admitted while this one waited
 
     def append(self, token_id: int) -> None:
         """Take the next output token."""

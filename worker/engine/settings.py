@@ -46,6 +46,9 @@ class EngineSettings(BaseSettings):
     max_draft_ngram: int = Field(
         default=3, gt=0, description="Most tokens looked up for a guess; the longest match wins."
     )
+    max_overtakings: int = Field(
+        default=8, ge=0, description="How many younger sequences with a cached prefix one that waits lets pass."
+    )
     enable_prefix_cache: bool = Field(default=True, description="Reuse the blocks of equal prefixes.")
 
     @model_validator(mode="after")

@@ -186,7 +186,7 @@ def test_a_batch_that_names_what_does_not_exist_is_refused() -> None:
     bad = AttentionBatch(good.slots + 1000, good.block_tables, good.query_starts, good.context_lens, 20, 20)
     with pytest.raises(ValueError, match="slot or a block table"):
         forward(attention=bad)
-    with pytest.raises(ValueError, match="caches of torch.float32"):
+    with pytest.raises(ValueError, match="caches of"):
         session.decoder.bind(
             {0: LayerCache(torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.bfloat16))}
         )

@@ -8,13 +8,18 @@ import pytest
 import torch
 from torch import nn
 
+from tests.builders_engine import TokenNames, generate, make_request, make_settings, reference_tokens, tiny_model
 from tests.builders_models import VOCAB_SIZE, tiny_module
 from tests.builders_triton import DEVICE
 from worker.engine import fuse_cuda
 from worker.engine.attention.torch_ref import TorchAttention
+from worker.engine.attention.triton_paged import TritonAttention
 from worker.engine.fuse_cuda import KernelNorm, speed_up
+from worker.engine.graphs import GraphRunner, run_again
 from worker.engine.kernels.triton import layers
 from worker.engine.loadcheck import check_module
+from worker.engine.loop import Engine
+from worker.engine.runner import ModelRunner
 
 MERGED, GATED, NORMS = "merged projections", "gated layers", "norms"
 ROTARY, SUMS = "rotary embedding", "residual sums"
@@ -126,6 +131,18 @@ def test_a_changed_model_passes_the_load_check() -> None:
     module = small("mistral")
     assert speed_up(module) == ALL
     check_module(module, TorchAttention(16))
+
+
+def test_the_whole_path_of_a_gpu_decodes_what_transformers_does() -> None:
+    """Changed layers, Triton attention and replayed decodes together."""
+    model = tiny_model("llama", num_hidden_layers=2).to(DEVICE)
+    requests = [make_request(f"r{n}", range(3, 3 + n), max_tokens=4) for n in (2, 9)]
+    expected = [reference_tokens(model, r.prompt_token_ids, r.sampling) for r in requests]
+    assert speed_up(model) == ALL
+    settings = make_settings(block_size=16, num_blocks=8)
+    runner = GraphRunner(ModelRunner(model, TritonAttention(), settings), run_again, 2, 16)
+    results = generate(Engine(runner, settings, TokenNames), *requests)
+    assert [results[r.request_id].tokens[0] for r in requests] == expected
 
 
 class TestTakenBack:

@@ -10,6 +10,9 @@ from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
 from tests.builders_engine import TokenNames, generate, make_request, make_settings, tiny_model
+from tests.builders_models import tiny_module
+from tests.waits import Waits
+from worker.engine.attention import hf
 from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.graphs import CudaRecorder, GraphRunner, Step, batch_sizes, run_again
 from worker.engine.loop import Engine
@@ -160,6 +163,21 @@ def test_an_engine_decodes_alike_with_replays(model: PreTrainedModel) -> None:
         results.append({name: collected.tokens for name, collected in generate(engine, *requests).items()})
     assert results[0] == results[1]
     assert len(counting.replayed) > 10
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_oss", "qwen3_moe", "deepseek_v3"])
+def test_no_forward_waits_for_the_device(family: str) -> None:
+    """It could not be captured then."""
+    module = tiny_module(family, num_hidden_layers=2)
+    hf.install(module)
+    rows = torch.arange(3)
+    with torch.inference_mode(), hf.attention(lambda layer, q, k, v, options: q.new_zeros(3, q.shape[1], v.shape[2])):
+        with Waits() as waits:
+            module(input_ids=rows[None] + 5, position_ids=rows[None] * 4, use_cache=False, logits_to_keep=rows)
+        assert waits.seen == []
+        with Waits() as waits:
+            bool(module.lm_head.weight.sum() > 0)
+        assert waits.seen  # and the watch is awake
 
 
 @pytest.mark.gpu

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from common.generation import SamplingParams
+from tests.waits import Waits
 from worker.engine.kernels.build import supported_levels
 from worker.engine.kernels.library import Kernels
 from worker.engine.noise import gumbel, ordered_hash, row_key
@@ -216,21 +216,6 @@ def test_tokens_beyond_the_logits_are_not_penalised() -> None:
     assert Sampler(CPU).sample(logits, [row]).token_ids == [0]
 
 
-class _Waits(TorchDispatchMode):
-    """Notes every operation for which a GPU's host would wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        indices = [i for i in args[1] if i is not None] if name in ("index", "index_put", "index_put_") else []
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero") or any(i.dtype == torch.bool for i in indices):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 class TestWithoutWaiting:
     """As on a GPU: what is chosen is the same, and nobody looks at it before the end."""
 
@@ -246,7 +231,7 @@ class TestWithoutWaiting:
     def test_no_operation_waits_for_the_device(self) -> None:
         logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(1)) * 5
         results = []
-        for may_wait, waits in ((False, _Waits()), (True, _Waits())):
+        for may_wait, waits in ((False, Waits()), (True, Waits())):
             with waits:
                 results.append(Sampler(CPU, may_wait=may_wait).sample(logits, self.rows()))
             assert bool(waits.seen) == may_wait

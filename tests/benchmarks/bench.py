@@ -75,6 +75,8 @@ class Bench:
 
     def our_entry(self, precision: str, **more: Any) -> Entry:
         arguments = (*PRECISIONS[precision], "--kv-cache-mib", str(self.args.kv_cache_mib))
+        if self.args.speculation:
+            arguments = (*arguments, "--speculation")
         return Entry(
             name="torchrelay",
             precision=precision,

@@ -17,7 +17,7 @@ _WIDTHS = (1, 2, 4, 8, 16, 32)
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--precisions", default="bf16,fp32", help=f"of {', '.join(PRECISIONS)}")
+    parser.add_argument("--precisions", default="bf16,fp32,int8", help=f"of {', '.join(PRECISIONS)}")
     parser.add_argument("--no-drift", action="store_true", help="do not compare with transformers in fp32")
     parser.add_argument("--plots", action="store_true", help="also measure W1 at several widths, and draw")
     args = parser.parse_args()

@@ -111,7 +111,7 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="folder for environments and models")
     parser.add_argument("--engines", default="vllm,openvino,llamacpp,transformers", help="peers to compare with")
-    parser.add_argument("--precisions", default="bf16", help=f"ours, of {', '.join(PRECISIONS)}")
+    parser.add_argument("--precisions", default="bf16,int8", help=f"ours, of {', '.join(PRECISIONS)}")
     parser.add_argument("--gguf", type=Path, help="the model for llama.cpp (default: the demo model's)")
     parser.add_argument("--plots", action="store_true", help="draw memory and the parts of a step")
     parser.add_argument("--quick", action="store_true", help="one round")

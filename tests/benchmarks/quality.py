@@ -68,7 +68,7 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="folder for environments and models")
     parser.add_argument("--engines", default="vllm,openvino,llamacpp,transformers", help="peers; empty for none")
-    parser.add_argument("--precisions", default="bf16,fp32", help=f"ours, of {', '.join(PRECISIONS)}; or none")
+    parser.add_argument("--precisions", default="bf16,fp32,int8", help=f"ours, of {', '.join(PRECISIONS)}; or none")
     parser.add_argument("--gguf", type=Path, help="the model for llama.cpp (default: the demo model's)")
     parser.add_argument("--windows", type=int, default=16, help="windows of text, at most 16")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def score_windows(contestant: InProcessEngine, windows: Sequence[list[int]]) -> list[Score]:
-    """Return the predictions for the second half of each window."""
+    """Return the predictions for the second half of each window. The engine must not speculate: a guess has no text."""
     sampler = contestant.engine._sampler
     sample, scores, running = sampler.sample, {}, {}
     texts: dict[str, list[int]] = {}

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is set of a worker and its engine."""
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--quantization", choices=["none", "int8"], default="none")
+    parser.add_argument(
+        "--speculation",
+        action="store_true",
+        help="guess tokens: gains on text that repeats, so off beside engines without",
+    )
     parser.add_argument("--quantization", choices=["none", "int8"], default="none", help="of the weights")
     parser.add_argument("--kv-cache-mib", type=int, default=KV_CACHE_MIB, help="memory for keys and values")
     parser.add_argument("--max-num-seqs", type=int, default=MAX_RUNNING, help="most sequences in one step")

@@ -14,19 +14,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests.benchmarks.contestants.base import KV_CACHE_MIB, Contestant, Output, main
+from tests.benchmarks.contestants.base import Contestant, Output, main
+from tests.benchmarks.contestants.engine import add_arguments
 from tests.benchmarks.processes import cpu_s, main_thread_cpu_s
-from tests.benchmarks.workload import MAX_RUNNING, Request
+from tests.benchmarks.workload import Request
 from tests.builders_system import System
 from torchrelay.client import AsyncClient
 
 _NAME: Final = "model"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--kv-cache-mib", type=int, default=KV_CACHE_MIB, help="memory for keys and values")
-    parser.add_argument("--max-num-seqs", type=int, default=MAX_RUNNING, help="most sequences in one step")
 
 
 @contextmanager
@@ -64,13 +59,21 @@ class Served(Contestant):
             model,
             _NAME,
             TORCHRELAY_WORKER_DTYPE=args.dtype,
+            TORCHRELAY_WORKER_QUANTIZATION=args.quantization,
             TORCHRELAY_WORKER_NUM_THREADS=str(args.threads),
+            TORCHRELAY_ENGINE_SPECULATION=str(args.speculation),
             TORCHRELAY_ENGINE_MAX_NUM_SEQS=str(args.max_num_seqs),
             TORCHRELAY_ENGINE_KV_CACHE_BYTES=str(args.kv_cache_mib << 20),
         )
         self._loop = self._stack.enter_context(asyncio.Runner())
         self._client = self._loop.run(self._connect())
-        self.info = {"dtype": args.dtype, "threads": args.threads, "kv_cache_mib": args.kv_cache_mib}
+        self.info = {
+            "dtype": args.dtype,
+            "quantization": args.quantization,
+            "speculation": args.speculation,
+            "threads": args.threads,
+            "kv_cache_mib": args.kv_cache_mib,
+        }
 
     async def _connect(self) -> AsyncClient:
         await self._system.ready(_NAME)

@@ -1,11 +1,16 @@
-"""Large stretches of memory on the CPU: zero, in huge pages where the system has them, and taken only when touched."""
+"""Memory of the CPU in large stretches: taken when it is touched, in huge pages, and given back."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import sys
+from typing import Final
 
 import torch
+
+_LIBC: Final = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -25,3 +30,23 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def release(tensor: torch.Tensor) -> None:
+    """Give the pages of a tensor that nobody will read again back to the system; its content is undefined from now on.
+
+    A model is packed layer by layer, and the weights that are packed already would else stay in memory until the last
+    layer is done, or for as long as anything else of their file is mapped. Does nothing where there is no madvise.
+    """
+    if _LIBC is None or not tensor.is_contiguous():
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def trim() -> None:
+    """Give what the allocator keeps for later back to the system, where the C library can."""
+    if _LIBC is not None and hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)

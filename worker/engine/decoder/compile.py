@@ -16,6 +16,7 @@ from worker.engine.closeness import TOLERANCE
 from worker.engine.decoder.layout import NotLlamaShaped, read_layout
 from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.decoder.smoothing import observed_magnitudes
+from worker.engine.host_memory import trim
 
 _log = structlog.get_logger(__name__)
 
@@ -49,6 +50,7 @@ def compile_decoder(
         expected = {first: loadcheck.plain_logits(module, first) for first in (0, far)}
     decoder = CompiledDecoder(layout, module.dtype, backend.kernels, int8=int8, magnitudes=magnitudes if int8 else None)
     _let_go_of_files(module)
+    trim()
     errors = [
         loadcheck.packed_error(decoder.bind, decoder.layer_shapes, module.dtype, backend, logits, first)
         for first, logits in expected.items()

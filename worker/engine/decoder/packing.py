@@ -21,6 +21,7 @@ from worker.engine.host_memory import lazy_zeros
 PANEL: Final = 32
 COLUMNS: Final = 16  # outputs of one vector
 _ALIGNMENT: Final = 64
+_ROWS_AT_A_TIME: Final = 64 * PANEL
 
 
 class LinearFormat(IntEnum):
@@ -102,9 +103,8 @@ def pack(
 
     `gated`: gates and ups take turns, 16 outputs each. `factors` [inputs] multiply the weights of each input.
     """
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    if factors is not None:
-        weight = weight.float() * factors
+    weights = [layer.weight.detach() for layer in layers]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     bias = None
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias.detach() for layer in layers]).float()
@@ -113,28 +113,39 @@ def pack(
         bias = None if bias is None else _interleave(bias[:, None])[:, 0]
     outputs, inputs = weight.shape
     extra = padded(outputs) - outputs
-    scales = column_sums = None
     dtype = _WEIGHT_DTYPE[linear_format]
-    if dtype == torch.int8:
-        weight = weight.float()
-        largest = weight.abs().amax(1)
-        scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-        weight = (weight / scales[:, None]).round()
-        column_sums = functional.pad(weight.sum(1).to(torch.int32), (0, extra))
-        scales = functional.pad(scales, (0, extra))
     k = 4 // dtype.itemsize
     panels = arena.empty((padded(outputs) // PANEL, inputs // k, PANEL, k), dtype)
-    rows = functional.pad(weight, (0, 0, 0, extra)) if extra else weight
-    panels.copy_(rows.view(-1, PANEL, inputs // k, k).permute(0, 2, 1, 3))
+    scales, sums = [], []
+    # In parts: a head in float32 would take several times the memory of the model's packed layers.
+    for start in range(0, outputs, _ROWS_AT_A_TIME):
+        rows = weight[start : start + _ROWS_AT_A_TIME]
+        rows = functional.pad(rows, (0, 0, 0, -len(rows) % PANEL))
+        if factors is not None:
+            rows = rows.float() * factors
+        if dtype == torch.int8:
+            rows, rows_scales = _quantize(rows.float())
+            scales.append(rows_scales)
+            sums.append(rows.sum(1).to(torch.int32))
+        first = start // PANEL
+        part = rows.view(-1, PANEL, inputs // k, k).permute(0, 2, 1, 3)
+        panels[first : first + len(part)].copy_(part)
     return PackedLinear(
         format=linear_format,
         inputs=inputs,
         outputs=outputs,
         panels=panels,
         bias=None if bias is None else functional.pad(bias, (0, extra)).contiguous(),
-        scales=scales,
-        column_sums=column_sums,
+        scales=torch.cat(scales) if scales else None,
+        column_sums=torch.cat(sums) if sums else None,
     )
+
+
+def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in whole steps of their own scales, from -127 to 127, and the scales."""
+    largest = rows.abs().amax(1)
+    scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    return (rows / scales[:, None]).round(), scales
 
 
 def _interleave(rows: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from worker.engine.decoder.packing import (
     padded,
 )
 from worker.engine.decoder.smoothing import Magnitudes, input_factors
+from worker.engine.host_memory import release, trim
 from worker.engine.kernels.library import Kernels
 
 _ACTIVATIONS: Final = {"silu": 0, "gelu_tanh": 1}
@@ -148,7 +149,7 @@ class CompiledDecoder:
         )
         head = self._linear(pack(layout.head.layers, formats.head, arena))
         for layer in layout.head.layers:
-            _drop_weight(layer)  # a tied one lives on as the embedding
+            _drop_weight(layer, is_shared=layer.weight.data_ptr() == layout.embedding.data_ptr())
         self._decoder = _Decoder(
             layers=self._layers,
             head=head,
@@ -211,6 +212,7 @@ class CompiledDecoder:
             linears[name] = self._linear(packed)
             for linear in product.layers:
                 _drop_weight(linear)
+        trim()  # copies made on the way would add up to the model's size
         cosines, sines = tables[layer.rope] if layer.rope else (None, None)
         options = layer.attention.options
         return _Layer(
@@ -275,7 +277,9 @@ class CompiledDecoder:
         return logits
 
 
-def _drop_weight(layer: torch.nn.Linear) -> None:
+def _drop_weight(layer: torch.nn.Linear, *, is_shared: bool = False) -> None:
+    if not is_shared:
+        release(layer.weight.detach())
     layer.weight = torch.nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
 
 

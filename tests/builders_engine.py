@@ -262,6 +262,7 @@ class Driver:
     def step(self) -> StepResult:
         result = self.engine.step(self.now)
         self.engine.check_integrity()
+        self._check_blocks()
         for output in result.outputs:
             collected = self.results[output.request_id]
             assert collected.usage is None, "output after the end"
@@ -270,6 +271,14 @@ class Driver:
                 collected.take(delta)
             collected.usage, collected.error = output.usage, output.error
         return result
+
+    def _check_blocks(self) -> None:
+        """Sequences hold no more blocks than they need, and what others may share is computed."""
+        pool = self.engine._pool
+        for sequence in self.engine._scheduler.sequences():
+            assert len(sequence.block_ids) <= pool.num_blocks_for(sequence.num_tokens), sequence
+            known = [i for i, block_id in enumerate(sequence.block_ids) if block_id in pool._hash_of_block]
+            assert all((i + 1) * pool.block_size <= sequence.num_computed_tokens for i in known), sequence
 
     def run(self, max_steps: int = 5000) -> dict[str, Collected]:
         """Step until nothing is left to do; also checks that all blocks came back."""

@@ -40,6 +40,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--spare", type=int, default=2, help="more runs allowed where others disturbed some")
     parser.add_argument("--threads", type=int, default=num_compute_threads(), help="threads that compute")
     parser.add_argument("--kv-cache-mib", type=int, default=1024, help="our memory for keys and values")
+    parser.add_argument("--speculation", action="store_true", help="let ours guess tokens, which others do not here")
     parser.add_argument(
         "--lock", type=Path, help="file to lock while one computes, on a machine that others measure on"
     )

@@ -309,7 +309,7 @@ class Scheduler:
 
     def _give_back_spare(self, sequence: Sequence) -> None:
         """Free blocks that only drafts needed: another sequence may want them before this one does."""
-        num_blocks = self._pool.num_blocks_for(sequence.num_tokens)
+        num_blocks = self._pool.num_blocks_for(sequence.num_computed_tokens)
         self._pool.release(sequence.block_ids[num_blocks:])
         del sequence.block_ids[num_blocks:]
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is set of a worker and its engine."""
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--quantization", choices=["none", "int8"], default="none")
     parser.add_argument(
         "--speculation",
         action="store_true",
@@ -51,7 +50,11 @@ class InProcessEngine(Contestant):
                 num_threads=args.threads,
                 device="cpu",
             ),
-            EngineSettings(max_num_seqs=args.max_num_seqs, kv_cache_bytes=args.kv_cache_mib << 20),
+            EngineSettings(
+                max_num_seqs=args.max_num_seqs,
+                kv_cache_bytes=args.kv_cache_mib << 20,
+                speculation=args.speculation,
+            ),
         ).engine
         self._num_requests = 0
         self.info = {
@@ -59,6 +62,7 @@ class InProcessEngine(Contestant):
             "transformers": transformers.__version__,
             "dtype": args.dtype,
             "quantization": args.quantization,
+            "speculation": args.speculation,
             "threads": torch.get_num_threads(),
             "kv_cache_mib": args.kv_cache_mib,
         }

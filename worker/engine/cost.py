@@ -9,7 +9,7 @@ from typing import Final
 
 from worker.engine.settings import EngineSettings
 
-_EFFICIENT: Final = 1.05  # a larger step must save more than this on each row to be worth the wait of newcomers
+_EFFICIENT: Final = 1.02  # a larger step must save more than this on each row to be worth the wait of newcomers
 _SLOWED_DOWN: Final = 2.0  # where decodes alone miss the target, what prefills may make of their step
 
 

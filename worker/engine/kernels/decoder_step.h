@@ -322,7 +322,7 @@ class Step {
     const int64_t num_tiles = (num_rows + kMostRows - 1) / kMostRows;
     const int64_t num_stretches = (num_tiles + kTilesTogether - 1) / kTilesTogether;
     const int64_t share = num_panels / (team_.size() * 3);
-    const int64_t together = num_tiles == 1 ? 1 : std::clamp<int64_t>(share, 1, 4);
+    const int64_t together = std::clamp<int64_t>(num_tiles == 1 ? share / 2 : share, 1, 4);
     const int64_t num_groups = (num_panels + together - 1) / together;
     for (int64_t piece = team_.next(); piece < num_groups * num_stretches; piece = team_.next()) {
       const int64_t first_panel = piece / num_stretches * together;

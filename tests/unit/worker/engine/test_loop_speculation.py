@@ -167,15 +167,17 @@ def test_accepted_tokens_fill_blocks_that_later_requests_hit() -> None:
 
 def test_short_memory_gives_back_what_drafts_took() -> None:
     runner = ScriptedRunner([1, 2, 3, 4, 5])
-    runner.fail_steps = {2, 4}
-    request = make_request("r", [1, 2, 3, 4, 5, 1], max_tokens=15)
+    runner.fail_steps = {2}
+    requests = [make_request(f"r{i}", [9 + i, 1, 2, 3, 4, 5, 1], max_tokens=15) for i in range(2)]
     driver = Driver(make_engine(runner, **WIDE))
-    driver.add(request)
+    driver.add(*requests)
     driver.step()
     driver.step()
-    assert driver.engine.stats().num_free_blocks == 32
+    assert runner.num_draft_rows > 0
+    assert driver.engine.stats().num_preemptions == 1
+    assert driver.engine.stats().num_free_blocks == 32 - 2  # the other one has seven tokens in the cache
     driver.run()
-    assert driver.results["r"].error == "OUT_OF_MEMORY"  # the second failure, as without drafts
+    assert all(collected.tokens == [[2, 3, 4, 5, 1] * 3] for collected in driver.results.values())
 
 
 # -- invalid logits ---------------------------------------------------------------------------

@@ -77,6 +77,9 @@ class LayerLayout:
     rope: str | None  # key of DecoderLayout.rope_tables; None: no rotary positions
     attention: LayerProbe
 
+    def linears(self) -> tuple[nn.Linear, ...]:
+        return (*self.qkv.layers, *self.output.layers, *self.gate_up.layers, *self.down.layers)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayout:
@@ -114,6 +117,9 @@ def read_layout(module: PreTrainedModel, probes: Mapping[int, LayerProbe], num_p
         activations.add(_activation(layer.mlp))
     if len(activations) != 1 or len(norms.epsilons) != 1:
         raise NotLlamaShaped("layers differ in activation or epsilon")
+    weights = [linear.weight.data_ptr() for layer in layers for linear in layer.linears()]
+    if len(set(weights)) != len(weights):
+        raise NotLlamaShaped("layers share their weights")
     widths = {
         layer.query_norm.numel() != layer.attention.shape.key_dim for layer in layers if layer.query_norm is not None
     }

@@ -223,6 +223,12 @@ class TestWhatIsNotLlamaShapedIsRefused:
         with pytest.raises(NotLlamaShaped, match="Scaled"):
             compile_decoder(module, backend(), NUM_POSITIONS)
 
+    def test_layers_that_share_weights(self) -> None:
+        module = tiny_module("llama")
+        module.model.layers[3].mlp.down_proj.weight = module.model.layers[0].mlp.down_proj.weight
+        with pytest.raises(NotLlamaShaped, match="share their weights"):
+            compile_decoder(module, backend(), NUM_POSITIONS)
+
     def test_a_model_that_is_refused_keeps_its_weights(self) -> None:
         module = tiny_module("llama")
         module.model.layers[3].mlp.act_fn = nn.ReLU()

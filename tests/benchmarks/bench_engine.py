@@ -31,13 +31,14 @@ def main() -> int:
             except ContestantFailed as error:
                 note(str(error))
         hardware = bench.hardware(measurement)
-        for entry in entries:
-            measurement.start(entry)
-        measurement.run(bench.names)
-        if args.plots:
-            measurement.sweep(_WIDTHS)
-        results = measurement.results
-        splits = {entry.label: bench.split(measurement, entry.precision) for entry in entries}
+        results, splits = measurement.results, {}
+        with measurement.until_cut():
+            for entry in entries:
+                measurement.start(entry)
+            measurement.run(bench.names)
+            splits = {entry.label: bench.split(measurement, entry.precision) for entry in entries}
+            if args.plots:
+                measurement.sweep(_WIDTHS)
     found = bench.summaries(entries, results, reference)
     limits = bench.limits(hardware)
     shares = report.fractions(found, limits)

@@ -58,10 +58,11 @@ def main() -> int:
     alone = bench.our_entry(args.precision)
     served = dataclasses.replace(alone, name="served", module="tests.benchmarks.contestants.served")
     with bench.measurement() as measurement:
-        for entry in (alone, served):
-            measurement.start(entry)
-        measurement.run(bench.names)
         results = measurement.results
+        with measurement.until_cut():
+            for entry in (alone, served):
+                measurement.start(entry)
+            measurement.run(bench.names)
     found = bench.summaries([alone, served], results, None)
     cpu = {
         entry.name: cpu_by_part(report.quietest(results.runs.get(entry.label, {}).get("W1", ()), args.rounds))

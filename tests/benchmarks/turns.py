@@ -34,6 +34,10 @@ class ContestantFailed(Exception):
     """A contestant ended or did not answer in time; the message has the end of its log."""
 
 
+class Cut(Exception):
+    """The measurement is to end now. What was measured until then still counts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """Who takes part, and in how much: slow engines may run fewer rounds and fewer requests of a workload."""
@@ -185,6 +189,18 @@ class Measurement:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    @contextlib.contextmanager
+    def until_cut(self) -> Iterator[None]:
+        """End what is inside at Ctrl-C or SIGTERM, and go on to the report of what there is by then."""
+        before = signal.signal(signal.SIGTERM, _cut)
+        try:
+            yield
+        except (Cut, KeyboardInterrupt):
+            self.results.failures["all"] = "cut short: figures rest on fewer runs, or are missing"
+            note("cut short")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
     def start(self, entry: Entry) -> None:
         """Load a contestant; one that cannot is noted as failed."""
         note(f"{entry.label}: loading")
@@ -270,6 +286,10 @@ class Measurement:
         self.results.failures[seat.entry.label] = str(error)
         del self._seats[seat.entry.label]
         seat.close()
+
+
+def _cut(number: int, frame: object) -> None:
+    raise Cut
 
 
 def note(text: str) -> None:

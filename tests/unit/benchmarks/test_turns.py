@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,22 @@ def test_one_that_cannot_load_is_reported_and_takes_no_part(
         measurement.run(["W1"])
     assert "there is no such model" in measurement.results.failures["a bf16"]
     assert measurement.results.runs == {}
+
+
+def test_what_was_measured_before_a_signal_to_end_is_kept(
+    make_measurement: Callable[..., Measurement], monkeypatch: pytest.MonkeyPatch, order: list[str]
+) -> None:
+    with make_measurement(rounds=2) as measurement, measurement.until_cut():
+        measurement.start(make_entry("a"))
+
+        def note(text: str) -> None:
+            if "W1 0" in text:  # said after the first run
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(turns, "note", note)
+        measurement.run(["W1"])
+    assert len(measurement.results.runs["a bf16"]["W1"]) == 1
+    assert list(measurement.results.failures) == ["all"]
 
 
 def test_an_order_given_once_is_answered_or_raises(

@@ -143,7 +143,7 @@ class CompiledDecoder:
         embedding_bytes = layout.embedding.numel() * dtype.itemsize + 64
         arena = Arena(sum(packed_bytes(*size) for size in formats.sizes(layout)) + embedding_bytes)
         embedding = self._keep(arena.empty(tuple(layout.embedding.shape), dtype).copy_(layout.embedding))
-        tables = {key: (self._keep(cos), self._keep(sin)) for key, (cos, sin) in layout.rope_tables.items()}
+        self._tables = tables = dict(layout.rope_tables)
         self._layers = (_Layer * len(layout.layers))(
             *(self._layer(layer, formats, arena, tables) for layer in layout.layers)
         )
@@ -174,6 +174,9 @@ class CompiledDecoder:
             logit_softcap=layout.logit_softcap,
         )
         self._arena = arena
+        # Storages, since most tensors are views of the arena.
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._kept}
+        self.weight_bytes = sum(storage.nbytes() for storage in storages.values())
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         self._kept.append(tensor)

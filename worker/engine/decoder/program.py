@@ -10,6 +10,7 @@ import torch
 
 from worker.engine.attention.interface import LayerCache, LayerShape
 from worker.engine.batch import StepBatch
+from worker.engine.closeness import Closeness
 from worker.engine.decoder.layout import DecoderLayout, LayerLayout, LinearLayout, NotLlamaShaped
 from worker.engine.decoder.packing import (
     Arena,
@@ -129,9 +130,9 @@ class CompiledDecoder:
         first = layout.layers[0]
         self.dtype = dtype
         self.vocab_size = layout.head.outputs
-        self.layer_shapes: Mapping[int, LayerShape] = {
-            i: layer.attention.shape for i, layer in enumerate(layout.layers)
-        }
+        self.layer_probes = {i: layer.attention for i, layer in enumerate(layout.layers)}
+        self.layer_shapes: Mapping[int, LayerShape] = {i: probe.shape for i, probe in self.layer_probes.items()}
+        self.closeness: Closeness | None = None  # to the plain model, once that is known
         self.times: DecoderTimes | None = None
         if len({(layer.attention.shape, layer.attention.num_heads) for layer in layout.layers}) != 1:
             raise NotLlamaShaped("layers differ in their heads")

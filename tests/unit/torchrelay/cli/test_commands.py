@@ -27,8 +27,8 @@ from torchrelay.v1 import model_pb2
 
 TEXT = "w0 w1 w2 w3 w4 "
 VERBS = (
-    "generate", "chat", "models", "models list", "models show", "keys", "keys create", "keys list", "keys revoke", "ps",
-    "cancel", "bench", "version", "serve", "gateway", "worker",
+    "generate", "chat", "models", "models list", "models show", "models check", "keys", "keys create", "keys list",
+    "keys revoke", "ps", "cancel", "bench", "version", "serve", "gateway", "worker",
 )  # fmt: skip
 
 

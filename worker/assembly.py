@@ -79,6 +79,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         context_tokens=engine.max_model_len,
         block_tokens=stats.block_size,
         kv_tokens=stats.num_blocks * stats.block_size,
+        attention_backend=backend.name,
     )
     log.info(
         "engine.ready",

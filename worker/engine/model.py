@@ -60,16 +60,10 @@ class LoadedModel:
     revision: str  # SHA-256, hex
     num_parameters: int
     weight_format: str  # what the weights are kept in: "bfloat16", "int8", or a quantization's name such as "gptq"
+    weight_bytes: int  # memory that the weights take in that; 0 without them
     quantization: str | None = None  # of the files, by its name; None where they hold plain weights
     not_compiled: str | None = None  # why there is no decoder, where one was asked for
     decoder: CompiledDecoder | None = None  # runs in the module's place; the module's linear layers are then empty
-
-    @property
-    def weight_bytes(self) -> int:
-        """Memory that the weights take as they are kept."""
-        tensors = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
-        rest = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return rest + (0 if self.decoder is None else self.decoder.weight_bytes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,7 +112,7 @@ def load_model(
         raise ModelError(f"{source}: {error}") from error
     except Exception as error:
         raise ModelError(f"{source}: transformers does not accept config.json: {error}") from error
-    decoder, not_compiled = None, None
+    decoder, not_compiled, weight_bytes = None, None, 0
     if with_weights:
         read = partial(_load_weights, source, folder, config, dtype, device, quantization)
         module = read()
@@ -129,6 +123,8 @@ def load_model(
                 module, decoder, not_compiled = _compile(source, read, module, compile_for, limit, int8=int8)
             elif int8:
                 raise ModelError(f"{source}: int8 weights need the compiled kernels, on a CPU")
+            # Layers that are replaced below keep their weights, in another layout.
+            weight_bytes = _num_bytes(module) if decoder is None else decoder.weight_bytes
             if fast and decoder is None and (quantization is None or quantization.is_undone):
                 speed_up_for_device(module)
             if decoder is None:
@@ -153,6 +149,7 @@ def load_model(
         revision=model_files.revision_of(folder, weights, text, cache_root),
         num_parameters=num_parameters,
         weight_format=_weight_format(dtype, quantization, int8=int8),
+        weight_bytes=weight_bytes,
         quantization=None if quantization is None else quantization.name,
         not_compiled=not_compiled,
         decoder=decoder,
@@ -192,6 +189,10 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def _num_parameters(module: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _num_bytes(module: PreTrainedModel) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _weight_format(dtype: torch.dtype, quantization: Quantization | None, *, int8: bool) -> str:

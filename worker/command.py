@@ -24,9 +24,15 @@ def worker(
     dtype: DtypeOption = "",
     device: DeviceOption = "",
     redis_url: RedisOption = "",
+    profile: Annotated[int, typer.Option("--profile", min=0, help="Write a Chrome trace of so many steps.")] = 0,
+    profile_file: Annotated[str, typer.Option("--profile-file", help="Where; default torchrelay-trace.json.")] = "",
 ) -> None:
     """Run one worker. The rest is set by TORCHRELAY_WORKER_*, _ENGINE_*, _REDIS_*, _QUEUE_* and _LOG_* variables."""
     _set(model, model_name, revision, dtype, redis_url, device)
+    if profile:
+        os.environ["TORCHRELAY_WORKER_PROFILE_STEPS"] = str(profile)
+    if profile_file:
+        os.environ["TORCHRELAY_WORKER_PROFILE_FILE"] = profile_file
     from worker.__main__ import main  # the command's help needs no torch
 
     raise typer.Exit(main())

@@ -59,6 +59,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     family: str = ""  # "llama"
     num_parameters: int = 0
     dtype: str = ""  # of weights and computation: "bfloat16"
+    weight_format: str = ""  # what the weights are kept in: the dtype, "int8", or a quantization's name; "" unknown
+    weight_bytes: int = 0  # memory of the weights in one worker; 0 unknown
+    attention_backend: str = ""  # "cpu_ext"; "" before a worker has started
     vocab_size: int
     context_tokens: int  # prompt and output together
     max_output_tokens: int

@@ -91,6 +91,9 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
             num_parameters=card.num_parameters,
             num_workers=entry.num_workers,
             num_queued=await self._queue.num_queued(card.shard),
+            weight_format=card.weight_format,
+            weight_bytes=card.weight_bytes,
+            attention_backend=card.attention_backend,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -23,6 +24,8 @@ from worker.engine.model import load_model
 from worker.engine.probe import probe_cost
 from worker.engine.runner import ModelRunner
 from worker.engine.settings import EngineSettings
+from worker.engine.types import OnPart, ignore_part
+from worker.profiling import StepProfiler
 from worker.registration import make_card
 from worker.settings import WorkerSettings
 
@@ -62,7 +65,10 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         check_model(loaded, backend)
     longest = min(engine_settings.max_model_len or loaded.context_length, loaded.context_length)
     engine_settings = engine_settings.model_copy(update={"max_model_len": longest})
-    model_runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder)
+    on_part: OnPart = ignore_part
+    if settings.profile_steps:
+        on_part = StepProfiler(settings.profile_steps, Path(settings.profile_file), device, loaded.decoder).on_part
+    model_runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder, on_part)
     cost = measure_cost(model_runner, engine_settings)
     engine = Engine(
         make_runner(model_runner, engine_settings),
@@ -71,6 +77,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         cost=cost,
         cache_salt=f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode(),
         argmax=backend.kernels.argmax if isinstance(backend, CpuAttention) else None,
+        on_part=on_part,
     )
     stats = engine.stats()
     card, files = make_card(
@@ -79,6 +86,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         context_tokens=engine.max_model_len,
         block_tokens=stats.block_size,
         kv_tokens=stats.num_blocks * stats.block_size,
+        attention_backend=backend.name,
     )
     log.info(
         "engine.ready",

@@ -33,7 +33,15 @@ class Publication(NamedTuple):
     files: dict[str, bytes]
 
 
-def make_card(loaded: LoadedModel, *, name: str, context_tokens: int, block_tokens: int, kv_tokens: int) -> Publication:
+def make_card(
+    loaded: LoadedModel,
+    *,
+    name: str,
+    context_tokens: int,
+    block_tokens: int,
+    kv_tokens: int,
+    attention_backend: str = "",
+) -> Publication:
     """Return what to publish of `loaded` under `name`.
 
     `context_tokens` is the engine's limit on one sequence, `kv_tokens` the room of its KV cache; the card's context is
@@ -60,6 +68,9 @@ def make_card(loaded: LoadedModel, *, name: str, context_tokens: int, block_toke
         family=loaded.family,
         num_parameters=loaded.num_parameters,
         dtype=str(loaded.dtype).removeprefix("torch."),
+        weight_format=loaded.weight_format,
+        weight_bytes=loaded.weight_bytes,
+        attention_backend=attention_backend,
         vocab_size=loaded.vocab_size,
         context_tokens=context_tokens,
         max_output_tokens=max_output_tokens,

@@ -23,6 +23,8 @@ class WorkerSettings(BaseSettings):
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     num_threads: int = Field(default=0, ge=0, description="Threads that compute on a CPU; 0 is one per physical core.")
     max_jobs: int = Field(default=256, gt=0, description="Most generations held at a time.")
+    profile_steps: int = Field(default=0, ge=0, description="Steps to write a trace of, once warm; 0 is none.")
+    profile_file: str = Field(default="torchrelay-trace.json", description="Where to write that trace.")
     drain_s: float = Field(
         default=20, ge=0, description="After SIGTERM, how long held generations may still finish here."
     )

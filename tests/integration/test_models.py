@@ -81,6 +81,9 @@ async def test_two_models_answer_behind_one_gateway_and_a_third_appears(
     models = {model.name: model for model in await client.models()}
     assert {name: models[name].family for name in FAMILIES} == FAMILIES
     assert len({models[name].revision for name in FAMILIES}) == 3
+    for model in models.values():
+        assert (model.weight_format, model.attention_backend) == (model.dtype, "cpu_ext")
+        assert model.weight_bytes >= 4 * model.num_parameters  # float32, in part padded
 
 
 async def test_cold_model_takes_a_job_that_runs_when_its_worker_starts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -10,6 +11,14 @@ import torch
 # Largest relative error that counts as rounding, by the formats that models are served in. Rounding is near 1e-6 in
 # fp32 and reaches a few hundredths in bfloat16; a wrong result is near 1.
 TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-4, torch.bfloat16: 0.15}
+
+
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """A passed comparison: `relative_error` found, and the largest allowed."""
+
+    error: float
+    tolerance: float
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:

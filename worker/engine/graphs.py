@@ -178,5 +178,7 @@ class GraphRunner:
         size = next((size for size in self._replays if size >= num_seqs), None)
         if size is None or any(chunk.num_tokens != 1 or not chunk.is_last for chunk in plan.chunks):
             return self._runner.execute(plan)
+        self._runner.on_part("batch")
         self._static.put(self._host.fill(plan), size)
+        self._runner.on_part("forward")
         return self._replays[size]()[:num_seqs]

@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -64,24 +65,42 @@ def check_config(config: PretrainedConfig) -> None:
         )
 
 
-def context_length(config: PretrainedConfig) -> int:
-    """Return the most tokens of a sequence for which the model is exact in any batch. Raises UnsupportedFamilyError."""
+@dataclass(frozen=True, slots=True)
+class ContextLimit:
+    """The most tokens of a sequence for which a model is exact in any batch."""
+
+    tokens: int
+    reason: str | None = None  # why these are fewer than the configuration names
+
+
+def context_limit(config: PretrainedConfig) -> ContextLimit:
+    """Read the limit from the configuration. Raises UnsupportedFamilyError."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         raise UnsupportedFamilyError(
             f"the family {config.model_type} names no context length (max_position_embeddings)"
         )
+    result = ContextLimit(limit)
     for rope in _rope_parameters(text):
-        if rope.get("rope_type") not in _ROPE_BY_LENGTH:
+        kind = rope.get("rope_type")
+        if kind not in _ROPE_BY_LENGTH:
             continue
         original = rope.get("original_max_position_embeddings") or getattr(
             text, "original_max_position_embeddings", None
         )
-        if isinstance(original, int) and 0 < original < limit:
-            _log.warning("model.context_limited", to=original, of=limit, reason=f"RoPE of type {rope['rope_type']}")
-            limit = original
-    return limit
+        if isinstance(original, int) and 0 < original < result.tokens:
+            reason = f"RoPE of type {kind} changes beyond {original} tokens, and {limit} are named"
+            result = ContextLimit(original, reason)
+    return result
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Return the most tokens of a sequence for which the model is exact in any batch. Raises UnsupportedFamilyError."""
+    limit = context_limit(config)
+    if limit.reason is not None:
+        _log.warning("model.context_limited", to=limit.tokens, reason=limit.reason)
+    return limit.tokens
 
 
 def _rope_parameters(text: PretrainedConfig) -> list[Mapping[str, Any]]:

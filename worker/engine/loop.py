@@ -26,7 +26,7 @@ from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator, num_accepted
 from worker.engine.stopping import Detokenizer, Progress, StopState
-from worker.engine.types import EngineStats, GenerationRequest, RequestOutput, StepResult
+from worker.engine.types import EngineStats, GenerationRequest, OnPart, RequestOutput, StepResult, ignore_part
 
 
 class Runner(Protocol):
@@ -78,12 +78,15 @@ class Engine:
         cost: CostModel = UNMEASURED,
         cache_salt: bytes = b"",
         argmax: Argmax | None = None,
+        on_part: OnPart = ignore_part,
     ) -> None:
         """`cost` is what the runner's steps cost; `cache_salt` stands for whatever else than tokens decides keys and
-        values: model revision, adapter, dtype; `argmax` is the sampler's.
+        values: model revision, adapter, dtype; `argmax` is the sampler's;
+        `on_part` is told of the parts of each step.
         """
         self._runner = runner
         self._new_detokenizer = new_detokenizer
+        self._on_part = on_part
         self._pool = BlockPool(
             runner.num_blocks, settings.block_size, salt=cache_salt, enable_prefix_cache=settings.enable_prefix_cache
         )
@@ -184,11 +187,14 @@ class Engine:
         """Run one step. `now` is what deadlines are compared with (`time.monotonic()`)."""
         started = time.perf_counter()
         self._num_steps += 1
+        self._on_part("plan")
         plan = self._plan(now)
         if plan.chunks:
             sampled = self._execute(plan)
+            self._on_part("update")
             if sampled is not None:
                 self._update(plan, sampled)
+        self._on_part("end")
         self._last_step_ms = (time.perf_counter() - started) * 1000
         return StepResult(self._num_steps, self._take_outputs())
 
@@ -204,6 +210,7 @@ class Engine:
         """None when memory was short: the step is void, and the likeliest cause has been set aside."""
         try:
             logits = self._runner.execute(plan)
+            self._on_part("sample")
             with memory_guard():
                 return self._sampler.sample(logits, plan.logit_rows)
         except StepOutOfMemory:

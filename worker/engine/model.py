@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from worker.engine import model_files
+from worker.engine import formats, model_files
 from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.decoder.compile import DecoderDiffers, compile_decoder
 from worker.engine.decoder.layout import NotLlamaShaped
 from worker.engine.decoder.program import CompiledDecoder
+from worker.engine.formats import Quantization
 from worker.engine.fuse import speed_up
 from worker.engine.loadcheck import UnsupportedFamilyError, check_config, context_length, install_attention
 from worker.engine.model_files import ModelError, TextFiles, find_model
@@ -57,6 +59,10 @@ class LoadedModel:
     vocab_size: int  # width of the logits
     revision: str  # SHA-256, hex
     num_parameters: int
+    weight_format: str  # what the weights are kept in: "bfloat16", "int8", or a quantization's name such as "gptq"
+    weight_bytes: int  # memory that the weights take in that; 0 without them
+    quantization: str | None = None  # of the files, by its name; None where they hold plain weights
+    not_compiled: str | None = None  # why there is no decoder, where one was asked for
     decoder: CompiledDecoder | None = None  # runs in the module's place; the module's linear layers are then empty
 
     @property
@@ -91,8 +97,12 @@ def load_model(
     """
     started = time.monotonic()
     folder = find_model(source, revision)
-    model_files.check_config_file(folder)
+    quantization = formats.read_quantization(folder, model_files.check_config_file(folder))
     weights = model_files.weight_files(folder)
+    if quantization is None:
+        formats.check_plain(weights)
+    elif with_weights:
+        formats.check_packages(folder, quantization)
     text = model_files.read_text_files(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -102,26 +112,28 @@ def load_model(
         raise ModelError(f"{source}: {error}") from error
     except Exception as error:
         raise ModelError(f"{source}: transformers does not accept config.json: {error}") from error
-    decoder = None
+    decoder, not_compiled, weight_bytes = None, None, 0
     if with_weights:
-        module = _load_weights(source, folder, config, dtype, device)
-        num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        read = partial(_load_weights, source, folder, config, dtype, device, quantization)
+        module = read()
+        # Files of a quantized model may pack several parameters into one number.
+        num_parameters = _num_parameters(module if quantization is None else _skeleton(config, dtype))
         try:
             if compile_for is not None:
-                module, decoder = _compile(source, folder, module, compile_for, limit, int8=int8)
+                module, decoder, not_compiled = _compile(source, read, module, compile_for, limit, int8=int8)
             elif int8:
                 raise ModelError(f"{source}: int8 weights need the compiled kernels, on a CPU")
-            if fast and decoder is None:
+            # Layers that are replaced below keep their weights, in another layout.
+            weight_bytes = _num_bytes(module) if decoder is None else decoder.weight_bytes
+            if fast and decoder is None and (quantization is None or quantization.is_undone):
                 speed_up_for_device(module)
             if decoder is None:
                 install_attention(module)
         except UnsupportedFamilyError as error:
             raise ModelError(f"{source}: {error}") from error
     else:
-        with torch.device("meta"):
-            skeleton: Any = AutoModelForCausalLM
-            module = skeleton.from_config(config, dtype=dtype, attn_implementation="eager")
-        num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        module = _skeleton(config, dtype)
+        num_parameters = _num_parameters(module)
     generation = model_files.read_json(folder / "generation_config.json")
     loaded = LoadedModel(
         source=source,
@@ -136,6 +148,10 @@ def load_model(
         vocab_size=int(config.get_text_config().vocab_size),
         revision=model_files.revision_of(folder, weights, text, cache_root),
         num_parameters=num_parameters,
+        weight_format=_weight_format(dtype, quantization, int8=int8),
+        weight_bytes=weight_bytes,
+        quantization=None if quantization is None else quantization.name,
+        not_compiled=not_compiled,
         decoder=decoder,
     )
     _log.info(
@@ -163,27 +179,73 @@ def speed_up_for_device(module: PreTrainedModel) -> tuple[str, ...]:
     return fuse_cuda.speed_up(module)
 
 
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its weights."""
+    with torch.device("meta"):
+        from_config: Any = AutoModelForCausalLM.from_config
+        module: PreTrainedModel = from_config(config, dtype=dtype, attn_implementation="eager")
+        return module
+
+
+def _num_parameters(module: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _num_bytes(module: PreTrainedModel) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _weight_format(dtype: torch.dtype, quantization: Quantization | None, *, int8: bool) -> str:
+    if int8:
+        return "int8"
+    if quantization is not None and not quantization.is_undone:
+        return quantization.name
+    return str(dtype).removeprefix("torch.")
+
+
+class _Compiled(NamedTuple):
+    module: PreTrainedModel
+    decoder: CompiledDecoder | None
+    reason: str | None  # why there is no decoder
+
+
 def _compile(
-    source: str, folder: Path, module: PreTrainedModel, backend: CpuAttention, num_positions: int, *, int8: bool
-) -> tuple[PreTrainedModel, CompiledDecoder | None]:
-    """Return the model's decoder, or, with the model as it was, None. Raises ModelError without int8 as asked."""
+    source: str,
+    read: Callable[[], PreTrainedModel],
+    module: PreTrainedModel,
+    backend: CpuAttention,
+    num_positions: int,
+    *,
+    int8: bool,
+) -> _Compiled:
+    """Return the model's decoder, or None and the model as `read` gives it. Raises ModelError for want of int8."""
     try:
-        return module, compile_decoder(module, backend, num_positions, int8=int8)
+        return _Compiled(module, compile_decoder(module, backend, num_positions, int8=int8), None)
     except NotLlamaShaped as error:
         reason: Exception = error
     except DecoderDiffers as error:
         reason = error
-        module = _load_weights(source, folder, module.config, module.dtype, module.device)
+        module = read()
     if int8:
         raise ModelError(f"{source}: int8 weights are not for this model: {reason}") from reason
     _log.info("model.not_compiled", family=module.config.model_type, reason=str(reason))
-    return module, None
+    return _Compiled(module, None, str(reason))
 
 
 def _load_weights(
-    source: str, folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+    source: str,
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None,
 ) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    faults = ["missing_keys", "mismatched_keys"]
+    extra: dict[str, Any] = {}
+    if quantization is not None:
+        extra = formats.loading_arguments(quantization, device)
+        faults.append("unexpected_keys")  # a scale that is left behind
     try:
         # In evaluation mode already.
         result: Any = AutoModelForCausalLM.from_pretrained(
@@ -196,17 +258,21 @@ def _load_weights(
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            **extra,
         )
     except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
         raise ModelError(f"{source}: transformers cannot load it: {error}") from error
     module, report = result
-    for fault in ("missing_keys", "mismatched_keys"):
+    for fault in faults:
         if report.get(fault):
             # transformers would fill them with random numbers, and the model would answer nonsense.
             names = sorted(str(key) for key in report[fault])
             raise ModelError(f"{source}: the weights do not fit the model: {fault} {names[:3]}, {len(names)} in all")
     assert isinstance(module, PreTrainedModel)
-    torch.nn.Module.to(module, device)  # in place; the subclass's own `to` is typed wrongly
+    if quantization is None:
+        torch.nn.Module.to(module, device)  # in place; the subclass's own `to` is typed wrongly
+    else:
+        formats.check_loaded(module, quantization, dtype)
     return module
 
 

@@ -60,6 +60,8 @@ def find_model(source: str, revision: str | None = None) -> Path:
     path = Path(source).expanduser()
     if source and path.is_dir():
         return path.resolve()
+    if path.is_file() and path.suffix == ".gguf":
+        raise ModelError(f"{source} is a GGUF file, and this format is not served; use the model's safetensors files")
     if path.is_file():
         raise ModelError(f"{source} is a file; name the directory that holds config.json and the safetensors files")
     if source.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(source):
@@ -103,6 +105,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
                 f"{folder} has its weights as {pickles[0]}: loading a pickle can run code, so only safetensors are "
                 "read; convert them with transformers' save_pretrained"
             )
+        _refuse_gguf(folder)
         raise ModelError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
     files = tuple(folder / name for name in names)
     for file in files:
@@ -149,11 +152,19 @@ def check_config_file(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} holds an adapter (adapter_config.json), not a model; merge it into its base model")
     config = read_json(folder / "config.json")
     if "model_type" not in config:
+        _refuse_gguf(folder)
         raise ModelError(f"{folder} has no config.json with a model_type, so it is not a transformers model")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"{folder} is quantized ({method}); only float32, float16 and bfloat16 weights are served")
     return config
+
+
+def _refuse_gguf(folder: Path) -> None:
+    """transformers reads GGUF, but may make another tokenizer of it: SmolLM2's then splits "\n\n1" differently."""
+    found = sorted(file.name for file in folder.glob("*.gguf"))
+    if found:
+        raise ModelError(
+            f"{folder} has its weights as GGUF ({found[0]}), and this format is not served; use the model's "
+            "safetensors files, or convert it: from_pretrained(..., gguf_file=...) and save_pretrained of transformers"
+        )
 
 
 def read_text_files(folder: Path) -> TextFiles:

@@ -17,6 +17,7 @@ from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.memory import cache_bytes
 from worker.engine.scheduler import Plan
 from worker.engine.settings import EngineSettings
+from worker.engine.types import OnPart, ignore_part
 
 
 class StepOutOfMemory(Exception):
@@ -45,10 +46,12 @@ class ModelRunner:
         backend: AttentionBackend,
         settings: EngineSettings,
         decoder: CompiledDecoder | None = None,
+        on_part: OnPart = ignore_part,
     ) -> None:
         """Takes the model over: its attention is replaced and it is put into evaluation mode.
 
-        With a decoder, compiled from the model, the model itself is not run any more.
+        With a decoder, compiled from the model, the model itself is not run any more. `on_part` is told when a
+        step's batch is laid out and when its forward pass begins.
 
         Raises UnsupportedModel when its class ignores the replacement, ValueError when the KV cache holds no block.
         """
@@ -58,6 +61,7 @@ class ModelRunner:
         self.device = model.device
         self.attention_name = backend.name
         self._decoder = decoder
+        self.on_part = on_part
         if decoder is None:
             hf.install(model)
         shapes = hf.probe_layer_shapes(model, self.device) if decoder is None else decoder.layer_shapes
@@ -100,7 +104,10 @@ class ModelRunner:
 
         Raises StepOutOfMemory.
         """
-        return self.forward(self._buffers.fill(plan))
+        self.on_part("batch")
+        batch = self._buffers.fill(plan)
+        self.on_part("forward")
+        return self.forward(batch)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> torch.Tensor:

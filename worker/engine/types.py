@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from common.generation import OutputDelta, SamplingParams, Usage
+
+# The parts of a step, in order; "end" stands behind the last one.
+Part: TypeAlias = Literal["plan", "batch", "forward", "sample", "update", "end"]
+OnPart: TypeAlias = Callable[[Part], None]  # called on the engine's thread when a part begins
+
+
+def ignore_part(part: Part) -> None:
+    """Nobody watches."""
 
 
 @dataclass(frozen=True, slots=True)

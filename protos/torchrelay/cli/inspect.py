@@ -14,6 +14,7 @@ from torchrelay.cli import output
 from torchrelay.v1 import generation_pb2, model_pb2
 
 _MAX_DAYS = 36_500
+_MODEL_COLUMNS = ("NAME", "STATE", "WORKERS", "QUEUED", "CONTEXT", "DTYPE", "WEIGHTS", "SIZE", "ATTENTION", "REVISION")
 
 models = typer.Typer(no_args_is_help=True, help="The models that are served.")
 keys = typer.Typer(no_args_is_help=True, help="API keys, through the gateway's admin port.")
@@ -42,11 +43,14 @@ def list_models(
             model.num_queued,
             model.context_length,
             model.dtype,
+            model.weight_format or "-",
+            output.size(model.weight_bytes),
+            model.attention_backend or "-",
             model.revision[:12],
         )
         for model in found
     ]
-    output.print_table(("NAME", "STATE", "WORKERS", "QUEUED", "CONTEXT", "DTYPE", "REVISION"), rows)
+    output.print_table(_MODEL_COLUMNS, rows)
 
 
 @models.command("show")

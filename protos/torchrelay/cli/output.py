@@ -46,6 +46,13 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def size(num_bytes: int) -> str:
+    """Return a number of bytes in MB or GB (powers of 1,000); "-" for 0, which stands for not known."""
+    if not num_bytes:
+        return "-"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
 @contextmanager
 def explained_errors(address: str, option: str = "--address") -> Iterator[None]:
     """Turn failed calls into lines that say what to do, and exit code 1. `option` sets the address."""

@@ -84,6 +84,9 @@ class Model(_message.Message):
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
     NUM_WORKERS_FIELD_NUMBER: _builtins.int
     NUM_QUEUED_FIELD_NUMBER: _builtins.int
+    WEIGHT_FORMAT_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    ATTENTION_BACKEND_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     revision: _builtins.str
@@ -106,6 +109,14 @@ class Model(_message.Message):
     """Workers that serve it now."""
     num_queued: _builtins.int
     """Generations that wait for a worker."""
+    weight_format: _builtins.str
+    """What its weights are kept in: a type such as bfloat16, int8, or the name of a quantized format such as gptq. Empty
+    if not known.
+    """
+    weight_bytes: _builtins.int
+    """Memory that its weights take in one worker, in bytes; 0 if not known."""
+    attention_backend: _builtins.str
+    """What its workers compute attention with, such as cpu_ext, triton or torch_ref; empty before one has started."""
     @_builtins.property
     def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
         """What it can do."""
@@ -135,10 +146,13 @@ class Model(_message.Message):
         num_parameters: _builtins.int = ...,
         num_workers: _builtins.int = ...,
         num_queued: _builtins.int = ...,
+        weight_format: _builtins.str = ...,
+        weight_bytes: _builtins.int = ...,
+        attention_backend: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_config", b"default_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_config", b"default_config", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "name", b"name", "num_parameters", b"num_parameters", "num_queued", b"num_queued", "num_workers", b"num_workers", "revision", b"revision", "state", b"state", "tasks", b"tasks", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "context_length", b"context_length", "default_config", b"default_config", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "name", b"name", "num_parameters", b"num_parameters", "num_queued", b"num_queued", "num_workers", b"num_workers", "revision", b"revision", "state", b"state", "tasks", b"tasks", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "weight_format", b"weight_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

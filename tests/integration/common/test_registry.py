@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 
+import msgspec
 import pytest
 import redis as redis_sync
 
@@ -48,6 +49,19 @@ async def test_a_published_model_is_read_whole(publisher: ModelRegistry, reader:
     assert await reader.get(card.shard) == card
     for name, digest in card.tokenizer_files.items():
         assert await reader.file(digest) == FILES[name]
+
+
+async def test_a_card_of_an_older_worker_is_read(
+    publisher: ModelRegistry, reader: ModelRegistry, superuser: redis_sync.Redis
+) -> None:
+    """It lacks what was added since."""
+    card = make_card()
+    await publisher.publish(card, FILES)
+    old = msgspec.msgpack.decode(msgspec.msgpack.encode(card))
+    for name in ("weight_format", "weight_bytes", "attention_backend"):
+        del old[name]
+    superuser.hset(keys.MODEL_CARDS, card.shard, msgspec.msgpack.encode(old))
+    assert await reader.get(card.shard) == card
 
 
 async def test_publishing_the_same_again_changes_nothing(publisher: ModelRegistry, reader: ModelRegistry) -> None:

@@ -101,6 +101,9 @@ class Toy(
                 context_length=64,
                 num_workers=1,
                 dtype="float32",
+                weight_format="int8",
+                weight_bytes=1_500_000_000,
+                attention_backend="cpu_ext",
             )
         ]
         self.api_keys: list[api_key_pb2.ApiKey] = []

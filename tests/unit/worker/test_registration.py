@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +18,7 @@ from gateway import catalog
 from gateway.tokenization import Message, TextCodec
 from tests.builders_models import VOCAB_SIZE, write_tiny_model
 from worker import registration
+from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.model import LoadedModel, ModelError, load_model
 from worker.registration import Publication, make_card
 
@@ -29,7 +32,14 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def publish(
     loaded: LoadedModel, name: str = "tiny-llama", context_tokens: int = 256, kv_tokens: int = 4096
 ) -> Publication:
-    return make_card(loaded, name=name, context_tokens=context_tokens, block_tokens=16, kv_tokens=kv_tokens)
+    return make_card(
+        loaded,
+        name=name,
+        context_tokens=context_tokens,
+        block_tokens=16,
+        kv_tokens=kv_tokens,
+        attention_backend="cpu_ext",
+    )
 
 
 def test_a_card_holds_what_a_gateway_must_know(loaded: LoadedModel) -> None:
@@ -41,6 +51,9 @@ def test_a_card_holds_what_a_gateway_must_know(loaded: LoadedModel) -> None:
         family="llama",
         num_parameters=loaded.num_parameters,
         dtype="float32",
+        weight_format="float32",
+        weight_bytes=loaded.weight_bytes,
+        attention_backend="cpu_ext",
         vocab_size=VOCAB_SIZE,
         context_tokens=256,
         max_output_tokens=255,
@@ -52,6 +65,31 @@ def test_a_card_holds_what_a_gateway_must_know(loaded: LoadedModel) -> None:
         tokenizer_files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     )
     assert keys.check_shard(card.shard)
+
+
+class TestWeights:
+    """What a card says of a model's weights."""
+
+    @staticmethod
+    def load(tmp_path: Path, **options: Any) -> LoadedModel:
+        folder = write_tiny_model(tmp_path / "tiny")
+        return load_model(str(folder), torch.bfloat16, torch.device("cpu"), cache_root=tmp_path / "cache", **options)
+
+    def test_plain_ones_take_what_their_type_takes(self, tmp_path: Path) -> None:
+        loaded = self.load(tmp_path)
+        card, _ = publish(loaded)
+        buffers = sum(buffer.nbytes for buffer in loaded.module.buffers())  # rotary frequencies
+        assert (card.weight_format, card.weight_bytes) == ("bfloat16", 2 * loaded.num_parameters + buffers)
+
+    def test_int8_takes_less_than_packed_bfloat16(self, tmp_path: Path) -> None:
+        packed, _ = publish(self.load(tmp_path, compile_for=CpuAttention()))
+        int8, _ = publish(self.load(tmp_path, compile_for=CpuAttention(), int8=True))
+        assert (packed.weight_format, int8.weight_format) == ("bfloat16", "int8")
+        assert packed.weight_bytes // 2 < int8.weight_bytes < packed.weight_bytes
+
+    def test_before_a_worker_has_them_nothing_is_known(self, tmp_path: Path) -> None:
+        card, _ = publish(self.load(tmp_path, with_weights=False))
+        assert (card.weight_format, card.weight_bytes) == ("bfloat16", 0)
 
 
 def test_a_gateway_tokenizes_with_the_files_as_the_worker_would(loaded: LoadedModel) -> None:

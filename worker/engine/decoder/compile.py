@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from worker.engine import loadcheck
 from worker.engine.attention.cpu_ext import CpuAttention
-from worker.engine.closeness import TOLERANCE
+from worker.engine.closeness import TOLERANCE, Closeness
 from worker.engine.decoder.layout import NotLlamaShaped, read_layout
 from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.decoder.smoothing import observed_magnitudes
@@ -59,6 +59,7 @@ def compile_decoder(
     tolerance = _INT8_TOLERANCE if int8 else TOLERANCE[module.dtype]
     if not error <= tolerance:
         raise DecoderDiffers(f"relative error of the logits {error:.2g}, allowed {tolerance:.2g}")
+    decoder.closeness = Closeness(error, tolerance)
     _log.info("model.compiled", int8=int8, error=error, seconds=round(time.monotonic() - started, 1))
     return decoder
 

@@ -10,6 +10,7 @@ import torch
 
 from worker.engine.attention.interface import LayerCache, LayerShape
 from worker.engine.batch import StepBatch
+from worker.engine.closeness import Closeness
 from worker.engine.decoder.layout import DecoderLayout, LayerLayout, LinearLayout, NotLlamaShaped
 from worker.engine.decoder.packing import (
     Arena,
@@ -129,9 +130,9 @@ class CompiledDecoder:
         first = layout.layers[0]
         self.dtype = dtype
         self.vocab_size = layout.head.outputs
-        self.layer_shapes: Mapping[int, LayerShape] = {
-            i: layer.attention.shape for i, layer in enumerate(layout.layers)
-        }
+        self.layer_probes = {i: layer.attention for i, layer in enumerate(layout.layers)}
+        self.layer_shapes: Mapping[int, LayerShape] = {i: probe.shape for i, probe in self.layer_probes.items()}
+        self.closeness: Closeness | None = None  # to the plain model, once that is known
         self.times: DecoderTimes | None = None
         if len({(layer.attention.shape, layer.attention.num_heads) for layer in layout.layers}) != 1:
             raise NotLlamaShaped("layers differ in their heads")
@@ -143,7 +144,7 @@ class CompiledDecoder:
         embedding_bytes = layout.embedding.numel() * dtype.itemsize + 64
         arena = Arena(sum(packed_bytes(*size) for size in formats.sizes(layout)) + embedding_bytes)
         embedding = self._keep(arena.empty(tuple(layout.embedding.shape), dtype).copy_(layout.embedding))
-        tables = {key: (self._keep(cos), self._keep(sin)) for key, (cos, sin) in layout.rope_tables.items()}
+        self._tables = tables = dict(layout.rope_tables)
         self._layers = (_Layer * len(layout.layers))(
             *(self._layer(layer, formats, arena, tables) for layer in layout.layers)
         )
@@ -174,6 +175,9 @@ class CompiledDecoder:
             logit_softcap=layout.logit_softcap,
         )
         self._arena = arena
+        # Storages, since most tensors are views of the arena.
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._kept}
+        self.weight_bytes = sum(storage.nbytes() for storage in storages.values())
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         self._kept.append(tensor)

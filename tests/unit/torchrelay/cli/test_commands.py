@@ -20,15 +20,15 @@ from torchrelay.admin.v1beta1 import api_key_pb2, fleet_pb2
 from torchrelay.cli.bench import make_prompt, percentiles
 from torchrelay.cli.connection import Connection, credentials_file
 from torchrelay.cli.main import make_app
-from torchrelay.cli.output import explain
+from torchrelay.cli.output import explain, size
 from torchrelay.client import RelayError
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import model_pb2
 
 TEXT = "w0 w1 w2 w3 w4 "
 VERBS = (
-    "generate", "chat", "models", "models list", "models show", "keys", "keys create", "keys list", "keys revoke", "ps",
-    "cancel", "bench", "version", "serve", "gateway", "worker",
+    "generate", "chat", "models", "models list", "models show", "models check", "keys", "keys create", "keys list",
+    "keys revoke", "ps", "cancel", "bench", "version", "serve", "gateway", "worker",
 )  # fmt: skip
 
 
@@ -77,6 +77,14 @@ def test_every_verb_explains_itself(run: Command, verb: str) -> None:
     help_text = run(*verb.split(), "--help").stdout
     assert "Usage:" in help_text
     assert "Traceback" not in help_text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"),
+    [(0, "-"), (1, "0.0 MB"), (325_793_984, "325.8 MB"), (999_999_999, "1000.0 MB"), (16_060_522_496, "16.1 GB")],
+)
+def test_sizes_are_in_powers_of_a_thousand(num_bytes: int, shown: str) -> None:
+    assert size(num_bytes) == shown
 
 
 def test_the_command_alone_shows_its_verbs(run: Command) -> None:
@@ -259,8 +267,11 @@ def test_chat_forgets_a_turn_that_failed(run: Command) -> None:
 def test_models_are_listed_and_shown(run: Command) -> None:
     run.toy.models.append(model_pb2.Model(name="a [red]name[/]", state=model_pb2.MODEL_STATE_COLD))
     lines = run("models", "list").stdout.splitlines()
-    assert lines[0].split() == ["NAME", "STATE", "WORKERS", "QUEUED", "CONTEXT", "DTYPE", "REVISION"]
-    assert lines[1].split() == ["tiny", "ready", "1", "0", "64", "float32", "0123456789ab"]
+    assert lines[0].split() == [
+        *("NAME", "STATE", "WORKERS", "QUEUED", "CONTEXT", "DTYPE", "WEIGHTS", "SIZE", "ATTENTION", "REVISION")
+    ]
+    cells = ["tiny", "ready", "1", "0", "64", "float32", "int8", "1.5", "GB", "cpu_ext", "0123456789ab"]
+    assert lines[1].split() == cells
     assert lines[2].startswith("a [red]name[/]  cold")
     assert [model["name"] for model in run.objects("models", "list", "--json")] == ["tiny", "a [red]name[/]"]
     assert 'name: "tiny"' in run("models", "show", "tiny").stdout

@@ -221,11 +221,6 @@ class TestRefusals:
             load(model_dir)
         assert not marker.exists()
 
-    def test_a_quantized_model(self, model_dir: Path) -> None:
-        change_json(model_dir / "config.json", quantization_config={"quant_method": "gptq"})
-        with pytest.raises(ModelError, match=r"quantized \(gptq\)"):
-            load(model_dir)
-
     def test_an_adapter(self, model_dir: Path) -> None:
         (model_dir / "adapter_config.json").write_text("{}")
         with pytest.raises(ModelError, match="an adapter"):

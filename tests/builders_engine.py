@@ -49,6 +49,8 @@ FAMILIES: Final[Mapping[str, Mapping[str, Any]]] = {
     "gemma3_text": {**_WINDOWED, "query_pre_attn_scalar": 16},
     "phi": {},
     "phi3": {},
+    "falcon": {},
+    "gptj": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256, "rotary_dim": 8},
 }
 
 

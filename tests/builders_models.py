@@ -95,6 +95,11 @@ RIGHT_FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "minicpm3": {**_MLA, "v_head_dim": 16},
     "helium": {"head_dim": 16},
+    # They have a call site of ours instead of their own attention.
+    "falcon": {},
+    "gptj": {**_GPT2_LIKE, "rotary_dim": 8},
+    "codegen": {**_GPT2_LIKE, "rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_heads": 4, "window_size": 8},
 }
 """Families that a packed, paged batch answers exactly, with what their tiny form needs besides the common sizes."""
 
@@ -109,12 +114,8 @@ WRONG_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_MOE, "head_dim": 16, "shared_expert_intermediate_size": 32},
     # They never call it.
     "bloom": {"n_layer": 4, "n_head": 4},
-    "falcon": {},
-    "gptj": {**_GPT2_LIKE, "rotary_dim": 8},
-    "codegen": {**_GPT2_LIKE, "rotary_dim": 8},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 4},
     "xglm": {"d_model": 64, "attention_heads": 4, "num_layers": 4, "ffn_dim": 96},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_heads": 4},
     "mamba": {},
     "jamba": {},
 }

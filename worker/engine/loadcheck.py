@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from worker.cache import cache_dir, write_atomically
 from worker.engine import closeness
-from worker.engine.attention import hf
+from worker.engine.attention import call_sites, hf
 from worker.engine.attention.hf import LayerProbe
 from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerCache, LayerShape
 from worker.engine.batch import StepBatch
@@ -145,9 +145,9 @@ def check_model(loaded: LoadedModel, backend: AttentionBackend, cache_root: Path
 
 
 def _source_digest() -> str:
-    """The check itself, and the bridge that it checks, may change."""
+    """The check itself, and the bridges that it checks, may change."""
     digest = hashlib.sha256()
-    for path in (Path(__file__), Path(closeness.__file__), Path(hf.__file__)):
+    for path in (Path(__file__), Path(closeness.__file__), Path(hf.__file__), Path(call_sites.__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from worker.engine.attention import call_sites
 from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerCache, LayerShape
 
 ATTENTION_NAME: Final = "torchrelay"
@@ -85,6 +86,8 @@ def _attention_forward(
 
 def install(model: PreTrainedModel) -> None:
     """Make the model use our attention. Raises UnsupportedModel when its class ignores the choice."""
+    if call_sites.adapt(model, lambda: None if _current.attend is None else _attention_forward):
+        return
     AttentionInterface.register(ATTENTION_NAME, _attention_forward)
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:

@@ -49,6 +49,37 @@ def test_chunked_attention_is_noticed_in_the_logits_even_where_the_configuration
         check_module(tiny_module("llama4_text"), backend)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        {"multi_query": False, "parallel_attn": False, "bias": True},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_falcon_answers_exactly_in_each_of_its_shapes(
+    changes: dict[str, Any], dtype: torch.dtype, backend: CpuAttention
+) -> None:
+    assert check_module(tiny_module("falcon", dtype=dtype, **changes), backend) < (
+        1e-5 if dtype == torch.float32 else 0.1
+    )
+
+
+def test_falcon_with_alibi_is_refused(backend: CpuAttention) -> None:
+    with pytest.raises(UnsupportedFamilyError, match=r"the family falcon cannot be served: .*attention interface"):
+        check_module(tiny_module("falcon", alibi=True), backend)
+
+
+@pytest.mark.parametrize("family", ["falcon", "gptj", "codegen", "gpt_neo"])
+def test_a_family_with_a_call_site_of_ours_answers_as_before_outside_of_a_step(family: str) -> None:
+    module, tokens = tiny_module(family), torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        before = module(input_ids=tokens, use_cache=False).logits
+        for _ in range(2):
+            hf.install(module)
+        assert torch.equal(module(input_ids=tokens, use_cache=False).logits, before)
+
+
 @dataclass
 class Faulty:
     """The CPU back-end with one fault."""

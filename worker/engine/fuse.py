@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from worker.engine.closeness import TOLERANCE, relative_error
+from worker.engine.merged import MergedPart, MergedProduct
 
 _log = structlog.get_logger(__name__)
 
@@ -47,39 +48,6 @@ class PackedLinear(nn.Module):
         """Return [..., sum of the layers' widths]."""
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return output
-
-
-class _Merged:
-    """Several layers' product, computed when the first is called; the others take their parts of it."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._linear = PackedLinear(layers)
-        self._widths = [_width_and_weight(layer)[0] for layer in layers]
-        self._input: torch.Tensor | None = None
-        self._parts: list[torch.Tensor] = []
-
-    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        if index == 0:
-            self._input = x
-            self._parts = list(self._linear(x).split(self._widths, dim=-1))
-        elif x is not self._input:
-            raise RuntimeError("merged layers were called with different inputs")
-        part = self._parts[index]
-        if index == len(self._widths) - 1:
-            self._input, self._parts = None, []
-        return part
-
-
-class _Part(nn.Module):
-    """Stands where one of the merged layers stood."""
-
-    def __init__(self, merged: _Merged, index: int) -> None:
-        super().__init__()
-        self._merged = merged
-        self._index = index
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._merged.part(self._index, x)
 
 
 class OneCallNorm(nn.Module):
@@ -152,9 +120,9 @@ def _merged_changes(module: nn.Module) -> Iterator[_Change]:
         for names in _SIBLINGS:
             layers = [layer for name in names if _is_linear(layer := getattr(parent, name, None))]
             if len(layers) == len(names) and _mergeable(layers):
-                merged = _Merged(layers)
+                merged = MergedProduct(PackedLinear(layers), [_width_and_weight(layer)[0] for layer in layers])
                 for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
-                    yield _Change(parent, name, layer, _Part(merged, index))
+                    yield _Change(parent, name, layer, MergedPart(merged, index))
 
 
 def _packed_changes(module: nn.Module) -> Iterator[_Change]:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from worker.engine.closeness import TOLERANCE, relative_error
 from worker.engine.kernels.triton import layers
+from worker.engine.merged import MergedPart, MergedProduct
 
 _log = structlog.get_logger(__name__)
 
@@ -44,37 +45,9 @@ def _merged_weights(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.T
     return weight, torch.cat(biases) if biases else None
 
 
-class _Product:
-    """Several layers' product, computed when the first is called; the others take their parts of it."""
-
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self._weight, self._bias = _merged_weights(linears)
-        self._widths = [linear.out_features for linear in linears]
-        self._input: torch.Tensor | None = None
-        self._parts: list[torch.Tensor] = []
-
-    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        if index == 0:
-            self._input = x
-            self._parts = list(torch.split(nn.functional.linear(x, self._weight, self._bias), self._widths, dim=-1))
-        elif x is not self._input:
-            raise RuntimeError("merged layers were called with different inputs")
-        part = self._parts[index]
-        if index == len(self._widths) - 1:
-            self._input, self._parts = None, []
-        return part
-
-
-class _Part(nn.Module):
-    """Stands where one of the merged layers stood."""
-
-    def __init__(self, product: _Product, index: int) -> None:
-        super().__init__()
-        self._product = product
-        self._index = index
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product.part(self._index, x)
+def _merge(linears: Sequence[nn.Linear]) -> MergedProduct:
+    weight, bias = _merged_weights(linears)
+    return MergedProduct(lambda x: nn.functional.linear(x, weight, bias), [linear.out_features for linear in linears])
 
 
 class AddingLinear(nn.Module):
@@ -185,9 +158,9 @@ def _merged_changes(module: PreTrainedModel) -> Iterator[_Change]:
     for parent in list(module.modules()):
         linears = [layer for name in _PROJECTIONS if _is_linear(layer := getattr(parent, name, None))]
         if len(linears) == len(_PROJECTIONS) and _mergeable(linears):
-            product = _Product(linears)
+            product = _merge(linears)
             for index, name in enumerate(_PROJECTIONS):
-                yield _Change(parent, name, _Part(product, index))
+                yield _Change(parent, name, MergedPart(product, index))
 
 
 def _gated_changes(module: PreTrainedModel) -> Iterator[_Change]:

@@ -86,7 +86,7 @@ class Seat:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise ContestantFailed(self._why("has ended")) from error
+            raise ContestantFailed(self._why(self._end())) from error
         return self.hear(timeout_s)
 
     def hear(self, timeout_s: float) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Seat:
                     raise ContestantFailed(self._why(f"did not answer within {timeout_s:.0f} s"))
                 piece = os.read(self._process.stdout.fileno(), 1 << 20)
                 if not piece:
-                    raise ContestantFailed(self._why("has ended"))
+                    raise ContestantFailed(self._why(self._end()))
                 self._buffer += piece
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
@@ -108,7 +108,14 @@ class Seat:
 
     def _why(self, what: str) -> str:
         log = self._log_path.read_text(errors="replace")[-_LOG_TAIL:]
-        return f"{self.entry.label} {what} (exit status {self._process.poll()}); its log ends:\n{log}"
+        return f"{self.entry.label} {what}; its log ends:\n{log}"
+
+    def _end(self) -> str:
+        # Its pipes close some moments before it can be waited for.
+        try:
+            return f"has ended (exit status {self._process.wait(_STOP_S)})"
+        except subprocess.TimeoutExpired:
+            return "has closed its output"
 
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)

@@ -2,9 +2,10 @@
 
 The model decodes 1, 8 and 32 requests of W1, or prefills a chunk, as a worker would; each step is timed in its parts:
 
-    plan       the scheduler chooses                      attention  where it is a call of its own
-    batch      numpy fills the tensors                    forward    the rest of the model
-    sample     logits to tokens                           update     tokens to deltas: stops, text, blocks
+    plan       the scheduler chooses                      forward    the model, but for what is told apart:
+    batch      numpy fills the tensors                               attention, and of the compiled decoder
+    sample     logits to tokens                                      norms, linears, rotary and head
+    update     tokens to deltas: stops, text, blocks
 
     python -m tests.benchmarks.step_split --model DIR --workload FILE      prints one JSON object
 """
@@ -27,7 +28,8 @@ from tests.benchmarks.stopwatch import Stopwatch
 from tests.benchmarks.workload import Request, Workload
 from worker.engine.device import num_compute_threads
 
-PARTS: Final = ("plan", "batch", "attention", "forward", "sample", "update")
+DECODER_PARTS: Final = ("norms", "linears", "rotary", "attention", "head")
+PARTS: Final = ("plan", "batch", *DECODER_PARTS, "forward", "sample", "update")
 _CALLS: Final = {  # from the engine
     "plan": "_plan",
     "batch": "_runner._buffers.fill",
@@ -58,13 +60,25 @@ def time_steps(
     contestant: InProcessEngine, watch: Stopwatch, running: dict[str, Output], count: int
 ) -> dict[str, float]:
     """Run steps; return the medians of the whole and of its parts, milliseconds."""
+    from worker.engine.decoder.program import DecoderTimes  # imports torch
+
     totals, parts = [], []
+    decoder = contestant.engine._runner._decoder
     for _ in range(count):
         watch.reset()
+        if decoder is not None:
+            decoder.times = DecoderTimes()
         started = time.perf_counter()
         contestant.step(running)
         totals.append((time.perf_counter() - started) * 1000)
-        parts.append(watch.reset())
+        spent = watch.reset()
+        if decoder is not None and decoder.times is not None:
+            for part in DECODER_PARTS:
+                inside = getattr(decoder.times, part) * 1000
+                spent[part] += inside
+                spent["forward"] -= inside
+            decoder.times = None
+        parts.append(spent)
     medians = {part: statistics.median(spent[part] for spent in parts) for part in PARTS}
     return {"step": statistics.median(totals), **medians}
 

@@ -171,6 +171,7 @@ class System:
                 "TORCHRELAY_WORKER_MODEL_NAME": name,
                 "TORCHRELAY_WORKER_DTYPE": "float32",
                 "TORCHRELAY_WORKER_NUM_THREADS": "1",
+                "TORCHRELAY_ENGINE_KV_CACHE_BYTES": str(64 << 20),
                 **env,
             },
             self.folder / f"{label}.log",

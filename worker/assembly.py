@@ -70,6 +70,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         on_part = StepProfiler(settings.profile_steps, Path(settings.profile_file), device, loaded.decoder).on_part
     model_runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder, on_part)
     cost = measure_cost(model_runner, engine_settings)
+    model_runner.populate_cache()  # not before: it would disturb what is measured
     engine = Engine(
         make_runner(model_runner, engine_settings),
         engine_settings,

@@ -14,6 +14,7 @@ from worker.engine.attention.interface import AttentionBackend, LayerShape
 from worker.engine.batch import BatchBuffers, StepBatch
 from worker.engine.blocks import SCRATCH_BLOCK
 from worker.engine.decoder.program import CompiledDecoder
+from worker.engine.host_memory import populate
 from worker.engine.memory import cache_bytes
 from worker.engine.scheduler import Plan
 from worker.engine.settings import EngineSettings
@@ -75,6 +76,7 @@ class ModelRunner:
         caches = {
             layer: backend.allocate(shape, self.num_blocks, model.dtype, self.device) for layer, shape in shapes.items()
         }
+        self._caches = tuple(caches.values())
         self._attention = hf.PagedAttention(backend, caches)
         if decoder is not None:
             decoder.bind(caches)
@@ -97,6 +99,11 @@ class ModelRunner:
             settings.max_model_len,
         ]
         return min(limit for limit in limits if limit is not None)
+
+    def populate_cache(self) -> None:
+        """Take the memory of the KV cache, which so far only has addresses; on a CPU, in the background."""
+        if self.device.type == "cpu":
+            populate([tensor for cache in self._caches for tensor in (cache.keys, cache.values)])
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> torch.Tensor:

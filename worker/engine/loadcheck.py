@@ -238,7 +238,7 @@ def packed_error(
             )
         )
         for (i, _, _), part in zip(spans, torch.split(logits, [end - start for _, start, end in spans]), strict=True):
-            rows[i].append(part)
+            rows[i].append(part.clone())  # a step's logits need not outlive the next step
     worst = 0.0
     for parts, plain in zip(rows, expected, strict=True):
         error = relative_error(torch.cat(parts), plain, dtype)

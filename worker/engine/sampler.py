@@ -35,7 +35,8 @@ _CPU_CHUNK: Final = 1 << 17  # hashes at a time: all temporaries stay in the sec
 _DEVICE_CHUNK: Final = 1 << 25
 _NEG_INF: Final = float("-inf")
 
-Argmax: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # [num_rows, vocab_size] to [num_rows] int64
+# [num_rows, vocab_size] to [num_rows] int64: the largest score's token, or ~token where that score is not finite.
+Argmax: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LogitRow(Protocol):
@@ -101,7 +102,7 @@ class Sampler:
         `may_wait` is whether results may be looked at on the way; default: where that costs nothing, on a CPU.
         """
         self._device = device
-        self._argmax: Argmax = argmax or (lambda scores: scores.argmax(-1))
+        self._argmax: Argmax = argmax or _argmax
         self._may_wait = device.type == "cpu" if may_wait is None else may_wait
         self._vocabulary = torch.empty(0, dtype=torch.int32, device=device)
 
@@ -122,19 +123,26 @@ class Sampler:
     def _sample(self, logits: torch.Tensor, rows: Rows[LogitRow], may_wait: bool) -> SampledTokens:
         """One copy from the device at the end. A negative token stands for a row that needs more candidates."""
         scores = logits.float()
-        tokens = self._argmax(scores)
-        # A NaN counts as the largest of its row.
-        is_valid = scores.gather(1, tokens[:, None]).isfinite()
+        best = self._argmax(scores)
         penalised = [i for i, row in enumerate(rows) if row.history is not None]
         sampled = [i for i, row in enumerate(rows) if row.history is None and row.sampling.temperature > 0]
+        wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs]
+        if not (penalised or sampled or wanted):  # a small step's time is felt: nothing but what it needs
+            found = best.tolist()
+            return SampledTokens(
+                token_ids=[token_id if token_id >= 0 else ~token_id for token_id in found],
+                logprobs={},
+                invalid_rows=[i for i, token_id in enumerate(found) if token_id < 0],
+            )
+        is_valid = best >= 0
+        tokens = torch.where(is_valid, best, ~best)
         if penalised or sampled:
             penalised.sort(key=lambda i: rows[i].sampling.temperature > 0)  # greedy ones first
             order = penalised + sampled
             index = _on_device(torch.tensor(order), self._device)
             chosen = self._sample_rows(scores[index], [rows[i] for i in order], len(penalised), may_wait)
             tokens.index_copy_(0, index, chosen)
-        results = [tokens.double(), is_valid[:, 0].double()]
-        wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs]
+        results = [tokens.double(), is_valid.double()]
         if wanted:
             results.append(self._logprobs(scores, tokens, wanted))
         sizes = [len(result) for result in results]
@@ -246,6 +254,11 @@ class Sampler:
         picked = scores[index]
         chosen = tokens[index, None].clamp(min=0)  # a row that is drawn again gets its own later
         return (picked.gather(1, chosen)[:, 0] - picked.logsumexp(-1)).double()
+
+
+def _argmax(scores: torch.Tensor) -> torch.Tensor:
+    tokens = scores.argmax(-1)  # a NaN counts as the largest
+    return torch.where(scores.gather(1, tokens[:, None])[:, 0].isfinite(), tokens, ~tokens)
 
 
 def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -22,7 +22,7 @@ from worker.engine.decoder.packing import (
     padded,
 )
 from worker.engine.decoder.smoothing import Magnitudes, input_factors
-from worker.engine.host_memory import release, trim
+from worker.engine.host_memory import lazy_zeros, release, trim
 from worker.engine.kernels.library import Kernels
 
 _ACTIVATIONS: Final = {"silu": 0, "gelu_tanh": 1}
@@ -139,6 +139,7 @@ class CompiledDecoder:
         self._call = kernels.decoder_step
         self._magnitudes = magnitudes or {}
         self._kept: list[torch.Tensor] = []  # what the structures point to
+        self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
         formats = _Formats(dtype, int8=int8)
         formats.check(layout)
         embedding_bytes = layout.embedding.numel() * dtype.itemsize + 64
@@ -243,6 +244,7 @@ class CompiledDecoder:
             if not cache.keys.dtype is cache.values.dtype is self.dtype or len(cache.values) != len(caches[0].values):
                 raise ValueError(f"the decoder needs caches of {self.dtype}, all of one size")
         self._caches = dict(caches)
+        self._logits = self._logits[:0].clone()  # the check of the model has asked for more rows than steps will
         for index, cache in caches.items():
             self._layers[index].key_cache = cache.keys.data_ptr()
             self._layers[index].value_cache = cache.values.data_ptr()
@@ -250,13 +252,15 @@ class CompiledDecoder:
         return self.forward
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
-        """Compute a step; return the logits [num_logit_rows, vocab_size] float32.
+        """Compute a step; return the logits [num_logit_rows, vocab_size] float32, valid until the next step.
 
         Raises ValueError for a batch that contradicts itself or names what does not exist; MemoryError.
         """
         attention = batch.attention
         num_rows = len(batch.logit_rows)
-        logits = torch.empty((num_rows, self.vocab_size), dtype=torch.float32)
+        if num_rows > len(self._logits):  # kept: each step would fault fresh memory in, 6 MB for 32 rows
+            self._logits = lazy_zeros((num_rows, self.vocab_size), torch.float32)
+        logits = self._logits[:num_rows]
         step = _Step(
             token_ids=batch.input_ids.data_ptr(),
             positions=batch.position_ids.data_ptr(),

@@ -85,7 +85,8 @@ struct DecoderStep {
 
 }  // namespace torchrelay
 
-// Writes where each row's largest number stands, of equal ones the first; a NaN counts as larger than all.
+// Writes where each row's largest number stands, of equal ones the first; a NaN counts as larger than all. Where that
+// number is not finite, the complement of its place is written, which is negative.
 TORCHRELAY_EXPORT int torchrelay_argmax(const float* rows, int64_t num_rows, int64_t width, int64_t* result,
                                         int64_t num_threads);
 

@@ -115,6 +115,9 @@ int torchrelay_argmax(const float* rows, int64_t num_rows, int64_t width, int64_
   constexpr int64_t kNumbersPerThread = 200'000;  // some tens of microseconds: below, a thread costs more than it saves
   const int64_t useful = std::clamp<int64_t>(num_rows * width / kNumbersPerThread, 1, std::max<int64_t>(1, num_threads));
 #pragma omp parallel for num_threads(static_cast<int>(useful)) if (useful > 1)
-  for (int64_t row = 0; row < num_rows; row++) result[row] = torchrelay::argmax(rows + row * width, width);
+  for (int64_t row = 0; row < num_rows; row++) {
+    const int64_t at = torchrelay::argmax(rows + row * width, width);
+    result[row] = std::isfinite(rows[row * width + at]) ? at : ~at;
+  }
   return torchrelay::kOk;
 }

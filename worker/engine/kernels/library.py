@@ -14,7 +14,7 @@ from worker.engine.kernels.build import KernelBuildError, build
 
 _log = structlog.get_logger(__name__)
 
-_ABI_VERSION: Final = 2  # kAbiVersion of paged_attention.h
+_ABI_VERSION: Final = 3  # kAbiVersion of paged_attention.h
 
 
 class Kernels:
@@ -46,9 +46,10 @@ class Kernels:
             _log.warning("kernels.openmp_runtimes_compete", runtimes=sorted(runtimes))
 
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return where each row's largest score stands, [num_rows] int64: as torch's argmax, faster.
+        """Return where each row's largest score stands, [num_rows] int64; its complement, which is negative, where
+        that score is not finite.
 
-        `scores` is [num_rows, width] float32.
+        `scores` is [num_rows, width] float32. A NaN counts as the largest, as with torch's argmax.
         """
         scores = scores.contiguous()
         num_rows, width = scores.shape

@@ -9,8 +9,8 @@
 
 namespace torchrelay {
 
-// Raised with every change of a structure that Python fills.
-constexpr int kAbiVersion = 2;
+// Raised with every change of what Python fills or reads.
+constexpr int kAbiVersion = 3;
 
 constexpr int kBlockSize = 16;
 

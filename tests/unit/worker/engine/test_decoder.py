@@ -71,7 +71,7 @@ class Session:
                 logit_rows=torch.arange(positions.shape[1]) if rows is None else torch.tensor(rows, dtype=torch.int64),
                 attention=self.layout.batch(list(spans), CPU),
             )
-        )
+        ).clone()
 
 
 @pytest.mark.parametrize("family", sorted(RIGHT_FAMILIES))

@@ -257,6 +257,18 @@ class TestWithoutWaiting:
         rows = [make_row([1], temperature=1.0, top_p=0.5, seed=i) for i in range(3)]
         assert Sampler(CPU, may_wait=False).sample(logits, rows).invalid_rows == [1]
 
+    def test_invalid_logits_of_greedy_rows_are_told(self) -> None:
+        logits = torch.zeros(4, 500)
+        logits[0, 3] = 1
+        logits[1, 7] = float("nan")
+        logits[2] = float("-inf")
+        logits[3, 9] = float("inf")
+        for kernel in (None, Kernels().argmax):
+            sampled = Sampler(CPU, kernel).sample(logits, [make_row([1]) for _ in range(4)])
+            assert sampled.invalid_rows == [1, 2, 3]
+            assert sampled.token_ids[:2] == [3, 7]
+            assert sampled.token_ids[3] == 9
+
 
 @pytest.mark.parametrize("level", supported_levels())
 def test_the_kernels_find_the_same_largest_scores_as_torch(level: str) -> None:
@@ -270,5 +282,9 @@ def test_the_kernels_find_the_same_largest_scores_as_torch(level: str) -> None:
         scores[4, width - 1] = float("nan")
         scores[4, 0] = float("inf")
         scores[5, width // 3 :] = scores[5, : width - width // 3].max() + 1
-        assert argmax(scores).tolist() == scores.argmax(-1).tolist(), width
+        found = argmax(scores).tolist()
+        invalid = [2, 3, 4]  # largest scores that are not finite
+        assert [row for row, token_id in enumerate(found) if token_id < 0] == invalid
+        found = [~token_id if row in invalid else token_id for row, token_id in enumerate(found)]
+        assert found == scores.argmax(-1).tolist(), width
     assert argmax(torch.empty(0, 5)).tolist() == []

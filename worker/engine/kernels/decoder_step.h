@@ -312,7 +312,8 @@ class Step {
     }
   }
 
-  // A piece of work is a few panels, which then stay in the second-level cache, for a stretch of rows.
+  // A piece of work is a few panels, which then stay in the second-level cache, for a stretch of rows. The first tile
+  // waits for memory to bring them; while the others compute, the panels of the piece after are fetched.
   template <typename Format, int kPlanes, typename Take>
   void multiply(const Linear& linear, const uint32_t* words, const float* scales, int64_t num_rows, Take take) {
     constexpr int64_t kMostRows = kTileRows / kPlanes > 0 ? kTileRows / kPlanes : 1;
@@ -327,6 +328,7 @@ class Step {
     for (int64_t piece = team_.next(); piece < num_groups * num_stretches; piece = team_.next()) {
       const int64_t first_panel = piece / num_stretches * together;
       const int64_t last_panel = std::min(num_panels, first_panel + together);
+      const int64_t next_panel = std::min(num_panels, (team_.likely_next() / num_stretches) * together);
       const int64_t stretch = piece % num_stretches;
       // Tiles as equal as can be.
       const int64_t first_tile = stretch * num_tiles / num_stretches;
@@ -335,8 +337,12 @@ class Step {
         const int64_t row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
         for (int64_t panel = first_panel; panel < last_panel; panel++) {
           typename Format::Accumulator sums[kTileRows * kPanel / kColumns < 4 ? 4 : kTileRows * kPanel / kColumns];
+          const uint32_t* const weights = linear.panels + panel * num_words * kPanel;
+          const uint32_t* next = weights;
+          if (const int64_t later = tile - first_tile; later > 0 && later < 3 && next_panel + panel - first_panel < num_panels)
+            next = linear.panels + (next_panel + panel - first_panel) * num_words * kPanel + (later - 1) * kColumns;
           multiply_rows<Format>(static_cast<int>((end - row) * kPlanes), words + row * kPlanes * num_words, num_words,
-                                linear.panels + panel * num_words * kPanel, num_words, sums);
+                                weights, num_words, next, sums);
           const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, linear.outputs - first);
           for (int64_t r = row; r < end; r++) {
             float outputs[kPanel];

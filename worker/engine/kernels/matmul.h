@@ -81,9 +81,10 @@ struct Int8Format {
 };
 
 // `rows` holds R activation rows of `num_words` words, `row_words` apart; the result is [R][kPanel].
+// Every second cache line from `next` on is fetched meanwhile: weights that are to come.
 template <typename Format, int R>
 void multiply_tile(const uint32_t* rows, int64_t row_words, const uint32_t* panel, int64_t num_words,
-                   typename Format::Accumulator* result) {
+                   const uint32_t* next, typename Format::Accumulator* result) {
   constexpr int kVectors = kPanel / kColumns;
   constexpr int kPrefetch = 2048 / 4;  // words ahead: the panel comes from memory where the batch is small
   typename Format::Accumulator sums[R][kVectors];
@@ -92,6 +93,7 @@ void multiply_tile(const uint32_t* rows, int64_t row_words, const uint32_t* pane
   for (int64_t k = 0; k < num_words; k++, panel += kPanel) {
     __builtin_prefetch(panel + kPrefetch);
     __builtin_prefetch(panel + kPrefetch + kColumns);
+    __builtin_prefetch(next + k * kPanel, 0, 2);
     Words weights[kVectors];
     for (int c = 0; c < kVectors; c++) weights[c] = load_words(panel + c * kColumns);
     for (int r = 0; r < R; r++) {
@@ -105,10 +107,10 @@ void multiply_tile(const uint32_t* rows, int64_t row_words, const uint32_t* pane
 
 template <typename Format, int R = kTileRows>
 void multiply_rows(int num_rows, const uint32_t* rows, int64_t row_words, const uint32_t* panel, int64_t num_words,
-                   typename Format::Accumulator* result) {
+                   const uint32_t* next, typename Format::Accumulator* result) {
   if constexpr (R > 1)
-    if (num_rows < R) return multiply_rows<Format, R - 1>(num_rows, rows, row_words, panel, num_words, result);
-  multiply_tile<Format, R>(rows, row_words, panel, num_words, result);
+    if (num_rows < R) return multiply_rows<Format, R - 1>(num_rows, rows, row_words, panel, num_words, next, result);
+  multiply_tile<Format, R>(rows, row_words, panel, num_words, next, result);
 }
 
 }  // namespace torchrelay

@@ -28,6 +28,9 @@ class Team {
   // The next piece of the phase: counts from 0, each number given once.
   int64_t next() { return next_.fetch_add(1, std::memory_order_relaxed); }
 
+  // What the calling thread's next piece will probably be: the others take one each before.
+  int64_t likely_next() const { return next_.load(std::memory_order_relaxed) + size() - 1; }
+
   // Ends the phase: returns when all threads are here. What they wrote before is then visible.
   void wait() {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);

@@ -196,7 +196,23 @@ void finish_rows(const Arguments& a, const Item& item, const Partial& whole) {
     T* target = static_cast<T*>(a.output) + (token * a.num_heads + head) * a.value_dim;
     const float inverse = 1.0f / whole.sum[r];
     const float* values = whole.values + r * a.value_dim;
-    for (int64_t d = 0; d < a.value_dim; d++) from_float(values[d] * inverse, target + d);
+    int64_t d = 0;
+    for (; d + kLanes <= a.value_dim; d += kLanes) store(target + d, load(values + d) * inverse);
+    for (; d < a.value_dim; d++) from_float(values[d] * inverse, target + d);
+  }
+}
+
+// Fetches the first keys of an item that is to come: those that follow are fetched on the way, see tile.h.
+template <typename T>
+void fetch_start(const Arguments& a, const Item& item) {
+  if (item.num_rows > 4) return;
+  const int32_t* blocks = a.block_tables + item.sequence * a.block_table_stride;
+  const int64_t size = padded_key_dim<T>(a.key_dim) * kBlockSize;
+  const int first = item.first_segment * (kSegment / kBlockSize);
+  const int last = std::min<int64_t>(first + 4, (a.context_lens[item.sequence] + kBlockSize - 1) / kBlockSize);
+  for (int block = first; block < last; block++) {
+    const T* keys = static_cast<const T*>(a.key_cache) + (blocks[block] * a.num_kv_heads + item.kv_head) * size;
+    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(keys + i);
   }
 }
 

@@ -259,7 +259,16 @@ class Step {
     const Plan& plan = entry->plan;
     const Scratch scratch(a, scratch_ + thread * scratch_size_);
     const int64_t num_items = plan.items.size(), num_splits = plan.splits.size();
-    for (int64_t i = team_.next(); i < num_items; i = team_.next()) run_item<T>(a, plan.items[i], scratch, partials_);
+    // Heads of a sequence lie side by side in its blocks: one thread takes them all where there is work enough.
+    const int64_t together = num_items >= 4 * team_.size() * d_.num_kv_heads ? d_.num_kv_heads : 1;
+    for (int64_t first = team_.next() * together; first < num_items; first = team_.next() * together) {
+      const int64_t last = std::min(num_items, first + together);
+      for (int64_t i = first; i < last; i++) {
+        const int64_t next = i + 1 < last ? i + 1 : team_.likely_next() * together;
+        if (next < num_items) fetch_start<T>(a, plan.items[next]);
+        run_item<T>(a, plan.items[i], scratch, partials_);
+      }
+    }
     team_.wait();
     if (num_splits == 0) return;
     for (int64_t i = team_.next(); i < num_splits; i = team_.next())

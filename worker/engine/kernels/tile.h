@@ -63,6 +63,10 @@ struct Tile {
   const T* key_unit(int unit) const {
     return keys + blocks[unit / kUnitsPerBlock] * key_block_stride + unit % kUnitsPerBlock * kLanes;
   }
+  const T* value_unit(int unit) const {
+    return values + blocks[unit / kUnitsPerBlock] * value_block_stride +
+           static_cast<int64_t>(unit % kUnitsPerBlock * kLanes) * value_dim;
+  }
 };
 
 // Result of one or more segments for the rows of a tile.
@@ -81,16 +85,20 @@ inline Ints unit_positions(int unit) {
 // Scores of U units for R rows, with mask and softcap, to scores[U][R][kLanes].
 //
 // `ahead` are units that will be read next: where few rows share a key, attention waits for memory, and blocks lie
-// scattered in it.
+// scattered in it. For the same reason the values of these tokens are fetched, which are wanted soon.
 template <typename T, int R, int U>
 inline void score_units(const Tile<T>& tile, int unit, int ahead, float* scores, Floats* maxima) {
   constexpr bool kPrefetch = R <= 4;
   const T* keys[U];
   const T* next[U];
+  const char* values[U];
   Floats sums[U][R];
   for (int u = 0; u < U; u++) {
     keys[u] = tile.key_unit(unit + u);
-    if constexpr (kPrefetch) next[u] = tile.key_unit(ahead + u);
+    if constexpr (kPrefetch) {
+      next[u] = tile.key_unit(ahead + u);
+      values[u] = reinterpret_cast<const char*>(tile.value_unit(unit + u));
+    }
     for (int r = 0; r < R; r++) sums[u][r] = Floats{};
   }
   const float* query = tile.query;
@@ -99,7 +107,10 @@ inline void score_units(const Tile<T>& tile, int unit, int ahead, float* scores,
     decltype(load_keys(keys[0])) key[U];
     for (int u = 0; u < U; u++) {
       key[u] = load_keys(keys[u] + d * kBlockSize);
-      if constexpr (kPrefetch) __builtin_prefetch(next[u] + d * kBlockSize);
+      if constexpr (kPrefetch) {
+        __builtin_prefetch(next[u] + d * kBlockSize);
+        __builtin_prefetch(values[u] + d * (64 / kStep));
+      }
     }
     for (int r = 0; r < R; r++) {
       const auto both = broadcast_for(key[0], query + r);

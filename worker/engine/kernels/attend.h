@@ -100,6 +100,21 @@ inline Plan make_plan(const Arguments& a) {
   return plan;
 }
 
+// Writes x[i] to target[2 * i + half], and nothing else: another thread may be writing the other halves.
+template <typename T>
+void write_half_pairs(const T* x, int64_t size, int64_t half, T* target) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  const __mmask32 lanes = half == 0 ? 0x55555555u : 0xaaaaaaaau;
+  for (; i + kLanes <= size; i += kLanes) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    const __m512i pairs = _mm512_cvtepu16_epi32(words);
+    _mm512_mask_storeu_epi16(target + 2 * i, lanes, half == 0 ? pairs : _mm512_slli_epi32(pairs, 16));
+  }
+#endif
+  for (; i < size; i++) target[2 * i + half] = x[i];
+}
+
 // Writes the keys and values of a row into its slot.
 template <typename T>
 void write_token(const Arguments& a, int64_t token) {
@@ -112,10 +127,12 @@ void write_token(const Arguments& a, int64_t token) {
     T* values = static_cast<T*>(a.value_cache) + place * a.value_dim;
     if constexpr (kPaired<T>) {
       keys += 2 * offset;
-      for (int64_t d = 0; d < a.key_dim; d++) keys[d / 2 * 2 * kBlockSize + d % 2] = key[d];
-      if (a.key_dim % 2 == 1) keys[(a.key_dim - 1) * kBlockSize + 1] = {0};
-      values += offset / 2 * 2 * a.value_dim + offset % 2;
-      for (int64_t d = 0; d < a.value_dim; d++) values[2 * d] = value[d];
+      for (int64_t d = 0; d + 1 < a.key_dim; d += 2) std::memcpy(keys + d * kBlockSize, key + d, 2 * sizeof(T));
+      if (a.key_dim % 2 == 1) {
+        keys[(a.key_dim - 1) * kBlockSize] = key[a.key_dim - 1];
+        keys[(a.key_dim - 1) * kBlockSize + 1] = {0};
+      }
+      write_half_pairs(value, a.value_dim, offset % 2, values + offset / 2 * 2 * a.value_dim);
     } else {
       for (int64_t d = 0; d < a.key_dim; d++) keys[d * kBlockSize + offset] = key[d];
       std::memcpy(values + offset * a.value_dim, value, a.value_dim * sizeof(T));

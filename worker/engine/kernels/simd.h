@@ -78,19 +78,16 @@ inline Pairs broadcast_for(Pairs, const float* source) { return broadcast_pair(s
 // Rounds each sum of two products to nearest even; denormals count as zero.
 inline Floats multiply_add(Pairs a, Pairs b, Floats sum) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
-// e^x for x <= 0 within 1e-5, for weights that are rounded to bfloat16 next; exactly 0 below -87. A NaN stays a NaN.
-// 2^n times a minimax polynomial of 2^f on [-1/2, 1/2].
-inline Floats rough_exponential(Floats x) {
-  const Floats clamped = x < -88.0f ? broadcast(-200.0f) : x;
-  const __m512 t = (__m512)(clamped * 1.44269504088896341f);
-  const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Floats f = (Floats)t - (Floats)n;
-  Floats p = broadcast(9.56051e-3f);
-  p = p * f + 5.591704e-2f;
-  p = p * f + 2.4024981e-1f;
-  p = p * f + 6.9312197e-1f;
-  p = p * f + 9.9999919e-1f;
-  return (Floats)_mm512_scalef_ps((__m512)p, n);
+// 2^x for x <= 0 within 1e-4, for weights that are rounded to bfloat16 next, which is to 4e-3; exactly 0 below -150. A
+// NaN stays a NaN. 2^n times a minimax polynomial of 2^f on [0, 1).
+inline Floats rough_power_of_two(Floats x) {
+  const __m512 t = _mm512_max_ps(_mm512_set1_ps(-1000.0f), (__m512)x);  // of a NaN the second, of -infinity the first
+  const Floats f = (Floats)_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Floats p = broadcast(7.80245226e-2f);
+  p = p * f + 2.26067155e-1f;
+  p = p * f + 6.9583354e-1f;
+  p = p * f + 9.99925219e-1f;
+  return (Floats)_mm512_scalef_ps((__m512)p, t);
 }
 
 // Rounds to nearest even; a NaN stays a NaN.
@@ -134,9 +131,13 @@ inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 inline float maximum(float a, float b) { return a > b ? a : b; }
 
 inline float horizontal_maximum(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float m = x[0];
   for (int i = 1; i < kLanes; i++) m = maximum(x[i], m);
   return m;
+#endif
 }
 
 inline float horizontal_sum(Floats x) {

@@ -38,7 +38,7 @@ template <typename T>
 using Weight = std::conditional_t<kPaired<T>, BFloat16, float>;
 
 // A score that is not to be seen. Finite, so that no infinity minus infinity can arise: e^(kMasked - m) is exactly 0
-// for the maximum m of any segment with a visible token, and a segment without one is wiped out when it is merged.
+// for any m that is not as large, and a segment without a visible token has no weight.
 constexpr float kMasked = -1e30f;
 
 // Visible tokens of a query row: first <= position < last.
@@ -58,6 +58,9 @@ struct Tile {
   Visible visible[kMaxRows];
   Visible all;   // tokens that every row sees
   Visible some;  // tokens that at least one row sees
+
+  // Products of paired types are scaled when they become weights, but for a softcap, which comes between.
+  float scale_of_scores() const { return kPaired<T> && !(softcap > 0.0f) ? scale : 1.0f; }
 
   // A paired type's unit is a whole block.
   const T* key_unit(int unit) const {
@@ -82,7 +85,7 @@ inline Ints unit_positions(int unit) {
   return positions;
 }
 
-// Scores of U units for R rows, with mask and softcap, to scores[U][R][kLanes].
+// Scores of U units for R rows, with mask and softcap, to scores[U][R][kLanes]; still to be scaled.
 //
 // `ahead` are units that will be read next: where few rows share a key, attention waits for memory, and blocks lie
 // scattered in it. For the same reason the values of these tokens are fetched, which are wanted soon.
@@ -117,11 +120,8 @@ inline void score_units(const Tile<T>& tile, int unit, int ahead, float* scores,
       for (int u = 0; u < U; u++) sums[u][r] = multiply_add(key[u], both, sums[u][r]);
     }
   }
-  if constexpr (kPaired<T>)
-    for (int u = 0; u < U; u++)
-      for (int r = 0; r < R; r++) sums[u][r] *= tile.scale;
   if (tile.softcap > 0.0f) {
-    const float inverse = 1.0f / tile.softcap;
+    const float inverse = (kPaired<T> ? tile.scale : 1.0f) / tile.softcap;
     for (int u = 0; u < U; u++)
       for (int r = 0; r < R; r++) sums[u][r] = hyperbolic_tangent(sums[u][r] * inverse) * tile.softcap;
   }
@@ -236,13 +236,14 @@ constexpr int vectors_at_a_time(int rows) {
   return vectors;
 }
 
-// e^(score - maximum), as precisely as the weights are kept.
+// e^(score * scale - maximum), as precisely as the weights are kept.
 template <typename T>
-inline Floats weight_of(Floats difference) {
+inline Floats weight_of(Floats score, float scale, float maximum) {
 #if defined(__AVX512BF16__)
-  if constexpr (kPaired<T>) return rough_exponential(difference);
+  constexpr float kLog2E = 1.44269504088896341f;
+  if constexpr (kPaired<T>) return rough_power_of_two(score * (scale * kLog2E) - maximum * kLog2E);
 #endif
-  return exponential(difference);
+  return exponential(score * scale - maximum);
 }
 
 // One segment for R rows. `scores` has room for kSegment * R floats.
@@ -262,9 +263,13 @@ void attend_segment(const Tile<T>& tile, int segment, float* scores, const Parti
   for (; unit < last_unit; unit++)
     score_units<T, R, 1>(tile, unit, unit, scores + (unit - first_unit) * R * kLanes, maxima);
 
+  const float scale = tile.scale_of_scores();
   Floats sums[R];
+  float tops[R];
   for (int r = 0; r < R; r++) {
-    result.maximum[r] = horizontal_maximum(maxima[r]);
+    result.maximum[r] = horizontal_maximum(maxima[r]) * scale;
+    // Of a row that sees nothing here all weights are to be zero: large numbers do not cancel out.
+    tops[r] = result.maximum[r] > kMasked * 1e-6f ? result.maximum[r] : 0.0f;
     sums[r] = Floats{};
   }
   // A NaN score may be missing from the maximum, but not from the sum: it makes its row's output NaN, and no other's.
@@ -272,7 +277,7 @@ void attend_segment(const Tile<T>& tile, int segment, float* scores, const Parti
   Weight<T>* const weights = reinterpret_cast<Weight<T>*>(scores);
   for (int i = 0; i < (last_unit - first_unit) * R * kLanes; i += R * kLanes) {
     for (int r = 0; r < R; r++) {
-      const Floats weight = weight_of<T>(load(scores + i + r * kLanes) - result.maximum[r]);
+      const Floats weight = weight_of<T>(load(scores + i + r * kLanes), scale, tops[r]);
       sums[r] += weight;
       store(weights + i + r * kLanes, weight);
     }
@@ -283,16 +288,29 @@ void attend_segment(const Tile<T>& tile, int segment, float* scores, const Parti
 
 // Folds `part`, the next segment in order, into `whole`.
 inline void merge(const Partial& whole, const Partial& part, int rows, int value_dim) {
+  constexpr int kRoom = (kMaxRows + kLanes - 1) / kLanes * kLanes;
+  float tops[kRoom], keeps[kRoom], adds[kRoom];
+  for (int r = 0; r < kRoom; r++) tops[r] = keeps[r] = adds[r] = 0.0f;
   for (int r = 0; r < rows; r++) {
-    const float top = maximum(part.maximum[r], whole.maximum[r]);
-    // Not `exp`: the vector form is exactly 0 where a masked maximum meets a real one.
-    const float keep = exponential(broadcast(whole.maximum[r] - top))[0];
-    const float add = exponential(broadcast(part.maximum[r] - top))[0];
-    whole.maximum[r] = top;
+    tops[r] = maximum(part.maximum[r], whole.maximum[r]);
+    keeps[r] = whole.maximum[r] - tops[r];
+    adds[r] = part.maximum[r] - tops[r];
+  }
+  // Not `exp`: the vector form is exactly 0 where a masked maximum meets a real one.
+  for (int r = 0; r < rows; r += kLanes) {
+    store(keeps + r, exponential(load(keeps + r)));
+    store(adds + r, exponential(load(adds + r)));
+  }
+  for (int r = 0; r < rows; r++) {
+    const float keep = keeps[r], add = adds[r];
+    whole.maximum[r] = tops[r];
     whole.sum[r] = whole.sum[r] * keep + part.sum[r] * add;
     float* target = whole.values + r * value_dim;
     const float* source = part.values + r * value_dim;
-    for (int d = 0; d < value_dim; d++) target[d] = target[d] * keep + source[d] * add;
+    int d = 0;
+    for (; d + kLanes <= value_dim; d += kLanes)
+      store(target + d, load(target + d) * keep + load(source + d) * add);
+    for (; d < value_dim; d++) target[d] = target[d] * keep + source[d] * add;
   }
 }
 

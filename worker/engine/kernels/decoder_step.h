@@ -204,9 +204,22 @@ class Step {
   }
 
   void embed(int64_t row) {
-    const T* source = static_cast<const T*>(d_.embedding) + s_.token_ids[row] * d_.hidden_size;
     float* target = x_ + row * d_.hidden_size;
+    if (!d_.embedding) return embed_from_head(s_.token_ids[row], target);
+    const T* source = static_cast<const T*>(d_.embedding) + s_.token_ids[row] * d_.hidden_size;
     for (int64_t i = 0; i < d_.hidden_size; i++) target[i] = to_float(source[i]) * d_.embedding_scale;
+  }
+
+  // Tied weights: a token's stand in its panel of the head, one word in each row.
+  void embed_from_head(int64_t token, float* target) {
+    constexpr int64_t kPack = sizeof(uint32_t) / sizeof(T);
+    const int64_t num_words = row_words(d_.head);
+    const uint32_t* word = d_.head.panels + token / kPanel * num_words * kPanel + token % kPanel;
+    for (int64_t k = 0; k < num_words; k++, word += kPanel, target += kPack) {
+      T source[kPack];
+      std::memcpy(source, word, sizeof source);
+      for (int64_t i = 0; i < kPack; i++) target[i] = to_float(source[i]) * d_.embedding_scale;
+    }
   }
 
   void prepare(const Linear& linear, const float* source, int64_t row, const Inputs& inputs) {

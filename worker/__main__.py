@@ -6,7 +6,7 @@ import sys
 
 from common.settings import QueueSettings, RedisSettings
 from common.startup import read_settings
-from worker.engine.device import quiet_openmp
+from worker.engine.device import leave_out_triton, quiet_openmp
 from worker.engine.settings import EngineSettings
 from worker.settings import WorkerSettings
 
@@ -17,6 +17,7 @@ def main() -> int:
         lambda: (WorkerSettings(), EngineSettings(), RedisSettings(), QueueSettings()), WorkerSettings, EngineSettings
     )
     quiet_openmp()
+    leave_out_triton(settings[0].device)
     from worker.process import run_process  # imports torch, and so comes last
 
     return run_process(*settings)

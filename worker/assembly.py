@@ -17,6 +17,7 @@ from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.cost import CostModel, StepBudget
 from worker.engine.device import choose_device, choose_dtype, num_compute_threads
 from worker.engine.graphs import CudaRecorder, GraphRunner
+from worker.engine.host_memory import trim
 from worker.engine.kernels.build import KernelBuildError
 from worker.engine.loadcheck import check_model
 from worker.engine.loop import Engine, Runner
@@ -70,6 +71,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         on_part = StepProfiler(settings.profile_steps, Path(settings.profile_file), device, loaded.decoder).on_part
     model_runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder, on_part)
     cost = measure_cost(model_runner, engine_settings)
+    trim()  # what loading and the probe have left behind
     model_runner.populate_cache()  # not before: it would disturb what is measured
     engine = Engine(
         make_runner(model_runner, engine_settings),

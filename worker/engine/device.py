@@ -29,6 +29,18 @@ def quiet_openmp() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def leave_out_triton(device: str = "auto") -> None:
+    """Keep Triton from being imported unless a GPU will compute. To be called before transformers is first imported.
+
+    transformers imports torch's compiler, and that Triton where it is installed: 57 MB for kernels that a CPU never
+    runs. None in `sys.modules` is Python's own way to say that there is no such module.
+    """
+    import torch
+
+    if (device == "cpu" or not torch.cuda.is_available()) and "triton" not in sys.modules:
+        sys.modules["triton"] = None  # type: ignore[assignment]
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device called `name`; "auto" is CUDA where there is a GPU, else the CPU. Raises DeviceError."""
     import torch

@@ -32,9 +32,11 @@ class InProcessEngine(Contestant):
     """The engine without agent, queue and gateway around it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from worker.engine.device import quiet_openmp
+        from worker.engine.device import leave_out_triton, quiet_openmp
 
-        quiet_openmp()  # as a worker does, before torch is imported
+        # As a worker does, before torch and transformers are imported.
+        quiet_openmp()
+        leave_out_triton("cpu")
         import torch
         import transformers
 

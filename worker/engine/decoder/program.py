@@ -142,9 +142,11 @@ class CompiledDecoder:
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
         formats = _Formats(dtype, int8=int8)
         formats.check(layout)
-        embedding_bytes = layout.embedding.numel() * dtype.itemsize + 64
+        # Tied weights in the embedding's own format are read out of the packed head: a fifth of a small model.
+        is_tied = not int8 and _is_tied(layout)
+        embedding_bytes = 0 if is_tied else layout.embedding.numel() * dtype.itemsize + 64
         arena = Arena(sum(packed_bytes(*size) for size in formats.sizes(layout)) + embedding_bytes)
-        embedding = self._keep(arena.empty(tuple(layout.embedding.shape), dtype).copy_(layout.embedding))
+        embedding = None if is_tied else arena.empty(tuple(layout.embedding.shape), dtype).copy_(layout.embedding)
         self._tables = tables = dict(layout.rope_tables)
         self._layers = (_Layer * len(layout.layers))(
             *(self._layer(layer, formats, arena, tables) for layer in layout.layers)
@@ -155,7 +157,7 @@ class CompiledDecoder:
         self._decoder = _Decoder(
             layers=self._layers,
             head=head,
-            embedding=embedding.data_ptr(),
+            embedding=self._pointer(embedding),
             final_norm=self._keep(layout.final_norm).data_ptr(),
             num_layers=len(layout.layers),
             hidden_size=first.qkv.inputs,
@@ -283,6 +285,12 @@ class CompiledDecoder:
         if status:
             raise ValueError(f"the decoder refused its arguments: {_FAILURES.get(status, status)}")
         return logits
+
+
+def _is_tied(layout: DecoderLayout) -> bool:
+    """Whether the head's weights are the embedding, row by row."""
+    first = layout.head.layers[0].weight
+    return first.data_ptr() == layout.embedding.data_ptr() and first.shape == layout.embedding.shape
 
 
 def _drop_weight(layer: torch.nn.Linear, *, is_shared: bool = False) -> None:

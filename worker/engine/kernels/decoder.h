@@ -51,7 +51,7 @@ struct Layer {
 struct Decoder {
   const Layer* layers;
   Linear head;
-  const void* embedding;    // [vocab_size, hidden_size] of element_type
+  const void* embedding;    // [vocab_size, hidden_size] of element_type, or null: the head's weights, which are too
   const float* final_norm;  // [hidden_size]
   int64_t num_layers, hidden_size, vocab_size;
   int64_t num_heads, num_kv_heads, head_dim, rotary_dim, mlp_size;

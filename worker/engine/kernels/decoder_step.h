@@ -43,6 +43,10 @@ class Arena {
 
 inline int64_t words_per_row(const Linear& linear) { return row_words(linear) * planes(linear.format); }
 
+inline bool is_plain(const Linear& linear) {
+  return linear.format == kLinearFloat32 || linear.format == kLinearBFloat16;
+}
+
 struct AttentionPlan {
   int64_t sliding_window;
   Plan plan;
@@ -89,13 +93,18 @@ class Step {
     Arena arena(memory);
     const int64_t query_size = d_.num_heads * d_.head_dim, kv_size = d_.num_kv_heads * d_.head_dim;
     int64_t words = 0;
-    for (int64_t i = 0; i < d_.num_layers; i++)
-      for (const Linear* linear : {&d_.layers[i].qkv, &d_.layers[i].output, &d_.layers[i].gate_up, &d_.layers[i].down})
+    bool has_branch = false, has_mlp = false;  // most models need neither
+    for (int64_t i = 0; i < d_.num_layers; i++) {
+      const Layer& layer = d_.layers[i];
+      for (const Linear* linear : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down})
         words = std::max(words, words_per_row(*linear));
+      has_branch |= layer.attention_output_norm || layer.mlp_output_norm;
+      has_mlp |= !is_plain(layer.down);
+    }
     words = std::max(words, words_per_row(d_.head));
     x_ = arena.take<float>(rows_ * d_.hidden_size);
     kept_x_ = arena.take<float>(s_.num_logit_rows * d_.hidden_size);
-    branch_ = arena.take<float>(rows_ * d_.hidden_size);
+    branch_ = arena.take<float>(has_branch ? rows_ * d_.hidden_size : 0);
     inputs_.words = arena.take<uint32_t>(rows_ * words);
     inputs_.scales = arena.take<float>(rows_);
     mlp_inputs_.words = arena.take<uint32_t>(rows_ * words);
@@ -106,7 +115,7 @@ class Step {
     value_ = arena.take<T>(rows_ * kv_size);
     attended_ = arena.take<T>(rows_ * query_size);
     kept_attended_ = arena.take<T>(s_.num_logit_rows * query_size);
-    mlp_ = arena.take<float>(rows_ * d_.mlp_size);
+    mlp_ = arena.take<float>(has_mlp ? rows_ * d_.mlp_size : 0);
     const int64_t widest = std::max({d_.hidden_size, d_.mlp_size, query_size});
     row_ = arena.take<float>(team_.size() * (widest + 64));
     row_size_ = widest + 64;
@@ -157,20 +166,20 @@ class Step {
       spent(thread, &DecoderTimes::linears);
       norm_rows(thread, x, num_rows, layer.attention_output_norm, layer.mlp_norm, layer.gate_up, inputs_);
       spent(thread, &DecoderTimes::norms);
-      const bool is_plain = layer.down.format == kLinearFloat32 || layer.down.format == kLinearBFloat16;
+      const bool down_is_plain = is_plain(layer.down);
       const int64_t down_words = row_words(layer.down);
       multiply(layer.gate_up, inputs_.words, inputs_.scales, num_rows, [&](int64_t row, int64_t first, int64_t, const float* y) {
         float active[kColumns];
         gate(d_.activation, y, y + kColumns, active);
         const int64_t at = first / 2, count = std::min<int64_t>(kColumns, d_.mlp_size - at);
-        if (!is_plain)
+        if (!down_is_plain)
           std::memcpy(mlp_ + row * d_.mlp_size + at, active, count * sizeof(float));
         else if (layer.down.format == kLinearFloat32)
           convert_row(active, count, reinterpret_cast<float*>(mlp_inputs_.words + row * down_words) + at);
         else
           convert_row(active, count, reinterpret_cast<BFloat16*>(mlp_inputs_.words + row * down_words) + at);
       });
-      if (!is_plain)
+      if (!down_is_plain)
         each_row([&](int64_t row) { prepare(layer.down, mlp_ + row * d_.mlp_size, row, mlp_inputs_); }, num_rows);
       multiply_add(layer.down, mlp_inputs_.words, num_rows, x, layer.mlp_output_norm, mlp_inputs_.scales);
       spent(thread, &DecoderTimes::linears);
@@ -204,9 +213,22 @@ class Step {
   }
 
   void embed(int64_t row) {
-    const T* source = static_cast<const T*>(d_.embedding) + s_.token_ids[row] * d_.hidden_size;
     float* target = x_ + row * d_.hidden_size;
+    if (!d_.embedding) return embed_from_head(s_.token_ids[row], target);
+    const T* source = static_cast<const T*>(d_.embedding) + s_.token_ids[row] * d_.hidden_size;
     for (int64_t i = 0; i < d_.hidden_size; i++) target[i] = to_float(source[i]) * d_.embedding_scale;
+  }
+
+  // Tied weights: a token's stand in its panel of the head, one word in each row.
+  void embed_from_head(int64_t token, float* target) {
+    constexpr int64_t kPack = sizeof(uint32_t) / sizeof(T);
+    const int64_t num_words = row_words(d_.head);
+    const uint32_t* word = d_.head.panels + token / kPanel * num_words * kPanel + token % kPanel;
+    for (int64_t k = 0; k < num_words; k++, word += kPanel, target += kPack) {
+      T source[kPack];
+      std::memcpy(source, word, sizeof source);
+      for (int64_t i = 0; i < kPack; i++) target[i] = to_float(source[i]) * d_.embedding_scale;
+    }
   }
 
   void prepare(const Linear& linear, const float* source, int64_t row, const Inputs& inputs) {

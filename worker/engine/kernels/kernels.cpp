@@ -63,7 +63,10 @@ int decode(const Decoder& decoder, const DecoderStep& step) {
   // Kept between calls: fresh memory would be faulted in each time.
   static thread_local std::vector<char> memory;
   const size_t needed = work.lay_out(nullptr) + 64;
-  if (memory.size() < needed) memory.resize(needed);
+  if (memory.size() < needed) {
+    memory = {};  // first, or old and new memory would be held at once
+    memory.resize(needed);
+  }
   const uintptr_t start = (reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64;
   work.lay_out(reinterpret_cast<char*>(start));
 #pragma omp parallel num_threads(work.num_threads())

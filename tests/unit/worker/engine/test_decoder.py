@@ -97,6 +97,24 @@ def test_int8_weights_keep_the_logits_near(level: str) -> None:
     assert compiled("qwen2", torch.float32, level, int8=True).vocab_size == 288
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_an_embedding_tied_to_the_head_is_the_table_bit_by_bit(precision: str) -> None:
+    dtype, int8 = torch.float32 if precision == "float32" else torch.bfloat16, precision == "int8"
+    logits, sizes = [], []
+    for is_tied in (True, False):
+        module: Any = tiny_module("llama", dtype=dtype, vocab_size=300, tie_word_embeddings=True)  # no whole panels
+        if not is_tied:
+            module.lm_head.weight = nn.Parameter(module.lm_head.weight.detach().clone())
+        decoder = compile_decoder(module, backend(), NUM_POSITIONS, int8=int8)
+        session = Session(decoder, [250])
+        session.tokens[0] = torch.arange(299, 49, -1)
+        logits.append(session.step((0, 0, 250)).clone())
+        sizes.append(decoder.weight_bytes)
+    assert torch.equal(*logits)
+    # The head in 8 bits is not the embedding, which is then kept.
+    assert sizes[1] - sizes[0] == (0 if int8 else 300 * 64 * dtype.itemsize + 64)
+
+
 class TestARowDoesNotDependOnItsBatch:
     @pytest.fixture(params=["float32", "bfloat16", "int8"])
     def session(self, request: pytest.FixtureRequest) -> Session:

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from worker.engine import device
-from worker.engine.device import DeviceError, choose_device, choose_dtype, num_compute_threads, quiet_openmp
+from worker.engine.device import (
+    DeviceError,
+    choose_device,
+    choose_dtype,
+    leave_out_triton,
+    num_compute_threads,
+    quiet_openmp,
+)
 
 CPU = torch.device("cpu")
 
@@ -78,3 +85,29 @@ def test_openmp_is_quieted_before_torch_and_not_after() -> None:
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
         )
         assert result.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("device_name", "has_gpu", "stays"), [("auto", True, True), ("cpu", True, False), ("auto", False, False)]
+)
+def test_triton_is_left_out_where_no_gpu_will_compute(
+    monkeypatch: pytest.MonkeyPatch, device_name: str, has_gpu: bool, stays: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    others = {name: module for name, module in sys.modules.items() if name != "triton"}
+    monkeypatch.setattr(sys, "modules", others)
+    leave_out_triton(device_name)
+    assert ("triton" not in others) == stays
+    monkeypatch.setattr(sys, "modules", {**others, "triton": pytest})
+    leave_out_triton(device_name)
+    assert sys.modules["triton"] is pytest  # imported already
+
+
+def test_an_engine_is_imported_without_triton() -> None:
+    program = (
+        "import sys\nfrom worker.engine.device import leave_out_triton\nleave_out_triton('cpu')\n"
+        "import worker.assembly, transformers.modeling_utils\n"
+        "print([name for name, module in sys.modules.items() if name.split('.')[0] == 'triton' and module])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"

@@ -8,9 +8,12 @@ Embeddings, norms and the head stay as they are. Layers are merged first: quanti
 merged in its format; quantized after, a merged product is one layer like any other.
 
 int8 leaves the inputs alone for two reasons. Rounded as well, with a scale per row, they moved SmolLM2's logits three
-times as far (0.51 of their spread against 0.17); and outside of torch.compile torchao's product of bytes looks at its
-input's text, which waits for the device and cannot be recorded into a CUDA graph. int4 is packed for the kernel that
-torch brings along; torchao's default packing takes a package more.
+times as far (0.51 of their spread against 0.17); and torchao's product of bytes, where torch.compile has not replaced
+it, asks for the repr of its input, which waits for the device and cannot be recorded into a CUDA graph. The price: it
+widens a weight before each product, so that int8 saves memory and no time. int4 is packed for the kernel that torch
+brings along; torchao's default packing takes a package more.
+
+None of this has been run on a GPU.
 """
 
 from __future__ import annotations

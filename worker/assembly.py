@@ -15,7 +15,7 @@ from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.attention.interface import AttentionBackend
 from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.cost import CostModel, StepBudget
-from worker.engine.device import choose_device, choose_dtype, num_compute_threads
+from worker.engine.device import DeviceError, choose_device, choose_dtype, num_compute_threads
 from worker.engine.graphs import CudaRecorder, GraphRunner
 from worker.engine.host_memory import trim
 from worker.engine.kernels.build import KernelBuildError
@@ -23,6 +23,7 @@ from worker.engine.loadcheck import check_model
 from worker.engine.loop import Engine, Runner
 from worker.engine.model import load_model
 from worker.engine.probe import probe_cost
+from worker.engine.quantize import Narrow, check_device
 from worker.engine.runner import ModelRunner
 from worker.engine.settings import EngineSettings
 from worker.engine.types import OnPart, ignore_part
@@ -54,13 +55,16 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     torch.set_num_threads(settings.num_threads or num_compute_threads())
     dtype = choose_dtype(settings.dtype, device)
     backend = choose_backend(device, dtype, engine_settings.block_size)
+    narrow = None if settings.quantization == "none" else settings.quantization
+    if narrow is not None:
+        check_narrow(narrow, device, dtype, backend)
     loaded = load_model(
         settings.model,
         dtype,
         device,
         settings.revision,
         compile_for=backend if isinstance(backend, CpuAttention) else None,
-        int8=settings.quantization == "int8",
+        narrow=narrow,
     )
     if loaded.decoder is None:  # a compiled decoder was checked when it was made
         check_model(loaded, backend)
@@ -104,6 +108,13 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         context_tokens=card.context_tokens,
     )
     return Assembly(engine, card, files, describe_device(device))
+
+
+def check_narrow(narrow: Narrow, device: torch.device, dtype: torch.dtype, backend: AttentionBackend) -> None:
+    """Refuse narrow weights that cannot be had here, before the model is loaded. Raises DeviceError."""
+    check_device(narrow, device, dtype)
+    if device.type == "cpu" and not isinstance(backend, CpuAttention):
+        raise DeviceError(f"{narrow} weights need the compiled kernels on a CPU, and this worker has none")
 
 
 def make_runner(runner: ModelRunner, settings: EngineSettings) -> Runner:

@@ -154,7 +154,7 @@ def _not_compiled(loaded: LoadedModel, compile_for: CpuAttention | None) -> str 
 
 def _try_int8(settings: WorkerSettings, dtype: torch.dtype, backend: CpuAttention) -> Int8Report:
     try:
-        loaded = load_model(settings.model, dtype, _CPU, settings.revision, compile_for=backend, int8=True)
+        loaded = load_model(settings.model, dtype, _CPU, settings.revision, compile_for=backend, narrow="int8")
     except ModelError as error:
         return Int8Report(is_possible=False, reason=str(error))
     assert loaded.decoder is not None, "a model with int8 weights is compiled"

@@ -17,8 +17,9 @@ class WorkerSettings(BaseSettings):
     model_name: str = Field(default="", description="Name that requests use; default: the last part of `model`.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub id.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="Type of the weights.")
-    quantization: Literal["none", "int8"] = Field(
-        default="none", description="int8: weights of 8 bits, for Llama-shaped models on a CPU."
+    quantization: Literal["none", "fp8", "int8", "int4"] = Field(
+        default="none",
+        description="Weights in 8 or 4 bits: int8 for Llama-shaped models on a CPU, any of them on a GPU, by torchao.",
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     num_threads: int = Field(default=0, ge=0, description="Threads that compute on a CPU; 0 is one per physical core.")

@@ -2,10 +2,12 @@
 
     kernels     Triton attention against the torch back-end, on the device, for every variant that models ask for
     greedy      outputs of tiny models, with fused layers and CUDA graphs, against transformers' own `generate`
+    narrow      logits of a random model with fp8, int8 and int4 weights against those in bfloat16, where torchao is
     decode      an 8B Llama shape with random bfloat16 weights: tokens per second, and the share of copy bandwidth
     prefill     the same shape: share of the measured rate of matrix products
     batching    128 requests at once, transformers' continuous batching and ours
-    shapes      output tokens per second at full load, beside what NVIDIA publishes of TensorRT-LLM for FP8
+    shapes      output tokens per second at full load, in bfloat16 and in fp8 (weights and inputs of the linear layers;
+                keys and values are bfloat16), beside what NVIDIA publishes of TensorRT-LLM for FP8
 
 Prints a table, and as the last line one JSON object. Without a GPU it says so and prints {"gpu": null}; `--rehearse`
 then runs a toy shape on the CPU, which tests this script and measures nothing. Exits with 1 when an output is wrong.
@@ -33,6 +35,7 @@ from tests.benchmarks.limits import ModelCost
 from worker.assembly import choose_backend, make_runner
 from worker.engine.loop import Engine, Runner
 from worker.engine.model import speed_up_for_device
+from worker.engine.quantize import Narrow, quantize
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import Chunk, Plan
 from worker.engine.sequence import Sequence
@@ -100,7 +103,7 @@ class Scale:
         return max(1, number // self.divisor)
 
 
-FULL: Final = Scale(torch.device("cuda"), _LLAMA_8B, torch.bfloat16, 1, 48, 15.0)
+FULL: Final = Scale(torch.device("cuda"), _LLAMA_8B, torch.bfloat16, 1, 48, 10.0)
 REHEARSAL: Final = Scale(torch.device("cpu"), _TOY, torch.float32, 64, 3, 0.3)
 
 
@@ -149,10 +152,12 @@ def make_prompt(length: int, seed: int, vocab_size: int) -> tuple[int, ...]:
 class Ours:
     """The engine over the changed model, its cache filling what is left of the memory."""
 
-    def __init__(self, model: PreTrainedModel, scale: Scale) -> None:
+    def __init__(self, model: PreTrainedModel, scale: Scale, narrow: Narrow | None = None) -> None:
         self.scale = scale
         model.set_attn_implementation("eager")  # transformers' batching has left its own
-        self.changes = speed_up_for_device(model)
+        self.changes = speed_up_for_device(model)  # what has been changed before stays
+        if narrow is not None:
+            quantize(model, narrow)
         self.settings = EngineSettings(
             max_num_seqs=scale.of(256),
             token_budget=max(scale.of(8192), scale.of(256)),
@@ -166,6 +171,10 @@ class Ours:
         self.runner: Runner = make_runner(self.inner, self.settings)
         self.start_s = time.perf_counter() - started
         self.attention = backend.name
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.runner.num_blocks * self.settings.block_size
 
     def engine(self) -> Engine:
         return Engine(self.runner, self.settings, NoText)
@@ -313,8 +322,16 @@ def run_all(scale: Scale) -> dict[str, Any]:
         "kernels": parts.run("kernels", lambda: gpu_checks.check_kernels(scale.device)),
         "greedy": parts.run("greedy", lambda: gpu_checks.check_greedy(scale.device)),
         "hardware": parts.run("hardware", lambda: measure_hardware(scale)),
-        "fp8": None,  # not implemented
+        "narrow": {},
     }
+    formats: tuple[Narrow, ...] = ("fp8", "int8", "int4")
+    for narrow in formats:
+        reason = gpu_checks.why_not(narrow, scale.device)
+        report["narrow"][narrow] = (
+            parts.run(narrow, partial(gpu_checks.check_narrow, narrow, scale.device))
+            if reason is None
+            else {"not_run": reason}
+        )
     model = parts.run("model", lambda: make_model(scale))
     requests = (scale.of(128), scale.of(512), scale.of(128))
     if model is not None:
@@ -323,8 +340,14 @@ def run_all(scale: Scale) -> dict[str, Any]:
         ours = parts.run("engine", lambda: Ours(model, scale))
         if ours is not None:
             measure_ours(parts, report, ours, model, requests)
+            ours = None  # and its cache
+            gc.collect()
+            if scale.device.type == "cuda":
+                torch.cuda.empty_cache()
+            measure_fp8(parts, report, model, scale)
     report["failures"] = parts.failures
     wrong = [name for name in ("kernels", "greedy") if not (report[name] and all(report[name].values()))]
+    wrong += [narrow for narrow, found in report["narrow"].items() if not (found and found.get("right", True))]
     report["wrong"] = wrong
     return report
 
@@ -336,7 +359,7 @@ def measure_ours(
     report["engine"] = {
         "attention": ours.attention,
         "changes": list(ours.changes),
-        "kv_tokens": ours.runner.num_blocks * ours.settings.block_size,
+        "kv_tokens": ours.num_kv_tokens,
         "start_s": ours.start_s,
     }
     report["decode"] = {}
@@ -363,6 +386,18 @@ def measure_ours(
         report["shapes"][name] = {"bf16_tok_s": figure, "fp8_tok_s": None, "tensorrt_llm_fp8_tok_s": published}
 
 
+def measure_fp8(parts: Parts, report: dict[str, Any], model: PreTrainedModel, scale: Scale) -> None:
+    """The shapes once more with the same model in fp8, which it stays."""
+    reason = gpu_checks.why_not("fp8", scale.device)
+    ours = parts.run("engine, fp8", lambda: Ours(model, scale, "fp8")) if reason is None else None
+    report["engine_fp8"] = {"not_run": reason} if ours is None else {"kv_tokens": ours.num_kv_tokens}
+    if ours is None:
+        return
+    for (num_prompt, num_output), name in zip(TENSORRT_LLM, report["shapes"], strict=True):
+        lengths = (scale.of(num_prompt), scale.of(num_output))
+        report["shapes"][name]["fp8_tok_s"] = parts.run(f"shape {name}, fp8", partial(measure_load, ours, *lengths))
+
+
 def table(report: Mapping[str, Any]) -> str:
     """Return the figures as text."""
     lines = [f"{report['gpu'] or 'rehearsal on a CPU: these figures mean nothing'}, torch {report['torch']}", ""]
@@ -385,8 +420,20 @@ def table(report: Mapping[str, Any]) -> str:
     row("128 requests, ours", batching.get("tok_s"), "tok/s")
     row("128 requests, transformers", batching.get("transformers_tok_s"), "tok/s")
     for name, figures in (report.get("shapes") or {}).items():
+        row(f"{name} at full load, bf16", figures["bf16_tok_s"], "tok/s")
         note = f"TensorRT-LLM, FP8, as published: {figures['tensorrt_llm_fp8_tok_s']:,}"
-        row(f"{name} at full load, bf16", figures["bf16_tok_s"], "tok/s", note)
+        reason = (report.get("engine_fp8") or {}).get("not_run")
+        if reason is not None:
+            note = f"not run: {reason}; {note}"
+        row(f"{name} at full load, fp8", figures["fp8_tok_s"], "tok/s", note)
+    for narrow, found in report["narrow"].items():
+        if found and "not_run" in found:
+            lines.append(f"{narrow} weights: not run: {found['not_run']}")
+        elif found:
+            lines.append(
+                f"{narrow} weights: {'right' if found['right'] else 'wrong'}, logits moved by {found['error']:.3f} of "
+                f"their spread, first choice kept in {found['first_choice_kept']:.0%}"
+            )
     for part in ("kernels", "greedy"):
         results = report.get(part) or {}
         lines.append(f"{part}: {sum(map(bool, results.values()))} of {len(results)} right")

@@ -1,9 +1,9 @@
-"""Whether what a GPU computes is right: attention kernels variant by variant, and whole tiny models token by token."""
+"""Whether what a GPU computes is right: attention kernels by variant, tiny models by token, narrow weights too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -11,8 +11,12 @@ from tests.builders_engine import TokenNames, generate, make_request, make_setti
 from worker.assembly import choose_backend, make_runner
 from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerShape
 from worker.engine.attention.torch_ref import TorchAttention
+from worker.engine.closeness import relative_error
+from worker.engine.device import DeviceError
+from worker.engine.loadcheck import check_module, plain_logits
 from worker.engine.loop import Engine
 from worker.engine.model import speed_up_for_device
+from worker.engine.quantize import NARROW_TOLERANCE, Narrow, check_device, missing_torchao, quantize
 from worker.engine.runner import ModelRunner
 
 _BLOCK: Final = 16
@@ -139,3 +143,38 @@ def _is_identical(family: str, device: torch.device) -> bool:
     runner = make_runner(ModelRunner(model, choose_backend(device, model.dtype, _BLOCK), settings), settings)
     results = generate(Engine(runner, settings, TokenNames), *requests)
     return [results[r.request_id].tokens[0] for r in requests] == expected
+
+
+def why_not(narrow: Narrow, device: torch.device) -> str | None:
+    """Return why these weights cannot be had here; None where they can."""
+    reason = missing_torchao()
+    try:
+        check_device(narrow, device, torch.bfloat16)
+    except DeviceError as error:
+        return reason or str(error)
+    return reason
+
+
+@torch.inference_mode()
+def check_narrow(narrow: Narrow, device: torch.device) -> dict[str, Any]:
+    """How far narrow weights move the logits of a random model in bfloat16, and whether these are right then.
+
+    Right is what is no further away than a worker allows, and the same packed, paged and in chunks as alone.
+    """
+    model = tiny_model("llama", hidden_size=512, intermediate_size=1024, num_attention_heads=8, vocab_size=2000)
+    torch.nn.Module.to(model, device, torch.bfloat16)
+    expected = plain_logits(model)
+    if device.type == "cuda":  # on a CPU, layers would be packed for oneDNN
+        speed_up_for_device(model)
+    layers = quantize(model, narrow).layers
+    actual = plain_logits(model)
+    pairs = list(zip(actual, expected, strict=True))
+    error = max(relative_error(a, e, torch.bfloat16) for a, e in pairs)
+    kept = torch.cat([a.argmax(-1) == e.argmax(-1) for a, e in pairs]).float().mean()
+    check_module(model, choose_backend(device, torch.bfloat16, _BLOCK))
+    return {
+        "error": error,
+        "first_choice_kept": float(kept),
+        "layers": len(layers),
+        "right": bool(layers) and error <= NARROW_TOLERANCE[narrow],
+    }

@@ -9,6 +9,8 @@
 As in `fuse.py`, nothing here knows a family: a change is made where modules have the shape that it needs, the model's
 logits are compared with those before it, and a change that moves them beyond rounding, or that the model's class does
 not bear, is taken back. Bound by launches and by reading activations at small batches, a step gains most there.
+
+Every product stays a linear layer in the tree of modules, so that `quantize.py` finds merged ones as it finds others.
 """
 
 from __future__ import annotations
@@ -39,15 +41,15 @@ _ROTARY: Final = "apply_rotary_pos_emb"  # what every family calls its function
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-def _merged_weights(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weight = torch.cat([linear.weight.detach() for linear in linears])
+def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """One layer that gives what several on one input give, side by side."""
+    weights = [linear.weight.detach() for linear in linears]
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    return weight, torch.cat(biases) if biases else None
-
-
-def _merge(linears: Sequence[nn.Linear]) -> MergedProduct:
-    weight, bias = _merged_weights(linears)
-    return MergedProduct(lambda x: nn.functional.linear(x, weight, bias), [linear.out_features for linear in linears])
+    joined = nn.Linear(linears[0].in_features, sum(map(len, weights)), bias=bool(biases), device="meta")
+    joined.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+    if biases:
+        joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    return joined
 
 
 class AddingLinear(nn.Module):
@@ -55,14 +57,18 @@ class AddingLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self._weight = linear.weight.detach()
+        self.linear = linear
         self.into: torch.Tensor | None = None  # [..., outputs], changed in place by the next call, which unsets it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         into, self.into = self.into, None
+        weight = self.linear.weight
         if into is None:
-            return nn.functional.linear(x, self._weight)
-        into.view(-1, self._weight.shape[0]).addmm_(x.reshape(-1, self._weight.shape[1]), self._weight.t())
+            output: torch.Tensor = self.linear(x)
+            return output
+        if type(weight) is not nn.Parameter:  # quantized: its product has no such epilogue
+            return into.add_(self.linear(x))
+        into.view(-1, weight.shape[0]).addmm_(x.reshape(-1, weight.shape[1]), weight.detach().t())
         return into
 
 
@@ -71,13 +77,12 @@ class GatedLayer(nn.Module):
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: int) -> None:
         super().__init__()
-        self._weight, self._bias = _merged_weights((gate, up))
+        self.gate_up_proj = _joined((gate, up))
         self._activation = activation
         self.down_proj: nn.Module = down
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        product = nn.functional.linear(x, self._weight, self._bias)
-        output: torch.Tensor = self.down_proj(layers.gated(product, self._activation))
+        output: torch.Tensor = self.down_proj(layers.gated(self.gate_up_proj(x), self._activation))
         return output
 
 
@@ -86,12 +91,12 @@ class KernelNorm(nn.Module):
 
     def __init__(self, weight: torch.Tensor, eps: float, offset: float) -> None:
         super().__init__()
-        self._weight = weight.detach()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self._eps = eps
         self._offset = offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return layers.rms_norm(x, self._weight, self._eps, self._offset)
+        return layers.rms_norm(x, self.weight, self._eps, self._offset)
 
 
 @dataclass(slots=True)
@@ -158,7 +163,7 @@ def _merged_changes(module: PreTrainedModel) -> Iterator[_Change]:
     for parent in list(module.modules()):
         linears = [layer for name in _PROJECTIONS if _is_linear(layer := getattr(parent, name, None))]
         if len(linears) == len(_PROJECTIONS) and _mergeable(linears):
-            product = _merge(linears)
+            product = MergedProduct(_joined(linears), [linear.out_features for linear in linears])
             for index, name in enumerate(_PROJECTIONS):
                 yield _Change(parent, name, MergedPart(product, index))
 

@@ -130,10 +130,10 @@ def install_attention(module: PreTrainedModel) -> dict[int, LayerShape]:
 def check_model(loaded: LoadedModel, backend: AttentionBackend, cache_root: Path | None = None) -> None:
     """Refuse a model that answers wrongly on this back-end. Raises UnsupportedFamilyError.
 
-    A passed check is remembered for the same revision, number format, back-end and versions. Ends with our attention
+    A passed check is remembered for the same revision, number formats, back-end and versions. Ends with our attention
     installed in the model.
     """
-    parts = (loaded.revision, str(loaded.dtype), loaded.device.type, backend.name)
+    parts = (loaded.revision, str(loaded.dtype), loaded.weight_format, loaded.device.type, backend.name)
     key = json.dumps([*parts, torch.__version__, transformers.__version__, _source_digest()])
     verdict = cache_dir("verdicts", root=cache_root) / hashlib.sha256(key.encode()).hexdigest()
     if verdict.exists():

@@ -13,7 +13,7 @@ class MergedProduct:
 
     def __init__(self, multiply: Callable[[torch.Tensor], torch.Tensor], widths: Sequence[int]) -> None:
         """`multiply` gives [..., sum of the widths], in the order in which the layers are called."""
-        self._multiply = multiply
+        self.multiply = multiply
         self._widths = list(widths)
         self._input: torch.Tensor | None = None
         self._parts: list[torch.Tensor] = []
@@ -22,7 +22,7 @@ class MergedProduct:
         """Return what layer `index` gives for `x`. Raises RuntimeError when the layers get different inputs."""
         if index == 0:
             self._input = x
-            self._parts = list(torch.split(self._multiply(x), self._widths, dim=-1))
+            self._parts = list(torch.split(self.multiply(x), self._widths, dim=-1))
         elif x is not self._input:
             raise RuntimeError("merged layers were called with different inputs")
         part = self._parts[index]
@@ -32,12 +32,14 @@ class MergedProduct:
 
 
 class MergedPart(nn.Module):
-    """Stands where one of the merged layers stood."""
+    """Stands where one of the merged layers stood. The first one owns the product, where that is a module."""
 
     def __init__(self, product: MergedProduct, index: int) -> None:
         super().__init__()
         self._product = product
         self._index = index
+        if index == 0 and isinstance(product.multiply, nn.Module):
+            self.product = product.multiply  # a walk over the model finds its weights, once
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return this layer's part of the product."""

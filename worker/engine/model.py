@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from worker.engine import formats, model_files
+from worker.engine import formats, model_files, quantize
 from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.decoder.compile import DecoderDiffers, compile_decoder
 from worker.engine.decoder.layout import NotLlamaShaped
@@ -24,6 +24,7 @@ from worker.engine.formats import Quantization
 from worker.engine.fuse import speed_up
 from worker.engine.loadcheck import UnsupportedFamilyError, check_config, context_length, install_attention
 from worker.engine.model_files import ModelError, TextFiles, find_model
+from worker.engine.quantize import Narrow, num_bytes
 
 _log = structlog.get_logger(__name__)
 
@@ -84,20 +85,25 @@ def load_model(
     fast: bool = True,
     with_weights: bool = True,
     compile_for: CpuAttention | None = None,
-    int8: bool = False,
+    narrow: Narrow | None = None,
 ) -> LoadedModel:
     """Load `source` (a directory, a Hub id, or "demo"); `revision` is a branch or commit on the Hub.
 
     `fast` lets the model's layers be replaced by faster ones; its state dict is then no longer the files'. With
-    `compile_for` a Llama-shaped model becomes a compiled decoder for that attention, on request with int8 weights.
-    Without weights the module stands on the meta device: enough to describe the model, not to run it.
+    `compile_for` a Llama-shaped model becomes a compiled decoder for that attention. `narrow` weights are the
+    decoder's own int8 then, else they are made on `device` through torchao, which `quantize.check_device` must have
+    passed. Without weights the module stands on the meta device: enough to describe the model, not to run it.
 
     Raises ModelError when the model is not there, not safe to load, damaged, of a family that cannot be served, or
-    cannot have int8 weights though they are asked for.
+    cannot have narrow weights though they are asked for.
     """
     started = time.monotonic()
     folder = find_model(source, revision)
     quantization = formats.read_quantization(folder, model_files.check_config_file(folder))
+    if narrow is not None and quantization is not None:
+        raise ModelError(
+            f"{source} is quantized already ({quantization.name}); {narrow} weights are made of plain ones alone"
+        )
     weights = model_files.weight_files(folder)
     if quantization is None:
         formats.check_plain(weights)
@@ -120,13 +126,14 @@ def load_model(
         num_parameters = _num_parameters(module if quantization is None else _skeleton(config, dtype))
         try:
             if compile_for is not None:
-                module, decoder, not_compiled = _compile(source, read, module, compile_for, limit, int8=int8)
-            elif int8:
-                raise ModelError(f"{source}: int8 weights need the compiled kernels, on a CPU")
+                module, decoder, not_compiled = _compile(source, read, module, compile_for, limit, narrow)
             # Layers that are replaced below keep their weights, in another layout.
-            weight_bytes = _num_bytes(module) if decoder is None else decoder.weight_bytes
-            if fast and decoder is None and (quantization is None or quantization.is_undone):
+            weight_bytes = num_bytes(module) if decoder is None else decoder.weight_bytes
+            if fast and decoder is None and _is_replaceable(module, quantization, narrow):
                 speed_up_for_device(module)
+            if narrow is not None and decoder is None:
+                quantize.narrow_weights(module, narrow, source)
+                weight_bytes = num_bytes(module)
             if decoder is None:
                 install_attention(module)
         except UnsupportedFamilyError as error:
@@ -148,7 +155,7 @@ def load_model(
         vocab_size=int(config.get_text_config().vocab_size),
         revision=model_files.revision_of(folder, weights, text, cache_root),
         num_parameters=num_parameters,
-        weight_format=_weight_format(dtype, quantization, int8=int8),
+        weight_format=_weight_format(dtype, quantization, narrow),
         weight_bytes=weight_bytes,
         quantization=None if quantization is None else quantization.name,
         not_compiled=not_compiled,
@@ -191,13 +198,16 @@ def _num_parameters(module: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _num_bytes(module: PreTrainedModel) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+def _is_replaceable(module: PreTrainedModel, quantization: Quantization | None, narrow: Narrow | None) -> bool:
+    """Whether layers may be made faster: they are plain, and stay what can be quantized where they are to be."""
+    if narrow is not None and module.device.type != "cuda":
+        return False  # in oneDNN's layout they are no linear layers any more
+    return quantization is None or quantization.is_undone
 
 
-def _weight_format(dtype: torch.dtype, quantization: Quantization | None, *, int8: bool) -> str:
-    if int8:
-        return "int8"
+def _weight_format(dtype: torch.dtype, quantization: Quantization | None, narrow: Narrow | None) -> str:
+    if narrow is not None:
+        return narrow
     if quantization is not None and not quantization.is_undone:
         return quantization.name
     return str(dtype).removeprefix("torch.")
@@ -215,18 +225,19 @@ def _compile(
     module: PreTrainedModel,
     backend: CpuAttention,
     num_positions: int,
-    *,
-    int8: bool,
+    narrow: Narrow | None,
 ) -> _Compiled:
     """Return the model's decoder, or None and the model as `read` gives it. Raises ModelError for want of int8."""
+    if narrow not in (None, "int8"):
+        raise ModelError(f"{source}: a compiled decoder has no {narrow} weights; it has int8")
     try:
-        return _Compiled(module, compile_decoder(module, backend, num_positions, int8=int8), None)
+        return _Compiled(module, compile_decoder(module, backend, num_positions, int8=narrow == "int8"), None)
     except NotLlamaShaped as error:
         reason: Exception = error
     except DecoderDiffers as error:
         reason = error
         module = read()
-    if int8:
+    if narrow is not None:
         raise ModelError(f"{source}: int8 weights are not for this model: {reason}") from reason
     _log.info("model.not_compiled", family=module.config.model_type, reason=str(reason))
     return _Compiled(module, None, str(reason))

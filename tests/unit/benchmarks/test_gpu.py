@@ -35,14 +35,57 @@ def test_a_rehearsal_runs_every_part(capsys: pytest.CaptureFixture[str]) -> None
     assert list(report["decode"]) == ["1", "32", "128", "256"]
     assert all(figures["tok_s"] > 0 for figures in (*report["decode"].values(), *report["prefill"].values()))
     assert all(figures["bf16_tok_s"] > 0 for figures in report["shapes"].values())
+    assert all(found.get("right", True) for found in report["narrow"].values())
+    assert "not_run" in report["narrow"]["fp8"]
+    assert "not_run" in report["engine_fp8"]
+    assert all(figures["fp8_tok_s"] is None for figures in report["shapes"].values())
     assert report["gpu"] is None
     assert text[-1].startswith("greedy: 2 of 2 right")
     assert any("rehearsal" in line for line in text)
 
 
+def test_without_torchao_its_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks, "missing_torchao", lambda: "torchao is not installed")
+    assert [gpu_checks.why_not(narrow, CPU) for narrow in ("fp8", "int8", "int4")] == ["torchao is not installed"] * 3
+    reason = {"not_run": "torchao is not installed"}
+    figures = {"bf16_tok_s": 5.0, "fp8_tok_s": None, "tensorrt_llm_fp8_tok_s": 9305}
+    report = {"gpu": "H100", "torch": "2", "failures": {}, "narrow": {"int8": reason}, "engine_fp8": reason}
+    lines = gpu.table({**report, "shapes": {"2048/2048": figures}}).splitlines()
+    assert "int8 weights: not run: torchao is not installed" in lines
+    bf16, fp8 = (line for line in lines if "full load" in line)
+    assert bf16.split()[-2:] == ["5.00", "tok/s"]
+    assert fp8.endswith("not run: torchao is not installed; TensorRT-LLM, FP8, as published: 9,305")
+
+
+def test_fp8_is_measured_beside_bf16_where_it_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(gpu_checks, "why_not", lambda narrow, device: None)
+    monkeypatch.setattr(gpu, "quantize", lambda model, narrow: asked.append(narrow))
+    names = [f"{prompt}/{output}" for prompt, output in gpu.TENSORRT_LLM]
+    report: dict[str, Any] = {"shapes": {name: {"bf16_tok_s": 1.0, "fp8_tok_s": None} for name in names}}
+    parts = gpu.Parts(100.0)
+    gpu.measure_fp8(parts, report, gpu.make_model(gpu.REHEARSAL), gpu.REHEARSAL)
+    assert (asked, parts.failures) == (["fp8"], {})
+    assert all(figures["fp8_tok_s"] > 0 for figures in report["shapes"].values())
+
+
+def test_wrong_narrow_weights_are_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"error": 1.2, "first_choice_kept": 0.01, "layers": 4, "right": False}
+    monkeypatch.setattr(gpu_checks, "why_not", lambda narrow, device: None if narrow == "int8" else "no GPU")
+    monkeypatch.setattr(gpu_checks, "check_narrow", lambda narrow, device: found)
+    monkeypatch.setattr(gpu, "make_model", lambda scale: None)
+    assert gpu.main(["--rehearse"]) == 1
+    *text, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["wrong"] == ["int8"]
+    assert "int8 weights: wrong, logits moved by 1.200 of their spread, first choice kept in 1%" in text
+
+
 def test_a_wrong_kernel_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "SECONDS", -1.0)  # nothing else is begun
     monkeypatch.setattr(gpu_checks, "check_kernels", lambda device: {"llama 8b": False})
+    monkeypatch.setattr(gpu_checks, "missing_torchao", lambda: "torchao is not installed")
     assert gpu.main(["--rehearse"]) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["wrong"] == ["kernels", "greedy"]

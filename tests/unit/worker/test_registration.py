@@ -83,7 +83,7 @@ class TestWeights:
 
     def test_int8_takes_less_than_packed_bfloat16(self, tmp_path: Path) -> None:
         packed, _ = publish(self.load(tmp_path, compile_for=CpuAttention()))
-        int8, _ = publish(self.load(tmp_path, compile_for=CpuAttention(), int8=True))
+        int8, _ = publish(self.load(tmp_path, compile_for=CpuAttention(), narrow="int8"))
         assert (packed.weight_format, int8.weight_format) == ("bfloat16", "int8")
         assert packed.weight_bytes // 2 < int8.weight_bytes < packed.weight_bytes
 

@@ -296,9 +296,9 @@ class TestLoading:
     def test_int8_is_refused_by_name_where_it_cannot_be_had(self, tmp_path: Path) -> None:
         folder = write_tiny_model(tmp_path / "m", "gpt2")
         with pytest.raises(ModelError, match="int8 weights are not for this model: GPT2"):
-            load_model(str(folder), torch.float32, CPU, cache_root=tmp_path, compile_for=backend(), int8=True)
-        with pytest.raises(ModelError, match="int8 weights need the compiled kernels"):
-            load_model(str(folder), torch.float32, CPU, cache_root=tmp_path, int8=True)
+            load_model(str(folder), torch.float32, CPU, cache_root=tmp_path, compile_for=backend(), narrow="int8")
+        with pytest.raises(ModelError, match="a compiled decoder has no fp8 weights; it has int8"):
+            load_model(str(folder), torch.float32, CPU, cache_root=tmp_path, compile_for=backend(), narrow="fp8")
 
 
 class TestPacking:

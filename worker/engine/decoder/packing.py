@@ -1,13 +1,15 @@
 """Packs the weights of linear layers for the C++ kernels: panels of 32 outputs, inputs grouped into words of 32 bits.
 
-    panels [outputs / 32, inputs / k, 32, k]     k = 1 (float32), 2 (bfloat16), 4 (int8)
+    panels [outputs / 32, inputs / k, 32, k]     k = 1 (float32), 2 (bfloat16)
 
-int8 weights have one scale per output, its largest magnitude over 127. What ruins a model's output is not 8 bits of
-weights but 8 bits of activations where their magnitudes vary most: the MLP's last layer and the head take 16 bits.
+int8 weights stand in groups of 32 inputs, each with a scale per output, as kernels/grouped.h says. What ruins a model's
+output is not so much 8 bits of weights as 8 bits of activations where their magnitudes vary most: queries, keys and
+values, the MLP's last layer and the head are computed from 16 bits.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -19,6 +21,7 @@ from torch.nn import functional
 from worker.engine.host_memory import lazy_zeros
 
 PANEL: Final = 32
+GROUP: Final = 32  # inputs that share a scale
 COLUMNS: Final = 16  # outputs of one vector
 _ALIGNMENT: Final = 64
 _ROWS_AT_A_TIME: Final = 64 * PANEL
@@ -29,16 +32,11 @@ class LinearFormat(IntEnum):
 
     FLOAT32 = 0
     BFLOAT16 = 1
-    INT8 = 2  # inputs of 8 bits
+    INT8 = 2  # inputs of 8 bits, in groups too
     INT8_WIDE = 3  # inputs of 16 bits
 
 
-_WEIGHT_DTYPE: Final = {
-    LinearFormat.FLOAT32: torch.float32,
-    LinearFormat.BFLOAT16: torch.bfloat16,
-    LinearFormat.INT8: torch.int8,
-    LinearFormat.INT8_WIDE: torch.int8,
-}
+_PLAIN_DTYPE: Final = {LinearFormat.FLOAT32: torch.float32, LinearFormat.BFLOAT16: torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +48,6 @@ class PackedLinear:
     outputs: int
     panels: torch.Tensor
     bias: torch.Tensor | None  # [outputs] float32
-    scales: torch.Tensor | None  # [outputs] float32; int8 only
-    column_sums: torch.Tensor | None  # [outputs] int32; int8 only
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.panels, self.bias, self.scales, self.column_sums) if t is not None]
 
 
 class Arena:
@@ -78,7 +71,7 @@ class Arena:
 
 def packed_bytes(inputs: int, outputs: int, linear_format: LinearFormat) -> int:
     """Room that the panels of a layer take in an arena."""
-    size = padded(outputs) * inputs * _WEIGHT_DTYPE[linear_format].itemsize
+    size = math.prod(_panels_shape(inputs, outputs, linear_format)) * _panels_dtype(linear_format).itemsize
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -87,8 +80,21 @@ def padded(outputs: int) -> int:
 
 
 def fits(inputs: int, linear_format: LinearFormat) -> bool:
-    """Whether rows of so many inputs are whole words."""
-    return inputs * _WEIGHT_DTYPE[linear_format].itemsize % 4 == 0
+    """Whether rows of so many inputs are whole words; those of int8 are padded."""
+    dtype = _PLAIN_DTYPE.get(linear_format)
+    return dtype is None or inputs * dtype.itemsize % 4 == 0
+
+
+def _panels_dtype(linear_format: LinearFormat) -> torch.dtype:
+    return _PLAIN_DTYPE.get(linear_format, torch.uint8)
+
+
+def _panels_shape(inputs: int, outputs: int, linear_format: LinearFormat) -> tuple[int, ...]:
+    num_panels, dtype = padded(outputs) // PANEL, _PLAIN_DTYPE.get(linear_format)
+    if dtype is None:
+        return num_panels, -(-inputs // GROUP), PANEL * (GROUP + torch.bfloat16.itemsize)
+    k = 4 // dtype.itemsize
+    return num_panels, inputs // k, PANEL, k
 
 
 def pack(
@@ -113,22 +119,19 @@ def pack(
         bias = None if bias is None else _interleave(bias[:, None])[:, 0]
     outputs, inputs = weight.shape
     extra = padded(outputs) - outputs
-    dtype = _WEIGHT_DTYPE[linear_format]
-    k = 4 // dtype.itemsize
-    panels = arena.empty((padded(outputs) // PANEL, inputs // k, PANEL, k), dtype)
-    scales, sums = [], []
+    panels = arena.empty(_panels_shape(inputs, outputs, linear_format), _panels_dtype(linear_format))
     # In parts: a head in float32 would take several times the memory of the model's packed layers.
     for start in range(0, outputs, _ROWS_AT_A_TIME):
         rows = weight[start : start + _ROWS_AT_A_TIME]
         rows = functional.pad(rows, (0, 0, 0, -len(rows) % PANEL))
         if factors is not None:
             rows = rows.float() * factors
-        if dtype == torch.int8:
-            rows, rows_scales = _quantize(rows.float())
-            scales.append(rows_scales)
-            sums.append(rows.sum(1).to(torch.int32))
+        if linear_format in _PLAIN_DTYPE:
+            k = panels.shape[-1]
+            part = rows.view(-1, PANEL, inputs // k, k).permute(0, 2, 1, 3)
+        else:
+            part = _groups(rows.float())
         first = start // PANEL
-        part = rows.view(-1, PANEL, inputs // k, k).permute(0, 2, 1, 3)
         panels[first : first + len(part)].copy_(part)
     return PackedLinear(
         format=linear_format,
@@ -136,16 +139,27 @@ def pack(
         outputs=outputs,
         panels=panels,
         bias=None if bias is None else functional.pad(bias, (0, extra)).contiguous(),
-        scales=torch.cat(scales) if scales else None,
-        column_sums=torch.cat(sums) if sums else None,
     )
 
 
-def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows in whole steps of their own scales, from -127 to 127, and the scales."""
-    largest = rows.abs().amax(1)
-    scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-    return (rows / scales[:, None]).round(), scales
+def _groups(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [outputs, inputs] of whole panels as kernels/grouped.h reads them: [panels, groups, bytes] uint8."""
+    rows = functional.pad(rows, (0, -rows.shape[1] % GROUP)).view(-1, PANEL, -(-rows.shape[1] // GROUP), GROUP)
+    scales = _scales(rows)
+    steps = (rows / scales[..., None].float()).round() + 128
+    weights = steps.to(torch.uint8).view(*scales.shape, GROUP // 4, 4).permute(0, 2, 3, 1, 4).flatten(2)
+    # Word i holds the scales of outputs i and i + 16.
+    words = scales.view(-1, 2, COLUMNS, scales.shape[2]).permute(0, 3, 2, 1).contiguous()
+    return torch.cat([weights, words.view(torch.uint8).flatten(2)], dim=2)
+
+
+def _scales(rows: torch.Tensor) -> torch.Tensor:
+    """Steps [..., groups] bfloat16 of rows [..., groups, GROUP], of which none is more than 127 away from zero."""
+    exact = rows.abs().amax(-1) / 127
+    scales = exact.bfloat16()
+    # Rounded up, where rounding to nearest went down: the next bfloat16 is one more in the bits.
+    scales = torch.where(scales.float() < exact, (scales.view(torch.int16) + 1).view(torch.bfloat16), scales)
+    return torch.where(exact > 0, scales, torch.ones_like(scales))
 
 
 def _interleave(rows: torch.Tensor) -> torch.Tensor:

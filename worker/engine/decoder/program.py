@@ -39,8 +39,6 @@ class _Linear(ctypes.Structure):
     _fields_ = [
         ("panels", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("column_sums", ctypes.c_void_p),
         ("inputs", ctypes.c_int64),
         ("outputs", ctypes.c_int64),
         ("format", ctypes.c_int64),
@@ -190,12 +188,9 @@ class CompiledDecoder:
         return None if tensor is None else self._keep(tensor).data_ptr()
 
     def _linear(self, packed: PackedLinear) -> _Linear:
-        self._kept += packed.tensors()
         return _Linear(
-            panels=packed.panels.data_ptr(),
+            panels=self._pointer(packed.panels),
             bias=self._pointer(packed.bias),
-            scales=self._pointer(packed.scales),
-            column_sums=self._pointer(packed.column_sums),
             inputs=packed.inputs,
             outputs=packed.outputs,
             format=packed.format,
@@ -309,7 +304,7 @@ class _Formats:
         self.head = self._wide
 
     def of(self, name: str) -> LinearFormat:
-        return self._wide if name == "down" else self._narrow
+        return self._wide if name in ("qkv", "down") else self._narrow
 
     def sizes(self, layout: DecoderLayout) -> list[tuple[int, int, LinearFormat]]:
         sizes = [(layout.head.inputs, layout.head.outputs, self.head)]

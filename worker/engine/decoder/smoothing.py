@@ -1,6 +1,7 @@
 """Evens out activations before they are rounded to 8 bits: SmoothQuant (arXiv:2211.10438), with a strength of one half.
 
-A few inputs of a layer are tens of times larger than the rest and would take all the steps of a row's 8 bits.
+A few inputs of a layer are tens of times larger than the rest and would take all the steps of their group's 8 bits; or,
+where the inputs have 16, their small weights would get too few.
 Dividing each input by a factor and multiplying its weights with it changes nothing but the rounding. Inputs that come
 from a norm are divided in the norm's weights, so it costs nothing. The magnitudes are those of the random tokens with
 which a model is checked: which inputs are large hardly depends on the text.

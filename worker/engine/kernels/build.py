@@ -37,6 +37,7 @@ _HEADERS: Final = (
         "attend.h",
         "decoder.h",
         "decoder_step.h",
+        "grouped.h",
         "matmul.h",
         "paged_attention.h",
         "rows.h",

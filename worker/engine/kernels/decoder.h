@@ -12,18 +12,16 @@ namespace torchrelay {
 enum LinearFormat : int32_t {
   kLinearFloat32 = 0,
   kLinearBFloat16 = 1,
-  kLinearInt8 = 2,      // int8 per output; inputs of 8 bits, one scale per row
-  kLinearInt8Wide = 3,  // int8 per output; inputs of 16 bits, one scale per row
+  kLinearInt8 = 2,      // 8 bits in groups; inputs likewise
+  kLinearInt8Wide = 3,  // 8 bits in groups; inputs of 16 bits, one scale per row
 };
 
 enum Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
 
 struct Linear {
-  const uint32_t* panels;      // as matmul.h says; outputs padded to whole panels
-  const float* bias;           // [outputs], padded, or null
-  const float* scales;         // [outputs], padded; int8 only
-  const int32_t* column_sums;  // [outputs], padded: the sum of an output's weights; int8 only
-  int64_t inputs, outputs;     // of gate_up: outputs counts gates and ups
+  const uint32_t* panels;   // as matmul.h and grouped.h say; outputs padded to whole panels
+  const float* bias;        // [outputs], padded, or null
+  int64_t inputs, outputs;  // of gate_up: outputs counts gates and ups
   int64_t format;
 };
 

@@ -17,12 +17,6 @@
 
 namespace torchrelay {
 
-// Inputs of a linear layer: rows of words, `planes` to a row of activations, and the rows' scales.
-struct Inputs {
-  uint32_t* words;
-  float* scales;
-};
-
 // Cuts memory of a step into buffers, each on its own cache lines.
 class Arena {
  public:
@@ -40,8 +34,6 @@ class Arena {
   char* memory_;
   int64_t used_ = 0;
 };
-
-inline int64_t words_per_row(const Linear& linear) { return row_words(linear) * planes(linear.format); }
 
 inline bool is_plain(const Linear& linear) {
   return linear.format == kLinearFloat32 || linear.format == kLinearBFloat16;
@@ -97,18 +89,16 @@ class Step {
     for (int64_t i = 0; i < d_.num_layers; i++) {
       const Layer& layer = d_.layers[i];
       for (const Linear* linear : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down})
-        words = std::max(words, words_per_row(*linear));
+        words = std::max(words, row_words(*linear));
       has_branch |= layer.attention_output_norm || layer.mlp_output_norm;
       has_mlp |= !is_plain(layer.down);
     }
-    words = std::max(words, words_per_row(d_.head));
+    words = std::max(words, row_words(d_.head));
     x_ = arena.take<float>(rows_ * d_.hidden_size);
     kept_x_ = arena.take<float>(s_.num_logit_rows * d_.hidden_size);
     branch_ = arena.take<float>(has_branch ? rows_ * d_.hidden_size : 0);
-    inputs_.words = arena.take<uint32_t>(rows_ * words);
-    inputs_.scales = arena.take<float>(rows_);
-    mlp_inputs_.words = arena.take<uint32_t>(rows_ * words);
-    mlp_inputs_.scales = arena.take<float>(rows_);
+    inputs_ = arena.take<uint32_t>(rows_ * words);
+    mlp_inputs_ = arena.take<uint32_t>(rows_ * words);
     qkv_ = arena.take<float>(rows_ * (query_size + 2 * kv_size));
     query_ = arena.take<T>(rows_ * query_size);
     key_ = arena.take<T>(rows_ * kv_size);
@@ -144,7 +134,7 @@ class Step {
       const float* pending = i > 0 ? d_.layers[i - 1].mlp_output_norm : nullptr;
       norm_rows(thread, x, num_rows, pending, layer.attention_norm, layer.qkv, inputs_);
       spent(thread, &DecoderTimes::norms);
-      multiply(layer.qkv, inputs_.words, inputs_.scales, num_rows, [&](int64_t row, int64_t first, int64_t count, const float* y) {
+      multiply(layer.qkv, inputs_, num_rows, [&](int64_t row, int64_t first, int64_t count, const float* y) {
         std::memcpy(qkv_ + row * layer.qkv.outputs + first, y, count * sizeof(float));
       });
       spent(thread, &DecoderTimes::linears);
@@ -168,24 +158,24 @@ class Step {
       spent(thread, &DecoderTimes::norms);
       const bool down_is_plain = is_plain(layer.down);
       const int64_t down_words = row_words(layer.down);
-      multiply(layer.gate_up, inputs_.words, inputs_.scales, num_rows, [&](int64_t row, int64_t first, int64_t, const float* y) {
+      multiply(layer.gate_up, inputs_, num_rows, [&](int64_t row, int64_t first, int64_t, const float* y) {
         float active[kColumns];
         gate(d_.activation, y, y + kColumns, active);
         const int64_t at = first / 2, count = std::min<int64_t>(kColumns, d_.mlp_size - at);
         if (!down_is_plain)
           std::memcpy(mlp_ + row * d_.mlp_size + at, active, count * sizeof(float));
         else if (layer.down.format == kLinearFloat32)
-          convert_row(active, count, reinterpret_cast<float*>(mlp_inputs_.words + row * down_words) + at);
+          convert_row(active, count, reinterpret_cast<float*>(mlp_inputs_ + row * down_words) + at);
         else
-          convert_row(active, count, reinterpret_cast<BFloat16*>(mlp_inputs_.words + row * down_words) + at);
+          convert_row(active, count, reinterpret_cast<BFloat16*>(mlp_inputs_ + row * down_words) + at);
       });
       if (!down_is_plain)
         each_row([&](int64_t row) { prepare(layer.down, mlp_ + row * d_.mlp_size, row, mlp_inputs_); }, num_rows);
-      multiply_add(layer.down, mlp_inputs_.words, num_rows, x, layer.mlp_output_norm, mlp_inputs_.scales);
+      multiply_add(layer.down, mlp_inputs_, num_rows, x, layer.mlp_output_norm);
       spent(thread, &DecoderTimes::linears);
     }
     norm_rows(thread, x, num_rows, d_.layers[d_.num_layers - 1].mlp_output_norm, d_.final_norm, d_.head, inputs_);
-    multiply(d_.head, inputs_.words, inputs_.scales, num_rows, [&](int64_t row, int64_t first, int64_t count, const float* y) {
+    multiply(d_.head, inputs_, num_rows, [&](int64_t row, int64_t first, int64_t count, const float* y) {
       float* target = s_.logits + row * d_.vocab_size + first;
       for (int64_t i = 0; i < count; i++) target[i] = y[i] * d_.logit_scale;
       if (d_.logit_softcap > 0.0f)
@@ -231,13 +221,13 @@ class Step {
     }
   }
 
-  void prepare(const Linear& linear, const float* source, int64_t row, const Inputs& inputs) {
-    prepare_row(linear.format, source, linear.inputs, inputs.words + row * words_per_row(linear), inputs.scales + row);
+  static void prepare(const Linear& linear, const float* source, int64_t row, uint32_t* inputs) {
+    prepare_row(linear, source, inputs + row * row_words(linear));
   }
 
   // Adds what waits in branch_ under the norm `pending`, then makes inputs of the rows under the norm `weight`.
   void norm_rows(int thread, float* x, int64_t num_rows, const float* pending, const float* weight, const Linear& linear,
-                 const Inputs& inputs) {
+                 uint32_t* inputs) {
     float* const normed = row_ + thread * row_size_;
     each_row(
         [&](int64_t row) {
@@ -315,13 +305,12 @@ class Step {
           prepare(linear, row_floats, row, inputs_);
         },
         num_rows);
-    return inputs_.words;
+    return inputs_;
   }
 
   // x += layer's product, or, when a norm is to come in between, the product into branch_.
-  void multiply_add(const Linear& linear, const uint32_t* words, int64_t num_rows, float* x, const float* norm,
-                    const float* scales = nullptr) {
-    multiply(linear, words, scales ? scales : inputs_.scales, num_rows,
+  void multiply_add(const Linear& linear, const uint32_t* words, int64_t num_rows, float* x, const float* norm) {
+    multiply(linear, words, num_rows,
              [&](int64_t row, int64_t first, int64_t count, const float* y) {
                float* const target = (norm ? branch_ : x) + row * d_.hidden_size + first;
                if (norm) {
@@ -334,24 +323,23 @@ class Step {
 
   // Calls take(row, first output, number of outputs, float outputs[kPanel]) for all of the product.
   template <typename Take>
-  void multiply(const Linear& linear, const uint32_t* words, const float* scales, int64_t num_rows, Take take) {
+  void multiply(const Linear& linear, const uint32_t* rows, int64_t num_rows, Take take) {
     switch (linear.format) {
-      case kLinearFloat32: return multiply<Float32Format, 1>(linear, words, scales, num_rows, take);
-      case kLinearBFloat16: return multiply<BFloat16Format, 1>(linear, words, scales, num_rows, take);
-      case kLinearInt8: return multiply<Int8Format, 1>(linear, words, scales, num_rows, take);
-      default: return multiply<Int8Format, 2>(linear, words, scales, num_rows, take);
+      case kLinearFloat32: return multiply<PlainProduct<Float32Format>>(linear, rows, num_rows, take);
+      case kLinearBFloat16: return multiply<PlainProduct<BFloat16Format>>(linear, rows, num_rows, take);
+      case kLinearInt8: return multiply<GroupedProduct<1>>(linear, rows, num_rows, take);
+      default: return multiply<GroupedProduct<2>>(linear, rows, num_rows, take);
     }
   }
 
   // A piece of work is a few panels, which then stay in the second-level cache, for a stretch of rows. The first tile
   // waits for memory to bring them; while the others compute, the panels of the piece after are fetched.
-  template <typename Format, int kPlanes, typename Take>
-  void multiply(const Linear& linear, const uint32_t* words, const float* scales, int64_t num_rows, Take take) {
-    constexpr int64_t kMostRows = kTileRows / kPlanes > 0 ? kTileRows / kPlanes : 1;
+  template <typename Product, typename Take>
+  void multiply(const Linear& linear, const uint32_t* rows, int64_t num_rows, Take take) {
     constexpr int64_t kTilesTogether = 8;
-    const int64_t num_words = row_words(linear);
+    const int64_t panel_words = Product::panel_words(linear.inputs), row_words = Product::row_words(linear.inputs);
     const int64_t num_panels = (linear.outputs + kPanel - 1) / kPanel;
-    const int64_t num_tiles = (num_rows + kMostRows - 1) / kMostRows;
+    const int64_t num_tiles = (num_rows + Product::kMostRows - 1) / Product::kMostRows;
     const int64_t num_stretches = (num_tiles + kTilesTogether - 1) / kTilesTogether;
     const int64_t share = num_panels / (team_.size() * 3);
     const int64_t together = std::clamp<int64_t>(num_tiles == 1 ? share / 2 : share, 1, 4);
@@ -359,7 +347,7 @@ class Step {
     for (int64_t piece = team_.next(); piece < num_groups * num_stretches; piece = team_.next()) {
       const int64_t first_panel = piece / num_stretches * together;
       const int64_t last_panel = std::min(num_panels, first_panel + together);
-      const int64_t next_panel = std::min(num_panels, (team_.likely_next() / num_stretches) * together);
+      const int64_t to_next = (team_.likely_next() / num_stretches) * together - first_panel;
       const int64_t stretch = piece % num_stretches;
       // Tiles as equal as can be.
       const int64_t first_tile = stretch * num_tiles / num_stretches;
@@ -367,47 +355,26 @@ class Step {
       for (int64_t tile = first_tile; tile < last_tile; tile++) {
         const int64_t row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
         for (int64_t panel = first_panel; panel < last_panel; panel++) {
-          typename Format::Accumulator sums[kTileRows * kPanel / kColumns < 4 ? 4 : kTileRows * kPanel / kColumns];
-          const uint32_t* const weights = linear.panels + panel * num_words * kPanel;
+          Sums sums[Product::kMostRows * (kPanel / kColumns)];
+          const uint32_t* const weights = linear.panels + panel * panel_words;
           const uint32_t* next = weights;
-          if (const int64_t later = tile - first_tile; later > 0 && later < 3 && next_panel + panel - first_panel < num_panels)
-            next = linear.panels + (next_panel + panel - first_panel) * num_words * kPanel + (later - 1) * kColumns;
-          multiply_rows<Format>(static_cast<int>((end - row) * kPlanes), words + row * kPlanes * num_words, num_words,
-                                weights, num_words, next, sums);
+          if (const int64_t later = tile - first_tile; later > 0 && later < 3 && panel + to_next < num_panels)
+            next += to_next * panel_words + (later - 1) * kColumns;
+          Product::run(static_cast<int>(end - row), rows + row * row_words, linear.inputs, weights, next, sums);
           const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, linear.outputs - first);
           for (int64_t r = row; r < end; r++) {
             float outputs[kPanel];
-            finish<kPlanes>(linear, first, sums + (r - row) * kPlanes * (kPanel / kColumns), scales ? scales[r] : 1.0f,
-                            outputs);
+            for (int c = 0; c < kPanel / kColumns; c++) {
+              Sums y = sums[(r - row) * (kPanel / kColumns) + c];
+              if (linear.bias) y += load_sums(linear.bias + first + c * kColumns);
+              std::memcpy(outputs + c * kColumns, &y, sizeof y);
+            }
             take(r, first, count, outputs);
           }
         }
       }
     }
     team_.wait();
-  }
-
-  template <int kPlanes>
-  static void finish(const Linear& linear, int64_t first, const Sums* sums, float, float* outputs) {
-    for (int c = 0; c < kPanel / kColumns; c++) {
-      Sums y = sums[c];
-      if (linear.bias) y += load_sums(linear.bias + first + c * kColumns);
-      std::memcpy(outputs + c * kColumns, &y, sizeof y);
-    }
-  }
-
-  // Bytes of activations are 128 too large, 16 bits of them 32,768: taken off through the sums of the weights.
-  template <int kPlanes>
-  static void finish(const Linear& linear, int64_t first, const Counts* counts, float scale, float* outputs) {
-    for (int c = 0; c < kPanel / kColumns; c++) {
-      Counts offset;
-      std::memcpy(&offset, linear.column_sums + first + c * kColumns, sizeof offset);
-      Sums y = __builtin_convertvector(counts[c] - offset * 128, Sums);
-      if constexpr (kPlanes == 2) y = y * 256.0f + __builtin_convertvector(counts[kPanel / kColumns + c], Sums);
-      y *= load_sums(linear.scales + first + c * kColumns) * scale;
-      if (linear.bias) y += load_sums(linear.bias + first + c * kColumns);
-      std::memcpy(outputs + c * kColumns, &y, sizeof y);
-    }
   }
 
   const Decoder& d_;
@@ -418,7 +385,7 @@ class Step {
   float *x_ = nullptr, *kept_x_ = nullptr, *branch_ = nullptr, *qkv_ = nullptr, *mlp_ = nullptr, *row_ = nullptr;
   float *scratch_ = nullptr, *partials_ = nullptr;
   T *query_ = nullptr, *key_ = nullptr, *value_ = nullptr, *attended_ = nullptr, *kept_attended_ = nullptr;
-  Inputs inputs_{}, mlp_inputs_{};
+  uint32_t *inputs_ = nullptr, *mlp_inputs_ = nullptr;
   int64_t row_size_ = 0, scratch_size_ = 0;
   std::chrono::steady_clock::time_point clock_;
 };

@@ -28,6 +28,12 @@ typedef float Sums __attribute__((vector_size(kColumns * 4)));
 typedef int32_t Counts __attribute__((vector_size(kColumns * 4)));
 typedef uint32_t Words __attribute__((vector_size(kColumns * 4)));
 
+inline Sums load_sums(const float* source) {
+  Sums x;
+  std::memcpy(&x, source, sizeof x);
+  return x;
+}
+
 inline Words load_words(const uint32_t* source) {
   Words x;
   std::memcpy(&x, source, sizeof x);
@@ -36,7 +42,6 @@ inline Words load_words(const uint32_t* source) {
 
 struct Float32Format {
   static constexpr int kPack = 1;
-  typedef Sums Accumulator;
 
   static Sums multiply_add(Words weights, uint32_t activation, Sums sum) {
     float x;
@@ -47,7 +52,6 @@ struct Float32Format {
 
 struct BFloat16Format {
   static constexpr int kPack = 2;
-  typedef Sums Accumulator;
 
   static Sums multiply_add(Words weights, uint32_t activation, Sums sum) {
 #if defined(__AVX512BF16__)
@@ -63,54 +67,45 @@ struct BFloat16Format {
   }
 };
 
-// Activations are unsigned bytes, weights signed ones.
-struct Int8Format {
-  static constexpr int kPack = 4;
-  typedef Counts Accumulator;
+// A product, tile by tile: how far panels and rows lie apart, and a tile's sums [num_rows][kPanel]. Every second cache line
+// from `next` on is fetched meanwhile: weights that are to come.
+template <typename Format>
+struct PlainProduct {
+  static constexpr int kMostRows = kTileRows;
 
-  static Counts multiply_add(Words weights, uint32_t activation, Counts sum) {
-#if defined(__AVX512VNNI__)
-    return (Counts)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(activation), (__m512i)weights);
-#else
-    const Counts bytes = (Counts)weights;
-    for (int i = 0; i < 4; i++)
-      sum += ((bytes << (24 - 8 * i)) >> 24) * static_cast<int32_t>(activation >> (8 * i) & 0xff);
-    return sum;
-#endif
+  static int64_t row_words(int64_t inputs) { return inputs / Format::kPack; }
+  static int64_t panel_words(int64_t inputs) { return row_words(inputs) * kPanel; }
+
+  template <int R>
+  static void run_tile(const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next, Sums* result) {
+    constexpr int kVectors = kPanel / kColumns;
+    constexpr int kPrefetch = 2048 / 4;  // words ahead: the panel comes from memory where the batch is small
+    const int64_t num_words = row_words(inputs);
+    Sums sums[R][kVectors];
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < kVectors; c++) sums[r][c] = Sums{};
+    for (int64_t k = 0; k < num_words; k++, panel += kPanel) {
+      __builtin_prefetch(panel + kPrefetch);
+      __builtin_prefetch(panel + kPrefetch + kColumns);
+      __builtin_prefetch(next + k * kPanel, 0, 2);
+      Words weights[kVectors];
+      for (int c = 0; c < kVectors; c++) weights[c] = load_words(panel + c * kColumns);
+      for (int r = 0; r < R; r++) {
+        const uint32_t activation = rows[r * num_words + k];
+        for (int c = 0; c < kVectors; c++) sums[r][c] = Format::multiply_add(weights[c], activation, sums[r][c]);
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < kVectors; c++) result[r * kVectors + c] = sums[r][c];
+  }
+
+  template <int R = kMostRows>
+  static void run(int num_rows, const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
+                  Sums* result) {
+    if constexpr (R > 1)
+      if (num_rows < R) return run<R - 1>(num_rows, rows, inputs, panel, next, result);
+    run_tile<R>(rows, inputs, panel, next, result);
   }
 };
-
-// `rows` holds R activation rows of `num_words` words, `row_words` apart; the result is [R][kPanel].
-// Every second cache line from `next` on is fetched meanwhile: weights that are to come.
-template <typename Format, int R>
-void multiply_tile(const uint32_t* rows, int64_t row_words, const uint32_t* panel, int64_t num_words,
-                   const uint32_t* next, typename Format::Accumulator* result) {
-  constexpr int kVectors = kPanel / kColumns;
-  constexpr int kPrefetch = 2048 / 4;  // words ahead: the panel comes from memory where the batch is small
-  typename Format::Accumulator sums[R][kVectors];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < kVectors; c++) sums[r][c] = typename Format::Accumulator{};
-  for (int64_t k = 0; k < num_words; k++, panel += kPanel) {
-    __builtin_prefetch(panel + kPrefetch);
-    __builtin_prefetch(panel + kPrefetch + kColumns);
-    __builtin_prefetch(next + k * kPanel, 0, 2);
-    Words weights[kVectors];
-    for (int c = 0; c < kVectors; c++) weights[c] = load_words(panel + c * kColumns);
-    for (int r = 0; r < R; r++) {
-      const uint32_t activation = rows[r * row_words + k];
-      for (int c = 0; c < kVectors; c++) sums[r][c] = Format::multiply_add(weights[c], activation, sums[r][c]);
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < kVectors; c++) result[r * kVectors + c] = sums[r][c];
-}
-
-template <typename Format, int R = kTileRows>
-void multiply_rows(int num_rows, const uint32_t* rows, int64_t row_words, const uint32_t* panel, int64_t num_words,
-                   const uint32_t* next, typename Format::Accumulator* result) {
-  if constexpr (R > 1)
-    if (num_rows < R) return multiply_rows<Format, R - 1>(num_rows, rows, row_words, panel, num_words, next, result);
-  multiply_tile<Format, R>(rows, row_words, panel, num_words, next, result);
-}
 
 }  // namespace torchrelay

@@ -7,15 +7,9 @@
 #include <cmath>
 
 #include "decoder.h"
-#include "matmul.h"
+#include "grouped.h"
 
 namespace torchrelay {
-
-inline Sums load_sums(const float* source) {
-  Sums x;
-  std::memcpy(&x, source, sizeof x);
-  return x;
-}
 
 inline float reduce_sum(Sums x) {
   for (int width = kColumns / 2; width > 0; width /= 2)
@@ -30,16 +24,6 @@ inline float sum_of_squares(const float* x, int64_t size) {
   float total = reduce_sum(sums);
   for (; i < size; i++) total += x[i] * x[i];
   return total;
-}
-
-// A NaN counts as the largest.
-inline float largest_magnitude(const float* x, int64_t size) {
-  float largest = 0.0f;
-  for (int64_t i = 0; i < size; i++) {
-    const float magnitude = std::fabs(x[i]);
-    largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
-  }
-  return largest;
 }
 
 // Where the largest number stands, of equal ones the first; a NaN counts as larger than all.
@@ -96,42 +80,23 @@ inline void convert_row(const BFloat16* x, int64_t size, float* target) {
   for (int64_t i = 0; i < size; i++) target[i] = to_float(x[i]);
 }
 
-// Rows of words per row of activations: 16 bits lie in two planes of bytes.
-inline int64_t planes(int64_t format) { return format == kLinearInt8Wide ? 2 : 1; }
-
+// Words of a row of activations for a linear layer.
 inline int64_t row_words(const Linear& linear) {
-  const int64_t size = linear.format == kLinearFloat32 ? 4 : linear.format == kLinearBFloat16 ? 2 : 1;
-  return linear.inputs * size / 4;
+  switch (linear.format) {
+    case kLinearFloat32: return PlainProduct<Float32Format>::row_words(linear.inputs);
+    case kLinearBFloat16: return PlainProduct<BFloat16Format>::row_words(linear.inputs);
+    case kLinearInt8: return GroupedProduct<1>::row_words(linear.inputs);
+    default: return GroupedProduct<2>::row_words(linear.inputs);
+  }
 }
 
-// Turns a row into what a linear layer of this format takes: words, and for integers their scale.
-inline void prepare_row(int64_t format, const float* x, int64_t size, uint32_t* words, float* scale) {
-  if (format == kLinearFloat32) return convert_row(x, size, reinterpret_cast<float*>(words));
-  if (format == kLinearBFloat16) return convert_row(x, size, reinterpret_cast<BFloat16*>(words));
-  // A row with a NaN gets a NaN as its scale, and no other row is touched.
-  const float largest = largest_magnitude(x, size);
-  const float steps = format == kLinearInt8 ? 127.0f : 32767.0f;
-  *scale = largest / steps;
-  const float inverse = largest > 1e-30f ? steps / largest : 0.0f;
-  uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
-  // Adding 1.5 * 2^23 rounds to an integer in the low bits.
-  const float shift = 12582912.0f;
-  if (format == kLinearInt8) {
-    for (int64_t i = 0; i < size; i++) {
-      const float shifted = x[i] * inverse + shift;
-      uint32_t bits;
-      std::memcpy(&bits, &shifted, sizeof bits);
-      bytes[i] = static_cast<uint8_t>(bits + 128u);
-    }
-  } else {
-    for (int64_t i = 0; i < size; i++) {
-      const float shifted = x[i] * inverse + shift;
-      uint32_t bits;
-      std::memcpy(&bits, &shifted, sizeof bits);
-      bits += 32768u;
-      bytes[i] = static_cast<uint8_t>(bits >> 8);
-      bytes[size + i] = static_cast<uint8_t>(bits);
-    }
+// Turns a row into what a linear layer takes.
+inline void prepare_row(const Linear& linear, const float* x, uint32_t* words) {
+  switch (linear.format) {
+    case kLinearFloat32: return convert_row(x, linear.inputs, reinterpret_cast<float*>(words));
+    case kLinearBFloat16: return convert_row(x, linear.inputs, reinterpret_cast<BFloat16*>(words));
+    case kLinearInt8: return write_planes<1>(x, linear.inputs, words);
+    default: return write_planes<2>(x, linear.inputs, words);
   }
 }
 

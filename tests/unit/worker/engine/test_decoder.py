@@ -321,18 +321,25 @@ class TestPacking:
         assert packed.panels[1, :, 16:20, 0].T.tolist() == up.weight[16:].tolist()
         assert not packed.panels[1, :, 4:16].any()
 
-    def test_int8_rounds_to_the_nearest_of_an_output_s_own_steps(self) -> None:
-        layer = nn.Linear(8, 3, bias=False)
+    @pytest.mark.parametrize("linear_format", [LinearFormat.INT8, LinearFormat.INT8_WIDE])
+    def test_int8_rounds_to_the_nearest_of_a_group_s_own_steps(self, linear_format: LinearFormat) -> None:
+        layer = nn.Linear(80, 35, bias=False)  # three groups, the last half empty; two panels
         with torch.no_grad():
-            layer.weight[1] *= 100
+            layer.weight[1, 32:64] *= 100
             layer.weight[2] = 0
-        packed = pack((layer,), LinearFormat.INT8, Arena(1 << 16))
-        assert packed.scales is not None
-        assert packed.column_sums is not None
-        rows = packed.panels[0].permute(1, 0, 2).reshape(32, 8)[:3]
-        restored = rows.float() * packed.scales[:3, None]
-        assert ((restored - layer.weight).abs() <= packed.scales[:3, None] / 2 * 1.0001).all()
-        assert packed.column_sums[:3].tolist() == rows.sum(1, dtype=torch.int32).tolist()
+        panels = pack((layer,), linear_format, Arena(1 << 16)).panels
+        weights = panels[:, :, :1024].view(2, 3, 8, 32, 4).permute(0, 3, 1, 2, 4).reshape(64, 3, 32).float() - 128
+        words = panels[:, :, 1024:].contiguous().view(torch.bfloat16).view(2, 3, 16, 2)
+        scales = words.permute(0, 3, 2, 1).reshape(64, 3, 1).float()
+        expected = nn.functional.pad(layer.weight, (0, 16)).view(35, 3, 32)
+        assert ((weights * scales)[:35] - expected).abs().le(scales[:35] / 2 * 1.0001).all()
+        assert weights.abs().max() == 127  # steps as small as can be
+        assert (
+            (scales[:35] <= expected.abs().amax(-1, keepdim=True) / 127 * 1.01)
+            .logical_or(expected.amax(-1, True) == 0)
+            .all()
+        )
+        assert not weights[35:].any()
 
     def test_an_arena_that_is_too_small_says_so(self) -> None:
         size = packed_bytes(6, 40, LinearFormat.BFLOAT16)
@@ -343,4 +350,4 @@ class TestPacking:
     def test_rows_must_be_whole_words(self) -> None:
         assert fits(6, LinearFormat.BFLOAT16)
         assert not fits(5, LinearFormat.BFLOAT16)
-        assert not fits(6, LinearFormat.INT8)
+        assert fits(6, LinearFormat.INT8)  # groups are padded

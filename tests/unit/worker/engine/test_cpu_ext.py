@@ -143,6 +143,11 @@ def assert_matches_oracle(case: Case, attention: CpuAttention, *, chunk: int | N
     assert (output.double() - expected).abs().max().item() <= tolerance
 
 
+@pytest.fixture(autouse=True, scope="module")
+def num_torch_threads() -> None:
+    """All: the kernels divide their work among them."""
+
+
 DTYPES = [torch.float32, torch.bfloat16]
 RAGGED = ([1, 37, 1, 16, 1, 130], [1, 37, 700, 48, 3000, 257])
 

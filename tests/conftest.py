@@ -1,12 +1,32 @@
-"""What holds for every test: where there is no NVIDIA GPU, Triton kernels are interpreted.
+"""What holds for every test: torch has one thread, and where there is no NVIDIA GPU, Triton kernels are interpreted.
 
-Set before anything imports triton, which reads it when kernels, its own included, are defined.
+The latter is set before anything imports triton, which reads it when kernels, its own included, are defined.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+
+import pytest
 
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def num_torch_threads() -> Iterator[None]:
+    """One: at a tiny model's sizes threads wait for each other longer than they compute, the longer the busier the CPU.
+
+    Tests of our own kernels, which divide their work among these threads too, override this and have all of them.
+    """
+    torch = sys.modules.get("torch")  # not to be imported for tests that do without
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -23,7 +23,7 @@ PROMPTS = (
     "List three reasons why people keep diaries, and explain each of them in one sentence.\n1.",
     "The " * 60 + "end. Then",
 )
-NUM_TOKENS = 48
+NUM_TOKENS = 32
 
 
 def decode(engine: Engine, requests: Sequence[GenerationRequest]) -> dict[str, tuple[int, ...]]:

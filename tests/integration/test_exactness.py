@@ -137,7 +137,7 @@ def compare(
     """Hold every outcome to the reference: ids, text, and how it ended."""
     comparison = reference.Comparison(difference)
     requests = list({(case.prompt, tuple(case.options.items())): case for case in cases}.items())
-    with ThreadPoolExecutor(2) as pool:  # each computes on one thread; the requests stay alone
+    with ThreadPoolExecutor(2) as pool:  # each computes on one thread (conftest); the requests stay alone
         found = pool.map(lambda item: item[1].reference(model, eos_token_ids), requests)
         expected = dict(zip((key for key, _ in requests), found, strict=True))
     for case, outcome in zip(cases, outcomes, strict=True):
@@ -161,15 +161,6 @@ def system(tmp_path: Path) -> Iterator[System]:
     # Leases of the usual length: both cores are at work, and no worker dies here.
     with running_system(tmp_path, TORCHRELAY_QUEUE_WORKER_LEASE_MS="10000") as system:
         yield system
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The reference computes on one thread, so that two requests can use two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -- SmolLM2 ----------------------------------------------------------------------------------------------------------
@@ -218,7 +209,6 @@ def smollm2_waves(tokenizer: Tokenizer) -> list[list[Case]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("one_thread")
 async def test_smollm2_answers_64_streams_as_one_at_a_time(system: System) -> None:
     folder = demo_model_dir()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -282,7 +272,6 @@ def write_family(folder: Path, family: str) -> Path:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("families", [FAMILIES[:4], FAMILIES[4:8], [*FAMILIES[8:], REAL_GPT2]], ids="+".join)
 async def test_every_family_answers_a_crowd_as_one_at_a_time(
     system: System, tmp_path: Path, families: list[str]

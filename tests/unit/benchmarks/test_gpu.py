@@ -75,6 +75,8 @@ def test_wrong_narrow_weights_are_an_exit_code(
     found = {"error": 1.2, "first_choice_kept": 0.01, "layers": 4, "right": False}
     monkeypatch.setattr(gpu_checks, "why_not", lambda narrow, device: None if narrow == "int8" else "no GPU")
     monkeypatch.setattr(gpu_checks, "check_narrow", lambda narrow, device: found)
+    for part in ("check_kernels", "check_greedy"):
+        monkeypatch.setattr(gpu_checks, part, lambda device: {"llama": True})
     monkeypatch.setattr(gpu, "make_model", lambda scale: None)
     assert gpu.main(["--rehearse"]) == 1
     *text, last = capsys.readouterr().out.splitlines()

@@ -21,13 +21,14 @@ from worker.settings import WorkerSettings
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A passed check is not to be remembered between tests; the kernels are built once for all."""
+    """A passed check is not to be remembered between tests; the kernels are built once for all, and have one thread."""
     kernels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchrelay" / "kernels"
     cache = tmp_path / "cache" / "torchrelay"
     cache.mkdir(parents=True)
     if kernels.is_dir():
         (cache / "kernels").symlink_to(kernels)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHRELAY_WORKER_NUM_THREADS", "1")
 
 
 def report_of(folder: Path, dtype: str = "float32") -> ModelReport:

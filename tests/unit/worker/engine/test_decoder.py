@@ -74,6 +74,11 @@ class Session:
         ).clone()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def num_torch_threads() -> None:
+    """All: the kernels divide their work among them."""
+
+
 @pytest.mark.parametrize("family", sorted(RIGHT_FAMILIES))
 def test_a_family_is_compiled_exactly_or_not_at_all(family: str) -> None:
     module = tiny_module(family)

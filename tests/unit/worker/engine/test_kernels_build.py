@@ -18,13 +18,13 @@ from worker.engine.kernels import build as kernels
 COUNTING_COMPILER = """#!/bin/sh
 case "$1" in --version) exec g++ --version;; esac
 echo compiled >> "{log}"
-exec g++ "$@"
+exec g++ "$@" -O0
 """
 
 
 @pytest.fixture
 def compile_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A compiler in CXX that writes a line per compilation."""
+    """A compiler in CXX that writes a line per compilation, and is quick because it optimises nothing."""
     log, script = tmp_path / "log", tmp_path / "compiler"
     log.touch()
     script.write_text(COUNTING_COMPILER.format(log=log))

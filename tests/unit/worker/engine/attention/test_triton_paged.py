@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.builders_attention import Case, by_hand, make_case
@@ -145,7 +145,10 @@ def test_any_head_dimensions(dims: tuple[int, int]) -> None:
     assert error(case, options, torch.bfloat16) <= TOLERANCE[torch.bfloat16]
 
 
+# Rows that fill a tile up and see nothing divide nothing by nothing; they are not stored, and numpy warns of them.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 @settings(max_examples=12, deadline=None)
+@example([(40, 35), (38, 1), (1, 1), (1, 1)], (1, 1), (8, 8), 1, None, False, None, 0)
 @given(
     lens=st.lists(
         st.integers(1, 90).flatmap(lambda n: st.tuples(st.just(n), st.one_of(st.just(1), st.integers(1, n)))),

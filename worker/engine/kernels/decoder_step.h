@@ -332,6 +332,18 @@ class Step {
     }
   }
 
+  // How many panels to take at a time, `most` or fewer: so many that the thread with the most has the least.
+  int64_t even_share(int64_t num_panels, int64_t most) const {
+    const auto longest = [&](int64_t together) {
+      const int64_t pieces = (num_panels + together - 1) / together;
+      return (pieces + team_.size() - 1) / team_.size() * together;
+    };
+    int64_t best = most;
+    for (int64_t together = most - 1; together > 0; together--)
+      if (longest(together) < longest(best)) best = together;
+    return best;
+  }
+
   // A piece of work is a few panels, which then stay in the second-level cache, for a stretch of rows. The first tile
   // waits for memory to bring them; while the others compute, the panels of the piece after are fetched.
   template <typename Product, typename Take>
@@ -342,7 +354,7 @@ class Step {
     const int64_t num_tiles = (num_rows + Product::kMostRows - 1) / Product::kMostRows;
     const int64_t num_stretches = (num_tiles + kTilesTogether - 1) / kTilesTogether;
     const int64_t share = num_panels / (team_.size() * 3);
-    const int64_t together = std::clamp<int64_t>(num_tiles == 1 ? share / 2 : share, 1, 4);
+    const int64_t together = even_share(num_panels, std::clamp<int64_t>(num_tiles == 1 ? share / 2 : share, 1, 4));
     const int64_t num_groups = (num_panels + together - 1) / together;
     for (int64_t piece = team_.next(); piece < num_groups * num_stretches; piece = team_.next()) {
       const int64_t first_panel = piece / num_stretches * together;

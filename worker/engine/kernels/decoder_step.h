@@ -372,7 +372,7 @@ class Step {
           const uint32_t* next = weights;
           if (const int64_t later = tile - first_tile; later > 0 && later < 3 && panel + to_next < num_panels)
             next += to_next * panel_words + (later - 1) * kColumns;
-          Product::run(static_cast<int>(end - row), rows + row * row_words, linear.inputs, weights, next, sums);
+          run_tile<Product>(static_cast<int>(end - row), rows + row * row_words, linear.inputs, weights, next, sums);
           const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, linear.outputs - first);
           for (int64_t r = row; r < end; r++) {
             float outputs[kPanel];

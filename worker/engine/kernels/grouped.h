@@ -94,14 +94,6 @@ struct GroupedProduct {
         result[r * kVectors + c] =
             kPlanes == 1 ? sums[r][c] : sums[r][c] * as_float(rows[r * row_words + kGroupWords + 1]);
   }
-
-  template <int R = kMostRows>
-  static void run(int num_rows, const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
-                  Sums* result) {
-    if constexpr (R > 1)
-      if (num_rows < R) return run<R - 1>(num_rows, rows, inputs, panel, next, result);
-    run_tile<R>(rows, inputs, panel, next, result);
-  }
 };
 
 // A NaN counts as the largest.

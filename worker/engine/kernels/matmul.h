@@ -98,14 +98,15 @@ struct PlainProduct {
     for (int r = 0; r < R; r++)
       for (int c = 0; c < kVectors; c++) result[r * kVectors + c] = sums[r][c];
   }
-
-  template <int R = kMostRows>
-  static void run(int num_rows, const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
-                  Sums* result) {
-    if constexpr (R > 1)
-      if (num_rows < R) return run<R - 1>(num_rows, rows, inputs, panel, next, result);
-    run_tile<R>(rows, inputs, panel, next, result);
-  }
 };
+
+// A tile of as many rows as there are, at most Product::kMostRows.
+template <typename Product, int R = Product::kMostRows>
+void run_tile(int num_rows, const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
+              Sums* result) {
+  if constexpr (R > 1)
+    if (num_rows < R) return run_tile<Product, R - 1>(num_rows, rows, inputs, panel, next, result);
+  Product::template run_tile<R>(rows, inputs, panel, next, result);
+}
 
 }  // namespace torchrelay

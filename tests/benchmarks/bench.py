@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -122,8 +123,9 @@ class Bench:
         """Measure the machine."""
         note("measuring the hardware")
         command = [sys.executable, "-m", "tests.benchmarks.hardware", "--threads", str(self.args.threads)]
+        env = {**os.environ, "OPENBLAS_NUM_THREADS": str(self.args.threads)}
         with measurement.alone():
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
         measured: dict[str, Any] = json.loads(done.stdout)
         return measured
 

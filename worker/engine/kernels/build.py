@@ -38,6 +38,8 @@ _HEADERS: Final = (
         "decoder.h",
         "decoder_step.h",
         "grouped.h",
+        "grouped_bytes.h",
+        "grouped_pairs.h",
         "matmul.h",
         "paged_attention.h",
         "rows.h",

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <chrono>
+#include <type_traits>
 #include <vector>
 
 #include "attend.h"
@@ -167,7 +168,7 @@ class Step {
         else if (layer.down.format == kLinearFloat32)
           convert_row(active, count, reinterpret_cast<float*>(mlp_inputs_ + row * down_words) + at);
         else
-          convert_row(active, count, reinterpret_cast<BFloat16*>(mlp_inputs_ + row * down_words) + at);
+          convert_row(active, count, reinterpret_cast<BFloat16Format::Input*>(mlp_inputs_ + row * down_words) + at);
       });
       if (!down_is_plain)
         each_row([&](int64_t row) { prepare(layer.down, mlp_ + row * d_.mlp_size, row, mlp_inputs_); }, num_rows);
@@ -212,7 +213,7 @@ class Step {
   // Tied weights: a token's stand in its panel of the head, one word in each row.
   void embed_from_head(int64_t token, float* target) {
     constexpr int64_t kPack = sizeof(uint32_t) / sizeof(T);
-    const int64_t num_words = row_words(d_.head);
+    const int64_t num_words = d_.head.inputs / kPack;
     const uint32_t* word = d_.head.panels + token / kPanel * num_words * kPanel + token % kPanel;
     for (int64_t k = 0; k < num_words; k++, word += kPanel, target += kPack) {
       T source[kPack];
@@ -296,7 +297,8 @@ class Step {
 
   // The attention's output as the output layer's inputs: as it is where the formats agree.
   const uint32_t* attention_output(int thread, const T* attended, const Linear& linear, int64_t num_rows) {
-    const bool agree = linear.format == (sizeof(T) == 4 ? kLinearFloat32 : kLinearBFloat16);
+    const bool agree = (linear.format == kLinearFloat32 && std::is_same_v<T, float>) ||
+                       (linear.format == kLinearBFloat16 && std::is_same_v<T, BFloat16Format::Input>);
     if (agree) return reinterpret_cast<const uint32_t*>(attended);
     float* const row_floats = row_ + thread * row_size_;
     each_row(
@@ -327,8 +329,8 @@ class Step {
     switch (linear.format) {
       case kLinearFloat32: return multiply<PlainProduct<Float32Format>>(linear, rows, num_rows, take);
       case kLinearBFloat16: return multiply<PlainProduct<BFloat16Format>>(linear, rows, num_rows, take);
-      case kLinearInt8: return multiply<GroupedProduct<1>>(linear, rows, num_rows, take);
-      default: return multiply<GroupedProduct<2>>(linear, rows, num_rows, take);
+      case kLinearInt8: return multiply<GroupedProduct<false>>(linear, rows, num_rows, take);
+      default: return multiply<GroupedProduct<true>>(linear, rows, num_rows, take);
     }
   }
 
@@ -367,19 +369,19 @@ class Step {
       for (int64_t tile = first_tile; tile < last_tile; tile++) {
         const int64_t row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
         for (int64_t panel = first_panel; panel < last_panel; panel++) {
-          Sums sums[Product::kMostRows * (kPanel / kColumns)];
+          Floats sums[Product::kMostRows * kVectors];
           const uint32_t* const weights = linear.panels + panel * panel_words;
           const uint32_t* next = weights;
           if (const int64_t later = tile - first_tile; later > 0 && later < 3 && panel + to_next < num_panels)
-            next += to_next * panel_words + (later - 1) * kColumns;
+            next += to_next * panel_words + (later - 1) * kLine;
           run_tile<Product>(static_cast<int>(end - row), rows + row * row_words, linear.inputs, weights, next, sums);
           const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, linear.outputs - first);
           for (int64_t r = row; r < end; r++) {
             float outputs[kPanel];
-            for (int c = 0; c < kPanel / kColumns; c++) {
-              Sums y = sums[(r - row) * (kPanel / kColumns) + c];
-              if (linear.bias) y += load_sums(linear.bias + first + c * kColumns);
-              std::memcpy(outputs + c * kColumns, &y, sizeof y);
+            for (int c = 0; c < kVectors; c++) {
+              Floats y = sums[(r - row) * kVectors + c];
+              if (linear.bias) y += load(linear.bias + first + c * kLanes);
+              store(outputs + c * kLanes, y);
             }
             take(r, first, count, outputs);
           }

@@ -1,12 +1,13 @@
 // Products of activations with packed weights: out[rows, n] = activations[rows, k] * weights[n, k].
 //
 // Weights are packed once, in panels of kPanel outputs. Inputs are taken `Format::kPack` at a time, so that a word of 32
-// bits of an activation row meets one vector of 16 outputs with equally many inputs each:
+// bits holds equally many inputs of one output:
 //
 //     panel   [k / kPack][kPanel][kPack]      one stretch of memory, read from front to back
 //
-// A tile is a few rows of activations against a panel. Every output is summed up over k in the same order whatever the
-// tile, so a row's result is the same to the bit in any batch and on any number of threads.
+// A tile is a few rows of activations against a panel, or, where registers are few, against one part of it after the
+// other. Every output is summed up over k in the same order whatever the tile, so a row's result is the same to the bit in
+// any batch and on any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -16,94 +17,120 @@
 namespace torchrelay {
 
 constexpr int kPanel = 32;
-constexpr int kColumns = 16;  // outputs of one vector of sums
+constexpr int kVectors = kPanel / kLanes;  // of a row's sums
+constexpr int kLine = 64 / 4;              // words of a cache line
 
+// Rows of a tile, and vectors of sums that stay in registers: all else that a step of the loop holds must fit beside them,
+// or the compiler keeps sums in memory.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 12;  // with two vectors of sums each: 24 of 32 registers
+constexpr int kTileRows = 12, kTileSums = 24;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 5, kTileSums = 10;
+#elif defined(__aarch64__)
+constexpr int kTileRows = 6, kTileSums = 24;
 #else
-constexpr int kTileRows = 2;
+constexpr int kTileRows = 4, kTileSums = 8;
 #endif
 
-typedef float Sums __attribute__((vector_size(kColumns * 4)));
-typedef int32_t Counts __attribute__((vector_size(kColumns * 4)));
-typedef uint32_t Words __attribute__((vector_size(kColumns * 4)));
+// Vectors of each row's sums that a tile of so many rows computes at a time.
+constexpr int vectors_together(int rows) {
+  int vectors = kVectors;
+  while (vectors > 1 && rows * vectors > kTileSums) vectors /= 2;
+  return vectors;
+}
 
-inline Sums load_sums(const float* source) {
-  Sums x;
+inline Bits load_words(const uint32_t* source) {
+  Bits x;
   std::memcpy(&x, source, sizeof x);
   return x;
 }
 
-inline Words load_words(const uint32_t* source) {
-  Words x;
-  std::memcpy(&x, source, sizeof x);
-  return x;
-}
-
+// A format says how a word of weights meets a row: in kParts steps, each with one number or pair of the row.
 struct Float32Format {
-  static constexpr int kPack = 1;
+  typedef float Input;
+  static constexpr int kPack = 1, kParts = 1;
 
-  static Sums multiply_add(Words weights, uint32_t activation, Sums sum) {
+  static Floats weights(const uint32_t* words, int) { return (Floats)load_words(words); }
+  static Floats multiply_add(Floats weights, const uint32_t* input, Floats sum) {
     float x;
-    std::memcpy(&x, &activation, sizeof x);
-    return (Sums)weights * x + sum;
+    std::memcpy(&x, input, sizeof x);
+    return weights * x + sum;
   }
 };
 
-struct BFloat16Format {
-  static constexpr int kPack = 2;
-
-  static Sums multiply_add(Words weights, uint32_t activation, Sums sum) {
 #if defined(__AVX512BF16__)
-    return (Sums)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(activation));
-#else
-    const uint32_t low = activation << 16, high = activation & 0xffff0000u;
-    float x, y;
-    std::memcpy(&x, &low, sizeof x);
-    std::memcpy(&y, &high, sizeof y);
-    sum = (Sums)(weights << 16) * x + sum;
-    return (Sums)(weights & 0xffff0000u) * y + sum;
-#endif
+struct BFloat16Format {
+  typedef BFloat16 Input;
+  static constexpr int kPack = 2, kParts = 1;
+
+  static Pairs weights(const uint32_t* words, int) { return (Pairs)load_words(words); }
+  static Floats multiply_add(Pairs weights, const uint32_t* input, Floats sum) {
+    return torchrelay::multiply_add(weights, (Pairs)_mm512_set1_epi32(static_cast<int32_t>(*input)), sum);
   }
 };
+#else
+// Without an instruction for pairs a weight becomes a float, and activations are floats from the start.
+struct BFloat16Format {
+  typedef float Input;
+  static constexpr int kPack = 2, kParts = 2;
 
-// A product, tile by tile: how far panels and rows lie apart, and a tile's sums [num_rows][kPanel]. Every second cache line
-// from `next` on is fetched meanwhile: weights that are to come.
+  static Floats weights(const uint32_t* words, int part) {
+    const Bits both = load_words(words);
+    return (Floats)(part == 0 ? both << 16 : both & 0xffff0000u);
+  }
+  static Floats multiply_add(Floats weights, const uint32_t* input, Floats sum) {
+    return Float32Format::multiply_add(weights, input, sum);
+  }
+};
+#endif
+
+// A product, tile by tile: how far panels and rows lie apart, and a tile's sums [num_rows][kVectors]. Every second cache
+// line from `next` on is fetched meanwhile: weights that are to come.
 template <typename Format>
 struct PlainProduct {
   static constexpr int kMostRows = kTileRows;
 
-  static int64_t row_words(int64_t inputs) { return inputs / Format::kPack; }
-  static int64_t panel_words(int64_t inputs) { return row_words(inputs) * kPanel; }
+  static int64_t row_words(int64_t inputs) { return inputs / Format::kPack * Format::kParts; }
+  static int64_t panel_words(int64_t inputs) { return inputs / Format::kPack * kPanel; }
 
   template <int R>
-  static void run_tile(const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next, Sums* result) {
-    constexpr int kVectors = kPanel / kColumns;
+  static void run_tile(const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
+                       Floats* result) {
+    constexpr int V = vectors_together(R);
+    for (int first = 0; first < kVectors; first += V)
+      run_part<R, V>(rows, inputs, panel + first * kLanes, next, result + first);
+  }
+
+  template <int R, int V>
+  static void run_part(const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
+                       Floats* result) {
     constexpr int kPrefetch = 2048 / 4;  // words ahead: the panel comes from memory where the batch is small
-    const int64_t num_words = row_words(inputs);
-    Sums sums[R][kVectors];
+    constexpr int kParts = Format::kParts;
+    const int64_t num_words = inputs / Format::kPack, row_words = num_words * kParts;
+    Floats sums[R][V];
     for (int r = 0; r < R; r++)
-      for (int c = 0; c < kVectors; c++) sums[r][c] = Sums{};
+      for (int c = 0; c < V; c++) sums[r][c] = Floats{};
     for (int64_t k = 0; k < num_words; k++, panel += kPanel) {
-      __builtin_prefetch(panel + kPrefetch);
-      __builtin_prefetch(panel + kPrefetch + kColumns);
+      for (int c = 0; c < V * kLanes; c += kLine) __builtin_prefetch(panel + kPrefetch + c);
       __builtin_prefetch(next + k * kPanel, 0, 2);
-      Words weights[kVectors];
-      for (int c = 0; c < kVectors; c++) weights[c] = load_words(panel + c * kColumns);
-      for (int r = 0; r < R; r++) {
-        const uint32_t activation = rows[r * num_words + k];
-        for (int c = 0; c < kVectors; c++) sums[r][c] = Format::multiply_add(weights[c], activation, sums[r][c]);
+      for (int part = 0; part < kParts; part++) {
+        decltype(Format::weights(panel, 0)) weights[V];
+        for (int c = 0; c < V; c++) weights[c] = Format::weights(panel + c * kLanes, part);
+        for (int r = 0; r < R; r++) {
+          const uint32_t* const input = rows + r * row_words + k * kParts + part;
+          for (int c = 0; c < V; c++) sums[r][c] = Format::multiply_add(weights[c], input, sums[r][c]);
+        }
       }
     }
     for (int r = 0; r < R; r++)
-      for (int c = 0; c < kVectors; c++) result[r * kVectors + c] = sums[r][c];
+      for (int c = 0; c < V; c++) result[r * kVectors + c] = sums[r][c];
   }
 };
 
 // A tile of as many rows as there are, at most Product::kMostRows.
 template <typename Product, int R = Product::kMostRows>
 void run_tile(int num_rows, const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
-              Sums* result) {
+              Floats* result) {
   if constexpr (R > 1)
     if (num_rows < R) return run_tile<Product, R - 1>(num_rows, rows, inputs, panel, next, result);
   Product::template run_tile<R>(rows, inputs, panel, next, result);

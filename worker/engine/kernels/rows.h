@@ -11,40 +11,40 @@
 
 namespace torchrelay {
 
-inline float reduce_sum(Sums x) {
-  for (int width = kColumns / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) x[i] += x[i + width];
-  return x[0];
-}
+constexpr int kColumns = kPanel / 2;  // gates of a panel, and as many ups
 
 inline float sum_of_squares(const float* x, int64_t size) {
-  Sums sums{};
+  constexpr int kSums = kColumns / kLanes;  // as many numbers at a time on every instruction set
+  Floats sums[kSums] = {};
   int64_t i = 0;
-  for (; i + kColumns <= size; i += kColumns) sums += load_sums(x + i) * load_sums(x + i);
-  float total = reduce_sum(sums);
+  for (; i + kColumns <= size; i += kColumns)
+    for (int c = 0; c < kSums; c++) sums[c] += load(x + i + c * kLanes) * load(x + i + c * kLanes);
+  for (int width = kSums / 2; width > 0; width /= 2)
+    for (int c = 0; c < width; c++) sums[c] += sums[c + width];
+  float total = horizontal_sum(sums[0]);
   for (; i < size; i++) total += x[i] * x[i];
   return total;
 }
 
 // Where the largest number stands, of equal ones the first; a NaN counts as larger than all.
 inline int64_t argmax(const float* x, int64_t size) {
-  Sums largest = Sums{} - INFINITY;
-  Counts blocks{}, nans{};
+  Floats largest = broadcast(-INFINITY);
+  Ints blocks{}, nans{};
   int64_t i = 0;
-  for (int32_t block = 0; i + kColumns <= size; i += kColumns, block++) {
-    const Sums y = load_sums(x + i);
+  for (int32_t block = 0; i + kLanes <= size; i += kLanes, block++) {
+    const Floats y = load(x + i);
     nans |= y != y;
-    blocks = y > largest ? Counts{} + block : blocks;
+    blocks = y > largest ? Ints{} + block : blocks;
     largest = y > largest ? y : largest;
   }
   bool has_nan = false;
-  for (int lane = 0; lane < kColumns; lane++) has_nan |= nans[lane] != 0;
+  for (int lane = 0; lane < kLanes; lane++) has_nan |= nans[lane] != 0;
   for (int64_t j = i; j < size; j++) has_nan |= x[j] != x[j];
   if (has_nan) return std::find_if(x, x + size, [](float y) { return y != y; }) - x;
   int64_t best = 0;
   if (i > 0)
-    for (int lane = 0; lane < kColumns; lane++) {
-      const int64_t at = static_cast<int64_t>(blocks[lane]) * kColumns + lane;
+    for (int lane = 0; lane < kLanes; lane++) {
+      const int64_t at = static_cast<int64_t>(blocks[lane]) * kLanes + lane;
       if (x[at] > x[best] || (x[at] == x[best] && at < best)) best = at;
     }
   for (int64_t j = i; j < size; j++)
@@ -85,8 +85,8 @@ inline int64_t row_words(const Linear& linear) {
   switch (linear.format) {
     case kLinearFloat32: return PlainProduct<Float32Format>::row_words(linear.inputs);
     case kLinearBFloat16: return PlainProduct<BFloat16Format>::row_words(linear.inputs);
-    case kLinearInt8: return GroupedProduct<1>::row_words(linear.inputs);
-    default: return GroupedProduct<2>::row_words(linear.inputs);
+    case kLinearInt8: return GroupedProduct<false>::row_words(linear.inputs);
+    default: return GroupedProduct<true>::row_words(linear.inputs);
   }
 }
 
@@ -94,9 +94,9 @@ inline int64_t row_words(const Linear& linear) {
 inline void prepare_row(const Linear& linear, const float* x, uint32_t* words) {
   switch (linear.format) {
     case kLinearFloat32: return convert_row(x, linear.inputs, reinterpret_cast<float*>(words));
-    case kLinearBFloat16: return convert_row(x, linear.inputs, reinterpret_cast<BFloat16*>(words));
-    case kLinearInt8: return write_planes<1>(x, linear.inputs, words);
-    default: return write_planes<2>(x, linear.inputs, words);
+    case kLinearBFloat16: return convert_row(x, linear.inputs, reinterpret_cast<BFloat16Format::Input*>(words));
+    case kLinearInt8: return GroupedProduct<false>::write_row(x, linear.inputs, words);
+    default: return GroupedProduct<true>::write_row(x, linear.inputs, words);
   }
 }
 

@@ -1,18 +1,23 @@
 // Work of paged attention: cut into items that threads take one after another, and what is done with each.
 //
 // The rows of a sequence that share a kv head (tokens x heads of the group) are cut into tiles of up to kMaxRows, so
-// that each key and value that is loaded serves several rows. One work item is a tile over all segments of its context.
+// that each key and value that is loaded serves several rows. One work item is a tile over all segments of its context,
+// or, where keys and values must be widened before they can be multiplied, several tiles, which share that work.
 // Where the batch has too few items for the threads (a long context alone), an item is split into runs of segments,
 // whose results are merged afterwards in the same order as within an item; tile.h says why that changes no bit.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "tile.h"
 
 namespace torchrelay {
+
+// Tiles of one item at most, see `widens`.
+constexpr int kTilesTogether = 16;
 
 // Multiply-adds worth a thread's start: below, waking it costs more than it saves.
 constexpr int64_t kWorkPerThread = 200'000;
@@ -43,6 +48,17 @@ inline int padded_rows(int num_rows) {
   return kMaxRows;
 }
 
+// Rows of an item of several tiles.
+inline int padded_rows_of_item(int num_rows) {
+  return num_rows / kMaxRows * kMaxRows + (num_rows % kMaxRows ? padded_rows(num_rows % kMaxRows) : 0);
+}
+
+// Whether numbers of this type become floats before they are multiplied.
+template <typename T>
+constexpr bool kWidens = !std::is_same_v<T, float> && !kPaired<T>;
+
+inline bool widens(const Arguments& a) { return a.element_type == kBFloat16 && kWidens<BFloat16>; }
+
 inline Visible visible_tokens(const Arguments& a, int sequence, int token) {
   const int num_queries = a.query_starts[sequence + 1] - a.query_starts[sequence];
   const int last = a.context_lens[sequence] - num_queries + token + 1;
@@ -50,17 +66,30 @@ inline Visible visible_tokens(const Arguments& a, int sequence, int token) {
   return {first, last};
 }
 
+// How many tiles an item has where there are enough: so many that each thread still finds several items.
+inline int tiles_together(const Arguments& a) {
+  if (!widens(a)) return 1;
+  const int group = group_size(a);
+  int64_t num_tiles = 0;
+  for (int sequence = 0; sequence < a.num_seqs; sequence++)
+    num_tiles += (a.query_starts[sequence + 1] - a.query_starts[sequence]) * group / kMaxRows * a.num_kv_heads;
+  int together = kTilesTogether;
+  while (together > 1 && num_tiles / together < 8 * a.num_threads) together /= 2;
+  return together;
+}
+
 inline Plan make_plan(const Arguments& a) {
   Plan plan;
   const int group = group_size(a);
   int64_t total_cost = 0;
+  const int most_rows = tiles_together(a) * kMaxRows;
   for (int sequence = 0; sequence < a.num_seqs; sequence++) {
     const int num_rows = (a.query_starts[sequence + 1] - a.query_starts[sequence]) * group;
-    for (int row = 0; row < num_rows; row += kMaxRows) {
-      const int rows = std::min(kMaxRows, num_rows - row);
+    for (int row = 0; row < num_rows; row += most_rows) {
+      const int rows = std::min(most_rows, num_rows - row);
       const int first = visible_tokens(a, sequence, row / group).first;
       const int last = visible_tokens(a, sequence, (row + rows - 1) / group).last;
-      const int64_t cost = static_cast<int64_t>(padded_rows(rows)) * (last - first);
+      const int64_t cost = static_cast<int64_t>(padded_rows_of_item(rows)) * (last - first);
       for (int head = 0; head < a.num_kv_heads; head++)
         plan.items.push_back({sequence, head, row, rows, first / kSegment, (last - 1) / kSegment + 1, -1, cost});
       total_cost += cost * a.num_kv_heads;
@@ -76,7 +105,7 @@ inline Plan make_plan(const Arguments& a) {
   for (size_t i = 0; i < num_tiles; i++) {
     const Item tile = plan.items[i];
     const int num_segments = tile.last_segment - tile.first_segment;
-    if (tile.cost <= share || num_segments == 1) continue;
+    if (tile.cost <= share || num_segments == 1 || tile.num_rows > kMaxRows) continue;
     const int64_t wanted_parts = tile.cost / std::max<int64_t>(share, 1) + 1;
     const int num_parts = static_cast<int>(std::min<int64_t>(num_segments, wanted_parts));
     const int per_part = (num_segments + num_parts - 1) / num_parts;
@@ -140,21 +169,33 @@ void write_token(const Arguments& a, int64_t token) {
   }
 }
 
-// Scratch of one thread: scores, the query tile, and two results of kMaxRows rows.
+// Scratch of one thread: scores, the query tile, and two results of kMaxRows rows; for items of several tiles a query and
+// a result of each, and a widened segment.
 struct Scratch {
   float* scores;
   float* query;
   Partial whole, part;
+  float* queries;  // [kTilesTogether] of query_size
+  float* wholes;   // [kTilesTogether] of partial_size
+  float *keys, *values;
 
   static int64_t partial_size(const Arguments& a) { return kMaxRows * (2 + a.value_dim); }
+  static int64_t query_size(const Arguments& a) { return kMaxRows * (a.key_dim + 1); }
   static int64_t size(const Arguments& a) {
-    const int64_t floats = kMaxRows * (kSegment + a.key_dim + 1) + 2 * partial_size(a);
+    int64_t floats = kMaxRows * kSegment + query_size(a) + 2 * partial_size(a);
+    if (widens(a))
+      floats += kTilesTogether * (query_size(a) + partial_size(a)) + kSegment * (a.key_dim + a.value_dim) + 32;
     return (floats + 31) / 16 * 16;  // whole cache lines, and one between neighbours
   }
   Scratch(const Arguments& a, float* memory)
-      : scores(memory), query(memory + kMaxRows * kSegment), whole(at(query + kMaxRows * (a.key_dim + 1))),
-        part(at(query + kMaxRows * (a.key_dim + 1) + partial_size(a))) {}
+      : scores(memory), query(memory + kMaxRows * kSegment), whole(at(query + query_size(a))),
+        part(at(query + query_size(a) + partial_size(a))), queries(query + query_size(a) + 2 * partial_size(a)),
+        wholes(queries + kTilesTogether * query_size(a)),
+        keys(aligned(wholes + kTilesTogether * partial_size(a))), values(keys + kSegment * a.key_dim) {}
   static Partial at(float* memory) { return {memory, memory + kMaxRows, memory + 2 * kMaxRows}; }
+  static float* aligned(float* memory) {
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+  }
 };
 
 template <typename T>
@@ -166,6 +207,7 @@ Tile<T> make_tile(const Arguments& a, const Item& item, int rows, float* query) 
   tile.keys = static_cast<const T*>(a.key_cache) + item.kv_head * padded_key_dim<T>(a.key_dim) * kBlockSize;
   tile.values = static_cast<const T*>(a.value_cache) + item.kv_head * a.value_dim * kBlockSize;
   tile.blocks = a.block_tables + item.sequence * a.block_table_stride;
+  tile.first_block = 0;
   tile.key_dim = static_cast<int>(a.key_dim);
   tile.value_dim = static_cast<int>(a.value_dim);
   tile.scale = a.scale;
@@ -234,7 +276,7 @@ void fetch_start(const Arguments& a, const Item& item) {
 }
 
 template <typename T, int R>
-void run_item(const Arguments& a, const Item& item, const Scratch& scratch, float* partials) {
+void run_tile_item(const Arguments& a, const Item& item, const Scratch& scratch, float* partials) {
   const Tile<T> tile = make_tile<T>(a, item, R, scratch.query);
   if (item.partials >= 0) {
     for (int s = item.first_segment; s < item.last_segment; s++)
@@ -250,20 +292,85 @@ void run_item(const Arguments& a, const Item& item, const Scratch& scratch, floa
   finish_rows<T>(a, item, scratch.whole);
 }
 
-template <typename T>
-void run_item(const Arguments& a, const Item& item, const Scratch& scratch, float* partials) {
-  switch (padded_rows(item.num_rows)) {
-    case 1: return run_item<T, 1>(a, item, scratch, partials);
-    case 2: return run_item<T, 2>(a, item, scratch, partials);
-    case 3: return run_item<T, 3>(a, item, scratch, partials);
-    case 4: return run_item<T, 4>(a, item, scratch, partials);
-    case 6: return run_item<T, 6>(a, item, scratch, partials);
+// Calls work(integral_constant) with the number of rows that a tile is computed as.
+template <typename Work>
+void with_rows(int num_rows, Work work) {
+  switch (padded_rows(num_rows)) {
+    case 1: return work(std::integral_constant<int, 1>());
+    case 2: return work(std::integral_constant<int, 2>());
+    case 3: return work(std::integral_constant<int, 3>());
+    case 4: return work(std::integral_constant<int, 4>());
+    case 6: return work(std::integral_constant<int, 6>());
     default: break;
   }
   if constexpr (kMaxRows > 6) {
-    if (item.num_rows <= 8) return run_item<T, 8>(a, item, scratch, partials);
-    return run_item<T, 12>(a, item, scratch, partials);
+    if (num_rows <= 8) return work(std::integral_constant<int, 8>());
+    return work(std::integral_constant<int, 12>());
   }
+}
+
+template <typename T>
+void widen(const T* source, int64_t size, float* target) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(target + i, load(source + i));
+  for (; i < size; i++) target[i] = to_float(source[i]);
+}
+
+// Several tiles segment by segment, each as it would be alone: widening rounds nothing.
+template <typename T>
+void run_widened(const Arguments& a, const Item& item, const Scratch& scratch) {
+  Tile<float> tiles[kTilesTogether];
+  Item items[kTilesTogether];
+  Partial wholes[kTilesTogether];
+  int num_tiles = 0;
+  Tile<T> narrow;
+  for (int row = 0; row < item.num_rows; row += kMaxRows, num_tiles++) {
+    Item& part = items[num_tiles] = item;
+    part.first_row = item.first_row + row;
+    part.num_rows = std::min(kMaxRows, item.num_rows - row);
+    const int rows = padded_rows(part.num_rows);
+    narrow = make_tile<T>(a, part, rows, scratch.queries + num_tiles * Scratch::query_size(a));
+    part.first_segment = narrow.some.first / kSegment;
+    part.last_segment = (narrow.some.last - 1) / kSegment + 1;
+    Tile<float>& tile = tiles[num_tiles];
+    tile.keys = scratch.keys, tile.values = scratch.values;
+    tile.key_block_stride = a.key_dim * kBlockSize, tile.value_block_stride = a.value_dim * kBlockSize;
+    tile.blocks = nullptr;
+    tile.key_dim = narrow.key_dim, tile.value_dim = narrow.value_dim;
+    tile.scale = narrow.scale, tile.softcap = narrow.softcap;
+    tile.query = narrow.query;
+    std::copy_n(narrow.visible, rows, tile.visible);
+    tile.all = narrow.all, tile.some = narrow.some;
+    wholes[num_tiles] = Scratch::at(scratch.wholes + num_tiles * Scratch::partial_size(a));
+    begin_rows(a, part, rows, wholes[num_tiles]);
+  }
+  for (int s = item.first_segment; s < item.last_segment; s++) {
+    const int first_block = std::max(s * kSegment, tiles[0].some.first) / kBlockSize;
+    const int last_token = std::min((s + 1) * kSegment, tiles[num_tiles - 1].some.last);
+    for (int block = first_block; block * kBlockSize < last_token; block++) {
+      const int64_t from = narrow.blocks[block], to = block - s * (kSegment / kBlockSize);
+      widen(narrow.keys + from * narrow.key_block_stride, a.key_dim * kBlockSize,
+            scratch.keys + to * a.key_dim * kBlockSize);
+      widen(narrow.values + from * narrow.value_block_stride, a.value_dim * kBlockSize,
+            scratch.values + to * a.value_dim * kBlockSize);
+    }
+    for (int t = 0; t < num_tiles; t++) {
+      if (s < items[t].first_segment || s >= items[t].last_segment) continue;
+      tiles[t].first_block = s * (kSegment / kBlockSize);
+      with_rows(items[t].num_rows, [&](auto rows) {
+        attend_segment<float, rows>(tiles[t], s, scratch.scores, scratch.part);
+        merge(wholes[t], scratch.part, rows, tiles[t].value_dim);
+      });
+    }
+  }
+  for (int t = 0; t < num_tiles; t++) finish_rows<T>(a, items[t], wholes[t]);
+}
+
+template <typename T>
+void run_item(const Arguments& a, const Item& item, const Scratch& scratch, float* partials) {
+  if constexpr (kWidens<T>)
+    if (item.num_rows > kMaxRows) return run_widened<T>(a, item, scratch);
+  with_rows(item.num_rows, [&](auto rows) { run_tile_item<T, rows>(a, item, scratch, partials); });
 }
 
 template <typename T>

@@ -51,7 +51,8 @@ struct Tile {
   const T* keys;    // of this kv head in block 0
   const T* values;  // of this kv head in block 0
   int64_t key_block_stride, value_block_stride;
-  const int32_t* blocks;  // the sequence's block table
+  const int32_t* blocks;  // the sequence's block table; null: blocks lie side by side from `first_block` on
+  int first_block;
   int key_dim, value_dim;
   float scale, softcap;
   const float* query;  // [key_dim, rows], scaled; of paired types [pairs of key_dim, rows], not scaled
@@ -62,13 +63,15 @@ struct Tile {
   // Products of paired types are scaled when they become weights, but for a softcap, which comes between.
   float scale_of_scores() const { return kPaired<T> && !(softcap > 0.0f) ? scale : 1.0f; }
 
+  int64_t place(int block) const { return blocks ? blocks[block] : block - first_block; }
+
   // A paired type's unit is a whole block.
   const T* key_unit(int unit) const {
-    return keys + blocks[unit / kUnitsPerBlock] * key_block_stride + unit % kUnitsPerBlock * kLanes;
+    return keys + place(unit / kUnitsPerBlock) * key_block_stride + unit % kUnitsPerBlock * kLanes;
   }
+  const T* value_block(int block) const { return values + place(block) * value_block_stride; }
   const T* value_unit(int unit) const {
-    return values + blocks[unit / kUnitsPerBlock] * value_block_stride +
-           static_cast<int64_t>(unit % kUnitsPerBlock * kLanes) * value_dim;
+    return value_block(unit / kUnitsPerBlock) + static_cast<int64_t>(unit % kUnitsPerBlock * kLanes) * value_dim;
   }
 };
 
@@ -151,8 +154,8 @@ inline void weigh_values(const Tile<T>& tile, int begin, int end, const float* w
   for (int token = begin; token < end;) {
     const int block = token / kBlockSize;
     const int block_end = std::min(end, (block + 1) * kBlockSize);
-    const T* values = tile.values + tile.blocks[block] * tile.value_block_stride + first_dim +
-                      static_cast<int64_t>(token % kBlockSize) * tile.value_dim;
+    const T* values =
+        tile.value_block(block) + first_dim + static_cast<int64_t>(token % kBlockSize) * tile.value_dim;
     for (; token < block_end; token++, values += tile.value_dim) {
       const float* weight = weights + (token / kLanes - first_unit) * R * kLanes + token % kLanes;
       Floats value[C];
@@ -178,8 +181,8 @@ inline void weigh_pairs(const Tile<BFloat16>& tile, int begin, int end, const BF
   for (int token = begin / 2 * 2; token < end;) {
     const int block = token / kBlockSize;
     const int block_end = std::min(end, (block + 1) * kBlockSize);
-    const BFloat16* values = tile.values + tile.blocks[block] * tile.value_block_stride + 2 * first_dim +
-                             static_cast<int64_t>(token % kBlockSize) * tile.value_dim;
+    const BFloat16* values =
+        tile.value_block(block) + 2 * first_dim + static_cast<int64_t>(token % kBlockSize) * tile.value_dim;
     const BFloat16* weight = weights + (token / kLanes - first_unit) * R * kLanes + token % kLanes;
     for (; token < block_end; token += 2, weight += 2, values += 2 * tile.value_dim) {
       Pairs value[C];
@@ -219,7 +222,7 @@ inline void weigh_all_values(const Tile<T>& tile, int begin, int end, const Weig
         float sum = 0.0f;
         for (int token = begin; token < end; token++) {
           const float weight = to_float(weights[((token / kLanes - first_unit) * R + r) * kLanes + token % kLanes]);
-          const T* values = tile.values + tile.blocks[token / kBlockSize] * tile.value_block_stride;
+          const T* values = tile.value_block(token / kBlockSize);
           const int64_t offset = token % kBlockSize;
           sum += weight * to_float(kPaired<T> ? values[(offset / 2 * tile.value_dim + first_dim) * 2 + offset % 2]
                                               : values[offset * tile.value_dim + first_dim]);

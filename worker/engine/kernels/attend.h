@@ -55,7 +55,7 @@ inline int padded_rows_of_item(int num_rows) {
 
 // Whether numbers of this type become floats before they are multiplied.
 template <typename T>
-constexpr bool kWidens = !std::is_same_v<T, float> && !kPaired<T>;
+constexpr bool kWidens = std::is_same_v<T, BFloat16> && !kPaired<T>;
 
 inline bool widens(const Arguments& a) { return a.element_type == kBFloat16 && kWidens<BFloat16>; }
 
@@ -177,7 +177,7 @@ struct Scratch {
   Partial whole, part;
   float* queries;  // [kTilesTogether] of query_size
   float* wholes;   // [kTilesTogether] of partial_size
-  float *keys, *values;
+  Widened *keys, *values;
 
   static int64_t partial_size(const Arguments& a) { return kMaxRows * (2 + a.value_dim); }
   static int64_t query_size(const Arguments& a) { return kMaxRows * (a.key_dim + 1); }
@@ -193,8 +193,8 @@ struct Scratch {
         wholes(queries + kTilesTogether * query_size(a)),
         keys(aligned(wholes + kTilesTogether * partial_size(a))), values(keys + kSegment * a.key_dim) {}
   static Partial at(float* memory) { return {memory, memory + kMaxRows, memory + 2 * kMaxRows}; }
-  static float* aligned(float* memory) {
-    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+  static Widened* aligned(float* memory) {
+    return reinterpret_cast<Widened*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
   }
 };
 
@@ -309,17 +309,19 @@ void with_rows(int num_rows, Work work) {
   }
 }
 
+// Converts a block; meanwhile the one that follows is fetched, which lies elsewhere.
 template <typename T>
-void widen(const T* source, int64_t size, float* target) {
+void widen(const T* source, const T* next, int64_t size, Widened* target) {
+  for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next + i);
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) store(target + i, load(source + i));
-  for (; i < size; i++) target[i] = to_float(source[i]);
+  for (; i < size; i++) from_float(to_float(source[i]), target + i);
 }
 
 // Several tiles segment by segment, each as it would be alone: widening rounds nothing.
 template <typename T>
 void run_widened(const Arguments& a, const Item& item, const Scratch& scratch) {
-  Tile<float> tiles[kTilesTogether];
+  Tile<Widened> tiles[kTilesTogether];
   Item items[kTilesTogether];
   Partial wholes[kTilesTogether];
   int num_tiles = 0;
@@ -332,7 +334,7 @@ void run_widened(const Arguments& a, const Item& item, const Scratch& scratch) {
     narrow = make_tile<T>(a, part, rows, scratch.queries + num_tiles * Scratch::query_size(a));
     part.first_segment = narrow.some.first / kSegment;
     part.last_segment = (narrow.some.last - 1) / kSegment + 1;
-    Tile<float>& tile = tiles[num_tiles];
+    Tile<Widened>& tile = tiles[num_tiles];
     tile.keys = scratch.keys, tile.values = scratch.values;
     tile.key_block_stride = a.key_dim * kBlockSize, tile.value_block_stride = a.value_dim * kBlockSize;
     tile.blocks = nullptr;
@@ -349,16 +351,17 @@ void run_widened(const Arguments& a, const Item& item, const Scratch& scratch) {
     const int last_token = std::min((s + 1) * kSegment, tiles[num_tiles - 1].some.last);
     for (int block = first_block; block * kBlockSize < last_token; block++) {
       const int64_t from = narrow.blocks[block], to = block - s * (kSegment / kBlockSize);
-      widen(narrow.keys + from * narrow.key_block_stride, a.key_dim * kBlockSize,
-            scratch.keys + to * a.key_dim * kBlockSize);
-      widen(narrow.values + from * narrow.value_block_stride, a.value_dim * kBlockSize,
-            scratch.values + to * a.value_dim * kBlockSize);
+      const int64_t next = (block + 1) * kBlockSize < last_token ? narrow.blocks[block + 1] : from;
+      widen(narrow.keys + from * narrow.key_block_stride, narrow.keys + next * narrow.key_block_stride,
+            a.key_dim * kBlockSize, scratch.keys + to * a.key_dim * kBlockSize);
+      widen(narrow.values + from * narrow.value_block_stride, narrow.values + next * narrow.value_block_stride,
+            a.value_dim * kBlockSize, scratch.values + to * a.value_dim * kBlockSize);
     }
     for (int t = 0; t < num_tiles; t++) {
       if (s < items[t].first_segment || s >= items[t].last_segment) continue;
       tiles[t].first_block = s * (kSegment / kBlockSize);
       with_rows(items[t].num_rows, [&](auto rows) {
-        attend_segment<float, rows>(tiles[t], s, scratch.scores, scratch.part);
+        attend_segment<Widened, rows>(tiles[t], s, scratch.scores, scratch.part);
         merge(wholes[t], scratch.part, rows, tiles[t].value_dim);
       });
     }

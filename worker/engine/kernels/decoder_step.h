@@ -45,6 +45,14 @@ struct AttentionPlan {
   Plan plan;
 };
 
+// What a piece of a product keeps in the second-level cache: panels, and a stretch of rows that meets each of them.
+// Processors with AVX-512 have 1 MiB or more, others half of that.
+#if defined(__AVX512F__)
+constexpr int64_t kPanelBytes = 512 << 10, kStretchBytes = 512 << 10, kMostPanels = 4;
+#else
+constexpr int64_t kPanelBytes = 256 << 10, kStretchBytes = 128 << 10, kMostPanels = 8;
+#endif
+
 template <typename T>
 class Step {
  public:
@@ -334,6 +342,11 @@ class Step {
     }
   }
 
+  // How many pieces of so many words go into `bytes`, within limits.
+  static int64_t fitting(int64_t bytes, int64_t words, int64_t least, int64_t most) {
+    return std::clamp<int64_t>(bytes / static_cast<int64_t>(words * sizeof(uint32_t)), least, most);
+  }
+
   // How many panels to take at a time, `most` or fewer: so many that the thread with the most has the least.
   int64_t even_share(int64_t num_panels, int64_t most) const {
     const auto longest = [&](int64_t together) {
@@ -350,13 +363,14 @@ class Step {
   // waits for memory to bring them; while the others compute, the panels of the piece after are fetched.
   template <typename Product, typename Take>
   void multiply(const Linear& linear, const uint32_t* rows, int64_t num_rows, Take take) {
-    constexpr int64_t kTilesTogether = 8;
     const int64_t panel_words = Product::panel_words(linear.inputs), row_words = Product::row_words(linear.inputs);
+    const int64_t most_panels = fitting(kPanelBytes, panel_words, 1, kMostPanels);
+    const int64_t tiles_together = fitting(kStretchBytes, Product::kMostRows * row_words, 2, 8);
     const int64_t num_panels = (linear.outputs + kPanel - 1) / kPanel;
     const int64_t num_tiles = (num_rows + Product::kMostRows - 1) / Product::kMostRows;
-    const int64_t num_stretches = (num_tiles + kTilesTogether - 1) / kTilesTogether;
+    const int64_t num_stretches = (num_tiles + tiles_together - 1) / tiles_together;
     const int64_t share = num_panels / (team_.size() * 3);
-    const int64_t together = even_share(num_panels, std::clamp<int64_t>(num_tiles == 1 ? share / 2 : share, 1, 4));
+    const int64_t together = even_share(num_panels, std::clamp<int64_t>(num_tiles == 1 ? share / 2 : share, 1, most_panels));
     const int64_t num_groups = (num_panels + together - 1) / together;
     for (int64_t piece = team_.next(); piece < num_groups * num_stretches; piece = team_.next()) {
       const int64_t first_panel = piece / num_stretches * together;

@@ -45,6 +45,11 @@ inline Floats load(const float* source) {
   return x;
 }
 
+// A bfloat16 as a float.
+struct Widened {
+  float number;
+};
+
 // A bfloat16 is the upper half of a float.
 inline Floats load(const BFloat16* source) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -57,9 +62,13 @@ inline Floats load(const BFloat16* source) {
 #endif
 }
 
+inline Floats load(const Widened* source) { return load(&source->number); }
+
 inline void store(float* target, Floats x) { std::memcpy(target, &x, sizeof x); }
+inline void store(Widened* target, Floats x) { store(&target->number, x); }
 
 inline Floats load_keys(const float* source) { return load(source); }
+inline Floats load_keys(const Widened* source) { return load(source); }
 inline float broadcast_for(Floats, const float* source) { return *source; }
 inline Floats multiply_add(Floats a, float b, Floats sum) { return a * b + sum; }
 
@@ -103,6 +112,20 @@ inline void store(BFloat16* target, Floats x) {
 #else
 inline Floats load_keys(const BFloat16* source) { return load(source); }
 
+// As above, but exactly 0 below -126, and of 2^f on [-1/2, 1/2].
+inline Floats rough_power_of_two(Floats x) {
+  const Floats shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Floats clamped = x < -126.0f ? broadcast(-126.0f) : x;
+  const Floats shifted = clamped + shift;
+  const Floats f = clamped - (shifted - shift);
+  Floats p = broadcast(5.517167e-2f);
+  p = p * f + 2.4261113e-1f;
+  p = p * f + 6.9326099e-1f;
+  p = p * f + 9.9992807e-1f;
+  const Floats power = (Floats)((Ints)p + ((Ints)shifted << 23));
+  return x < -126.0f ? Floats{} : (x == x ? power : x);
+}
+
 inline void store(BFloat16* target, Floats x) {
   const Bits bits = (Bits)x;
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -113,6 +136,7 @@ inline void store(BFloat16* target, Floats x) {
 #endif
 
 inline float to_float(float x) { return x; }
+inline float to_float(Widened x) { return x.number; }
 
 inline float to_float(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -122,6 +146,7 @@ inline float to_float(BFloat16 x) {
 }
 
 inline void from_float(float x, float* target) { *target = x; }
+inline void from_float(float x, Widened* target) { target->number = x; }
 
 // Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
 inline void from_float(float x, BFloat16* target) {

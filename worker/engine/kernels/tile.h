@@ -152,12 +152,10 @@ inline void weigh_values(const Tile<T>& tile, int begin, int end, const float* w
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sums[r][c] = Floats{};
   for (int token = begin; token < end;) {
-    const int block = token / kBlockSize;
-    const int block_end = std::min(end, (block + 1) * kBlockSize);
-    const T* values =
-        tile.value_block(block) + first_dim + static_cast<int64_t>(token % kBlockSize) * tile.value_dim;
-    for (; token < block_end; token++, values += tile.value_dim) {
-      const float* weight = weights + (token / kLanes - first_unit) * R * kLanes + token % kLanes;
+    const int unit = token / kLanes, unit_end = std::min(end, (unit + 1) * kLanes);
+    const T* values = tile.value_unit(unit) + first_dim + static_cast<int64_t>(token % kLanes) * tile.value_dim;
+    const float* weight = weights + (unit - first_unit) * R * kLanes + token % kLanes;
+    for (; token < unit_end; token++, weight++, values += tile.value_dim) {
       Floats value[C];
       for (int c = 0; c < C; c++) value[c] = load(values + c * kLanes);
       for (int r = 0; r < R; r++)
@@ -239,14 +237,14 @@ constexpr int vectors_at_a_time(int rows) {
   return vectors;
 }
 
-// e^(score * scale - maximum), as precisely as the weights are kept.
+// e^(score * scale - maximum), as precisely as keys and values are kept.
 template <typename T>
 inline Floats weight_of(Floats score, float scale, float maximum) {
-#if defined(__AVX512BF16__)
   constexpr float kLog2E = 1.44269504088896341f;
-  if constexpr (kPaired<T>) return rough_power_of_two(score * (scale * kLog2E) - maximum * kLog2E);
-#endif
-  return exponential(score * scale - maximum);
+  if constexpr (!std::is_same_v<T, float>)
+    return rough_power_of_two(score * (scale * kLog2E) - maximum * kLog2E);
+  else
+    return exponential(score * scale - maximum);
 }
 
 // One segment for R rows. `scores` has room for kSegment * R floats.

@@ -250,11 +250,10 @@ class Measurement:
         wanted = entry.rounds.get(name, self._rounds)
         return wanted > 0 and sum(map(is_quiet, runs)) < wanted and len(runs) < wanted + self._spare
 
-    def _take_turn(self, seat: Seat, name: str, variant: int) -> None:
+    def _take_turn(self, seat: Seat, name: str, variant: int, **more: int) -> None:
         label = seat.entry.label
-        answer = self._ask(
-            seat, {"workload": name, "variant": variant, "num_requests": seat.entry.num_requests.get(name)}
-        )
+        order = {"workload": name, "variant": variant % NUM_VARIANTS, **more}
+        answer = self._ask(seat, {**order, "num_requests": seat.entry.num_requests.get(name)})
         if answer is None:
             return
         run = Run(variant, answer["figures"], answer["others_cpu"], answer["cpu_us_per_token"])
@@ -264,6 +263,16 @@ class Measurement:
             self.results.token_ids[label] = answer["token_ids"]
         shown = ", ".join(f"{key} {value:.1f}" for key, value in run.figures.items())
         note(f"{label}: {name} {variant}: {shown} (others {run.others_cpu:.1%})")
+
+    def alternate(self, name: str, count: int) -> None:
+        """Run a workload so many times in turns, back and forth, each time on text that none has seen.
+
+        For differences that are small beside what a single run varies by. Runs are numbered from 0 as variants.
+        """
+        for number in range(count):
+            seats = list(self._seats.values())
+            for seat in seats if number % 2 == 0 else reversed(seats):
+                self._take_turn(seat, name, number, first_token_id=number + 1)
 
     def sweep(self, widths: Sequence[int]) -> None:
         """Run part of W1 with so many requests at a time, twice as many in all and at least eight."""

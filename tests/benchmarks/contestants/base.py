@@ -54,6 +54,7 @@ class Contestant:
     """An engine under measurement. A subclass loads its model in `__init__(args)`."""
 
     info: dict[str, Any]  # versions and settings, for the report
+    settle_s = 1.0  # after a pause: what fell due meanwhile is done first, such as the renewal of leases
 
     def batch(self, requests: Sequence[Request], max_running: int) -> list[Output]:
         """Decode requests that all arrive now, at most `max_running` at a time (32 where the engine fixes it)."""
@@ -188,6 +189,7 @@ def _answer(contestant: Contestant, workload: Workload, order: dict[str, Any]) -
             return {"unable": str(error)}
         return {"scores": [{"logprobs": score.logprobs, "best": score.best} for score in scores]}
     requests = workload.runs[order["workload"]][order["variant"]]
+    time.sleep(contestant.settle_s)
     # After a pause its threads have slept, and other engines have used the caches.
     contestant.stream(Request(workload.warm_up[0].prompt, 2))
     requests = requests[: order.get("num_requests") or len(requests)]

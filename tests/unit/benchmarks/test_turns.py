@@ -65,6 +65,16 @@ def test_disturbed_runs_are_repeated_while_there_are_spare_ones(
     assert [run.variant for run in runs] == [0, 1, 2]
 
 
+def test_alternating_turns_go_back_and_forth(make_measurement: Callable[..., Measurement], order: list[str]) -> None:
+    with make_measurement() as measurement:
+        measurement.start(make_entry("a"))
+        measurement.start(make_entry("b"))
+        order.clear()
+        measurement.alternate("W2", NUM_VARIANTS + 1)
+    assert order[:4] == ["a bf16: W2 0", "b bf16: W2 0", "b bf16: W2 1", "a bf16: W2 1"]
+    assert [run.variant for run in measurement.results.runs["b bf16"]["W2"]] == list(range(NUM_VARIANTS + 1))
+
+
 def test_one_that_ends_is_reported_with_its_log_and_the_rest_go_on(
     make_measurement: Callable[..., Measurement], order: list[str]
 ) -> None:

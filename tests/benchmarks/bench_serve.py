@@ -1,8 +1,8 @@
 """`make bench-serve`: what serving costs, W1 and W2 through gateway and queue against the engine in process.
 
 Client, gateway, queue, worker and the engine alone share this machine and take turns, run by run; in W2, whose times
-differ by little, many times. Prints tables and, as its last line, one JSON object: the ratio of throughputs, the CPU time
-of each part per token, the median difference of the times to the first token. Exits with 1 if a budget is missed.
+differ by little, many times. Prints tables and, as its last line, one JSON object: the ratio of throughputs, the CPU
+time of each part per token, the median difference of the times to the first token. Exits with 1 if a budget is missed.
 """
 
 from __future__ import annotations

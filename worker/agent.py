@@ -32,6 +32,7 @@ log = structlog.get_logger()
 
 _RETRY_S: Final = 0.5
 _TIDY_S: Final = 1.0
+_LOG_AFTER_S: Final = 0.002
 
 
 class StepHungError(Exception):
@@ -115,8 +116,8 @@ class Agent:
         for job in jobs:
             self._stop_computing(job.generation_id)  # held at an older epoch: what was computed for it is void
             self._engine.submit(self._holdings.add(job, time.monotonic()))
-            # After the work has begun: a line of log takes a third of a millisecond.
-            log.info("job.claimed", generation_id=job.generation_id, epoch=job.epoch, events=len(job.events))
+            # Once the work has begun: a line of log holds the interpreter's lock for a third of a millisecond.
+            asyncio.get_running_loop().call_later(_LOG_AFTER_S, _log_claimed, job)
         if self._holdings:
             self._emptied.clear()
 
@@ -227,3 +228,7 @@ class Agent:
         except ServingError as error:
             log.warning("server.unavailable", reason=error.reason)
             await asyncio.sleep(_RETRY_S)
+
+
+def _log_claimed(job: ClaimedJob) -> None:
+    log.info("job.claimed", generation_id=job.generation_id, epoch=job.epoch, events=len(job.events))

@@ -2,8 +2,9 @@
 
 Commands go in through a lock-protected list, results come out with one wake-up of the event loop per step. The thread
 pauses while two steps are not acknowledged: that is the back-pressure of the whole worker, and it bounds how many steps
-a cancelled request still takes part in, also while it only prefills. The thread sleeps on a condition when there is
-nothing to do, and applies commands at once even while paused.
+a cancelled request still takes part in, also while it only prefills. After the first token of a request that is alone
+it pauses at one: where a step takes all cores, that token would else share them with the next step all the way to its
+caller. The thread sleeps on a condition when there is nothing to do, and applies commands at once even while paused.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class EngineThread:
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next two
         self._unacknowledged: deque[int] = deque()
+        self._most_unacknowledged = MAX_UNACKNOWLEDGED_STEPS
         self._is_stopping = False
         self._results: asyncio.Queue[StepResult | None] = asyncio.Queue()  # two steps at most; None is the end
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -154,7 +156,7 @@ class EngineThread:
             log.warning("engine.duplicate_request", request_id=request.request_id)
 
     def _may_step(self) -> bool:
-        return self._engine.has_work and len(self._unacknowledged) < MAX_UNACKNOWLEDGED_STEPS
+        return self._engine.has_work and len(self._unacknowledged) < self._most_unacknowledged
 
     def _step(self) -> None:
         result = self._engine.step(self._clock())
@@ -162,6 +164,8 @@ class EngineThread:
         self._last_step_at = self._clock()
         with self._changed:
             self._unacknowledged.append(result.step)
+            is_lone_start = len(self._stats.held_request_ids) == 1 and _has_first_token(result)
+            self._most_unacknowledged = 1 if is_lone_start else MAX_UNACKNOWLEDGED_STEPS
         self._deliver(result)
 
     def _deliver(self, result: StepResult | None) -> None:
@@ -171,3 +175,7 @@ class EngineThread:
         except RuntimeError:  # the event loop is closed, so nobody is left to listen
             with self._changed:
                 self._is_stopping = True
+
+
+def _has_first_token(result: StepResult) -> bool:
+    return any(delta.first_token_index == 0 and delta.token_ids for out in result.outputs for delta in out.deltas)

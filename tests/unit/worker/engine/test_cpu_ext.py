@@ -217,9 +217,12 @@ def test_any_small_batch_matches(data: st.DataObject) -> None:
     assert_matches_oracle(case, backend(data.draw(st.sampled_from(LEVELS))), chunk=data.draw(st.integers(1, 64)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_row_is_the_same_to_the_bit_alone_in_a_batch_in_chunks_and_on_any_number_of_threads(level: str) -> None:
-    case = make_case([1, 300, 2], [2900, 900, 1200])
+def test_a_row_is_the_same_to_the_bit_alone_in_a_batch_in_chunks_and_on_any_number_of_threads(
+    level: str, dtype: torch.dtype
+) -> None:
+    case = make_case([1, 300, 2], [2900, 900, 1200], dtype=dtype)
     parts, start = [], 0
     for i, n in enumerate(case.num_queries):
         own = slice(i, i + 1)
@@ -236,10 +239,14 @@ def test_a_row_is_the_same_to_the_bit_alone_in_a_batch_in_chunks_and_on_any_numb
         torch.set_num_threads(5)
         together = run(case, backend(level))
         split = torch.cat([run(part, backend(level)) for part in parts])
+        by_token = run(
+            parts[1], backend(level), chunk=1
+        )  # in tiles so small that none shares widened keys with another
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone, together)
     assert torch.equal(split, together)
+    assert torch.equal(by_token, together[1:301])
 
 
 def test_strided_rows_need_no_copy() -> None:

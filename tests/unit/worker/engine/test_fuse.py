@@ -18,6 +18,12 @@ from worker.engine.loadcheck import check_module
 MERGED, PACKED, NORMS = "merged linear layers", "packed linear layers", "norms"
 
 
+def changes_kept(dtype: torch.dtype) -> tuple[str, ...]:
+    """What a Llama-shaped model keeps: oneDNN packs bfloat16 only for processors that multiply it."""
+    can_pack = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (MERGED, PACKED, NORMS) if can_pack else (NORMS,)
+
+
 def logits(module: nn.Module, num_tokens: int = 50) -> torch.Tensor:
     tokens = torch.randint(VOCAB_SIZE, (2, num_tokens), generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
@@ -37,10 +43,11 @@ def test_every_family_keeps_its_logits_and_passes_the_load_check(family: str) ->
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_llama_shaped_families_keep_every_change(family: str, dtype: torch.dtype) -> None:
+def test_llama_shaped_families_keep_every_change_that_the_processor_can(family: str, dtype: torch.dtype) -> None:
     module = tiny_module(family, dtype=dtype)
-    assert speed_up(module) == (MERGED, PACKED, NORMS)
-    assert not any(type(layer) is nn.Linear for layer in module.modules())
+    kept = speed_up(module)
+    assert kept == changes_kept(dtype)
+    assert any(type(layer) is nn.Linear for layer in module.modules()) != (PACKED in kept)
 
 
 def test_gpt2_s_transposed_layers_are_packed() -> None:
@@ -57,7 +64,7 @@ def test_the_demo_model_answers_as_before(dtype: torch.dtype) -> None:
     tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
     with torch.inference_mode():
         before = module(input_ids=tokens, use_cache=False).logits[0].float()
-        assert speed_up(module) == (MERGED, PACKED, NORMS)
+        assert speed_up(module) == changes_kept(dtype)
         after = module(input_ids=tokens, use_cache=False).logits[0].float()
     same = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
     if dtype == torch.float32:

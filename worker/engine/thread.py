@@ -41,7 +41,7 @@ class EngineThread:
         self._engine = engine
         self._clock = clock
         self._changed = threading.Condition()
-        self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next two
+        self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next three
         self._unacknowledged: deque[int] = deque()
         self._most_unacknowledged = MAX_UNACKNOWLEDGED_STEPS
         self._is_stopping = False

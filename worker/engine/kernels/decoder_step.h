@@ -370,7 +370,8 @@ class Step {
     const int64_t num_tiles = (num_rows + Product::kMostRows - 1) / Product::kMostRows;
     const int64_t num_stretches = (num_tiles + tiles_together - 1) / tiles_together;
     const int64_t share = num_panels / (team_.size() * 3);
-    const int64_t together = even_share(num_panels, std::clamp<int64_t>(num_tiles == 1 ? share / 2 : share, 1, most_panels));
+    const int64_t wanted = num_tiles == 1 ? share / 2 : share;
+    const int64_t together = even_share(num_panels, std::clamp<int64_t>(wanted, 1, most_panels));
     const int64_t num_groups = (num_panels + together - 1) / together;
     for (int64_t piece = team_.next(); piece < num_groups * num_stretches; piece = team_.next()) {
       const int64_t first_panel = piece / num_stretches * together;

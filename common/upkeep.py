@@ -43,7 +43,9 @@ class Upkeep:
 
     async def sweep(self, shard: str) -> Swept:
         """End jobs past their deadline or their disconnect grace; begin the grace of dead gateways' jobs."""
-        expired, cancelled, detached = as_list(await self._run("sweep", shard, _MAX_JOBS, _MAX_PARTIES))
+        expired, cancelled, detached = as_list(
+            await self._run("sweep", shard, _MAX_JOBS, _MAX_PARTIES, self._settings.gateway_lease_ms)
+        )
         return Swept(expired=expired, cancelled=cancelled, detached=detached)
 
     async def workers(self, shard: str, limit: int) -> list[LiveWorker]:

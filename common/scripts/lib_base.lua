@@ -23,3 +23,25 @@ local function check_schema()
     return redis.error_reply('SCHEMA stored ' .. stored .. ', spoken ' .. SCHEMA)
   end
 end
+
+-- Leases count for nothing for a while when the server was down or stopped, or its clock has moved: those who hold
+-- them could not renew them, and get one lease of time to do so. `mark` is a field of the shard's meta key: the last call.
+-- Returns the time by which a lease must have ended to count: that of a holder who gave it up (0) always does.
+local LONG_PAUSE_MS = 3000 -- longer than a busy machine delays what is due each second
+local function ended_by(mark, grace_mark, now, lease)
+  local marks = call('HMGET', KEYS[1], mark, grace_mark)
+  local grace = tonumber(marks[2] or 0)
+  if math.abs(now - (marks[1] or 0)) > math.max(lease / 2, LONG_PAUSE_MS) or grace > now + lease then
+    grace = now + lease
+    call('HSET', KEYS[1], grace_mark, int(grace))
+  end
+  call('HSET', KEYS[1], mark, int(now))
+  return now < grace and 0 or now
+end
+
+-- Leases from before the clock went back: their holders may be gone, and would be missed only when it is that late again.
+local function shorten_leases(key, now, lease, most)
+  for _, holder in ipairs(call('ZRANGEBYSCORE', key, int(now + 2 * lease), '+inf', 'LIMIT', 0, most)) do
+    call('ZADD', key, int(now + lease), holder)
+  end
+end

@@ -275,7 +275,7 @@ end
 -- The gateway's lease and stream. The stream's first entry is an empty array: XADD by others does not create a stream, so
 -- that a dead gateway's stream stays dead.
 local function renew_gateway(gid, lease_ms, reply_ttl_ms, now)
-  local is_new = call('ZADD', P .. 'gl', int(now + lease_ms), gid)
+  local is_new = call('ZADD', P .. 'gl', lease_ms > 0 and int(now + lease_ms) or 0, gid)
   local stream = P .. 'gw:' .. gid
   if call('EXISTS', stream) == 0 then call('XADD', stream, '*', 'b', array_head(0)) end
   call('PEXPIRE', stream, int(reply_ttl_ms))

@@ -1,23 +1,14 @@
 #!lua flags=allow-oom
--- Takes the jobs of workers whose lease has ended. Every gateway and idle worker runs it each second; when it has not run
--- for half a lease, and for longer than a busy machine delays it, the server was down or stopped and workers could not
--- renew: they get one lease of grace.
+-- Takes the jobs of workers whose lease has ended. Every gateway and idle worker runs it each second.
 -- ARGV  1 lease ms  2 most workers  3 most jobs of each  4 most fruitless attempts  5 most claims
 -- Reply {requeued, dead-lettered}
 --@include base
 --@include jobs
-local LONG_PAUSE_MS = 3000
 local now, lease = now_ms(), tonumber(ARGV[1])
-local marks = call('HMGET', KEYS[1], 'reaped', 'grace')
-local grace = tonumber(marks[2] or 0)
-if now - (marks[1] or 0) > math.max(lease / 2, LONG_PAUSE_MS) then
-  grace = now + lease
-  call('HSET', KEYS[1], 'grace', int(grace))
-end
-call('HSET', KEYS[1], 'reaped', int(now))
 local requeued, dead = 0, 0
-if now < grace then return { 0, 0 } end
-for _, wid in ipairs(call('ZRANGEBYSCORE', P .. 'wl', '-inf', int(now), 'LIMIT', 0, ARGV[2])) do -- mutant: lease
+local ended = ended_by('reaped', 'grace', now, lease)
+shorten_leases(P .. 'wl', now, lease, ARGV[2])
+for _, wid in ipairs(call('ZRANGEBYSCORE', P .. 'wl', '-inf', int(ended), 'LIMIT', 0, ARGV[2])) do -- mutant: lease
   for _, id in ipairs(call('HRANDFIELD', P .. 'w:' .. wid, ARGV[3])) do
     local j = load(id)
     if not j or j.st ~= 'R' or j.w ~= wid then

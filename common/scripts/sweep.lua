@@ -2,11 +2,11 @@
 -- Ends what nobody else ends: jobs past their deadline (a queued one even with no worker alive), detached jobs past their
 -- grace; and begins the grace of a dead gateway's jobs. Forgets idle tenants whose service counter means nothing any more:
 -- a tenant that comes back is lifted to the floor in any case. Every gateway and idle worker runs it each second.
--- ARGV  1 most jobs of each kind  2 most gateways
+-- ARGV  1 most jobs of each kind  2 most gateways  3 gateway lease ms
 -- Reply {expired, cancelled, detached}
 --@include base
 --@include jobs
-local now, most = now_ms(), tonumber(ARGV[1])
+local now, most, lease = now_ms(), tonumber(ARGV[1]), tonumber(ARGV[3])
 local expired, cancelled, detached = 0, 0, 0
 for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'dl', '-inf', int(now), 'LIMIT', 0, most)) do
   local j = load(id)
@@ -17,7 +17,9 @@ for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'dl', '-inf', int(now), 'LIMIT', 
     call('ZREM', P .. 'dl', id)
   end
 end
-for _, gid in ipairs(call('ZRANGEBYSCORE', P .. 'gl', '-inf', int(now), 'LIMIT', 0, ARGV[2])) do
+local ended = ended_by('swept', 'sweep_grace', now, lease)
+shorten_leases(P .. 'gl', now, lease, ARGV[2])
+for _, gid in ipairs(call('ZRANGEBYSCORE', P .. 'gl', '-inf', int(ended), 'LIMIT', 0, ARGV[2])) do -- mutant: grace
   for _, id in ipairs(call('SRANDMEMBER', P .. 'g:' .. gid, most)) do
     local j = load(id)
     if j and is_live(j) and j.gw == gid then

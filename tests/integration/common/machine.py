@@ -59,7 +59,8 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.workers = [self._new_worker(), self._new_worker()]
         self.ghosts: list[Worker] = []
         self.gateways = [self._new_gateway(), self._new_gateway()]
-        self._run(self.gateways[0].queue.reap(SHARD))  # begins the grace after a start...
+        self._run(self.gateways[0].queue.reap(SHARD))  # these begin the graces after a start...
+        self._run(self.gateways[0].queue.sweep(SHARD))
         self._no_grace()
 
     # -- helpers
@@ -75,8 +76,8 @@ class ProtocolMachine(RuleBasedStateMachine):
 
         return self.parts.runner.run(wait())
 
-    def _no_grace(self) -> None:  # ... which is over now
-        self.parts.superuser.hset(keys.meta(SHARD), "grace", 0)
+    def _no_grace(self) -> None:  # ... which are over now
+        self.parts.superuser.hset(keys.meta(SHARD), mapping={"grace": 0, "sweep_grace": 0})
 
     def _new_worker(self) -> Worker:
         redis = self.parts.worker_redis

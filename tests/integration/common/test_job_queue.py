@@ -355,6 +355,17 @@ async def test_the_sweep_cancels_what_nobody_came_back_for(queue: JobQueue, supe
     assert (record.state, record.reason) == (JobState.CANCELLED, Reason.DISCONNECTED)
 
 
+def server_ms(superuser: redis_sync.Redis) -> int:
+    seconds, microseconds = superuser.time()
+    return int(seconds) * 1000 + int(microseconds) // 1000
+
+
+def end_gateway_lease(superuser: redis_sync.Redis, queue: JobQueue) -> None:
+    """Let a gateway's lease be over, and the grace after the server's start too."""
+    superuser.zadd(keys.gateway_leases(SHARD), {queue.gateway_id: 1}, xx=True)
+    superuser.hset(keys.meta(SHARD), mapping={"sweep_grace": 0, "swept": server_ms(superuser)})
+
+
 async def test_jobs_of_a_dead_gateway_get_their_own_grace(
     queue: JobQueue, gateway_redis: FlakyRedis, superuser: redis_sync.Redis
 ) -> None:
@@ -363,11 +374,45 @@ async def test_jobs_of_a_dead_gateway_get_their_own_grace(
     moved = await queue.enqueue(SHARD, make_job(disconnect_grace_ms=0))
     other = other_queue(gateway_redis)
     await other.attach(moved.generation_id, "acme")
-    superuser.zadd(keys.gateway_leases(SHARD), {queue.gateway_id: 1})
+    end_gateway_lease(superuser, queue)
     assert (await other.sweep(SHARD)).detached == 2
     states = [(await other.get(job.generation_id, "acme")).state for job in (hasty, patient, moved)]
     assert states == [JobState.CANCELLED, JobState.QUEUED, JobState.QUEUED]
     assert not superuser.exists(keys.reply_stream(SHARD, queue.gateway_id))
+
+
+async def test_a_server_that_was_down_takes_no_gateway_for_dead(
+    queue: JobQueue, gateway_redis: FlakyRedis, superuser: redis_sync.Redis
+) -> None:
+    accepted = await queue.enqueue(SHARD, make_job(disconnect_grace_ms=0))
+    end_gateway_lease(superuser, queue)
+    superuser.hset(keys.meta(SHARD), "swept", server_ms(superuser) - 60_000)
+    assert await other_queue(gateway_redis).sweep(SHARD) == Swept()
+    assert (await queue.get(accepted.generation_id, "acme")).state is JobState.QUEUED
+    assert int(superuser.hget(keys.meta(SHARD), "sweep_grace") or 0) > server_ms(superuser) + 5000
+    superuser.hset(keys.meta(SHARD), "sweep_grace", 0)
+    assert (await other_queue(gateway_redis).sweep(SHARD)).detached == 1
+
+
+async def test_a_clock_that_went_back_leaves_no_lease_in_a_far_future(
+    queue: JobQueue, claims: JobClaims, superuser: redis_sync.Redis
+) -> None:
+    """The holders may be dead: they would be missed only when it is that late again."""
+    await queue.enqueue(SHARD, make_job())
+    await claims.claim(1, 1000, 1000)
+    hour_ahead = server_ms(superuser) + 3_600_000
+    superuser.zadd(keys.worker_leases(SHARD), {claims.worker_id: hour_ahead})
+    superuser.zadd(keys.gateway_leases(SHARD), {queue.gateway_id: hour_ahead})
+    marks = {"reaped": hour_ahead, "grace": hour_ahead, "swept": hour_ahead, "sweep_grace": hour_ahead}
+    superuser.hset(keys.meta(SHARD), mapping=marks)
+    await queue.reap(SHARD)
+    await queue.sweep(SHARD)
+    lease_ms = QueueSettings().worker_lease_ms
+    soon = server_ms(superuser) + lease_ms
+    for leases in (keys.worker_leases(SHARD), keys.gateway_leases(SHARD)):
+        ((_, ends),) = superuser.zrange(leases, 0, -1, withscores=True)
+        assert ends <= soon
+    assert max(int(superuser.hget(keys.meta(SHARD), name) or 0) for name in marks) <= soon
 
 
 async def test_a_gateway_that_leaves_gives_its_jobs_to_their_grace_at_once(

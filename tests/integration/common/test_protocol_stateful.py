@@ -67,7 +67,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "commit that does not know a repeat": ("commit", "sub(record, 1, 20) == sub(after, 1, 20)", "false"),
     "takeover that leaves the job with its old worker": ("lib_jobs", "call('HDEL', P .. 'w:' .. j.w, j.id)", ""),
-    "reap of workers whose lease has not ended": ("reap", "'-inf', int(now), 'LIMIT'", "'-inf', '+inf', 'LIMIT'"),
+    "reap of workers whose lease has not ended": ("reap", "'-inf', int(ended), 'LIMIT'", "'-inf', '+inf', 'LIMIT'"),
     "queueing without the bell": ("lib_jobs", "call('LPUSH', P .. 'bell', '1')", ""),
     "claim that hands out what has expired": ("claim", "j.dl <= now", "false"),
     "attach for any tenant": ("attach", "j.t ~= ARGV[2]", "false"),

@@ -240,7 +240,9 @@ def usage_is_counted_once(snapshot: Snapshot) -> None:
         owner = f":{job.fields['k'].decode()}:{job.fields['t'].decode()}"
         prompt = job.number("pt") if job.number("sc") else 0
         tokens = sum(len(d.token_ids) for event in job.events if event.body for d in event.body.deltas)
-        for kind, amount in (("generations", 1), ("prompt_tokens", prompt), ("completion_tokens", tokens)):
+        cached = job.number("cp")
+        kinds = {"generations": 1, "prompt_tokens": prompt, "cached_prompt_tokens": cached, "completion_tokens": tokens}
+        for kind, amount in kinds.items():
             if amount:
                 expected[kind + owner] = expected.get(kind + owner, 0) + amount
     assert snapshot.usage == expected

@@ -48,6 +48,7 @@ class Plan:
     patches: tuple[str, ...] = ()
     give_up_s: float = 120.0  # of a caller without news
     settle_s: float = 60.0  # for what goes on without a caller
+    is_durable: bool = True
 
 
 @dataclass(slots=True)
@@ -67,7 +68,9 @@ async def run(plan: Plan, folder: Path, cache: Path | None = None) -> Result:
     truth = compute(model, plan.num_prompts, cache)
     history = History()
     began = time.monotonic()
-    async with ChaosSystem(folder, model, plan.size, random.Random(rng.random()), patches=plan.patches) as system:
+    async with ChaosSystem(
+        folder, model, plan.size, random.Random(rng.random()), patches=plan.patches, is_durable=plan.is_durable
+    ) as system:
         texts = await undisturbed(system, truth)
         callers = Callers(system, truth, history, random.Random(rng.random()), plan.num_callers, plan.give_up_s)
         nemesis = Nemesis(system, history, random.Random(rng.random()), plan.interval_s, plan.kinds)
@@ -173,6 +176,8 @@ def parse(arguments: Sequence[str]) -> Plan:
     parser.add_argument("--duration", type=float, default=60.0, help="seconds of faults")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between two faults, on average")
     parser.add_argument("--callers", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--kinds", default="", help="comma-separated; default: all")
     parser.add_argument("--patches", default="")
     given = parser.parse_args(arguments)
@@ -185,6 +190,8 @@ def parse(arguments: Sequence[str]) -> Plan:
         duration_s=given.duration,
         interval_s=given.interval,
         num_callers=given.callers,
+        num_prompts=given.prompts,
+        size=Size(workers=given.workers),
         kinds=kinds,
         patches=tuple(_words(given.patches)),
     )

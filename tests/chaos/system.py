@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+import redis as redis_sync
 import redis.asyncio as redis_asyncio
 
 from common import keys
@@ -74,6 +75,8 @@ class ChaosSystem:
         *,
         patches: Iterable[str] = (),
         env: dict[str, str] | None = None,
+        worker_env: dict[str, str] | None = None,
+        is_durable: bool = True,
     ) -> None:
         self.folder = folder
         self.size = size
@@ -81,10 +84,12 @@ class ChaosSystem:
         self._rng = rng
         self._patches = tuple(patches)
         self._env = {**QUEUE_ENV, **(env or {})}
+        self._worker_env = worker_env or {}
         self._sockets = Path(tempfile.mkdtemp(prefix="chaos-"))  # a socket's path must be short
         library = build(folder)
         self.server_shim = Shim(library, folder / "server.shim")
         self.party_shim = Shim(library, folder / "parties.shim")
+        self._is_durable = is_durable
         self.server = EmbeddedServer(
             folder / "queue", program=wrap_program(find_server(), self.server_shim, folder / "server-program")
         )
@@ -105,7 +110,7 @@ class ChaosSystem:
         try:
             for role in ("worker", "gateway"):
                 self._zygotes[role] = Zygote(role, self.party_shim.env, self.folder / f"zygote-{role}.log")
-            self.server.start()
+            self._start_server()
             await self._create_keys()
             for zygote in self._zygotes.values():
                 await asyncio.to_thread(zygote.wait_ready)
@@ -190,6 +195,7 @@ class ChaosSystem:
             "TORCHRELAY_WORKER_DRAIN_S": "1",
             "TORCHRELAY_WORKER_MAX_JOBS": "32",
             "TORCHRELAY_ENGINE_KV_CACHE_BYTES": str(32 << 20),
+            **self._worker_env,
         }
         patches = (f"pace:{self.size.pace_s}", *self._patches) if self.size.pace_s else self._patches
         self.workers.append(Party(name, "worker", self._zygotes["worker"], env, self.folder / f"{name}.log", patches))
@@ -259,6 +265,9 @@ class ChaosSystem:
     def _start_server(self) -> None:
         self.server.kill()
         self.server.start()
+        if not self._is_durable:
+            with redis_sync.Redis(unix_socket_path=str(self.server.socket_path)) as client:
+                client.config_set("appendonly", "no")
 
     async def wait_until_whole(self, timeout_s: float = 60.0) -> None:
         """Wait until all parties run and all workers have a lease. Raises AssertionError."""

@@ -33,7 +33,8 @@ _JOB_KEYS: Final = tuple(
     "~{*}:" + name
     for name in (
         "meta", "j:*", "q:*", "act:*", "vtc", "len", "live", "bell", "dl", "dt", "wl", "w:*", "wc:*", "wi:*",
-        "gl", "g:*", "gw:*", "i:*", "usage:*", "dead",
+        "gl", "g:*", "gw:*", "i:*", "usage:*", "failed",
+        "dead",  # written by programs of version 0.1 that still run beside ours
     )
 )  # fmt: skip
 _REGISTRY: Final = ("exists", "get", "hdel", "hget", "hgetall", "hset", "hsetnx", "hvals", "incr", "set", "del")

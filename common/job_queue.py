@@ -109,6 +109,7 @@ class JobQueue:
             settings.gateway_lease_ms,
             settings.reply_ttl_ms,
             attach_id,
+            max(settings.retention_ms, settings.dead_letter_retention_ms),
         )
         status, *rest = as_list(reply)
         if status in _REFUSALS:

@@ -23,7 +23,7 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {<shard>}:gw:<gid>        stream  all      reply stream; about 1,000 entries      its TTL, renewed each second
     {<shard>}:i:<digest>      string  gateway  idempotency key -> id, request digest  retention after the job's end
     {<shard>}:usage:<hour>    hash    all      tokens by kind, API key and tenant     35 days
-    {<shard>}:dead            list    all      dead letters, newest first             never (1,000 at most)
+    {<shard>}:failed          zset    all      dead letters by their end (ms)         never (1,000 at most)
 
     {models}:cards            hash    worker   shard -> ModelCard (msgpack)           until deleted
     {models}:times            hash    worker   shard -> server time of publication, ms    until deleted
@@ -174,7 +174,7 @@ def usage(shard: str, hour: int) -> str:
 
 
 def dead_letters(shard: str) -> str:
-    return f"{{{shard}}}:dead"
+    return f"{{{shard}}}:failed"
 
 
 def model_blob(sha256: str) -> str:

@@ -68,6 +68,11 @@ class QueueSettings(BaseSettings):
         default=10 * 60 * _SECOND, ge=0, description="Longest life of a job nobody listens to."
     )
     retention_ms: int = Field(default=_HOUR, gt=0, description="How long a finished generation can be read.")
+    dead_letter_retention_ms: int = Field(
+        default=7 * _DAY,
+        gt=0,
+        description="How long a failed generation can be looked at and sent again; at least retention_ms.",
+    )
     worker_lease_ms: int = Field(
         default=10 * _SECOND, ge=100, description="A worker silent for so long loses its jobs."
     )

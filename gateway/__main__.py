@@ -12,6 +12,7 @@ import structlog
 
 from common import keys
 from common.api_keys import ApiKeys
+from common.dead_letters import DeadLetters
 from common.embedded import describe_durability
 from common.errors import ServingError
 from common.job_queue import JobQueue
@@ -62,7 +63,8 @@ async def run(
     api_key_pb2_grpc.add_ApiKeyServiceServicer_to_server(
         ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
     )
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue), server.admin)
+    dead_letters = DeadLetters(redis, queue_settings, retry=retry)
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue, dead_letters), server.admin)
 
     async def on_connected() -> None:
         await server.health.set_ready(True)

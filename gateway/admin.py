@@ -1,4 +1,4 @@
-"""The operators' services: API keys, workers, generations in flight."""
+"""The operators' services: API keys, workers, generations in flight and those that failed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any, Final
 
 import grpc.aio
 
+from common import keys
 from common.api_keys import ApiKey, ApiKeys
-from common.errors import InvalidRequest
+from common.dead_letters import MAX_LETTERS, DeadLetters, LetterResult, Outcome, mark_of
+from common.errors import GenerationNotFound, InvalidRequest
 from common.job_queue import JobQueue
 from common.jobs import GenerationRecord, JobState, LiveWorker
 from common.registry import ModelEntry
 from gateway import convert
+from gateway import dead_letters as letters
 from gateway.catalog import Catalog
 from gateway.model_servicer import page_size
 from torchrelay.admin.v1beta1 import api_key_pb2, api_key_pb2_grpc, fleet_pb2, fleet_pb2_grpc
@@ -79,11 +82,12 @@ class ApiKeyServicer(api_key_pb2_grpc.ApiKeyServiceServicer):
 
 
 class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
-    """Shows workers and generations of all models and tenants."""
+    """Shows workers and generations of all models and tenants, and acts on dead letters."""
 
-    def __init__(self, catalog: Catalog, queue: JobQueue) -> None:
+    def __init__(self, catalog: Catalog, queue: JobQueue, dead_letters: DeadLetters) -> None:
         self._catalog = catalog
         self._queue = queue
+        self._dead_letters = dead_letters
 
     async def ListWorkers(  # noqa: N802
         self, request: fleet_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -109,6 +113,52 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
             records.sort(key=lambda record: (record.created_ms, record.generation_id))
             infos += [_generation(entry, record) for record in records[:size]]
         return fleet_pb2.ListGenerationsResponse(generations=infos, total_size=total)
+
+    async def ListDeadLetters(  # noqa: N802
+        self, request: fleet_pb2.ListDeadLettersRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> fleet_pb2.ListDeadLettersResponse:
+        after = letters.mark_from_token(request.page_token)
+        size = page_size(request.page_size)
+        entries = {entry.card.shard: entry for entry in self._entries(request.model)}
+        found, total = await self._dead_letters.newest(list(entries), size + 1, after)
+        page = found[:size]
+        return fleet_pb2.ListDeadLettersResponse(
+            dead_letters=[
+                letters.letter_message(entries[keys.shard_of(record.generation_id)], record) for record in page
+            ],
+            next_page_token=letters.token_of(mark_of(page[-1])) if len(found) > size else "",
+            total_size=total,
+        )
+
+    async def RetryDeadLetters(  # noqa: N802
+        self, request: fleet_pb2.RetryDeadLettersRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> fleet_pb2.RetryDeadLettersResponse:
+        letters.check_choice(request)
+        ids = list(request.generation_ids) or await self._ids_of_model(request.model)
+        # Nobody would end what is queued for a model that is not registered any more: see Upkeep.
+        served = [generation_id for generation_id in ids if self._is_of_a_model(generation_id)]
+        results = {result.generation_id: result for result in await self._dead_letters.retry(served)}
+        found = [results.get(name, LetterResult(name, Outcome.NOT_FOUND)) for name in dict.fromkeys(ids)]
+        return fleet_pb2.RetryDeadLettersResponse(results=letters.result_messages(found))
+
+    async def PurgeDeadLetters(  # noqa: N802
+        self, request: fleet_pb2.PurgeDeadLettersRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> fleet_pb2.PurgeDeadLettersResponse:
+        letters.check_choice(request)
+        ids = list(request.generation_ids) or await self._ids_of_model(request.model)
+        results = await self._dead_letters.purge(ids)
+        return fleet_pb2.PurgeDeadLettersResponse(results=letters.result_messages(results))
+
+    async def _ids_of_model(self, model: str) -> list[str]:
+        shards = [entry.card.shard for entry in self._entries(model)]
+        found, _ = await self._dead_letters.newest(shards, MAX_LETTERS * len(shards))
+        return [record.generation_id for record in found]
+
+    def _is_of_a_model(self, generation_id: str) -> bool:
+        try:
+            return keys.shard_of(generation_id) in self._catalog.shards()
+        except GenerationNotFound:
+            return False
 
     def _entries(self, model: str) -> list[ModelEntry]:
         """Return all revisions of one model or of all: an older revision's workers may still be at work."""

@@ -5,7 +5,7 @@
 --       10 prompt tokens  11 most completion tokens  12 KV slots to begin  13 KV slots at most
 --       14 idempotency digest or ''  15 request digest  16 echo  17 body
 --       18 most queued  19 most queued of the tenant  20 most live of the tenant  21 gateway lease ms  22 reply TTL ms
---       23 attach id
+--       23 attach id  24 retention ms of a dead letter
 -- Reply {OK | DUPLICATE, id, state, place} or {QUEUE_FULL | TENANT_QUEUE_FULL | TENANT_CONCURRENCY | REUSED}
 --@include base
 --@include jobs
@@ -26,16 +26,13 @@ if ARGV[14] ~= '' then
     if j then return { 'DUPLICATE', other_id, j.st, place(j) } end
   end
 end
-if num_queued() >= tonumber(ARGV[18]) then return { 'QUEUE_FULL' } end
-local queued = 0
-for c = 0, CLASSES - 1 do queued = queued + call('ZCARD', P .. 'q:' .. c .. ':' .. tenant) end
-if queued >= tonumber(ARGV[19]) then return { 'TENANT_QUEUE_FULL' } end
-if tonumber(call('HGET', P .. 'live', tenant) or 0) >= tonumber(ARGV[20]) then return { 'TENANT_CONCURRENCY' } end
+local full = refusal(tenant, tonumber(ARGV[18]), tonumber(ARGV[19]), tonumber(ARGV[20]))
+if full then return { full } end
 
 local arrival = call('HINCRBY', KEYS[1], 'seq', 1)
 local deadline = now + ARGV[7]
 call('HSET', P .. 'j:' .. id, 'st', 'Q', 't', tenant, 'k', ARGV[3], 'c', class, 'wt', ARGV[5], 's', arrival,
-  'gw', gid, 'ai', ARGV[23], 'cr', int(now), 'dl', int(deadline), 'gr', ARGV[8], 'rt', ARGV[9], 'pt', ARGV[10],
+  'gw', gid, 'ai', ARGV[23], 'cr', int(now), 'dl', int(deadline), 'gr', ARGV[8], 'rt', ARGV[9], 'rf', ARGV[24], 'pt', ARGV[10],
   'mx', ARGV[11], 'kv', ARGV[12], 'pk', ARGV[13], 'ik', ARGV[14], 'dg', ARGV[15], 'eo', ARGV[16], 'b', ARGV[17], 'ep', 0, 'n', 0, 'es', '')
 if ARGV[14] ~= '' then call('SET', digest_key, id .. ' ' .. ARGV[15]) end
 renew_gateway(gid, tonumber(ARGV[21]), tonumber(ARGV[22]), now)

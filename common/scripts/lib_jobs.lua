@@ -2,13 +2,14 @@
 --
 -- {s}:j:<id>, hash. Set at enqueue:
 --   t tenant, k API key id, c class, wt weight, s arrival, cr created, dl deadline (ms), gr disconnect grace (ms),
---   rt retention (ms), pt prompt tokens, mx most completion tokens, kv / pk KV slots to begin / at most,
---   ik idempotency digest, dg request digest, eo the gateway's record, b body
+--   rt retention (ms), rf retention of a dead letter (ms), pt prompt tokens, mx most completion tokens,
+--   kv / pk KV slots to begin / at most, ik idempotency digest, dg request digest, eo the gateway's record, b body
 -- Changed later:
 --   st state Q R D F C E, y reason, ft first token (ms), ep epoch, n events,
 --   es "<epoch>:<events before it>," of each epoch that wrote to the log, at fruitless attempts in a row, nc claims,
 --   w worker, gw gateway or '', ai attach id (the call that has the stream), sc first claim, en end,
---   ch tokens charged at the first claim, ct / cp completion / cached prompt tokens, lb log bytes
+--   ch tokens charged at the first claim, ct / cp completion / cached prompt tokens, lb log bytes,
+--   nx the generation that a retry of this dead letter made
 --
 -- {s}:w:<wid>, hash: id -> run record. While a job runs, n, ct, cp and lb live here and not in the job's hash, so that a
 -- commit reads and writes one key for all its jobs (half the server's time per token of a hash per job). The record is
@@ -26,7 +27,7 @@ local IDLE_TENANT_TTL_S = 3600
 local INPUT_COST, OUTPUT_COST = 1, 2 -- service in token units (VTC, arXiv:2401.00588)
 local FIELDS = {
   'st', 't', 'k', 'y', 'w', 'gw', 'ik', 'es', 'eo', 'ai',
-  'c', 'wt', 's', 'cr', 'dl', 'gr', 'rt', 'pt', 'mx', 'kv', 'pk',
+  'c', 'wt', 's', 'cr', 'dl', 'gr', 'rt', 'rf', 'pt', 'mx', 'kv', 'pk',
   'ep', 'n', 'at', 'nc', 'sc', 'en', 'ch', 'ct', 'cp', 'lb', 'ft',
 }
 local NUM_TEXT_FIELDS = 10
@@ -154,6 +155,15 @@ local function queue(j, score)
   ring()
 end
 
+-- Why a tenant's new job is not accepted now, or nil.
+local function refusal(tenant, max_queued, max_queued_of_tenant, max_live_of_tenant)
+  if num_queued() >= max_queued then return 'QUEUE_FULL' end
+  local queued = 0
+  for c = 0, CLASSES - 1 do queued = queued + call('ZCARD', P .. 'q:' .. c .. ':' .. tenant) end
+  if queued >= max_queued_of_tenant then return 'TENANT_QUEUE_FULL' end
+  if tonumber(call('HGET', P .. 'live', tenant) or 0) >= max_live_of_tenant then return 'TENANT_CONCURRENCY' end
+end
+
 local function unqueue(j)
   local q = P .. 'q:' .. j.c .. ':' .. j.t
   if call('ZREM', q, j.id) == 0 then return end
@@ -193,6 +203,27 @@ local function add_usage(j, now)
   call('EXPIRE', key, USAGE_TTL_S)
 end
 
+-- Deletes all that is stored of a final job.
+local function erase(id)
+  local digest = call('HGET', P .. 'j:' .. id, 'ik')
+  local key = digest and digest ~= '' and P .. 'i:' .. digest
+  local owner = key and call('GET', key)
+  if owner and string.match(owner, '^%S+') == id then call('DEL', key) end
+  call('DEL', P .. 'j:' .. id, P .. 'j:' .. id .. ':log')
+end
+
+-- A failed job is a dead letter, kept for a time of its own: it can be looked at, and sent again, after its caller has
+-- gone. Bounded in number: the oldest go with all their data.
+local function bury(j, now)
+  local letters = P .. 'failed'
+  call('ZADD', letters, int(now), j.id)
+  while call('ZCARD', letters) > MAX_DEAD_LETTERS do
+    local oldest = call('ZRANGE', letters, 0, 0)[1]
+    erase(oldest)
+    call('ZREM', letters, oldest)
+  end
+end
+
 -- The one way to a final state, after its terminal event stands in the log: counts usage once, settles the tenant's
 -- service, takes the job out of every index, and starts the time that its result is kept.
 local function settle(j, state, reason, now)
@@ -205,13 +236,11 @@ local function settle(j, state, reason, now)
   if call('HINCRBY', P .. 'live', j.t, -1) <= 0 then call('HDEL', P .. 'live', j.t) end
   if j.sc > 0 then charge(j.t, (INPUT_COST * j.pt + OUTPUT_COST * j.ct - j.ch) / j.wt) end
   add_usage(j, now)
-  call('PEXPIRE', key, int(j.rt))
-  call('PEXPIRE', key .. ':log', int(j.rt))
+  local retention = state == 'F' and j.rf > 0 and j.rf or j.rt
+  call('PEXPIRE', key, int(retention))
+  call('PEXPIRE', key .. ':log', int(retention))
   if j.ik ~= '' then call('PEXPIRE', P .. 'i:' .. j.ik, int(j.rt)) end
-  if state == 'F' then
-    call('LPUSH', P .. 'dead', j.id)
-    call('LTRIM', P .. 'dead', 0, MAX_DEAD_LETTERS - 1)
-  end
+  if state == 'F' then bury(j, now) end
   j.st = state
 end
 

@@ -112,7 +112,7 @@ def list_keys(
             output.print_json(key)
         return
     rows = [
-        (key.key_id, key.tenant, _key_state(key), _ago(key.create_time.ToDatetime(UTC)), key.display_name)
+        (key.key_id, key.tenant, _key_state(key), output.ago(key.create_time.ToDatetime(UTC)), key.display_name)
         for key in found
     ]
     output.print_table(("ID", "TENANT", "STATE", "CREATED", "NAME"), rows)
@@ -193,7 +193,7 @@ def _print_generations(response: fleet_pb2.ListGenerationsResponse, *, as_json: 
             _state(info.state) + (f" #{info.place}" if info.HasField("place") else ""),
             info.usage.prompt_tokens,
             info.usage.completion_tokens,
-            _ago(info.create_time.ToDatetime(UTC)),
+            output.ago(info.create_time.ToDatetime(UTC)),
         )
         for info in response.generations
     ]
@@ -212,11 +212,3 @@ def _key_state(key: api_key_pb2.ApiKey) -> str:
     if key.HasField("expire_time") and key.expire_time.ToDatetime(UTC) <= datetime.now(UTC):
         return "expired"
     return "active"
-
-
-def _ago(moment: datetime) -> str:
-    seconds = max(0, int((datetime.now(UTC) - moment).total_seconds()))
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds // length} {unit} ago"
-    return f"{seconds} s ago"

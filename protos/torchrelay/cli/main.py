@@ -9,6 +9,7 @@ import typer
 
 from torchrelay.cli import output
 from torchrelay.cli.bench import bench
+from torchrelay.cli.dead_letters import dead_letters
 from torchrelay.cli.generate import chat, generate
 from torchrelay.cli.inspect import cancel, keys, models, ps
 
@@ -36,6 +37,7 @@ def make_app() -> typer.Typer:
     all_models.registered_commands += models.registered_commands
     app.add_typer(all_models, name="models")
     app.add_typer(keys, name="keys")
+    app.add_typer(dead_letters, name="dead-letters")
     app.command("version")(show_version)
     return app
 

@@ -72,6 +72,7 @@ class Snapshot:
     gateway_jobs: Mapping[str, set[str]]
     usage: Mapping[str, int]
     idempotency_ttls: Mapping[str, int]
+    dead_letters: set[str]
 
 
 def _names(values: object) -> set[str]:
@@ -124,6 +125,7 @@ def take_snapshot(client: redis_sync.Redis, shard: str) -> Snapshot:
         gateway_jobs={name[2:]: _names(client.smembers(prefix + name)) for name in by_kind.get("g", [])},
         usage=usage,
         idempotency_ttls={name[2:]: client.pttl(prefix + name) for name in by_kind.get("i", [])},
+        dead_letters=_names(client.zrange(prefix + "failed", 0, -1)),
     )
 
 
@@ -223,9 +225,13 @@ def i13_memory_is_bounded(snapshot: Snapshot, settings: QueueSettings) -> None:
         sum(snapshot.lengths.values()) <= settings.max_queued + len(snapshot.worker_jobs) * 64
     )  # requeued ones on top
     assert snapshot.bell <= 8
-    for job in snapshot.jobs.values():
+    assert len(snapshot.dead_letters) <= 1000
+    for generation_id, job in snapshot.jobs.items():
         is_final = job.state in FINAL_STATES
-        assert (0 < job.ttl_ms <= settings.retention_ms) == is_final
+        is_letter = job.state is JobState.FAILED and "nx" not in job.fields
+        most_ms = settings.dead_letter_retention_ms if is_letter else settings.retention_ms
+        assert (0 < job.ttl_ms <= most_ms) == is_final
+        assert (generation_id in snapshot.dead_letters) == is_letter
         assert (job.log_ttl_ms > 0) == (is_final and bool(job.log))
         digest = job.fields["ik"].decode()
         if digest:

@@ -375,7 +375,7 @@ async def test_a_poisonous_job_becomes_a_dead_letter_and_its_neighbours_live(
         assert (swept.requeued, swept.dead_lettered) == ((2, 0) if attempt < 2 else (1, 1))
     record = await queue.get(poison, "acme")
     assert (record.state, record.reason) == (JobState.FAILED, Reason.ATTEMPTS_EXHAUSTED)
-    assert superuser.lrange(keys.dead_letters(SHARD), 0, -1) == [poison.encode()]
+    assert superuser.zrange(keys.dead_letters(SHARD), 0, -1) == [poison.encode()]
     assert (await queue.get(neighbour, "acme")).attempts == 0
 
 
@@ -447,7 +447,7 @@ async def test_a_failed_generation_is_a_dead_letter_with_its_reason(
     await claims.commit([make_event(generation_id, (1,), terminal=JobState.FAILED, reason=Reason.WORKER_FAILED)])
     record = await queue.get(generation_id, "acme")
     assert (record.state, record.reason) == (JobState.FAILED, Reason.WORKER_FAILED)
-    assert superuser.llen(keys.dead_letters(SHARD)) == 1
+    assert superuser.zcard(keys.dead_letters(SHARD)) == 1
 
 
 async def test_a_thousand_jobs_fit_into_one_commit(queue: JobQueue, claims: JobClaims) -> None:

@@ -109,6 +109,7 @@ class Toy(
         self.api_keys: list[api_key_pb2.ApiKey] = []
         self.generations: list[fleet_pb2.GenerationInfo] = []
         self.workers: list[fleet_pb2.Worker] = []
+        self.dead_letters: list[fleet_pb2.DeadLetter] = []
         self._accepted: set[str] = set()  # idempotency keys
 
     def _note(self, request: Any, context: Any) -> None:
@@ -199,6 +200,33 @@ class Toy(
     def ListGenerations(self, request: Any, context: Any) -> fleet_pb2.ListGenerationsResponse:  # noqa: N802
         self._unary(request, context)
         return fleet_pb2.ListGenerationsResponse(generations=self.generations, total_size=len(self.generations) + 2)
+
+    def ListDeadLetters(self, request: Any, context: Any) -> fleet_pb2.ListDeadLettersResponse:  # noqa: N802
+        """Pages of one."""
+        self._unary(request, context)
+        at = int(request.page_token or 0)
+        more = str(at + 1) if at + 1 < len(self.dead_letters) else ""
+        return fleet_pb2.ListDeadLettersResponse(
+            dead_letters=self.dead_letters[at : at + 1], next_page_token=more, total_size=len(self.dead_letters)
+        )
+
+    def _act(self, request: Any, context: Any, outcome: Any, suffix: str) -> list[fleet_pb2.DeadLetterResult]:
+        self._unary(request, context)
+        known = [letter.generation_id for letter in self.dead_letters]
+        return [
+            fleet_pb2.DeadLetterResult(generation_id=name, outcome=outcome, new_generation_id=suffix and name + suffix)
+            if name in known
+            else fleet_pb2.DeadLetterResult(generation_id=name, outcome=fleet_pb2.DEAD_LETTER_OUTCOME_NOT_FOUND)
+            for name in request.generation_ids or known
+        ]
+
+    def RetryDeadLetters(self, request: Any, context: Any) -> fleet_pb2.RetryDeadLettersResponse:  # noqa: N802
+        results = self._act(request, context, fleet_pb2.DEAD_LETTER_OUTCOME_RETRIED, "-new")
+        return fleet_pb2.RetryDeadLettersResponse(results=results)
+
+    def PurgeDeadLetters(self, request: Any, context: Any) -> fleet_pb2.PurgeDeadLettersResponse:  # noqa: N802
+        results = self._act(request, context, fleet_pb2.DEAD_LETTER_OUTCOME_PURGED, "")
+        return fleet_pb2.PurgeDeadLettersResponse(results=results)
 
 
 @contextmanager

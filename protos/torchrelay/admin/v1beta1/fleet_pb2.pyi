@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from torchrelay.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
@@ -20,6 +21,70 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _DeadLetterReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeadLetterReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeadLetterReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEAD_LETTER_REASON_UNSPECIFIED: _DeadLetterReason.ValueType  # 0
+    """Not set."""
+    DEAD_LETTER_REASON_ATTEMPTS_EXHAUSTED: _DeadLetterReason.ValueType  # 1
+    """Worker after worker was lost with it before it made progress."""
+    DEAD_LETTER_REASON_LOG_LIMIT: _DeadLetterReason.ValueType  # 2
+    """Its events outgrew the limit on stored bytes."""
+    DEAD_LETTER_REASON_WORKER_FAILED: _DeadLetterReason.ValueType  # 3
+    """A worker gave it up."""
+
+class DeadLetterReason(_DeadLetterReason, metaclass=_DeadLetterReasonEnumTypeWrapper):
+    """Why a generation is a dead letter."""
+
+DEAD_LETTER_REASON_UNSPECIFIED: DeadLetterReason.ValueType  # 0
+"""Not set."""
+DEAD_LETTER_REASON_ATTEMPTS_EXHAUSTED: DeadLetterReason.ValueType  # 1
+"""Worker after worker was lost with it before it made progress."""
+DEAD_LETTER_REASON_LOG_LIMIT: DeadLetterReason.ValueType  # 2
+"""Its events outgrew the limit on stored bytes."""
+DEAD_LETTER_REASON_WORKER_FAILED: DeadLetterReason.ValueType  # 3
+"""A worker gave it up."""
+Global___DeadLetterReason: _TypeAlias = DeadLetterReason  # noqa: Y015
+
+class _DeadLetterOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeadLetterOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeadLetterOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEAD_LETTER_OUTCOME_UNSPECIFIED: _DeadLetterOutcome.ValueType  # 0
+    """Not set."""
+    DEAD_LETTER_OUTCOME_RETRIED: _DeadLetterOutcome.ValueType  # 1
+    """It was queued again, now or by an earlier call."""
+    DEAD_LETTER_OUTCOME_PURGED: _DeadLetterOutcome.ValueType  # 2
+    """It was deleted."""
+    DEAD_LETTER_OUTCOME_NOT_FOUND: _DeadLetterOutcome.ValueType  # 3
+    """It is no dead letter, or its model is not registered any more."""
+    DEAD_LETTER_OUTCOME_QUEUE_FULL: _DeadLetterOutcome.ValueType  # 4
+    """The model's queue is full: try again later."""
+    DEAD_LETTER_OUTCOME_TENANT_FULL: _DeadLetterOutcome.ValueType  # 5
+    """The tenant's share of the queue is full, or it has too many generations in flight: try again later."""
+
+class DeadLetterOutcome(_DeadLetterOutcome, metaclass=_DeadLetterOutcomeEnumTypeWrapper):
+    """What became of one dead letter."""
+
+DEAD_LETTER_OUTCOME_UNSPECIFIED: DeadLetterOutcome.ValueType  # 0
+"""Not set."""
+DEAD_LETTER_OUTCOME_RETRIED: DeadLetterOutcome.ValueType  # 1
+"""It was queued again, now or by an earlier call."""
+DEAD_LETTER_OUTCOME_PURGED: DeadLetterOutcome.ValueType  # 2
+"""It was deleted."""
+DEAD_LETTER_OUTCOME_NOT_FOUND: DeadLetterOutcome.ValueType  # 3
+"""It is no dead letter, or its model is not registered any more."""
+DEAD_LETTER_OUTCOME_QUEUE_FULL: DeadLetterOutcome.ValueType  # 4
+"""The model's queue is full: try again later."""
+DEAD_LETTER_OUTCOME_TENANT_FULL: DeadLetterOutcome.ValueType  # 5
+"""The tenant's share of the queue is full, or it has too many generations in flight: try again later."""
+Global___DeadLetterOutcome: _TypeAlias = DeadLetterOutcome  # noqa: Y015
 
 @_typing.final
 class Worker(_message.Message):
@@ -272,3 +337,265 @@ class ListGenerationsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListGenerationsResponse: _TypeAlias = ListGenerationsResponse  # noqa: Y015
+
+@_typing.final
+class DeadLetter(_message.Message):
+    """A generation that failed. Its input and output are not shown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    MODEL_REVISION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    NUM_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    NUM_CLAIMS_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_EVENTS_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """Opaque id."""
+    model: _builtins.str
+    """The model."""
+    model_revision: _builtins.str
+    """Digest of the model's weights, tokenizer and configuration."""
+    tenant: _builtins.str
+    """Whose it is."""
+    reason: Global___DeadLetterReason.ValueType
+    """Why it failed."""
+    num_attempts: _builtins.int
+    """Attempts in a row, up to its end, that made no progress."""
+    num_claims: _builtins.int
+    """Times that a worker claimed it."""
+    prompt_tokens: _builtins.int
+    """Tokens of its input."""
+    num_events: _builtins.int
+    """Events in its log, the one that ended it included."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was accepted."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it failed."""
+
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        model_revision: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        reason: Global___DeadLetterReason.ValueType = ...,
+        num_attempts: _builtins.int = ...,
+        num_claims: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        num_events: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "generation_id", b"generation_id", "model", b"model", "model_revision", b"model_revision", "num_attempts", b"num_attempts", "num_claims", b"num_claims", "num_events", b"num_events", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeadLetter: _TypeAlias = DeadLetter  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersRequest(_message.Message):
+    """Request of ListDeadLetters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only those of this model; empty is all."""
+    page_size: _builtins.int
+    """Most to return, at most 1,000; 0 is 100."""
+    page_token: _builtins.str
+    """From next_page_token of the page before; empty is the first page."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersRequest: _TypeAlias = ListDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersResponse(_message.Message):
+    """Response of ListDeadLetters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Names the next page; empty on the last."""
+    total_size: _builtins.int
+    """Dead letters of all pages."""
+    @_builtins.property
+    def dead_letters(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetter]:
+        """The dead letters."""
+
+    def __init__(
+        self,
+        *,
+        dead_letters: _abc.Iterable[Global___DeadLetter] | None = ...,
+        next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_letters", b"dead_letters", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersResponse: _TypeAlias = ListDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class DeadLetterResult(_message.Message):
+    """One dead letter, and what became of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    NEW_GENERATION_ID_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """Opaque id."""
+    outcome: Global___DeadLetterOutcome.ValueType
+    """What became of it."""
+    new_generation_id: _builtins.str
+    """The generation that a retry made; empty otherwise."""
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+        outcome: Global___DeadLetterOutcome.ValueType = ...,
+        new_generation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id", "new_generation_id", b"new_generation_id", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeadLetterResult: _TypeAlias = DeadLetterResult  # noqa: Y015
+
+@_typing.final
+class RetryDeadLettersRequest(_message.Message):
+    """Request of RetryDeadLetters. Either generation_ids or model is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_IDS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """All of this model."""
+    @_builtins.property
+    def generation_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """These, at most 1,000."""
+
+    def __init__(
+        self,
+        *,
+        generation_ids: _abc.Iterable[_builtins.str] | None = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_ids", b"generation_ids", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryDeadLettersRequest: _TypeAlias = RetryDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class RetryDeadLettersResponse(_message.Message):
+    """Response of RetryDeadLetters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetterResult]:
+        """One for each dead letter."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___DeadLetterResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryDeadLettersResponse: _TypeAlias = RetryDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class PurgeDeadLettersRequest(_message.Message):
+    """Request of PurgeDeadLetters. Either generation_ids or model is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_IDS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """All of this model."""
+    @_builtins.property
+    def generation_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """These, at most 1,000."""
+
+    def __init__(
+        self,
+        *,
+        generation_ids: _abc.Iterable[_builtins.str] | None = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_ids", b"generation_ids", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeDeadLettersRequest: _TypeAlias = PurgeDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class PurgeDeadLettersResponse(_message.Message):
+    """Response of PurgeDeadLetters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetterResult]:
+        """One for each dead letter."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___DeadLetterResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeDeadLettersResponse: _TypeAlias = PurgeDeadLettersResponse  # noqa: Y015

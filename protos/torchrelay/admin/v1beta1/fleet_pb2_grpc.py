@@ -45,6 +45,21 @@ class FleetServiceStub(object):
                 request_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListGenerationsRequest.SerializeToString,
                 response_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListGenerationsResponse.FromString,
                 _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/torchrelay.admin.v1beta1.FleetService/ListDeadLetters',
+                request_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RetryDeadLetters = channel.unary_unary(
+                '/torchrelay.admin.v1beta1.FleetService/RetryDeadLetters',
+                request_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.RetryDeadLettersRequest.SerializeToString,
+                response_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.RetryDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.PurgeDeadLetters = channel.unary_unary(
+                '/torchrelay.admin.v1beta1.FleetService/PurgeDeadLetters',
+                request_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersRequest.SerializeToString,
+                response_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer(object):
@@ -65,6 +80,30 @@ class FleetServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDeadLetters(self, request, context):
+        """Lists generations that failed and can be sent again, of every tenant, newest first. They are kept for a time of
+        their own, 1,000 per model revision at most.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryDeadLetters(self, request, context):
+        """Queues dead letters again, each as a new generation from the beginning that nobody listens to: same tenant, key,
+        input, config and time limit. A letter that was retried is listed no more; a repeat answers with the same new
+        generation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeDeadLetters(self, request, context):
+        """Deletes dead letters at once, with input, log and idempotency key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +116,21 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.ListGenerations,
                     request_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListGenerationsRequest.FromString,
                     response_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListGenerationsResponse.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'RetryDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryDeadLetters,
+                    request_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.RetryDeadLettersRequest.FromString,
+                    response_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.RetryDeadLettersResponse.SerializeToString,
+            ),
+            'PurgeDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeDeadLetters,
+                    request_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersRequest.FromString,
+                    response_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +188,87 @@ class FleetService(object):
             '/torchrelay.admin.v1beta1.FleetService/ListGenerations',
             torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListGenerationsRequest.SerializeToString,
             torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListGenerationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchrelay.admin.v1beta1.FleetService/ListDeadLetters',
+            torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListDeadLettersRequest.SerializeToString,
+            torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchrelay.admin.v1beta1.FleetService/RetryDeadLetters',
+            torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.RetryDeadLettersRequest.SerializeToString,
+            torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.RetryDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchrelay.admin.v1beta1.FleetService/PurgeDeadLetters',
+            torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersRequest.SerializeToString,
+            torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,17 @@ class FleetServiceStub:
     """Lists live workers, by model and id."""
     ListGenerations: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListGenerationsRequest, _fleet_pb2.ListGenerationsResponse]
     """Lists generations that have not ended, of every tenant, by creation time."""
+    ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListDeadLettersRequest, _fleet_pb2.ListDeadLettersResponse]
+    """Lists generations that failed and can be sent again, of every tenant, newest first. They are kept for a time of
+    their own, 1,000 per model revision at most.
+    """
+    RetryDeadLetters: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.RetryDeadLettersRequest, _fleet_pb2.RetryDeadLettersResponse]
+    """Queues dead letters again, each as a new generation from the beginning that nobody listens to: same tenant, key,
+    input, config and time limit. A letter that was retried is listed no more; a repeat answers with the same new
+    generation.
+    """
+    PurgeDeadLetters: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.PurgeDeadLettersRequest, _fleet_pb2.PurgeDeadLettersResponse]
+    """Deletes dead letters at once, with input, log and idempotency key."""
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -47,6 +58,17 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """Lists live workers, by model and id."""
     ListGenerations: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListGenerationsRequest, _fleet_pb2.ListGenerationsResponse]  # type: ignore[assignment]
     """Lists generations that have not ended, of every tenant, by creation time."""
+    ListDeadLetters: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListDeadLettersRequest, _fleet_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
+    """Lists generations that failed and can be sent again, of every tenant, newest first. They are kept for a time of
+    their own, 1,000 per model revision at most.
+    """
+    RetryDeadLetters: _aio.UnaryUnaryMultiCallable[_fleet_pb2.RetryDeadLettersRequest, _fleet_pb2.RetryDeadLettersResponse]  # type: ignore[assignment]
+    """Queues dead letters again, each as a new generation from the beginning that nobody listens to: same tenant, key,
+    input, config and time limit. A letter that was retried is listed no more; a repeat answers with the same new
+    generation.
+    """
+    PurgeDeadLetters: _aio.UnaryUnaryMultiCallable[_fleet_pb2.PurgeDeadLettersRequest, _fleet_pb2.PurgeDeadLettersResponse]  # type: ignore[assignment]
+    """Deletes dead letters at once, with input, log and idempotency key."""
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Workers, and the generations that they and the queue hold."""
@@ -66,5 +88,34 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.ListGenerationsResponse, _abc.Awaitable[_fleet_pb2.ListGenerationsResponse]]:
         """Lists generations that have not ended, of every tenant, by creation time."""
+
+    @_abc_1.abstractmethod
+    def ListDeadLetters(
+        self,
+        request: _fleet_pb2.ListDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.ListDeadLettersResponse, _abc.Awaitable[_fleet_pb2.ListDeadLettersResponse]]:
+        """Lists generations that failed and can be sent again, of every tenant, newest first. They are kept for a time of
+        their own, 1,000 per model revision at most.
+        """
+
+    @_abc_1.abstractmethod
+    def RetryDeadLetters(
+        self,
+        request: _fleet_pb2.RetryDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.RetryDeadLettersResponse, _abc.Awaitable[_fleet_pb2.RetryDeadLettersResponse]]:
+        """Queues dead letters again, each as a new generation from the beginning that nobody listens to: same tenant, key,
+        input, config and time limit. A letter that was retried is listed no more; a repeat answers with the same new
+        generation.
+        """
+
+    @_abc_1.abstractmethod
+    def PurgeDeadLetters(
+        self,
+        request: _fleet_pb2.PurgeDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.PurgeDeadLettersResponse, _abc.Awaitable[_fleet_pb2.PurgeDeadLettersResponse]]:
+        """Deletes dead letters at once, with input, log and idempotency key."""
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

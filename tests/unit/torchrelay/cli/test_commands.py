@@ -28,7 +28,8 @@ from torchrelay.v1 import model_pb2
 TEXT = "w0 w1 w2 w3 w4 "
 VERBS = (
     "generate", "chat", "models", "models list", "models show", "models check", "keys", "keys create", "keys list",
-    "keys revoke", "ps", "cancel", "bench", "version", "serve", "gateway", "worker",
+    "keys revoke", "dead-letters", "dead-letters list", "dead-letters retry", "dead-letters purge", "ps", "cancel",
+    "bench", "version", "serve", "gateway", "worker",
 )  # fmt: skip
 
 
@@ -321,6 +322,47 @@ def test_generations_and_workers_in_flight(run: Command) -> None:
     assert "25%" in run("ps", "--workers").stdout
     assert "3 run, 0 wait" in run("ps", "--workers").stdout
     assert run.objects("ps", "--workers", "--json")[0]["worker_id"] == "w1"
+
+
+def make_letter(generation_id: str) -> fleet_pb2.DeadLetter:
+    letter = fleet_pb2.DeadLetter(
+        generation_id=generation_id,
+        model="tiny",
+        tenant="acme",
+        reason=fleet_pb2.DEAD_LETTER_REASON_ATTEMPTS_EXHAUSTED,
+        num_claims=3,
+        prompt_tokens=17,
+        num_events=1,
+    )
+    letter.end_time.FromDatetime(datetime.now(UTC) - timedelta(hours=2))
+    return letter
+
+
+def test_dead_letters_are_listed_over_pages(run: Command) -> None:
+    run.toy.dead_letters = [make_letter(f"g{number}") for number in range(3)]
+    result = run("dead-letters", "list")
+    assert result.stdout.splitlines()[1].split() == [
+        "g0", "tiny", "acme", "attempts_exhausted", "3", "17", "1", "2", "h", "ago",
+    ]  # fmt: skip
+    assert len(result.stdout.splitlines()) == 4
+    assert result.stderr == ""
+    assert [letter["generation_id"] for letter in run.objects("dead-letters", "list", "--json")] == ["g0", "g1", "g2"]
+    assert run("dead-letters", "list", "--limit", "2").stderr == "3 in all\n"
+
+
+def test_dead_letters_are_retried_and_purged(run: Command) -> None:
+    run.toy.dead_letters = [make_letter("g1")]
+    result = run("dead-letters", "retry", "g1", "g2", status=1)
+    assert result.stdout == "g1 retried as g1-new\ng2 not_found\n"
+    assert run("dead-letters", "purge", "--model", "tiny").stdout == "g1 purged\n"
+    assert run.toy.requests[-1].model == "tiny"
+    assert run.objects("dead-letters", "purge", "g1", "--json")[0]["outcome"] == "DEAD_LETTER_OUTCOME_PURGED"
+
+
+@pytest.mark.parametrize("verb", ["retry", "purge"])
+def test_letters_are_named_or_all_of_a_model(run: Command, verb: str) -> None:
+    for arguments in ((), ("g1", "--model", "tiny")):
+        assert "either generations or --model" in run("dead-letters", verb, *arguments, status=2).stderr
 
 
 def test_cancel_says_the_state_of_each(run: Command) -> None:

@@ -23,7 +23,7 @@ _CONNECTION: Final = ("auth", "hello", "ping", "select", "client|setname", "time
 _SCRIPTS: Final = ("eval", "evalsha")
 _JOB_SCRIPTS: Final = (
     "del", "exists", "expire", "pexpire", "get", "set",
-    "hdel", "hget", "hincrby", "hkeys", "hlen", "hmget", "hrandfield", "hset", "hstrlen",
+    "hdel", "hexists", "hget", "hincrby", "hkeys", "hlen", "hmget", "hrandfield", "hset", "hstrlen",
     "llen", "lpush", "ltrim",
     "sadd", "srandmember", "srem",
     "xadd", "xrange", "xrevrange", "xtrim",
@@ -32,7 +32,7 @@ _JOB_SCRIPTS: Final = (
 _JOB_KEYS: Final = tuple(
     "~{*}:" + name
     for name in (
-        "meta", "j:*", "q:*", "act:*", "vtc", "len", "live", "bell", "dl", "dt", "wl", "w:*", "wc:*", "wi:*",
+        "meta", "j:*", "q:*", "alone:*", "act:*", "vtc", "len", "live", "bell", "dl", "dt", "wl", "w:*", "wc:*", "wi:*",
         "gl", "g:*", "gw:*", "i:*", "usage:*", "failed",
         "dead",  # written by programs of version 0.1 that still run beside ours
     )

@@ -7,6 +7,7 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {<shard>}:j:<id>          hash    all      one job, see scripts/lib_jobs.lua      retention after its end
     {<shard>}:j:<id>:log      stream  all      `<epoch>-<event number>`, the truth    retention after its end
     {<shard>}:q:<c>:<tenant>  zset    all      queued ids of a tenant and class, by arrival            when empty
+    {<shard>}:alone:<c>       zset    all      queued ids that may only run alone, by arrival          when empty
     {<shard>}:act:<c>         zset    all      tenants with queued jobs, by service so far             when empty
     {<shard>}:vtc             zset    all      service counter of each tenant         below the floor, or an hour
     {<shard>}:len             hash    all      queued jobs of each class              never (3 fields)

@@ -83,7 +83,10 @@ class QueueSettings(BaseSettings):
         default=2 * _SECOND, ge=0, description="Time a worker has to end an expired job itself."
     )
     max_fruitless_attempts: int = Field(
-        default=3, gt=0, description="Attempts without progress before the dead letter."
+        default=3,
+        gt=0,
+        description="Attempts in a row without progress before the dead letter. After two of them a job runs alone: "
+        "with fewer than 3, jobs beside one that ends its workers are given up with it.",
     )
     max_claims: int = Field(default=64, gt=0, description="Most times that a job is handed out, progress or not.")
     max_log_bytes: int = Field(default=16 << 20, gt=0, description="Most bytes of one generation's events.")

@@ -2,6 +2,13 @@
 -- Hands jobs to a worker: class by class, the tenant with the least service first, each tenant's jobs in order of arrival.
 -- A job that does not fit now holds back its class and those below (but for small jobs, see bypass): large ones would
 -- starve otherwise. A job that can never fit on this worker is left for another.
+--
+-- A job that ended several workers in a row before it made progress (see queue) runs alone, so that it takes nobody with
+-- it: it, or the job beside it, may be what ends them. One worker at a time is reserved for such jobs, by {s}:meta alone
+-- "<worker> <until ms> <id or ->": the first that meets one claims nothing more until it is empty, then takes it, and
+-- claims nothing beside it until it has made progress, has ended or was lost. An empty worker need not wait for one that
+-- still has other work. All others pass over it. The reservation ends with the worker's lease, and unless its next claim
+-- comes in time.
 -- ARGV  1 worker  2 call id  3 lease ms  4 most jobs  5 free KV slots  6 all KV slots  7 most bytes  8 deadline slack ms
 --       9 expected completion tokens  10 bypass KV slots
 -- Reply {{claimed job ...}, queued of class 0, 1, 2}. A repeated call id is answered with the same jobs.
@@ -12,8 +19,15 @@ local wid, call_id = ARGV[1], ARGV[2]
 local max_jobs, free, total, bytes = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local slack, expected, bypass = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local MAX_LOOKS = 512
+local MAX_ALONE_LOOKS = 64
+local RESERVED_LEASES = 3 -- without a claim; a worker whose cache is full makes none
 local now = now_ms()
 local claimed = {}
+
+-- KV slots to begin with what it has emitted. Never more than it needs to end: outputs may run one after another.
+local function slots(j)
+  return math.min(j.kv + j.ct, j.pk)
+end
 
 local function take(j)
   j.ep, j.nc, j.st, j.w, j.progress = j.ep + 1, j.nc + 1, 'R', wid, 0
@@ -52,17 +66,69 @@ local function take_class(class, max_slots)
       call('HINCRBY', P .. 'live', tenant, -1)
     elseif j.dl <= now then
       expire(j, now)
-    elseif j.pk > total or j.kv + j.ct > max_slots then
+    elseif j.at >= MAX_ATTEMPTS_IN_COMPANY then
+      unqueue(j) -- put here by a program that does not know of jobs to run alone
+      queue(j, int(j.s - AHEAD))
+    elseif j.pk > total or slots(j) > max_slots then
       skipped_jobs[tenant] = skipped + 1
-    elseif j.kv + j.ct > free then
+    elseif slots(j) > free then
       return 'blocked'
     else
       local size = claim_bytes(j)
       if size > bytes and #claimed > 0 then return 'full' end
-      free, bytes = free - j.kv - j.ct, bytes - size
+      free, bytes = free - slots(j), bytes - size
       take(j)
     end
   end
+end
+
+-- The first job to run alone that this worker could hold.
+local function first_alone()
+  for class = 0, CLASSES - 1 do
+    for _, id in ipairs(call('ZRANGE', P .. 'alone:' .. class, 0, MAX_ALONE_LOOKS - 1)) do
+      local j = load(id)
+      if not j or j.st ~= 'Q' then
+        unqueue({ id = id, c = class, t = j and j.t or '' }) -- its hash was deleted by hand, or it ended by other hands
+      elseif j.dl <= now then
+        expire(j, now)
+      elseif j.pk <= total then
+        return j
+      end
+    end
+  end
+end
+
+-- The worker that is reserved for jobs to run alone, and the one that it runs without progress so far; nil if there is none.
+local function reserved()
+  local holder, till, id = string.match(call('HGET', KEYS[1], 'alone') or '', '^(%S+) (%d+) (%S+)$')
+  if not holder then return nil end
+  local record = id ~= '-' and call('HGET', P .. 'w:' .. holder, id)
+  if record then
+    local j = { id = id }
+    read_counters(j, string.sub(record, 21, 60))
+    if j.progress == 0 then return holder, id end
+  elseif id == '-' and tonumber(till) > now and tonumber(call('ZSCORE', P .. 'wl', holder) or 0) > now then
+    return holder
+  end
+end
+
+-- Reserves this worker for a job to run alone, or hands that out. Returns whether it may claim nothing else.
+local function take_alone()
+  local is_marked = call('HEXISTS', KEYS[1], 'alone') == 1
+  if not is_marked and call('EXISTS', P .. 'alone:0', P .. 'alone:1', P .. 'alone:2') == 0 then return false end
+  local holder, running = reserved()
+  if running then return holder == wid end
+  local is_empty = call('EXISTS', P .. 'w:' .. wid) == 0
+  if holder and holder ~= wid and not is_empty then return false end
+  local j = first_alone()
+  if not j then
+    if not holder or holder == wid then call('HDEL', KEYS[1], 'alone') end
+    return false
+  end
+  local runs = is_empty and slots(j) <= free
+  if runs then take(j) end
+  call('HSET', KEYS[1], 'alone', wid .. ' ' .. int(now + RESERVED_LEASES * ARGV[3]) .. ' ' .. (runs and j.id or '-'))
+  return true
 end
 
 call('ZADD', P .. 'wl', int(now + ARGV[3]), wid)
@@ -75,7 +141,9 @@ if last and string.match(last, '^%S+') == call_id then
   end
 else
   local max_slots = math.huge
+  local is_reserved = take_alone()
   for class = 0, CLASSES - 1 do
+    if is_reserved then break end
     local ended = take_class(class, max_slots)
     if ended == 'blocked' then max_slots = math.min(max_slots, bypass) end
     if ended == 'full' or max_slots == 0 then break end

@@ -19,6 +19,7 @@
 local NO_GATEWAY = string.rep('-', 26)
 local EMPTY_HASH = string.rep('\0', 8)
 local AHEAD = 1e12 -- a requeued job is before all that never ran, in its old order
+local MAX_ATTEMPTS_IN_COMPANY = 2 -- a job that took as many workers with it in a row is handed out alone
 local MAX_REPLY_ENTRIES = 1000
 local MAX_REPLY_ITEM_BYTES = 4096
 local MAX_DEAD_LETTERS = 1000
@@ -147,10 +148,15 @@ local function charge(tenant, amount)
   for c = 0, CLASSES - 1 do call('ZADD', P .. 'act:' .. c, 'XX', counter, tenant) end
 end
 
--- The queue: a zset per class and tenant, the tenants of a class by counter, the lengths per class.
+-- The queue: a zset per class and tenant, the tenants of a class by counter, the lengths per class. Beside it, a zset per
+-- class of the jobs that may only run alone, which claim hands out one after another.
 local function queue(j, score)
-  call('ZADD', P .. 'q:' .. j.c .. ':' .. j.t, score, j.id)
-  activate(j.t, j.c)
+  if j.at >= MAX_ATTEMPTS_IN_COMPANY then -- mutant: isolation
+    call('ZADD', P .. 'alone:' .. j.c, score, j.id)
+  else
+    call('ZADD', P .. 'q:' .. j.c .. ':' .. j.t, score, j.id)
+    activate(j.t, j.c)
+  end
   call('HINCRBY', P .. 'len', j.c, 1)
   ring()
 end
@@ -166,7 +172,7 @@ end
 
 local function unqueue(j)
   local q = P .. 'q:' .. j.c .. ':' .. j.t
-  if call('ZREM', q, j.id) == 0 then return end
+  if call('ZREM', q, j.id) == 0 and call('ZREM', P .. 'alone:' .. j.c, j.id) == 0 then return end
   call('HINCRBY', P .. 'len', j.c, -1)
   if call('EXISTS', q) == 0 then call('ZREM', P .. 'act:' .. j.c, j.t) end
   if num_queued() == 0 then call('DEL', P .. 'bell') end

@@ -16,6 +16,8 @@ from common.chain import GENESIS, next_hash
 from common.jobs import FINAL_STATES, ItemKind, JobState, LogEvent
 from common.settings import QueueSettings
 
+ATTEMPTS_IN_COMPANY = 2  # without progress, in a row; then a job runs alone
+
 
 @dataclass
 class Seen:
@@ -62,6 +64,7 @@ class Snapshot:
 
     jobs: Mapping[str, StoredJob]
     queued: Mapping[tuple[int, str], list[str]]  # (class, tenant) -> ids
+    isolated: Mapping[int, list[str]]  # queued, to run alone: class -> ids
     active: Mapping[int, set[str]]
     lengths: Mapping[int, int]
     live: Mapping[str, int]
@@ -115,6 +118,10 @@ def take_snapshot(client: redis_sync.Redis, shard: str) -> Snapshot:
     return Snapshot(
         jobs=jobs,
         queued=queues,
+        isolated={
+            int(name[6:]): [i.decode() for i in client.zrange(prefix + name, 0, -1)]
+            for name in by_kind.get("alone", [])
+        },
         active={int(name[4:]): _names(client.zrange(prefix + name, 0, -1)) for name in by_kind.get("act", [])},
         lengths={int(k): int(v) for k, v in client.hgetall(prefix + "len").items()},
         live={k.decode(): int(v) for k, v in client.hgetall(prefix + "live").items()},
@@ -187,14 +194,16 @@ def i7_attempts_are_bounded(snapshot: Snapshot, settings: QueueSettings) -> None
 
 
 def i8_a_job_is_in_exactly_one_place(snapshot: Snapshot) -> None:
-    queued = [(i, place) for place, ids in snapshot.queued.items() for i in ids]
+    queued: list[tuple[str, object]] = [(i, place) for place, ids in snapshot.queued.items() for i in ids]
+    queued += [(i, priority) for priority, ids in snapshot.isolated.items() for i in ids]
     running = [(i, wid) for wid, jobs in snapshot.worker_jobs.items() for i in jobs]
     by_tenant: dict[str, int] = {}
     for generation_id, job in snapshot.jobs.items():
         places = [place for i, place in queued if i == generation_id]
         holders = [wid for i, wid in running if i == generation_id]
         place = (job.number("c"), job.fields["t"].decode())
-        assert places == ([place] if job.state is JobState.QUEUED else [])
+        home = place[0] if job.number("at") >= ATTEMPTS_IN_COMPANY else place
+        assert places == ([home] if job.state is JobState.QUEUED else [])
         assert holders == ([job.fields["w"].decode()] if job.state is JobState.RUNNING else [])
         if job.record is not None:
             assert int(job.record.split(b"-")[0]) == job.number("ep")
@@ -212,12 +221,25 @@ def i8_a_job_is_in_exactly_one_place(snapshot: Snapshot) -> None:
         waiting = {tenant for (c, tenant) in snapshot.queued if c == priority}
         assert snapshot.active.get(priority, set()) == waiting
         number = sum(len(ids) for (c, _), ids in snapshot.queued.items() if c == priority)
+        number += len(snapshot.isolated.get(priority, []))
         assert snapshot.lengths.get(priority, 0) == number
     assert snapshot.live == {tenant: n for tenant, n in by_tenant.items() if n}
 
 
 def i11_a_waiting_job_has_a_wake_up(snapshot: Snapshot) -> None:
-    assert not snapshot.queued or snapshot.bell > 0
+    assert not (snapshot.queued or snapshot.isolated) or snapshot.bell > 0
+
+
+def a_suspect_runs_alone(snapshot: Snapshot) -> None:
+    """What took several workers with it in a row runs beside nothing until it makes progress, one in a shard."""
+    suspects = [
+        jobs
+        for jobs in snapshot.worker_jobs.values()
+        for generation_id, record in jobs.items()
+        if snapshot.jobs[generation_id].number("at") >= ATTEMPTS_IN_COMPANY and record[20:60].split()[3] == b"0"
+    ]
+    assert len(suspects) <= 1, "two at a time"
+    assert all(len(jobs) == 1 for jobs in suspects), "in company"
 
 
 def i13_memory_is_bounded(snapshot: Snapshot, settings: QueueSettings) -> None:
@@ -264,5 +286,6 @@ def check_all(
     i7_attempts_are_bounded(snapshot, settings)
     i8_a_job_is_in_exactly_one_place(snapshot)
     i11_a_waiting_job_has_a_wake_up(snapshot)
+    a_suspect_runs_alone(snapshot)
     i13_memory_is_bounded(snapshot, settings)
     usage_is_counted_once(snapshot)

@@ -361,24 +361,6 @@ async def test_after_a_restart_of_the_server_workers_get_a_lease_of_grace(
     assert (await queue.reap(SHARD)).requeued == 1
 
 
-async def test_a_poisonous_job_becomes_a_dead_letter_and_its_neighbours_live(
-    queue: JobQueue, worker_redis: FlakyRedis, superuser: redis_sync.Redis
-) -> None:
-    poison, neighbour = await enqueue(queue, 2)
-    for attempt in range(3):
-        victim = worker(worker_redis)
-        claimed = await victim.claim(2, ROOM, ROOM)
-        assert [job.attempts for job in claimed if job.generation_id == poison] == [attempt]
-        await victim.commit([make_event(neighbour, (attempt,), first=attempt)])
-        end_lease(superuser, victim)
-        swept = await queue.reap(SHARD)
-        assert (swept.requeued, swept.dead_lettered) == ((2, 0) if attempt < 2 else (1, 1))
-    record = await queue.get(poison, "acme")
-    assert (record.state, record.reason) == (JobState.FAILED, Reason.ATTEMPTS_EXHAUSTED)
-    assert superuser.zrange(keys.dead_letters(SHARD), 0, -1) == [poison.encode()]
-    assert (await queue.get(neighbour, "acme")).attempts == 0
-
-
 async def test_progress_without_output_keeps_an_attempt_from_counting(
     queue: JobQueue, claims: JobClaims, superuser: redis_sync.Redis
 ) -> None:

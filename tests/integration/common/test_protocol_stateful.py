@@ -75,6 +75,14 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "detach by a gateway that lost the stream": ("detach", "j.gw == ARGV[2]", "true"),
     "detach by a call that lost the stream": ("detach", "j.ai == ARGV[3]", "true"),
     "cancel that keeps the epoch": ("lib_jobs", "j.ep = j.ep + 1\n  j.n = j.n + 1", "j.n = j.n + 1"),
+    "no isolation of what ends its workers": (
+        "lib_jobs",
+        "MAX_ATTEMPTS_IN_COMPANY = 2",
+        "MAX_ATTEMPTS_IN_COMPANY = 1e9",
+    ),
+    "a claim beside what must run alone": ("claim", "if running then return holder == wid end", ""),
+    "a retry of a dead letter that was retried": ("retry", "if made then return { 'OK', made } end", ""),
+    "a retry that leaves the letter listed": ("retry", "call('ZREM', P .. 'failed', id)", ""),
     "settling twice": ("lib_jobs", "'generations' .. owner, 1", "'generations' .. owner, 2"),
 }
 

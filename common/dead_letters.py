@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 
 from common import keys, records
 from common.errors import GenerationNotFound
+from common.headroom import Headroom
 from common.jobs import GenerationRecord
 from common.redis import Argument, Redis, Retry
 from common.scripts import ScriptRunner, as_list
@@ -57,8 +58,15 @@ class DeadLetters:
     """The dead letters of all shards; they are bounded in number per shard and expire."""
 
     def __init__(
-        self, redis: Redis, settings: QueueSettings, *, retry: Retry | None = None, scripts: ScriptRunner | None = None
+        self,
+        redis: Redis,
+        settings: QueueSettings,
+        *,
+        retry: Retry | None = None,
+        scripts: ScriptRunner | None = None,
+        headroom: Headroom | None = None,
     ) -> None:
+        self._headroom = headroom
         self._settings = settings
         self._retry = retry or Retry()
         self._scripts = scripts or ScriptRunner(redis)
@@ -89,12 +97,15 @@ class DeadLetters:
     async def retry(self, generation_ids: Sequence[str]) -> list[LetterResult]:
         """Queue letters again, each as a new generation that nobody listens to; the letter is listed no more.
 
-        Raises BackendFull; letters before it may have been queued, and a repeat answers with the same new ones.
+        Raises BackendFull, also while the headroom is short; letters before it may have been queued then, and a repeat
+        answers with the same new ones.
         """
         return await _each(generation_ids, self._retry_one)
 
     async def _retry_one(self, generation_id: str) -> LetterResult:
         settings = self._settings
+        if self._headroom is not None:
+            self._headroom.check()
         try:
             shard = keys.shard_of(generation_id)
         except GenerationNotFound:

@@ -19,6 +19,7 @@ from common.errors import (
     ResultLost,
     SequenceOutOfRange,
 )
+from common.headroom import Headroom
 from common.jobs import Attachment, Enqueued, GenerationRecord, JobState, LiveWorker, NewJob, ReplyItem, Swept
 from common.redis import Argument, Redis, Retry, execute
 from common.scripts import ScriptRunner, as_list
@@ -39,7 +40,8 @@ class JobQueue:
     """One gateway incarnation's view of all shards.
 
     `gateway_id` is `keys.random_id()` of this process. Blocking reads go over `blocking_redis`, so that a pool which is
-    busy waiting never delays an enqueue; its socket timeout bounds `block_ms` (see `common.redis.block_ms`).
+    busy waiting never delays an enqueue; its socket timeout bounds `block_ms` (see `common.redis.block_ms`). With
+    `headroom`, which somebody else keeps up to date, new jobs are refused while memory is short.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class JobQueue:
         retry: Retry | None = None,
         scripts: ScriptRunner | None = None,
         blocking_redis: Redis | None = None,
+        headroom: Headroom | None = None,
     ) -> None:
         self._redis = redis
         self._blocking_redis = blocking_redis or redis
@@ -58,6 +61,7 @@ class JobQueue:
         self._settings = settings
         self._retry = retry or Retry()
         self._scripts = scripts or ScriptRunner(redis)
+        self._headroom = headroom
         self._upkeep = Upkeep(self._run, settings)
 
     @property
@@ -71,12 +75,15 @@ class JobQueue:
         """Queue a generation; its events come to this gateway, for the call that `attach_id` names (see `detach`).
 
         The time limit is cut to the longest lifetime, the disconnect grace to its own longest. Raises QueueFull,
-        IdempotencyKeyReused, and DeadlineExceeded for a time limit that has already passed.
+        IdempotencyKeyReused, BackendFull while the headroom is short, and DeadlineExceeded for a time limit that has
+        already passed.
         """
         settings = self._settings
         lifetime_ms = settings.default_lifetime_ms if job.time_limit_ms is None else job.time_limit_ms
         if lifetime_ms <= 0:
             raise DeadlineExceeded("the time limit has already passed", reason="DEADLINE_TOO_SHORT")
+        if self._headroom is not None:
+            self._headroom.check()
         generation_id = job.generation_id or keys.new_generation_id(shard)
         if keys.shard_of(generation_id) != shard:
             raise ValueError("the generation id belongs to another shard")

@@ -62,6 +62,12 @@ class QueueSettings(BaseSettings):
     max_live_per_tenant: int = Field(
         default=4_000, gt=0, description="Most waiting and running jobs of one tenant and model."
     )
+    max_memory_share: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Share of the server's maxmemory above which no new job is accepted, so that running ones can end.",
+    )
     default_lifetime_ms: int = Field(default=_HOUR, gt=0, description="A job's time limit when the caller sets none.")
     max_lifetime_ms: int = Field(default=_DAY, gt=0, description="Longest time limit of a job.")
     max_disconnect_grace_ms: int = Field(

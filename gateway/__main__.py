@@ -15,6 +15,7 @@ from common.api_keys import ApiKeys
 from common.dead_letters import DeadLetters
 from common.embedded import describe_durability
 from common.errors import ServingError
+from common.headroom import Headroom
 from common.job_queue import JobQueue
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
@@ -48,7 +49,10 @@ async def run(
     redis, blocking_redis = connect(redis_settings), connect(redis_settings)
     admin_url = settings.admin_redis_url or redis_settings.url
     admin_redis = connect(redis_settings.model_copy(update={"url": admin_url}))
-    queue = JobQueue(redis, keys.random_id(), queue_settings, retry=retry, blocking_redis=blocking_redis)
+    headroom = Headroom(redis, queue_settings.max_memory_share, retry=retry)
+    queue = JobQueue(
+        redis, keys.random_id(), queue_settings, retry=retry, blocking_redis=blocking_redis, headroom=headroom
+    )
     registry = ModelRegistry(redis, retry=retry)
     catalog = Catalog(ModelDirectory(registry, queue), registry)
     hub = EventHub(settings.max_pending_events)
@@ -63,7 +67,7 @@ async def run(
     api_key_pb2_grpc.add_ApiKeyServiceServicer_to_server(
         ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
     )
-    dead_letters = DeadLetters(redis, queue_settings, retry=retry)
+    dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom)
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue, dead_letters), server.admin)
 
     async def on_connected() -> None:
@@ -76,6 +80,7 @@ async def run(
         hub,
         streams,
         catalog,
+        headroom,
         interval_s=min(settings.maintenance_interval_s, queue_settings.max_upkeep_pause_s),
         block_ms=block_ms(redis_settings, _BLOCK_MS),
         on_connected=on_connected,

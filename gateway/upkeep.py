@@ -1,4 +1,4 @@
-"""What a gateway does by itself: hears the reply streams, renews its leases, and ends what nobody else ends."""
+"""What a gateway does by itself: hears the reply streams, renews its leases, measures, ends what nobody else ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from common.errors import ServingError
+from common.headroom import Headroom
 from common.job_queue import START_CURSOR, JobQueue
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
@@ -28,6 +29,7 @@ class Upkeep:
         hub: EventHub,
         streams: StreamFactory,
         catalog: Catalog,
+        headroom: Headroom,
         *,
         interval_s: float,
         block_ms: int,
@@ -38,6 +40,7 @@ class Upkeep:
         self._hub = hub
         self._streams = streams
         self._catalog = catalog
+        self._headroom = headroom
         self._interval_s = interval_s
         self._block_ms = block_ms
         self._on_connected = on_connected
@@ -87,6 +90,7 @@ class Upkeep:
 
     async def _once(self) -> None:
         await self._catalog.refresh()
+        await self._headroom.measure()
         shards = self._catalog.shards()
         for shard in shards - self._cursors.keys():
             self._cursors[shard] = START_CURSOR

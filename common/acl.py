@@ -39,6 +39,10 @@ _JOB_KEYS: Final = tuple(
 )  # fmt: skip
 _REGISTRY: Final = ("exists", "get", "hdel", "hget", "hgetall", "hset", "hsetnx", "hvals", "incr", "set", "del")
 
+# What a gateway needs besides where replicas must confirm new jobs. `waitaof` only on servers that have it (Valkey,
+# Redis 7.2): others refuse a rule that names it.
+REPLICA_COMMANDS: Final = ("wait", "waitaof")
+
 _COMMANDS: Final = {
     Role.GATEWAY: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "xread", "hgetall", "info"),
     Role.WORKER: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "blpop", *_REGISTRY),
@@ -51,12 +55,15 @@ _KEYS: Final = {
 }
 
 
-def rules(role: Role) -> tuple[str, ...]:
-    """The rules of a role for ACL SETUSER: everything taken away, then what it needs. No password among them."""
-    commands: Iterable[str] = dict.fromkeys(_COMMANDS[role])
+def rules(role: Role, extra: Iterable[str] = ()) -> tuple[str, ...]:
+    """The rules of a role for ACL SETUSER: everything taken away, then what it needs. No password among them.
+
+    `extra` are further commands: REPLICA_COMMANDS.
+    """
+    commands: Iterable[str] = dict.fromkeys((*_COMMANDS[role], *extra))
     return ("reset", "on", *_KEYS[role], "resetchannels", "-@all", *(f"+{command}" for command in commands))
 
 
-def acl_file_line(role: Role, username: str, password_sha256: str) -> str:
-    """One line of an ACL file; `password_sha256` is the password's SHA-256 in hex."""
-    return f"user {username} {' '.join(rules(role))} #{password_sha256}".replace(" reset on ", " on ", 1)
+def acl_file_line(role: Role, username: str, password_sha256: str, extra: Iterable[str] = ()) -> str:
+    """One line of an ACL file; `password_sha256` is the password's SHA-256 in hex, `extra` as in `rules`."""
+    return f"user {username} {' '.join(rules(role, extra))} #{password_sha256}".replace(" reset on ", " on ", 1)

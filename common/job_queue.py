@@ -22,6 +22,7 @@ from common.errors import (
 from common.headroom import Headroom
 from common.jobs import Attachment, Enqueued, GenerationRecord, JobState, LiveWorker, NewJob, ReplyItem, Swept
 from common.redis import Argument, Redis, Retry, execute
+from common.replication import ReplicaAcks
 from common.scripts import ScriptRunner, as_list
 from common.settings import QueueSettings
 from common.upkeep import Upkeep
@@ -41,7 +42,8 @@ class JobQueue:
 
     `gateway_id` is `keys.random_id()` of this process. Blocking reads go over `blocking_redis`, so that a pool which is
     busy waiting never delays an enqueue; its socket timeout bounds `block_ms` (see `common.redis.block_ms`). With
-    `headroom`, which somebody else keeps up to date, new jobs are refused while memory is short.
+    `headroom`, which somebody else keeps up to date, new jobs are refused while memory is short; with `acks`, they
+    count once replicas have them.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class JobQueue:
         scripts: ScriptRunner | None = None,
         blocking_redis: Redis | None = None,
         headroom: Headroom | None = None,
+        acks: ReplicaAcks | None = None,
     ) -> None:
         self._redis = redis
         self._blocking_redis = blocking_redis or redis
@@ -62,6 +65,7 @@ class JobQueue:
         self._retry = retry or Retry()
         self._scripts = scripts or ScriptRunner(redis)
         self._headroom = headroom
+        self._acks = acks if acks is not None and acks.is_demanded else None
         self._upkeep = Upkeep(self._run, settings)
 
     @property
@@ -75,8 +79,8 @@ class JobQueue:
         """Queue a generation; its events come to this gateway, for the call that `attach_id` names (see `detach`).
 
         The time limit is cut to the longest lifetime, the disconnect grace to its own longest. Raises QueueFull,
-        IdempotencyKeyReused, BackendFull while the headroom is short, and DeadlineExceeded for a time limit that has
-        already passed.
+        IdempotencyKeyReused, BackendFull while the headroom is short, ReplicationUnconfirmed when replicas are demanded
+        and too few have it in time, and DeadlineExceeded for a time limit that has already passed.
         """
         settings = self._settings
         lifetime_ms = settings.default_lifetime_ms if job.time_limit_ms is None else job.time_limit_ms
@@ -88,9 +92,7 @@ class JobQueue:
         if keys.shard_of(generation_id) != shard:
             raise ValueError("the generation id belongs to another shard")
         sampling = job.body.sampling
-        reply = await self._run(
-            "enqueue",
-            shard,
+        arguments: tuple[Argument, ...] = (
             generation_id,
             job.tenant,
             job.key_id,
@@ -117,7 +119,14 @@ class JobQueue:
             settings.reply_ttl_ms,
             attach_id,
             max(settings.retention_ms, settings.dead_letter_retention_ms),
+            int(self._acks is not None),
         )
+        acks = self._acks
+        if acks is None:
+            reply = await self._run("enqueue", shard, *arguments)
+        else:
+            key = keys.meta(shard)
+            reply = await self._retry.call(lambda: acks.run(self._scripts, "enqueue", key, *arguments))
         status, *rest = as_list(reply)
         if status in _REFUSALS:
             raise QueueFull(_REFUSALS[status], reason=status.decode(), retry_after_ms=_RETRY_AFTER_MS)

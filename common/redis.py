@@ -31,7 +31,7 @@ BLOCK_MARGIN_MS: Final = 500  # a blocking read must answer before the socket gi
 # redis-py turns most of these into subclasses of ResponseError; the prefix is what all servers and versions agree on.
 _TRY_AGAIN: Final = (
     "READONLY", "LOADING", "BUSY", "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS", "NOSCRIPT",
-    "MISCONF",
+    "MISCONF", "UNBLOCKED",
 )  # fmt: skip
 _RETRY_AFTER_MS: Final = 1000
 

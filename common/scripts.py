@@ -80,6 +80,10 @@ class ScriptRunner:
         except NoScriptError:
             return await execute(self._redis, "EVAL", script.text, 1, key, *args)
 
+    def on(self, redis: Redis) -> ScriptRunner:
+        """The same scripts by way of another client."""
+        return ScriptRunner(redis, self._overrides)
+
 
 def as_list(reply: Any) -> Sequence[Any]:
     """A script's array reply. Raises TypeError where the server answered something else."""

@@ -46,6 +46,22 @@ class RedisSettings(BaseSettings):
     retry_base_ms: int = Field(default=20, gt=0, description="Upper bound of the first pause between two tries.")
     retry_cap_ms: int = Field(default=1 * _SECOND, gt=0, description="Upper bound of every pause between two tries.")
 
+    min_replicas: int = Field(
+        default=0, ge=0, description="Replicas that must have a new job before it is accepted. 0: none is asked."
+    )
+    wait_timeout_ms: int = Field(default=1 * _SECOND, gt=0, description="Longest wait for those replicas.")
+    replica_sync: Literal["disk", "memory"] = Field(
+        default="disk",
+        description="What a replica confirms: that it is in its append-only file (where the server has WAITAOF), or "
+        "received.",
+    )
+
+    @model_validator(mode="after")
+    def _replicas_answer_before_the_socket_gives_up(self) -> Self:
+        if self.min_replicas and self.wait_timeout_ms > self.socket_timeout_ms - _SECOND // 2:
+            raise ValueError("wait_timeout_ms must be at least 500 below socket_timeout_ms")
+        return self
+
     @model_validator(mode="after")
     def _client_certificate_is_whole(self) -> Self:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):

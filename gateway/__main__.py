@@ -19,6 +19,7 @@ from common.headroom import Headroom
 from common.job_queue import JobQueue
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
+from common.replication import ReplicaAcks
 from common.settings import QueueSettings, RedisSettings
 from common.startup import read_settings
 from gateway.admin import ApiKeyServicer, FleetServicer
@@ -51,7 +52,13 @@ async def run(
     admin_redis = connect(redis_settings.model_copy(update={"url": admin_url}))
     headroom = Headroom(redis, queue_settings.max_memory_share, retry=retry)
     queue = JobQueue(
-        redis, keys.random_id(), queue_settings, retry=retry, blocking_redis=blocking_redis, headroom=headroom
+        redis,
+        keys.random_id(),
+        queue_settings,
+        retry=retry,
+        blocking_redis=blocking_redis,
+        headroom=headroom,
+        acks=ReplicaAcks(redis, redis_settings),
     )
     registry = ModelRegistry(redis, retry=retry)
     catalog = Catalog(ModelDirectory(registry, queue), registry)

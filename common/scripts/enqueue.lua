@@ -5,7 +5,7 @@
 --       10 prompt tokens  11 most completion tokens  12 KV slots to begin  13 KV slots at most
 --       14 idempotency digest or ''  15 request digest  16 echo  17 body
 --       18 most queued  19 most queued of the tenant  20 most live of the tenant  21 gateway lease ms  22 reply TTL ms
---       23 attach id  24 retention ms of a dead letter
+--       23 attach id  24 retention ms of a dead letter  25 '1' if replicas are waited for
 -- Reply {OK | DUPLICATE, id, state, place} or {QUEUE_FULL | TENANT_QUEUE_FULL | TENANT_CONCURRENCY | REUSED}
 --@include base
 --@include jobs
@@ -14,6 +14,8 @@ local wrong = check_schema()
 if wrong then return wrong end
 local now = now_ms()
 
+-- A wait for replicas covers what its connection wrote. A repeat, on another one, waits for what was written before it.
+if ARGV[25] == '1' then call('HSET', KEYS[1], 'waited', int(now)) end
 local known = load(id) -- our own earlier try, whose reply was lost
 if known then return { 'OK', id, known.st, place(known) } end
 local digest_key = P .. 'i:' .. ARGV[14]

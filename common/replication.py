@@ -1,8 +1,8 @@
 """Acknowledgement of replicas: what was accepted survives the loss of the primary.
 
-A script is followed, on the same connection, by WAITAOF (replicas have it on disk) or WAIT (in memory), which answers how
-many replicas have all that this connection has written. So the script must write something even when it repeats: see
-enqueue.lua.
+A script is followed, on the same connection, by WAITAOF (replicas have it on disk) or WAIT (in memory), which answers
+how many replicas have all that this connection has written. So the script must write something even when it repeats:
+see enqueue.lua.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _RETRY_AFTER_MS: Final = 1000
 # A replica tells how far it has synced when it is asked, and each second. Asked in the same breath as it is sent the
 # write, it answers before the sync; so it is asked again, at first soon.
 _FIRST_WAIT_MS: Final = 5
+_MAX_WAIT_MS: Final = 20
 
 
 class ReplicaAcks:
@@ -58,7 +59,7 @@ class ReplicaAcks:
             replicas = await self._ask(connection, max(1, min(wait_ms, left_ms)))
             if replicas >= self._min_replicas or left_ms <= wait_ms:
                 return replicas
-            wait_ms *= 2
+            wait_ms = min(2 * wait_ms, _MAX_WAIT_MS)
 
     async def _ask(self, connection: Redis, timeout_ms: int) -> int:
         if self._has_waitaof:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -21,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 
 from common.errors import BackendFull, BackendRefused, BackendUnavailable, ServingError
+from common.sentinel import connect_to_primary, is_sentinel_url, parse_sentinel_url
 from common.settings import RedisSettings
 
 Redis: TypeAlias = redis_asyncio.Redis
@@ -37,8 +38,24 @@ _RETRY_AFTER_MS: Final = 1000
 
 
 def connect(settings: RedisSettings) -> Redis:
-    """A client with its own connection pool; connects at the first command. Close it with `aclose()`."""
-    return redis_asyncio.from_url(settings.url, **connection_options(settings))
+    """A client with its own connection pool; connects at the first command. Close it with `aclose()`.
+
+    For a sentinel address, a client of whichever server is the primary. Raises ValueError for an address that is none.
+    """
+    options = connection_options(settings)
+    if is_sentinel_url(settings.url):
+        return connect_to_primary(parse_sentinel_url(settings.url), options, _sentinel_options(settings, options))
+    return redis_asyncio.from_url(settings.url, **options)
+
+
+def _sentinel_options(settings: RedisSettings, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of connections to sentinels: as to servers, but with credentials of their own."""
+    own = {name: value for name, value in options.items() if name not in ("username", "password", "max_connections")}
+    if settings.sentinel_username is not None:
+        own["username"] = settings.sentinel_username
+    if settings.sentinel_password is not None:
+        own["password"] = settings.sentinel_password.get_secret_value()
+    return own
 
 
 def connection_options(settings: RedisSettings) -> dict[str, Any]:
@@ -60,7 +77,7 @@ def connection_options(settings: RedisSettings) -> dict[str, Any]:
         options["username"] = settings.username
     if settings.password is not None:
         options["password"] = settings.password.get_secret_value()
-    if settings.url.startswith("rediss://"):
+    if settings.url.startswith(("rediss://", "rediss+sentinel://")):
         options["ssl_check_hostname"] = settings.tls_check_hostname
         for name, path in (
             ("ssl_ca_certs", settings.tls_ca_file),

@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from common.logs import LogFormat
+from common.sentinel import is_sentinel_url, parse_sentinel_url
 
 PREFIX: Final = "TORCHRELAY_"
 ROLE_PREFIXES: Final = ("TORCHRELAY_GATEWAY_", "TORCHRELAY_WORKER_", "TORCHRELAY_ENGINE_")
@@ -29,10 +30,13 @@ class RedisSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TORCHRELAY_REDIS_", frozen=True)
     url: str = Field(
         default="redis://127.0.0.1:6379/0",
-        description="redis://, rediss:// (TLS) or unix:// address; may hold user and password.",
+        description="redis://, rediss:// (TLS) or unix:// address, which may hold user and password; or "
+        "redis+sentinel://host:port,host:port/<master name>/<db> (rediss+sentinel: TLS).",
     )
     username: str | None = Field(default=None, description="ACL user, if not in the URL.")
     password: SecretStr | None = Field(default=None, description="Password, if not in the URL.")
+    sentinel_username: str | None = Field(default=None, description="ACL user of the sentinels.")
+    sentinel_password: SecretStr | None = Field(default=None, description="Password of the sentinels.")
     tls_ca_file: Path | None = Field(default=None, description="CA bundle that signed the server's certificate.")
     tls_cert_file: Path | None = Field(default=None, description="Client certificate, for servers that ask for one.")
     tls_key_file: Path | None = Field(default=None, description="Key of the client certificate.")
@@ -55,6 +59,13 @@ class RedisSettings(BaseSettings):
         description="What a replica confirms: that it is in its append-only file (where the server has WAITAOF), or "
         "received.",
     )
+
+    @field_validator("url")
+    @classmethod
+    def _sentinel_address_is_whole(cls, value: str) -> str:
+        if is_sentinel_url(value):
+            parse_sentinel_url(value)
+        return value
 
     @model_validator(mode="after")
     def _replicas_answer_before_the_socket_gives_up(self) -> Self:

@@ -12,7 +12,9 @@ def gateway(
     address: Annotated[str, typer.Option("--address", "-a", help="Where clients call, host:port.")] = "",
     admin_address: Annotated[str, typer.Option("--admin-address", help="Where operators call, host:port.")] = "",
     health_address: Annotated[str, typer.Option("--health-address", help="Plaintext port for probes.")] = "",
-    redis_url: Annotated[str, typer.Option("--redis-url", help="redis://, rediss:// or unix:// address.")] = "",
+    redis_url: Annotated[
+        str, typer.Option("--redis-url", help="redis://, rediss://, unix:// or redis+sentinel:// address.")
+    ] = "",
     reflection: Annotated[bool | None, typer.Option("--reflection/--no-reflection", help="gRPC reflection.")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Allow plaintext beyond loopback.")] = None,
 ) -> None:

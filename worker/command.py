@@ -12,7 +12,9 @@ ModelNameOption = Annotated[str, typer.Option("--model-name", help="Name that re
 RevisionOption = Annotated[str, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-RedisOption = Annotated[str, typer.Option("--redis-url", help="redis://, rediss:// or unix:// address.")]
+RedisOption = Annotated[
+    str, typer.Option("--redis-url", help="redis://, rediss://, unix:// or redis+sentinel:// address.")
+]
 
 models = typer.Typer()
 

@@ -183,6 +183,9 @@ class Agent:
         while not self._drained:
             age = time.monotonic() - self._engine.last_step_at
             if age > self._settings.hang_s:
+                # The lease must end: no loop may renew it, also one whose cancellation the Redis client swallows.
+                self._stopping.set()
+                self._drained = True
                 raise StepHungError(f"a step has taken {age:.0f} s")
             await self._guarded(self._beat_once())
             await asyncio.sleep(self._beat_interval_s)

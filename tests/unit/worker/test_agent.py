@@ -1,0 +1,161 @@
+"""The agent's watchdog: a step that never ends ends the worker, and nothing renews its lease any more."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from common.generation import JobBody, SamplingParams, Usage
+from common.jobs import ClaimedJob, CommitResult, Swept, WorkerInfo
+from tests.builders_system import until
+from worker.agent import Agent, StepHungError
+from worker.engine.types import EngineStats, GenerationRequest, StepResult
+from worker.settings import WorkerSettings
+
+BEAT_S = 0.01
+
+
+def make_claimed(generation_id: str) -> ClaimedJob:
+    return ClaimedJob(
+        generation_id=generation_id,
+        epoch=1,
+        sequence=0,
+        chain_hash=bytes(8),
+        remaining_ms=60_000,
+        priority=1,
+        attempts=0,
+        tenant="acme",
+        usage=Usage(),
+        body=JobBody(prompt_token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=4)),
+        events=(),
+    )
+
+
+@dataclass
+class Engine:
+    """A step that has been submitted to never returns, from `hangs` on."""
+
+    hangs: bool = True
+    stats: EngineStats = field(default_factory=lambda: EngineStats(num_blocks=64, num_free_blocks=64))
+    submitted: list[str] = field(default_factory=list)
+    began: float = 0.0
+    is_stopped: bool = False
+
+    @property
+    def last_step_at(self) -> float:
+        return self.began if self.submitted and self.hangs else time.monotonic()
+
+    def submit(self, request: GenerationRequest) -> None:
+        self.submitted.append(request.request_id)
+        self.began = time.monotonic()
+
+    def abort(self, request_id: str) -> None:
+        self.submitted.remove(request_id)
+
+    def ack(self, step: int) -> None:
+        raise AssertionError("no step has ended")
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+    async def next_result(self) -> StepResult:
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+
+@dataclass
+class Claims:
+    """A queue with some jobs. Each call that would renew the lease is noted with its time."""
+
+    jobs: list[ClaimedJob]
+    renewals: list[float] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
+    swallows: bool = False  # the first cancellation of a blocking wait, as the Redis client can
+    held: int = 0
+
+    async def wait_bell(self) -> None:
+        while not self.jobs:
+            try:
+                await asyncio.sleep(0.005)
+            except asyncio.CancelledError:
+                if not self.swallows:
+                    raise
+                self.swallows = False
+                return
+
+    async def claim(self, max_jobs: int, free: int, total: int) -> list[ClaimedJob]:
+        self.renewals.append(time.monotonic())
+        taken, self.jobs = self.jobs[:1], self.jobs[1:]
+        return taken
+
+    async def heartbeat(self, info: WorkerInfo) -> CommitResult:
+        self.renewals.append(time.monotonic())
+        return CommitResult()
+
+    async def commit(self, events: Any) -> CommitResult:
+        raise AssertionError("no step has ended")
+
+    async def reap(self) -> Swept:
+        return Swept()
+
+    async def sweep(self) -> Swept:
+        return Swept()
+
+    async def release(self, generation_ids: list[str]) -> int:
+        self.released += generation_ids
+        return len(generation_ids)
+
+    async def leave(self) -> int:
+        return 0
+
+
+def make_agent(claims: Claims, engine: Engine, hang_s: float) -> Agent:
+    settings = WorkerSettings(hang_s=hang_s, drain_s=0)
+    return Agent(
+        cast(Any, claims), cast(Any, engine), settings, WorkerInfo, max_num_seqs=8, beat_interval_s=BEAT_S
+    )  # fmt: skip
+
+
+async def test_a_step_that_never_ends_ends_the_worker() -> None:
+    claims, engine = Claims([make_claimed("a")]), Engine()
+    agent = make_agent(claims, engine, hang_s=0.1)
+    with pytest.raises(ExceptionGroup) as caught:
+        await asyncio.wait_for(agent.run(), 10)
+    assert caught.value.subgroup(StepHungError) is not None
+    assert engine.submitted == ["a@1"]
+    assert claims.released == []  # it cannot be given back: what computes it still runs
+    number = len(claims.renewals)
+    assert claims.renewals[-1] - engine.began < 0.1 + 1  # while young it is renewed
+    await asyncio.sleep(5 * BEAT_S)
+    assert len(claims.renewals) == number, "the lease is renewed after the step was found to hang"
+
+
+async def test_no_loop_goes_on_renewing_the_lease_when_its_cancellation_is_swallowed() -> None:
+    """The claim loop waits for a bell, holding nothing: a cancellation that gets lost must not keep the worker."""
+    claims, engine = Claims([]), Engine()
+    claims.swallows = True
+    agent = make_agent(claims, engine, hang_s=0.05)
+    engine.submitted.append("b@1")  # adopted, so to speak: the engine computes while the claim loop waits
+    engine.began = time.monotonic()
+    with pytest.raises(ExceptionGroup) as caught:
+        await asyncio.wait_for(agent.run(), 10)
+    assert caught.value.subgroup(StepHungError) is not None
+    assert not claims.swallows
+
+
+async def test_an_engine_that_steps_or_idles_is_left_alone() -> None:
+    claims, engine = Claims([make_claimed("a")]), Engine(hangs=False)
+    agent = make_agent(claims, engine, hang_s=0.03)
+    running = asyncio.create_task(agent.run())
+
+    async def has_beaten() -> bool:
+        return len(claims.renewals) > 20  # many times hang_s
+
+    await until(has_beaten, what="beats")
+    assert not running.done()
+    agent.stop()
+    await asyncio.wait_for(running, 10)
+    assert (claims.released, engine.submitted, engine.is_stopped) == (["a"], [], True)

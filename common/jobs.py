@@ -83,7 +83,10 @@ class ReplyItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Reason(StrEnum):
-    """Why a generation reached its terminal event, where the state alone does not say."""
+    """Why a generation reached its terminal event, where the state alone does not say.
+
+    A reason that only a later version knows reads as NONE: the state says enough to go on.
+    """
 
     NONE = ""
     CANCELLED = "CANCELLED"  # C: asked for
@@ -93,6 +96,10 @@ class Reason(StrEnum):
     ATTEMPTS_EXHAUSTED = "ATTEMPTS_EXHAUSTED"  # F: the dead letter
     LOG_LIMIT = "LOG_LIMIT"  # F: its events outgrew the bound
     WORKER_FAILED = "WORKER_FAILED"  # F: a worker gave it up
+
+    @classmethod
+    def _missing_(cls, value: object) -> Reason:
+        return cls.NONE
 
 
 class LostReason(StrEnum):

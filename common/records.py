@@ -37,9 +37,9 @@ def encode_entry(chain_hash: bytes, epoch: int, sequence: int, body: EventBody) 
 
 
 def event_from_fields(fields: Sequence[bytes]) -> LogEvent:
-    """A log event from the fields of its entry: e and, in markers and terminals, k and y."""
+    """A log event from the fields of its entry: e and, in markers and terminals, k and y. Later ones are left out."""
     event = _EVENT_DECODER.decode(_LOG_ENTRY_HEAD + fields[1])
-    if len(fields) == 2:
+    if len(fields) == 2 or fields[2] != b"k":
         return event
     return LogEvent(
         event.chain_hash, event.epoch, event.sequence, event.body, ItemKind(fields[3].decode()), fields[5].decode()

@@ -116,6 +116,9 @@ def domain_error(error: BaseException) -> ServingError:
         return BackendFull("the queue's server is out of memory", retry_after_ms=_RETRY_AFTER_MS)
     if is_retryable(error):
         return BackendUnavailable("the queue's server does not answer", retry_after_ms=_RETRY_AFTER_MS)
+    if str(error).startswith("SCHEMA"):
+        message = "the queue belongs to programs of another schema version"
+        return BackendRefused(message, reason="SCHEMA_MISMATCH", metadata={"error": str(error)})
     return BackendRefused("the queue's server refuses a command", metadata={"error": type(error).__name__})
 
 

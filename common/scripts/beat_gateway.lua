@@ -4,8 +4,7 @@
 -- Reply 1 if the lease or the stream had been lost: live streams must attach again.
 --@include base
 --@include jobs
-local wrong = check_schema()
-if wrong then return wrong end
+set_schema()
 local gid, now = ARGV[1], now_ms()
 local stream = P .. 'gw:' .. gid
 local had_stream = call('EXISTS', stream)

@@ -4,8 +4,7 @@
 -- Reply as commit's.
 --@include base
 --@include jobs
-local wrong = check_schema()
-if wrong then return wrong end
+set_schema()
 local wid, now = ARGV[1], now_ms()
 call('ZADD', P .. 'wl', int(now + ARGV[2]), wid)
 call('SET', P .. 'wi:' .. wid, ARGV[3], 'PX', int(3 * ARGV[2]))

@@ -10,8 +10,7 @@
 --@include base
 --@include jobs
 local id, tenant, class, gid = ARGV[1], ARGV[2], tonumber(ARGV[4]), ARGV[6]
-local wrong = check_schema()
-if wrong then return wrong end
+set_schema()
 local now = now_ms()
 
 -- A wait for replicas covers what its connection wrote. A repeat, on another one, waits for what was written before it.

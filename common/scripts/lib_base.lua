@@ -14,14 +14,15 @@ local function int(x)
   return string.format('%.0f', x)
 end
 
--- Other programs may write keys and fields in another way: refuse to mix. The first program of a shard sets the version.
-local function check_schema()
-  local stored = call('HGET', KEYS[1], 'schema')
-  if not stored then
-    call('HSET', KEYS[1], 'schema', SCHEMA)
-  elseif stored ~= SCHEMA then
-    return redis.error_reply('SCHEMA stored ' .. stored .. ', spoken ' .. SCHEMA)
-  end
+-- Other programs may write keys and fields in another way: every script refuses to mix, before it changes anything.
+local stored_schema = call('HGET', KEYS[1], 'schema')
+if stored_schema and stored_schema ~= SCHEMA then
+  return redis.error_reply('SCHEMA stored ' .. stored_schema .. ', spoken ' .. SCHEMA)
+end
+
+-- The first program of a shard sets the version; one that only asks for something does not make the shard.
+local function set_schema()
+  if not stored_schema then call('HSET', KEYS[1], 'schema', SCHEMA) end
 end
 
 -- Leases count for nothing for a while when the server was down or stopped, or its clock has moved: those who hold

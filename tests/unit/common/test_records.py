@@ -44,6 +44,13 @@ def test_a_terminal_entry_has_its_kind_and_reason() -> None:
     assert (event.kind, event.reason) == (ItemKind.FAILED, "LOG_LIMIT")
 
 
+def test_fields_of_a_later_version_are_left_out() -> None:
+    entry = records.encode_entry(bytes(8), 3, 4, EventBody())
+    assert records.event_from_fields([b"e", entry, b"zz", b"later"]) == records.event_from_fields([b"e", entry])
+    ended = records.event_from_fields([b"e", entry, b"k", b"D", b"y", b"", b"zz", b"later"])
+    assert (ended.kind, ended.reason) == (ItemKind.DONE, "")
+
+
 def test_an_empty_reply_entry_has_no_items() -> None:
     assert records.items_from_entry(b"\xdc\x00\x00") == []
 

@@ -39,15 +39,15 @@ LONG: Final[Mapping[str, Config]] = {
     "lost replies while the engine goes on": Config(Budget(lost=1, reaps=2, backlogs=1), max_claims=4),
     "crashes and lost replies": Config(Budget(worker_crashes=1, gateway_crashes=1, reaps=1, lost=1), length=1),
     "trimmed reply stream and takeovers": Config(Budget(trims=1, drops=1, reaps=1), length=3),
-    "leases of living gateways end": Config(Budget(lapses=2, drops=1, reaps=1), length=1),
+    "leases of living gateways end": Config(Budget(lapses=1, drops=1, reaps=1), length=1),
     "cancel, deadline and lost replies": Config(Budget(cancels=1, deadlines=1, lost=1, reaps=1), length=1),
-    "fruitless attempts": Config(Budget(reaps=5, empties=2, failures=1, releases=1), length=2, max_claims=6),
+    "fruitless attempts": Config(Budget(reaps=5, empties=1, failures=1, releases=1), length=1, max_claims=5),
     "failover, takeover and reconnect": Config(Budget(failovers=1, reaps=1, drops=1), length=1),
     "failover and lost replies": Config(Budget(failovers=1, lost=1)),
     "two outputs": Config(Budget(reaps=1, lost=1), num_outputs=2, length=1),
     "two jobs": Config(Budget(reaps=1), num_clients=2, length=1, num_gateways=1),
     "two jobs and a lost reply": Config(Budget(lost=1), num_clients=2, length=1),
-    "two clients of one job": Config(Budget(reaps=1, drops=1), num_rivals=1),
+    "two clients of one job": Config(Budget(reaps=1, drops=1), num_rivals=1, length=1),
 }
 
 

@@ -165,16 +165,21 @@ def i8_a_job_is_in_exactly_one_place(server: Server, _: Config) -> str | None:
 
 
 def i8_events_go_to_the_call_that_attached_last(state: State, config: Config) -> str | None:
-    """A stream is fed: unless another call or the end of a lease took it away, its gateway has the job.
+    """A client's stream is fed: unless another call or the end of a lease took it away, its gateway has the job.
 
     An attach that was held up may take it away for a call that is over; so this asks nothing once a request was lost.
     """
-    if state.history or state.budget.lost != config.budget.lost:
+    if state.history or state.budget.lost != config.budget.lost or config.num_rivals:
         return None
     may_lapse = state.budget.lapses != config.budget.lapses or len(state.server.streams) > config.num_gateways
     for call in state.calls:
         job = next((job for job in state.server.jobs if job.id == call.job), None)
-        if job is None or job.state not in LIVE or any(other.job == job.id for other in state.calls if other != call):
+        if (
+            call.client == NONE
+            or job is None
+            or job.state not in LIVE
+            or any(other.job == job.id for other in state.calls if other != call)
+        ):
             continue
         if job.gateway != call.gateway and not may_lapse:
             return f"events of job {job.id} go to gateway {job.gateway}, its only call is at {call.gateway}"

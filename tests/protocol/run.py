@@ -10,14 +10,16 @@ import argparse
 import json
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any, Final
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any, Final
 
 from tests.protocol.configurations import LONG, QUICK, explore
 from tests.protocol.explorer import Explored
 from tests.protocol.model import Protocol
 from tests.protocol.mutants import MUTANTS
-from tests.protocol.stateful import run_operations
+
+if TYPE_CHECKING:
+    from tests.protocol.stateful import Tally
 
 # The largest configuration has about half as many. A state takes about 0.7 KB, so a process stays below a gigabyte.
 MAX_STATES: Final = 1_000_000
@@ -39,33 +41,41 @@ def explore_mutant(number: int) -> Explored:
     return explore(mutant.make(mutant.config), max_states=MAX_STATES)
 
 
-def explore_all() -> tuple[dict[str, Any], dict[str, bool]]:
-    """What was found of each configuration, and whether each mutant was."""
-    found: dict[str, Any] = {}
-    caught: dict[str, bool] = {}
+def run_stateful(number: int, seed: int) -> Tally:
+    from tests.protocol.stateful import run_operations  # only this process needs Redis and hypothesis
+
+    return run_operations(number, seed)
+
+
+def explore_all(pool: Executor) -> dict[str, Any]:
+    """What was found in each configuration."""
     names = [("long", name) for name in LONG] + [("quick", name) for name in QUICK]
-    with ProcessPoolExecutor(_PROCESSES, max_tasks_per_child=1) as pool:
-        runs = {pool.submit(explore_one, *name): name for name in names}
-        for run in as_completed(runs):
-            result, name = run.result(), " - ".join(runs[run])
-            found[name] = {
-                "states": result.num_states,
-                "steps": result.num_steps,
-                "depth": result.depth,
-                "seconds": round(result.seconds, 1),
-                "complete": result.is_complete,
-                "violation": None if result.violation is None else str(result.violation),
-            }
-            tell(f"{name}: {result.num_states} states, {result.num_steps} steps, {result.seconds:.1f} s")
-            if result.violation is not None:
-                tell(str(result.violation))
-    with ProcessPoolExecutor(_PROCESSES) as pool:
-        for mutant, result in zip(MUTANTS, pool.map(explore_mutant, range(len(MUTANTS))), strict=True):
-            violation = result.violation
-            name = mutant.make.__name__
-            caught[name] = violation is not None and violation.property == mutant.law
-            tell(f"mutant {name}: {'not found' if violation is None else violation}")
-    return found, caught
+    runs = {pool.submit(explore_one, *name): " - ".join(name) for name in names}
+    found = {}
+    for run in as_completed(runs):
+        result, name = run.result(), runs[run]
+        found[name] = {
+            "states": result.num_states,
+            "steps": result.num_steps,
+            "depth": result.depth,
+            "seconds": round(result.seconds, 1),
+            "complete": result.is_complete,
+            "violation": None if result.violation is None else str(result.violation),
+        }
+        tell(f"{name}: {result.num_states} states, {result.num_steps} steps, {result.seconds:.1f} s")
+        if result.violation is not None:
+            tell(str(result.violation))
+    return found
+
+
+def find_mutants(pool: Executor) -> dict[str, bool]:
+    """Whether each mutant broke the law that it is to break."""
+    caught = {}
+    for mutant, result in zip(MUTANTS, pool.map(explore_mutant, range(len(MUTANTS))), strict=True):
+        violation = result.violation
+        caught[mutant.make.__name__] = violation is not None and violation.property == mutant.law
+        tell(f"mutant {mutant.make.__name__}: {'not found' if violation is None else violation}")
+    return caught
 
 
 def main() -> int:
@@ -74,8 +84,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000_000, help="of its histories")
     options = parser.parse_args()
     started = time.monotonic()
-    found, caught = explore_all()
-    stateful = run_operations(options.operations, options.seed)
+    with ProcessPoolExecutor(_PROCESSES, max_tasks_per_child=1) as pool:  # each gives its memory back at its end
+        histories = pool.submit(run_stateful, options.operations, options.seed)
+        found = explore_all(pool)
+        stateful = histories.result()
+    with ProcessPoolExecutor(_PROCESSES) as pool:
+        caught = find_mutants(pool)
     tell(f"stateful test: {stateful.operations} operations in {stateful.histories} histories, seed {options.seed}")
     if stateful.violation is not None:
         tell(stateful.violation)

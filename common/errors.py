@@ -152,6 +152,15 @@ class Superseded(Aborted):
         super().__init__("another stream was attached to this generation")
 
 
+class ClientTooSlow(Aborted):
+    """The client left a message unread for too long. Its generation goes on for the disconnect grace, to be resumed."""
+
+    default_reason = "CLIENT_TOO_SLOW"
+
+    def __init__(self) -> None:
+        super().__init__("a message was not read in time; resume after the last event that was")
+
+
 class ResourceExhausted(ServingError):
     """A bound was reached; a later try may succeed."""
 

@@ -125,7 +125,7 @@ class QueueSettings(BaseSettings):
     max_log_bytes: int = Field(default=16 << 20, gt=0, description="Most bytes of one generation's events.")
     max_claim_bytes: int = Field(default=16 << 20, gt=0, description="Most bytes of bodies and logs in one claim.")
     max_attach_events: int = Field(default=1024, gt=0, description="Most events in one answer to attach.")
-    max_attach_bytes: int = Field(default=1 << 20, gt=0, description="About the most bytes in one answer to attach.")
+    max_attach_bytes: int = Field(default=256 << 10, gt=0, description="About the most bytes in one answer to attach.")
     reply_ttl_ms: int = Field(default=60 * _SECOND, gt=0, description="Life of a reply stream that nobody renews.")
     expected_completion_tokens: int = Field(
         default=256, gt=0, description="Output charged to a tenant when a job starts; settled when it ends."

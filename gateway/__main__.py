@@ -62,11 +62,12 @@ async def run(
     )
     registry = ModelRegistry(redis, retry=retry)
     catalog = Catalog(ModelDirectory(registry, queue), registry)
-    hub = EventHub(settings.max_pending_events)
+    hub = EventHub(settings.max_pending_events, settings.max_pending_bytes)
     streams = StreamFactory(queue, hub, StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s))
     secret = SharedSecret(redis, admin_redis, retry)
 
-    server = GatewayServer(settings, Guard(authenticator(ApiKeys(redis, retry=retry))), Guard(None))
+    guard = Guard(authenticator(ApiKeys(redis, retry=retry)), send_timeout_s=settings.send_timeout_s)
+    server = GatewayServer(settings, guard, Guard(None))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(queue, streams, catalog, settings, secret), server.public
     )

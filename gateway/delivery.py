@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from typing import Final
 
 from common import keys
 from common.errors import Superseded
 from common.jobs import ItemKind, ReplyItem
+
+_PART_BYTES: Final = 200  # of an event or delta, besides what it holds
+_TOKEN_ID_BYTES: Final = 40
+_LOGPROB_BYTES: Final = 32
 
 
 class Subscription:
@@ -20,14 +25,26 @@ class Subscription:
     `attach_id` names the call to the queue, so that letting go of it later cannot end another call's stream.
     """
 
-    __slots__ = ("_max_pending", "_must_read_log", "_pending", "_waiter", "attach_id", "generation_id", "superseded")
+    __slots__ = (
+        "_max_pending",
+        "_max_pending_bytes",
+        "_must_read_log",
+        "_num_pending_bytes",
+        "_pending",
+        "_waiter",
+        "attach_id",
+        "generation_id",
+        "superseded",
+    )
 
-    def __init__(self, generation_id: str, max_pending: int) -> None:
+    def __init__(self, generation_id: str, max_pending: int, max_pending_bytes: int) -> None:
         self.generation_id = generation_id
         self.attach_id = keys.random_id()
         self.superseded = False
         self._max_pending = max_pending
+        self._max_pending_bytes = max_pending_bytes
         self._pending: list[ReplyItem] = []
+        self._num_pending_bytes = 0
         self._must_read_log = False
         self._waiter: asyncio.Future[None] | None = None
 
@@ -36,11 +53,16 @@ class Subscription:
 
         That another gateway has attached may be old news, from before this subscription: what is stored decides.
         """
-        if item.kind is ItemKind.SUPERSEDED or len(self._pending) >= self._max_pending:
-            self._pending.clear()
-            self._must_read_log = True
-        else:
+        if not self._must_read_log:  # else what it reads there will hold this one too
             self._pending.append(item)
+            self._num_pending_bytes += _bytes_of(item)
+            if (
+                item.kind is ItemKind.SUPERSEDED
+                or len(self._pending) > self._max_pending
+                or self._num_pending_bytes > self._max_pending_bytes
+            ):
+                self._clear()
+                self._must_read_log = True
         self._wake()
 
     def supersede(self) -> None:
@@ -66,11 +88,15 @@ class Subscription:
         if self.superseded:
             raise Superseded
         items = tuple(self._pending)
-        self._pending.clear()
+        self._clear()
         if self._must_read_log:
             self._must_read_log = False
             return None
         return items or None
+
+    def _clear(self) -> None:
+        self._pending.clear()
+        self._num_pending_bytes = 0
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -80,8 +106,10 @@ class Subscription:
 class EventHub:
     """The subscriptions of this process, by generation."""
 
-    def __init__(self, max_pending: int) -> None:
+    def __init__(self, max_pending: int, max_pending_bytes: int = 256 << 10) -> None:
+        """Of each subscription, at most so many items wait, in about so many bytes."""
         self._max_pending = max_pending
+        self._max_pending_bytes = max_pending_bytes
         self._subscriptions: dict[str, list[Subscription]] = {}
         self._num_subscriptions = 0  # asked for with every message
 
@@ -94,7 +122,7 @@ class EventHub:
 
     def subscribe(self, generation_id: str) -> Subscription:
         """Listen to a generation, beside those who do already: whether this call may have it is not known yet."""
-        subscription = Subscription(generation_id, self._max_pending)
+        subscription = Subscription(generation_id, self._max_pending, self._max_pending_bytes)
         self._subscriptions.setdefault(generation_id, []).append(subscription)
         self._num_subscriptions += 1
         return subscription
@@ -119,3 +147,13 @@ class EventHub:
         for item in items:
             for subscription in self._subscriptions.get(item.generation_id, ()):
                 subscription.offer(item)
+
+
+def _bytes_of(item: ReplyItem) -> int:
+    """About how much memory an item takes."""
+    size = _PART_BYTES
+    if item.body is not None:
+        for delta in item.body.deltas:
+            size += _PART_BYTES + len(delta.text)
+            size += _TOKEN_ID_BYTES * len(delta.token_ids) + _LOGPROB_BYTES * len(delta.logprobs)
+    return size

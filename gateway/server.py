@@ -35,8 +35,10 @@ def server_options(settings: GatewaySettings) -> Sequence[tuple[str, Any]]:
         # Clients may ping every 10 seconds, idle or not, so that dead connections are found on both sides.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
+        # What counts when a ping gets no answer over a connection that still takes bytes; a minute if not set.
+        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
         ("grpc.so_reuseport", 0),  # a second gateway on this address is an error, not a silent half of the calls
     )
 

@@ -54,8 +54,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
     ) -> pb.GenerateResponse:
         caller = current_caller()
-        async with self._new_stream(request, caller, context) as (stream, accepted, attachment):
-            async for _ in stream.events(attachment):
+        async with self._new_stream(request, caller, context) as (stream, accepted):
+            async for _ in stream.events():
                 pass
         return pb.GenerateResponse(generation=await self._whole(accepted.generation_id, caller))
 
@@ -64,9 +64,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         request: pb.StreamGenerateRequest,
         context: grpc.aio.ServicerContext[pb.StreamGenerateRequest, pb.StreamGenerateResponse],
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
-        async with self._new_stream(request, current_caller(), context) as (stream, accepted, attachment):
+        async with self._new_stream(request, current_caller(), context) as (stream, accepted):
             yield pb.StreamGenerateResponse(event=pb.GenerationEvent(accepted=accepted))
-            async for event in stream.events(attachment):
+            async for event in stream.events():
                 yield pb.StreamGenerateResponse(event=event)
 
     async def SubmitGeneration(  # noqa: N802
@@ -115,13 +115,14 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                     raise
                 accepted = accepted_of(attachment.record)
                 await self._send_id(request.generation_id, context)
-                stream = self._streams.open(subscription, caller.tenant, accepted, position)
+                stream = self._streams.open(subscription, caller.tenant, accepted, position, attachment)
+                del attachment  # up to a page of the log, which the stream keeps only until it is sent
                 yield pb.ResumeGenerationResponse(
                     event=pb.GenerationEvent(
                         sequence=position.sequence, chain_hash=convert.chain_hash(position), accepted=accepted
                     )
                 )
-                async for event in stream.events(attachment):
+                async for event in stream.events():
                     yield pb.ResumeGenerationResponse(event=event)
             finally:
                 # An attach whose reply never came may have taken effect all the same: it is let go of too.
@@ -150,7 +151,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         request: pb.GenerateRequest | pb.StreamGenerateRequest,
         caller: Caller,
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[tuple[EventStream, pb.Accepted, Attachment | None]]:
+    ) -> AsyncIterator[tuple[EventStream, pb.Accepted]]:
         """Queue a generation and listen to it; at the end let go of it, however the call ended."""
         with self._one_more_call():
             job, accepted = await self._job(request, caller, context.time_remaining())
@@ -172,8 +173,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                     accepted = accepted_of(attachment.record)
                     accepted.replayed = True
                 await self._send_id(accepted.generation_id, context)
-                stream = self._streams.open(subscription, caller.tenant, accepted, LogPosition())
-                yield stream, accepted, attachment
+                stream = self._streams.open(subscription, caller.tenant, accepted, LogPosition(), attachment)
+                attachment = None  # up to a page of the log, which the stream keeps only until it is sent
+                yield stream, accepted
             finally:
                 # An enqueue whose reply never came may have taken effect all the same: it is let go of too.
                 await self._streams.close(subscription, ended=stream is not None and stream.ended)

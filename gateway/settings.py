@@ -40,4 +40,16 @@ class GatewaySettings(BaseSettings):
     max_pending_events: int = Field(
         default=256, gt=0, description="Events kept for a slow client before it reads the log."
     )
+    max_pending_bytes: int = Field(
+        default=256 << 10, gt=0, description="About the most memory that these events may take, of each client."
+    )
+    send_timeout_s: float = Field(
+        default=60, gt=0, description="How long a client may leave a message unread before its stream ends, resumable."
+    )
+    keepalive_s: float = Field(
+        default=30, ge=1, description="Silence on a connection after which the gateway asks whether it is alive."
+    )
+    keepalive_timeout_s: float = Field(
+        default=10, ge=1, description="How long the answer may take before the connection counts as lost."
+    )
     drain_s: float = Field(default=20, ge=0, description="How long running calls may go on after SIGTERM.")

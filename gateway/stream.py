@@ -45,7 +45,9 @@ class EventStream:
         position: LogPosition,
         times: StreamTimes,
         num_streams: Callable[[], int],
+        attachment: Attachment | None = None,
     ) -> None:
+        """`attachment` is what attaching returned, None for a generation that was queued just now."""
         self._queue = queue
         self._subscription = subscription
         self._generation_id = subscription.generation_id
@@ -58,25 +60,29 @@ class EventStream:
         self._state = pb.GENERATION_STATE_UNSPECIFIED
         self._place = -1
         self._must_read_log = False
+        self._first_page = attachment
         self.ended = False
 
-    async def events(self, attachment: Attachment | None) -> AsyncIterator[pb.GenerationEvent]:
+    async def events(self) -> AsyncIterator[pb.GenerationEvent]:
         """Yield everything behind the position, ending with Finished.
 
-        `attachment` is what attaching returned, None for a generation that was queued just now. Raises Superseded,
-        ResultLost, and GenerationEndedError for a generation that ended in an error.
+        Raises Superseded, ResultLost, and GenerationEndedError for a generation that ended in an error. Between two
+        events hardly more than the next one is kept: a caller may take as long as it likes to ask for it.
         """
-        if attachment is not None:
-            async for event in self._catch_up(attachment):
+        if self._first_page is not None:
+            async for event in self._catch_up(self._take_first_page()):
                 yield event
         last_sent = self._times.clock()
         while not self.ended:
             items = await self._subscription.take(self._times.reconcile_s)
-            for event in self._apply(items or ()):
+            events = self._apply(items or ())
+            self._must_read_log = self._must_read_log or items is None
+            del items  # not kept while a slow caller reads what was made of them
+            for event in events:
                 last_sent = self._times.clock()
                 yield event
             await self._gather(last_sent)
-            if items is None or self._must_read_log:
+            if self._must_read_log:
                 async for event in self._catch_up(await self._read_log()):
                     last_sent = self._times.clock()
                     yield event
@@ -113,25 +119,35 @@ class EventStream:
                 self._note_terminal(item.kind)
         return [*produced, *self._tokens(deltas)]
 
-    async def _catch_up(self, attachment: Attachment) -> AsyncIterator[pb.GenerationEvent]:
-        """Yield what the log holds behind the position."""
+    def _take_first_page(self) -> Attachment:
+        page, self._first_page = self._first_page, None
+        assert page is not None
+        return page
+
+    async def _catch_up(self, page: Attachment) -> AsyncIterator[pb.GenerationEvent]:
+        """Yield what the log holds behind the position, a page at a time."""
         self._must_read_log = False
         while True:
-            deltas: list[OutputDelta] = []
-            for entry in attachment.events:
-                if entry.sequence > self._position.sequence:
-                    deltas += self._advance(entry).deltas
-            for event in self._tokens(deltas):
+            events, record, more = self._read_page(page), page.record, page.more
+            del page  # not kept while a slow caller reads what was made of it
+            for event in events:
                 yield event
-            if not attachment.more:
+            if not more:
                 break
-            attachment = await self._read_log()
-        self._position.epoch = attachment.record.epoch
-        if attachment.record.state.is_final:
+            page = await self._read_log()
+        self._position.epoch = record.epoch
+        if record.state.is_final:
             self.ended = True
         else:
-            for event in self._state_change(attachment.record):
+            for event in self._state_change(record):
                 yield event
+
+    def _read_page(self, page: Attachment) -> list[pb.GenerationEvent]:
+        deltas: list[OutputDelta] = []
+        for entry in page.events:
+            if entry.sequence > self._position.sequence:
+                deltas += self._advance(entry).deltas
+        return self._tokens(deltas)
 
     def _advance(self, entry: LogEvent) -> EventBody:
         body = self._position.advance(entry)
@@ -228,11 +244,20 @@ class StreamFactory:
         return self._hub.subscribe(generation_id)
 
     def open(
-        self, subscription: Subscription, tenant: str, accepted: pb.Accepted, position: LogPosition
+        self,
+        subscription: Subscription,
+        tenant: str,
+        accepted: pb.Accepted,
+        position: LogPosition,
+        attachment: Attachment | None = None,
     ) -> EventStream:
-        """Stream a generation that is attached to this gateway; calls that had it before end with Superseded."""
+        """Stream a generation that is attached to this gateway; calls that had it before end with Superseded.
+
+        `attachment` is what attaching returned, None for a generation that was queued just now.
+        """
         self._hub.take_over(subscription)
-        return EventStream(self._queue, subscription, tenant, accepted, position, self._times, self._hub.__len__)
+        num_streams = self._hub.__len__
+        return EventStream(self._queue, subscription, tenant, accepted, position, self._times, num_streams, attachment)
 
     async def close(self, subscription: Subscription, *, ended: bool) -> None:
         """End a subscription. If the generation goes on and nobody else listens to it, its disconnect grace begins.

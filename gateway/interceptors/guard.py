@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -20,11 +20,13 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import error_details_pb2
 
-from common.errors import InvalidRequest, ServingError
+from common.errors import ClientTooSlow, InvalidRequest, ServingError
 from gateway.auth import CALLER, Caller
 from gateway.status import DOMAIN, GenerationEndedError, status_of, to_status
 
 log = structlog.get_logger()
+
+_STATUS_S: Final = 1.0
 
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -34,10 +36,16 @@ class Guard(grpc.aio.ServerInterceptor):
     """The one interceptor. `authenticate` turns a call's metadata into its caller, or raises; None asks nobody."""
 
     def __init__(
-        self, authenticate: Callable[[Metadata], Awaitable[Caller]] | None, prefix: str = "/torchrelay."
+        self,
+        authenticate: Callable[[Metadata], Awaitable[Caller]] | None,
+        prefix: str = "/torchrelay.",
+        *,
+        send_timeout_s: float = 60,
     ) -> None:
+        """A stream whose client leaves a message unread for longer than `send_timeout_s` ends with ClientTooSlow."""
         self._authenticate = authenticate
         self._prefix = prefix
+        self._send_timeout_s = send_timeout_s
 
     async def intercept_service(
         self,
@@ -51,7 +59,7 @@ class Guard(grpc.aio.ServerInterceptor):
             return cast("grpc.RpcMethodHandler[Any, Any] | None", handler)
         deserialize = handler.request_deserializer
         if handler.response_streaming:
-            behavior = self._guarded(method, lambda data, context: _stream(handler, deserialize, data, context))
+            behavior = self._guarded(method, lambda data, context: self._stream(handler, deserialize, data, context))
             make: Any = grpc.unary_stream_rpc_method_handler
         else:
             behavior = self._guarded(method, lambda data, context: _unary(handler, deserialize, data, context))
@@ -69,24 +77,44 @@ class Guard(grpc.aio.ServerInterceptor):
                 if self._authenticate is not None:
                     CALLER.set(await self._authenticate(context.invocation_metadata() or ()))  # type: ignore[arg-type]
                 return await call(data, context)
+            except ClientTooSlow as error:
+                # The status waits behind the unread message, with the library: it comes once the client reads on, and
+                # goes with the connection. Nothing here may wait for that.
+                log.info("call.too_slow", method=method)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_STATUS_S):
+                        await context.abort_with_status(status_of(error))
             except BaseException as error:  # noqa: BLE001 - all of them must become a status
                 await _abort(error, context, method)
 
         return behavior
 
+    async def _stream(
+        self, handler: Any, deserialize: Callable[[bytes], Message], data: bytes, context: Context
+    ) -> None:
+        """Drive a generator by hand.
+
+        A call that ends while it writes then closes the generator at once, not when it is collected. Raises
+        ClientTooSlow, when the generator is closed.
+        """
+        now = asyncio.get_running_loop().time
+        try:
+            async with (
+                asyncio.timeout(None) as sending,
+                contextlib.aclosing(handler.unary_stream(parse(deserialize, data), context)) as responses,
+            ):
+                async for response in responses:
+                    sending.reschedule(now() + self._send_timeout_s)
+                    await context.write(response)  # returns when the client's window has room: the back-pressure
+                    sending.reschedule(None)
+        except TimeoutError as error:
+            if not sending.expired():
+                raise  # one of the handler's own
+            raise ClientTooSlow from error
+
 
 async def _unary(handler: Any, deserialize: Callable[[bytes], Message], data: bytes, context: Context) -> Any:
     return await handler.unary_unary(parse(deserialize, data), context)
-
-
-async def _stream(handler: Any, deserialize: Callable[[bytes], Message], data: bytes, context: Context) -> None:
-    """Drive a generator by hand.
-
-    A call that ends while it writes then closes the generator at once, not when it is collected.
-    """
-    async with contextlib.aclosing(handler.unary_stream(parse(deserialize, data), context)) as responses:
-        async for response in responses:
-            await context.write(response)  # returns when the client's window has room: this is the back-pressure
 
 
 def parse(deserialize: Callable[[bytes], Message], data: bytes) -> Message:

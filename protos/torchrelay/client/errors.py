@@ -18,6 +18,7 @@ DOMAIN = "torchrelay"
 _BROKEN = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED}
 )
+_TOO_SLOW = "CLIENT_TOO_SLOW"
 _M = TypeVar("_M", bound=Message)
 
 
@@ -62,6 +63,14 @@ class RelayError(Exception):
         if self.is_connection_loss or self.code is grpc.StatusCode.UNAVAILABLE:
             return True
         return self.code is grpc.StatusCode.RESOURCE_EXHAUSTED and self.retry_delay_s is not None
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a stream that was accepted may be picked up after its last event.
+
+        That is so as well when the server only let go of a caller that had not read for too long: it reads again now.
+        """
+        return self.is_retryable or self.reason == _TOO_SLOW
 
 
 def from_rpc_error(error: Any, generation_id: str = "") -> RelayError:

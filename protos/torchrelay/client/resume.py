@@ -65,7 +65,7 @@ class StreamPosition:
         error.generation_id = error.generation_id or self.generation_id
         if self._last_progress is None:
             self._last_progress = now
-        if not error.is_retryable:
+        if not (error.is_resumable if self.generation_id else error.is_retryable):
             raise error
         delay = max(self.policy.delay(self._attempt, self.rng), error.retry_delay_s or 0.0)
         patience = self.policy.give_up_after_s if self._was_answered else self.policy.first_contact_s

@@ -90,7 +90,9 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Generates and streams events: Accepted first, Finished last.
+        """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than the
+        gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind what
+        it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,7 +107,7 @@ class GenerationServiceServicer(object):
 
     def ResumeGeneration(self, request, context):
         """Streams the events after a given one, on any gateway. The latest call wins: an earlier stream of the same
-        generation ends with ABORTED, reason SUPERSEDED.
+        generation ends with ABORTED, reason SUPERSEDED. Callers that do not read are treated as in StreamGenerate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

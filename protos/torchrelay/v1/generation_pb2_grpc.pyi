@@ -44,12 +44,15 @@ class GenerationServiceStub:
     generation is queued, so that a broken call can be resumed.
     """
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_generation_pb2.StreamGenerateRequest, _generation_pb2.StreamGenerateResponse]
-    """Generates and streams events: Accepted first, Finished last."""
+    """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than the
+    gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind what
+    it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
+    """
     SubmitGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.SubmitGenerationRequest, _generation_pb2.SubmitGenerationResponse]
     """Queues a generation and returns at once; follow it with ResumeGeneration or GetGeneration."""
     ResumeGeneration: _grpc.UnaryStreamMultiCallable[_generation_pb2.ResumeGenerationRequest, _generation_pb2.ResumeGenerationResponse]
     """Streams the events after a given one, on any gateway. The latest call wins: an earlier stream of the same
-    generation ends with ABORTED, reason SUPERSEDED.
+    generation ends with ABORTED, reason SUPERSEDED. Callers that do not read are treated as in StreamGenerate.
     """
     GetGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetGenerationRequest, _generation_pb2.GetGenerationResponse]
     """Returns the state of a generation and what it has produced so far."""
@@ -72,12 +75,15 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     generation is queued, so that a broken call can be resumed.
     """
     StreamGenerate: _aio.UnaryStreamMultiCallable[_generation_pb2.StreamGenerateRequest, _generation_pb2.StreamGenerateResponse]  # type: ignore[assignment]
-    """Generates and streams events: Accepted first, Finished last."""
+    """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than the
+    gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind what
+    it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
+    """
     SubmitGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.SubmitGenerationRequest, _generation_pb2.SubmitGenerationResponse]  # type: ignore[assignment]
     """Queues a generation and returns at once; follow it with ResumeGeneration or GetGeneration."""
     ResumeGeneration: _aio.UnaryStreamMultiCallable[_generation_pb2.ResumeGenerationRequest, _generation_pb2.ResumeGenerationResponse]  # type: ignore[assignment]
     """Streams the events after a given one, on any gateway. The latest call wins: an earlier stream of the same
-    generation ends with ABORTED, reason SUPERSEDED.
+    generation ends with ABORTED, reason SUPERSEDED. Callers that do not read are treated as in StreamGenerate.
     """
     GetGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetGenerationRequest, _generation_pb2.GetGenerationResponse]  # type: ignore[assignment]
     """Returns the state of a generation and what it has produced so far."""
@@ -109,7 +115,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.StreamGenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.StreamGenerateResponse], _abc.AsyncIterator[_generation_pb2.StreamGenerateResponse]]:
-        """Generates and streams events: Accepted first, Finished last."""
+        """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than the
+        gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind what
+        it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
+        """
 
     @_abc_1.abstractmethod
     def SubmitGeneration(
@@ -126,7 +135,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.ResumeGenerationResponse], _abc.AsyncIterator[_generation_pb2.ResumeGenerationResponse]]:
         """Streams the events after a given one, on any gateway. The latest call wins: an earlier stream of the same
-        generation ends with ABORTED, reason SUPERSEDED.
+        generation ends with ABORTED, reason SUPERSEDED. Callers that do not read are treated as in StreamGenerate.
         """
 
     @_abc_1.abstractmethod

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -25,6 +27,8 @@ SECRET = "the caller's own words: /etc/shadow"
 KEY = (("authorization", "Bearer right"),)
 _GET = "/torchrelay.v1.GenerationService/GetGeneration"
 _STREAM = "/torchrelay.v1.GenerationService/StreamGenerate"
+
+SMALL_WINDOW = {"grpc__http2__lookahead_bytes": 4096, "grpc__http2__bdp_probe": 0}  # so that a write soon waits
 
 Handler = Callable[[Any, Any], Awaitable[pb.GetGenerationResponse]]
 StreamHandler = Callable[[Any, Any], AsyncIterator[pb.StreamGenerateResponse]]
@@ -69,15 +73,23 @@ def toy() -> Toy:
     return Toy()
 
 
-@pytest.fixture
-async def channel(toy: Toy) -> AsyncIterator[grpc.aio.Channel]:
-    server = grpc.aio.server(interceptors=(Guard(authenticate),))
+@asynccontextmanager
+async def serving(toy: Toy, guard: Guard, **options: int) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a server; options are the channel's, `__` for a dot."""
+    server = grpc.aio.server(interceptors=(guard,))
     pb_grpc.add_GenerationServiceServicer_to_server(toy, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as opened:
+    channel_options = [(name.replace("__", "."), value) for name, value in options.items()]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", channel_options) as opened:
         yield opened
     await server.stop(0)
+
+
+@pytest.fixture
+async def channel(toy: Toy) -> AsyncIterator[grpc.aio.Channel]:
+    async with serving(toy, Guard(authenticate)) as opened:
+        yield opened
 
 
 async def get(channel: grpc.aio.Channel, data: bytes = b"", metadata: Any = KEY, timeout: float = 5) -> bytes:
@@ -231,6 +243,15 @@ async def test_a_handler_that_cancels_itself_does_not_leave_its_caller_waiting(
         assert (await refusal(call)).code is grpc.StatusCode.INTERNAL
 
 
+WITHOUT_ARGUMENTS = (
+    errors.ClientTooSlow,
+    errors.GenerationNotFound,
+    errors.IdempotencyKeyReused,
+    errors.ResultLost,
+    errors.Superseded,
+)
+
+
 def every_error() -> list[errors.ServingError]:
     """One of each class of common/errors.py."""
     found: list[errors.ServingError] = []
@@ -238,7 +259,7 @@ def every_error() -> list[errors.ServingError]:
     while pending:
         kind: Any = pending.pop()
         pending += kind.__subclasses__()
-        if kind in (errors.GenerationNotFound, errors.IdempotencyKeyReused, errors.ResultLost, errors.Superseded):
+        if kind in WITHOUT_ARGUMENTS:
             found.append(kind())
         elif kind is errors.SequenceOutOfRange:
             found.append(kind(7, 3))
@@ -260,6 +281,7 @@ CODES = {
     "IdempotencyKeyReused": "FAILED_PRECONDITION",
     "SequenceOutOfRange": "OUT_OF_RANGE",
     "Aborted": "ABORTED",
+    "ClientTooSlow": "ABORTED",
     "ResultLost": "ABORTED",
     "Superseded": "ABORTED",
     "ResourceExhausted": "RESOURCE_EXHAUSTED",
@@ -397,6 +419,65 @@ async def test_a_slow_reader_holds_the_generator_back(channel: grpc.aio.Channel,
             await asyncio.sleep(0.1)
     assert produced < 1000
     call.cancel()
+
+
+def flood_until_closed(closed: asyncio.Event) -> StreamHandler:
+    """As fast as the client reads, without end; sequences count from 0."""
+
+    async def flood(request: Any, context: Any) -> AsyncIterator[pb.StreamGenerateResponse]:
+        try:
+            for number in itertools.count():
+                yield pb.StreamGenerateResponse(event=pb.GenerationEvent(sequence=number, chain_hash=bytes(4096)))
+        finally:
+            closed.set()
+
+    return flood
+
+
+async def test_a_client_that_stops_reading_is_let_go_of_and_told_why_once_it_reads(toy: Toy) -> None:
+    closed = asyncio.Event()
+    toy.stream = flood_until_closed(closed)
+    async with serving(toy, Guard(authenticate, send_timeout_s=0.2), **SMALL_WINDOW) as channel:
+        call = channel.unary_stream(_STREAM)(b"", metadata=KEY)
+        received = [await call.read()]
+        async with asyncio.timeout(10):
+            await closed.wait()  # the call's resources are free although it has not read a byte since
+
+            async def rest() -> None:
+                while (data := await call.read()) is not grpc.aio.EOF:
+                    received.append(data)
+
+            error = await refusal(rest())
+    assert (error.code, error.reason) == (grpc.StatusCode.ABORTED, "CLIENT_TOO_SLOW")
+    sequences = [pb.StreamGenerateResponse.FromString(data).event.sequence for data in received]  # type: ignore[arg-type]
+    assert sequences == list(range(len(sequences))), "what came is whole: it can be resumed after its last event"
+
+
+async def test_a_client_that_reads_slowly_but_steadily_is_served(toy: Toy) -> None:
+    closed = asyncio.Event()
+    toy.stream = flood_until_closed(closed)
+    async with serving(toy, Guard(authenticate, send_timeout_s=0.5), **SMALL_WINDOW) as channel:
+        call = channel.unary_stream(_STREAM)(b"", metadata=KEY)
+        for _ in range(20):  # in all longer than the limit, which is for one message
+            await asyncio.sleep(0.05)
+            assert await call.read() is not grpc.aio.EOF
+        assert not closed.is_set()
+        call.cancel()
+
+
+async def test_silence_of_the_handler_is_not_the_client_s(toy: Toy) -> None:
+    async def pause(request: Any, context: Any) -> AsyncIterator[pb.StreamGenerateResponse]:
+        yield pb.StreamGenerateResponse()
+        await asyncio.sleep(0.3)
+        yield pb.StreamGenerateResponse()
+        raise TimeoutError(SECRET)
+
+    toy.stream = pause
+    async with serving(toy, Guard(authenticate, send_timeout_s=0.1)) as channel:
+        call = channel.unary_stream(_STREAM)(b"", metadata=KEY, timeout=5)
+        assert [await call.read() for _ in range(2)] == [b"", b""]
+        error = await refusal(call.read())
+    assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL"), "the handler's own time-out is a bug"
 
 
 async def test_an_unknown_method_is_the_library_s_to_refuse(channel: grpc.aio.Channel) -> None:

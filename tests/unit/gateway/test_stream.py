@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -36,10 +39,13 @@ def factory_for(
 
 
 def open_stream(
-    factory: StreamFactory, position: LogPosition | None = None, num_outputs: int = _OUTPUTS
+    factory: StreamFactory,
+    position: LogPosition | None = None,
+    num_outputs: int = _OUTPUTS,
+    attachment: Attachment | None = None,
 ) -> EventStream:
     accepted = pb.Accepted(generation_id=GENERATION_ID, config=pb.GenerationConfig(num_outputs=num_outputs))
-    return factory.open(factory.listen(GENERATION_ID), TENANT, accepted, position or LogPosition())
+    return factory.open(factory.listen(GENERATION_ID), TENANT, accepted, position or LogPosition(), attachment)
 
 
 async def deliver(hub: EventHub, queue: OneJobQueue, rng: random.Random) -> None:
@@ -110,14 +116,14 @@ async def run_scenario(rng: random.Random, position_class: type[LogPosition] = L
     if after:
         position = position_class(after, log[after - 1].chain_hash if rng.random() < 0.5 else None)
         queue.num_visible = rng.randrange(after, len(log))
-    stream = open_stream(factory, position)
     attachment = None
     if after:
         attachment = await queue.attach(GENERATION_ID, TENANT, after, position.chain_hash or b"")
+    stream = open_stream(factory, position, attachment=attachment)
     events: list[pb.GenerationEvent] = []
 
     async def read() -> None:
-        async for event in stream.events(attachment):
+        async for event in stream.events():
             events.append(event)
             if rng.random() < 0.2:
                 await asyncio.sleep(0)
@@ -204,7 +210,7 @@ async def run_fork(rng: random.Random, position_class: type[LogPosition] = LogPo
     queue.num_visible = told
     kept, queue.log = queue.log, old
     events: list[pb.GenerationEvent] = []
-    async with asyncio.timeout(5), aclosing(cast("AsyncIterator[Any]", stream.events(None))) as reading:
+    async with asyncio.timeout(5), aclosing(cast("AsyncIterator[Any]", stream.events())) as reading:
         try:
             async for event in reading:
                 events.append(event)
@@ -249,17 +255,19 @@ def tokens(*ids: int, first: int = 0) -> tuple[int, EventBody]:
     return 1, EventBody((OutputDelta(0, first, ids, "".join(map(chr, ids))),))
 
 
-async def collect(stream: EventStream, attachment: Attachment | None = None) -> list[str | None]:
+async def collect(stream: EventStream) -> list[str | None]:
     """The kinds of events that a stream delivers."""
-    return [event.WhichOneof("event") async for event in stream.events(attachment)]
+    return [event.WhichOneof("event") async for event in stream.events()]
 
 
 async def test_a_generation_that_has_ended_is_replayed_to_its_end() -> None:
     queue = OneJobQueue(chained([tokens(65), tokens(66, first=1)], ItemKind.DONE), JobState.DONE, num_visible=2, page=1)
     _, factory = factory_for(queue, StreamTimes(60, 60))
     for after, kinds in ((0, ["deltas", "deltas", "finished"]), (2, ["finished"])):
-        stream = open_stream(factory, LogPosition(after, queue.log[after - 1].chain_hash if after else GENESIS))
-        assert await collect(stream, await queue.attach(GENERATION_ID, TENANT, after)) == kinds
+        position = LogPosition(after, queue.log[after - 1].chain_hash if after else GENESIS)
+        attachment = await queue.attach(GENERATION_ID, TENANT, after)
+        stream = open_stream(factory, position, attachment=attachment)
+        assert await collect(stream) == kinds
         assert stream.ended
 
 
@@ -268,7 +276,7 @@ async def test_news_do_not_overtake_the_tokens_before_them() -> None:
     hub, factory = factory_for(queue, StreamTimes(60, 60))
     stream = open_stream(factory)
     hub.dispatch([item_of(queue.log[0]), item_of(queue.log[1]), news(ItemKind.REQUEUED, queue.log[1])])
-    async with aclosing(cast("AsyncIterator[Any]", stream.events(None))) as events:
+    async with aclosing(cast("AsyncIterator[Any]", stream.events())) as events:
         first, second = await anext(events), await anext(events)
     assert [delta.text for delta in first.deltas.deltas] == ["AB"]
     assert (second.sequence, second.progress.state) == (2, pb.GENERATION_STATE_RECOVERING)
@@ -295,7 +303,7 @@ async def test_a_slow_caller_gets_fewer_and_longer_messages() -> None:
     hub, factory = factory_for(queue, StreamTimes(60, 60))
     hub_stream = open_stream(factory)
     hub.dispatch(map(item_of, queue.log))
-    async with aclosing(cast("AsyncIterator[Any]", hub_stream.events(None))) as events:
+    async with aclosing(cast("AsyncIterator[Any]", hub_stream.events())) as events:
         event = await anext(events)
     (delta,) = event.deltas.deltas
     assert (event.sequence, delta.text, delta.first_token_index, list(delta.token_ids)) == (3, "ABC", 0, [65, 66, 67])
@@ -307,7 +315,7 @@ async def test_items_of_an_earlier_epoch_ahead_of_the_position_make_it_read_the_
     queue = OneJobQueue(log, JobState.DONE, num_visible=1)
     hub, factory = factory_for(queue, StreamTimes(60, 60))
     stream = open_stream(factory)
-    async with asyncio.timeout(5), aclosing(cast("AsyncIterator[Any]", stream.events(None))) as events:
+    async with asyncio.timeout(5), aclosing(cast("AsyncIterator[Any]", stream.events())) as events:
         hub.dispatch([item_of(log[0])])
         assert (await anext(events)).sequence == 1
         queue.num_visible = 2
@@ -322,7 +330,7 @@ async def test_old_news_of_another_gateway_do_not_end_a_stream() -> None:
     hub.dispatch([news(ItemKind.SUPERSEDED, queue.log[0])])
     queue.num_visible = 1
     async with asyncio.timeout(5):
-        assert [event.WhichOneof("event") async for event in stream.events(None)] == ["deltas", "finished"]
+        assert [event.WhichOneof("event") async for event in stream.events()] == ["deltas", "finished"]
 
 
 async def test_a_stream_that_another_gateway_took_over_ends() -> None:
@@ -342,7 +350,7 @@ async def test_a_stream_whose_gateway_had_lost_its_lease_is_attached_again() -> 
     queue = OneJobQueue(chained([tokens(65)], ItemKind.DONE), JobState.DONE, holder="")
     _, factory = factory_for(queue)
     stream = open_stream(factory, num_outputs=1)
-    async with asyncio.timeout(5), aclosing(cast("AsyncIterator[Any]", stream.events(None))) as events:
+    async with asyncio.timeout(5), aclosing(cast("AsyncIterator[Any]", stream.events())) as events:
         assert (await anext(events)).WhichOneof("event") == "progress"  # read from the log, in a silence
         assert (queue.num_attached, queue.holder) == (1, queue.gateway_id)
         queue.num_visible = 1
@@ -361,7 +369,7 @@ async def test_silence_brings_progress() -> None:
     _, factory = factory_for(queue, StreamTimes(0.001, 15, clock))
     stream = open_stream(factory, num_outputs=1)
     states = []
-    async with asyncio.timeout(5), aclosing(cast("AsyncIterator[Any]", stream.events(None))) as events:
+    async with asyncio.timeout(5), aclosing(cast("AsyncIterator[Any]", stream.events())) as events:
         async for event in events:
             states.append(event.progress.state)
             if len(states) == 3:
@@ -415,7 +423,7 @@ async def test_a_refused_call_takes_nothing_from_the_one_that_has_the_stream() -
     await factory.close(intruder, ended=True)
     queue.num_visible = 1
     hub.dispatch(map(item_of, queue.log))
-    assert [event.WhichOneof("event") async for event in stream.events(None)] == ["deltas", "finished"]
+    assert [event.WhichOneof("event") async for event in stream.events()] == ["deltas", "finished"]
 
 
 async def test_a_generation_is_let_go_of_once_the_call_that_could_have_taken_it_is_refused() -> None:
@@ -442,6 +450,58 @@ async def test_the_latest_call_wins() -> None:
     await factory.detach_abandoned()
     assert queue.detached == []
     assert hub.has(GENERATION_ID)
+
+
+def retained(hub: EventHub) -> int:
+    """About how many bytes wait for the only subscription."""
+    (subscription,) = hub._subscriptions[GENERATION_ID]
+    return sum(
+        sys.getsizeof(delta.token_ids) + len(delta.text)
+        for item in subscription._pending
+        for delta in (item.body.deltas if item.body else ())
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [1, 50, 1000])
+async def test_what_waits_for_a_slow_call_is_bounded_in_events_and_bytes(num_tokens: int) -> None:
+    hub = EventHub(256, 64 << 10)
+    subscription = hub.subscribe(GENERATION_ID)
+    bodies = [tokens(*([65] * num_tokens), first=n * num_tokens) for n in range(2000)]
+    most, most_items = 0, 0
+    for event in chained(bodies):
+        hub.dispatch([item_of(event)])
+        most, most_items = max(most, retained(hub)), max(most_items, len(subscription._pending))
+    assert most <= 64 << 10
+    assert most_items <= 256
+    assert subscription._pending == [], "the log has all of it"
+    assert await subscription.take(60) is None
+    hub.dispatch([item_of(event)])
+    assert await subscription.take(60) == (item_of(event),), "it hears again once it has read"
+
+
+class Page(list[LogEvent]):
+    """Events of a page; unlike a tuple's its life can be watched."""
+
+
+async def test_a_slow_call_keeps_nothing_of_the_pages_that_it_has_read() -> None:
+    """Pages of the log are decoded, many times as large as the message that they become."""
+    log = chained([tokens(65 + n % 26, first=n) for n in range(60)], ItemKind.DONE)
+    pages: list[weakref.ref[Page]] = []
+
+    class Watched(OneJobQueue):
+        async def read_log(self, *where: Any) -> Attachment:
+            found = await super().read_log(*where)
+            page = Page(found.events)
+            pages.append(weakref.ref(page))
+            return replace(found, events=cast(Any, page))
+
+    queue = Watched(log, JobState.DONE, num_visible=60, page=20)
+    _, factory = factory_for(queue, StreamTimes(60, 60))
+    stream = open_stream(factory, num_outputs=1, attachment=await queue.attach(GENERATION_ID, TENANT))
+    async with aclosing(cast("AsyncIterator[Any]", stream.events())) as events:
+        for num_read in range(1, 4):
+            assert len((await anext(events)).deltas.deltas[0].token_ids) == 20
+            assert [page() for page in pages] == [None] * num_read, "a page is read in its turn, and let go of"
 
 
 def test_the_hub_counts_its_subscriptions() -> None:

@@ -111,6 +111,18 @@ def test_a_server_s_own_delay_is_waited_for() -> None:
     assert StreamPosition(RetryPolicy()).on_error(full, 0) == 3.0
 
 
+def test_a_caller_that_was_too_slow_goes_on_after_what_it_has_read() -> None:
+    position = StreamPosition(RetryPolicy())
+    too_slow = RelayError(grpc.StatusCode.ABORTED, "x", reason="CLIENT_TOO_SLOW")
+    with pytest.raises(RelayError):
+        position.on_error(too_slow, 0)  # nothing that could be resumed
+    position.on_event(ACCEPTED, 0)
+    assert position.on_error(too_slow, 0) >= 0
+    for other in ("SUPERSEDED", "RESULT_LOST"):
+        with pytest.raises(RelayError):
+            position.on_error(RelayError(grpc.StatusCode.ABORTED, "x", reason=other), 0)
+
+
 @pytest.mark.parametrize("code", grpc.StatusCode, ids=lambda code: code.name)
 @pytest.mark.parametrize("reason", ["", "SOME_REASON"])
 @pytest.mark.parametrize("retry_delay_s", [None, 0.5])

@@ -15,7 +15,7 @@ PACKAGES := common gateway worker
 SOURCES := $(PACKAGES) protos tests
 PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*/*/*.proto))
 
-.PHONY: install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality bench-gpu pytest test-redis7 protocol clean
+.PHONY: install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality bench-gpu bench-slow-clients pytest test-redis7 protocol clean
 
 $(VENV)/.venv-made:
 	@test -n "$(PYTHON)" || { echo "torchrelay needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3"; exit 1; }
@@ -119,6 +119,9 @@ test-redis7: install-dev  ## the queue's tests once more on Debian's Redis 7
 
 protocol: install-dev  ## every law of the job protocol in some million states, and 20,000 operations of the real scripts; minutes
 	$(BIN)/python -m tests.protocol.run $(ARGS)
+
+bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
+	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

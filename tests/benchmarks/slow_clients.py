@@ -1,13 +1,13 @@
 """`make bench-slow-clients`: what clients that read slowly cost the others, and the gateway.
 
 Real processes on this machine: a server for the queue (synced before each answer), one gateway, one worker with a tiny
-model, and 256 streams in a process of their own. Phases take turns: all read as fast as they can; then every eighth stream
+model, and 256 streams in a process of their own. Phases take turns: all read as fast as they can; then every eighth
 reads one message a second, over a connection whose window is small, so that the gateway has to wait for it. The time
 between two messages is taken of the other seven eighths alone, in both kinds of phase.
 
-Prints a table and, as its last line, one JSON object. Exits with 1 if a law is broken: slow readers make the others' 99th
-percentile worse by 20 % or more (the median over the slow phases, each against the phases around it), the gateway's
-resident memory grows, a stream misses or repeats a token, or a call fails.
+Prints a table and, as its last line, one JSON object. Exits with 1 if a law is broken: slow readers make the others'
+99th percentile worse by 20 % or more (the median over the slow phases, each against the phases around it), the
+gateway's resident memory grows, a stream misses or repeats a token, or a call fails.
 """
 
 from __future__ import annotations

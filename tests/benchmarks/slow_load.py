@@ -1,7 +1,7 @@
-"""The callers of `slow_clients`, a process of their own: many streams, of which every eighth can be told to read slowly.
+"""The callers of `slow_clients`, a process of their own: many streams, of which some can be told to read slowly.
 
-Reads a line from standard input for each thing to do and answers with a line of JSON: `fast` and `slow` begin a phase, `end`
-reports what the streams that are always fast have seen in it. Ends with its input. Expects TORCHRELAY_ADDRESS,
+Reads a line from standard input for each thing to do and answers with a line of JSON: `fast` and `slow` begin a phase,
+`end` reports what the streams that are always fast have seen in it. Ends with its input. Expects TORCHRELAY_ADDRESS,
 TORCHRELAY_API_KEY and TORCHRELAY_MODEL.
 """
 
@@ -17,9 +17,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any, Final
-
-import grpc
-import grpc.aio
 
 from tests.benchmarks.budgets import percentile
 from torchrelay.client import AsyncClient, RelayError, RetryPolicy
@@ -89,7 +86,7 @@ class Load:
     async def _obey(self, command: str) -> dict[str, Any]:
         if command == "end":
             return self._phase.report()
-        while self._num_begun < self._num_streams:
+        while self._num_begun < self._num_streams:  # noqa: ASYNC110 - until all have begun
             await asyncio.sleep(0.1)
         self._is_slow = command == "slow"
         self._phase = Phase()

@@ -39,6 +39,7 @@ class AsyncGenerationStream:
     async def __aiter__(self) -> AsyncIterator[pb.GenerationEvent]:
         position = self.position
         while not position.finished:
+            self._client.check_open()
             call = self._call()
             try:
                 async for response in call:
@@ -49,8 +50,12 @@ class AsyncGenerationStream:
                 error = RelayError(grpc.StatusCode.UNAVAILABLE, "the stream ended before the generation did")
             except grpc.aio.AioRpcError as failure:
                 error = from_rpc_error(failure, position.generation_id)
+            except asyncio.CancelledError:
+                self._client.check_not_closed_meanwhile()
+                raise
             finally:
                 call.cancel()  # does nothing to a call that ended
+            self._client.check_open(error)
             await asyncio.sleep(position.on_error(error, time.monotonic()))
 
     async def text(self, output_index: int = 0) -> AsyncIterator[str]:
@@ -101,6 +106,7 @@ class AsyncClient:
         self.model: model_pb2_grpc.ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(self._channel)
         self._retry = retry or RetryPolicy()
         self._disconnect_grace_s = disconnect_grace_s
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -111,8 +117,20 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the channel; calls in flight end."""
+        """Close the channel; calls in flight end, and are not tried again."""
+        self._closed = True
         await self._channel.close()
+
+    def check_open(self, error: RelayError | None = None) -> None:
+        """Raise RelayError once the client was closed: what broke then was not the connection."""
+        if self._closed:
+            raise error or RelayError(grpc.StatusCode.CANCELLED, "the client was closed")
+
+    def check_not_closed_meanwhile(self) -> None:
+        """Raise RelayError for a call that looks cancelled although its task was not: its channel was closed."""
+        task = asyncio.current_task()
+        if task is None or not task.cancelling():
+            self.check_open()
 
     def stream(
         self,
@@ -184,7 +202,13 @@ class AsyncClient:
         """Run an idempotent call until it succeeds or trying again is useless."""
         position = StreamPosition(self._retry)
         while True:
+            self.check_open()
             try:
                 return await call()
             except grpc.aio.AioRpcError as failure:
-                await asyncio.sleep(position.on_error(from_rpc_error(failure), time.monotonic()))
+                error = from_rpc_error(failure)
+            except asyncio.CancelledError:
+                self.check_not_closed_meanwhile()
+                raise
+            self.check_open(error)
+            await asyncio.sleep(position.on_error(error, time.monotonic()))

@@ -39,9 +39,11 @@ class Tls:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address like host:port or unix:path stays on this machine."""
+    """Whether an address like host:port, unix:path or ipv4:host:port,host:port stays on this machine."""
     if address.startswith("unix:"):
         return True
+    if address.startswith(("ipv4:", "ipv6:")):
+        return all(is_loopback(one) for one in address[5:].split(","))
     host = address.rsplit(":", 1)[0].strip("[]")
     if host == "localhost":
         return True

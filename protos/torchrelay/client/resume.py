@@ -67,7 +67,8 @@ class StreamPosition:
             self._last_progress = now
         if not (error.is_resumable if self.generation_id else error.is_retryable):
             raise error
-        delay = max(self.policy.delay(self._attempt, self.rng), error.retry_delay_s or 0.0)
+        # Behind the server's own delay too: all whom it told the same must not come back at the same moment.
+        delay = (error.retry_delay_s or 0.0) + self.policy.delay(self._attempt, self.rng)
         patience = self.policy.give_up_after_s if self._was_answered else self.policy.first_contact_s
         if now + delay - self._last_progress > patience:
             raise error

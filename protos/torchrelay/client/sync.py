@@ -45,6 +45,7 @@ class GenerationStream:
     def __iter__(self) -> Iterator[pb.GenerationEvent]:
         position = self.position
         while not position.finished:
+            self._client.check_open()
             call = self._call()
             try:
                 for response in call:
@@ -57,6 +58,7 @@ class GenerationStream:
                 error = from_rpc_error(failure, position.generation_id)
             finally:
                 call.cancel()  # does nothing to a call that ended
+            self._client.check_open(error)
             time.sleep(position.on_error(error, time.monotonic()))
 
     def text(self, output_index: int = 0) -> Iterator[str]:
@@ -104,6 +106,7 @@ class Client:
         self.model = model_pb2_grpc.ModelServiceStub(self._channel)
         self._retry = retry or RetryPolicy()
         self._disconnect_grace_s = disconnect_grace_s
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -112,8 +115,14 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the channel; calls in flight end."""
+        """Close the channel; calls in flight end, and are not tried again."""
+        self._closed = True
         self._channel.close()
+
+    def check_open(self, error: RelayError | None = None) -> None:
+        """Raise RelayError once the client was closed: what broke then was not the connection."""
+        if self._closed:
+            raise error or RelayError(grpc.StatusCode.CANCELLED, "the client was closed")
 
     def stream(
         self,
@@ -183,7 +192,10 @@ class Client:
         """Run an idempotent call until it succeeds or trying again is useless."""
         position = StreamPosition(self._retry)
         while True:
+            self.check_open()
             try:
                 return call()
             except grpc.RpcError as failure:
-                time.sleep(position.on_error(from_rpc_error(failure), time.monotonic()))
+                error = from_rpc_error(failure)
+            self.check_open(error)
+            time.sleep(position.on_error(error, time.monotonic()))

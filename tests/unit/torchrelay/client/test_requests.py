@@ -134,6 +134,8 @@ def test_an_error_without_details_is_a_broken_connection() -> None:
         ("localhost:1", True),
         ("unix:/run/x.sock", True),
         ("unix:///run/x.sock", True),
+        ("ipv4:127.0.0.1:1,127.0.0.2:2", True),
+        ("ipv6:[::1]:1", True),
         ("0.0.0.0:50051", False),
         ("[::]:50051", False),
         (":50051", False),

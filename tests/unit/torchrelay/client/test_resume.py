@@ -108,7 +108,22 @@ def test_a_server_that_never_answered_may_be_given_up_sooner() -> None:
 
 def test_a_server_s_own_delay_is_waited_for() -> None:
     full = RelayError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_delay_s=3.0)
-    assert StreamPosition(RetryPolicy()).on_error(full, 0) == 3.0
+    policy = RetryPolicy(initial_delay_s=1, max_delay_s=2)
+    assert StreamPosition(policy, Longest()).on_error(full, 0) == 4.0, "and some more, so that not all come at once"
+    delays = {StreamPosition(policy, random.Random(seed)).on_error(full, 0) for seed in range(20)}
+    assert len(delays) == 20
+    assert min(delays) >= 3.0
+
+
+def test_a_server_s_own_delay_beyond_the_patience_is_an_error_at_once() -> None:
+    full = RelayError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_delay_s=3.0)
+    position = StreamPosition(RetryPolicy(first_contact_s=8))
+    now = 0.0
+    for _ in range(2):
+        now += position.on_error(full, now)
+    assert now >= 6
+    with pytest.raises(RelayError):
+        position.on_error(full, now)
 
 
 def test_a_caller_that_was_too_slow_goes_on_after_what_it_has_read() -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.torchrelay.toy import GENERATION_ID, KEY, Break, Failure, Toy, digest, words
+from tests.unit.torchrelay.toy import GENERATION_ID, KEY, Break, Failure, Toy, digest, serving, words
 from torchrelay.client import AsyncClient, Client, RelayError, RetryPolicy
 from torchrelay.v1 import generation_pb2 as pb
 
 FAST = RetryPolicy(initial_delay_s=0.0005, max_delay_s=0.001)
+STUBBORN = RetryPolicy(initial_delay_s=0.02, max_delay_s=0.02)
 IMPATIENT = RetryPolicy(initial_delay_s=0.001, max_delay_s=0.01, give_up_after_s=0.1, first_contact_s=0.1)
 
 # What a dying gateway, a proxy or a broken connection looks like to a client.
@@ -159,6 +164,87 @@ async def test_unary_calls_are_repeated_after_broken_connections_alone(toy: Toy)
         assert len(await client_aio.models()) == 2
         assert (await client_aio.get("g")).generation_id == "g"
         assert await client_aio.cancel("g") == pb.GENERATION_STATE_CANCELLED
+
+
+@pytest.mark.parametrize("read", [read_blocking, read_async])
+def test_a_full_queue_is_waited_for(toy: Toy, read: Reader) -> None:
+    delay = Duration()
+    delay.FromMilliseconds(20)
+    info = error_details_pb2.RetryInfo(retry_delay=delay)
+    full = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", details=[info])
+    toy.breaks = [Break(0, full), Break(0, full)]
+    assert [event.WhichOneof("event") for event in read(toy, FAST)] == ["accepted", *["deltas"] * 5, "finished"]
+    assert len({request.idempotency_key for request in toy.requests}) == 1
+    assert len(toy.requests) == 3
+
+
+@pytest.mark.parametrize("read", [read_blocking, read_async])
+def test_another_address_is_called_when_one_breaks(toy: Toy, read: Reader) -> None:
+    """The second knows the generation too: both would read it from one log."""
+    with serving() as second:
+        address = toy.address
+        toy.always = Failure(grpc.StatusCode.UNAVAILABLE)
+        toy.address = f"ipv4:127.0.0.1:1,{address},{second.address}"
+        events = read(toy, FAST)
+        toy.address = address
+    assert [event.WhichOneof("event") for event in events] == ["accepted", *["deltas"] * 5, "finished"]
+
+
+@pytest.fixture
+def hanging(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
+    """A toy whose streams say nothing after Accepted."""
+    released = threading.Event()
+
+    def hang(after: int, context: Any, *, replayed: bool) -> Iterator[pb.GenerationEvent]:
+        yield pb.GenerationEvent(accepted=pb.Accepted(generation_id=GENERATION_ID))
+        released.wait(10)
+
+    monkeypatch.setattr(toy, "_stream", hang)
+    yield toy
+    released.set()
+
+
+def read_until_closed(address: str) -> RelayError:
+    client = Client(address, retry=STUBBORN)
+    events = iter(client.stream("hi", model="tiny"))
+    assert next(events).HasField("accepted")
+    threading.Timer(0.1, client.close).start()
+    with pytest.raises(RelayError) as raised:
+        list(events)
+    with pytest.raises(RelayError, match="the client was closed"):
+        client.models()
+    return raised.value
+
+
+def read_until_closed_async(address: str) -> RelayError:
+    async def run() -> RelayError:
+        client = AsyncClient(address, retry=STUBBORN)
+
+        async def read() -> None:
+            async for _ in client.stream("hi", model="tiny"):
+                pass
+
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(0.1)
+        await client.close()
+        with pytest.raises(RelayError) as raised:
+            await asyncio.wait_for(reading, 5)
+        with pytest.raises(RelayError, match="the client was closed"):
+            await client.models()
+        return raised.value
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("read", [read_until_closed, read_until_closed_async])
+def test_a_closed_client_tries_nothing_again(toy: Toy, read: Callable[[str], RelayError]) -> None:
+    toy.breaks = [Break(2), *[Break(0)] * 1000]
+    assert read(toy.address).code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+@pytest.mark.parametrize("read", [read_until_closed, read_until_closed_async])
+def test_a_client_that_is_closed_while_it_reads_says_so(hanging: Toy, read: Callable[[str], RelayError]) -> None:
+    assert read(hanging.address).code is grpc.StatusCode.CANCELLED
 
 
 async def test_generate_waits_for_the_end_and_returns_the_whole(toy: Toy) -> None:

@@ -25,6 +25,7 @@ class Link:
         self._writers: set[asyncio.StreamWriter] = set()
         self._serving: set[Any] = set()
         self._flows: asyncio.Event | None = None
+        self._swallows = False
         self.address = ""
         self.num_bytes = 0  # from the server to clients
         self.num_connections = 0
@@ -43,6 +44,10 @@ class Link:
     def reset(self) -> None:
         """Cut all connections as a crashed peer or a firewall does; new ones are taken."""
         self._run(self._reset)
+
+    def swallow(self) -> None:
+        """Let requests through and lose every answer, until connections are cut."""
+        self._swallows = True
 
     def freeze(self) -> None:
         """Forward nothing, and close nothing: both sides see silence."""
@@ -74,6 +79,7 @@ class Link:
         await asyncio.wait_for(asyncio.gather(*self._serving, return_exceptions=True), 5)
 
     async def _reset(self) -> None:
+        self._swallows = False
         for writer in list(self._writers):
             connection: Any = writer.get_extra_info("socket")
             if connection is not None and connection.fileno() >= 0:
@@ -103,6 +109,8 @@ class Link:
         with contextlib.suppress(OSError):
             while data := await reader.read(4096):
                 await self._flow().wait()
+                if counts and self._swallows:
+                    continue
                 writer.write(data)
                 await writer.drain()
                 if counts:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import signal
+import socket
+import time
 from collections.abc import Mapping
 
 import pytest
 
-from tests.builders_compat import RunningCaller, command_of, readme_examples, run
-from tests.builders_system import System
+from tests.builders_compat import MODEL, RunningCaller, command_of, readme_examples, run
+from tests.builders_link import Link
+from tests.builders_system import START_S, System
 
 EXAMPLES = readme_examples()
 # Resuming by hand is the caller's own work in these.
@@ -18,7 +23,7 @@ RESUMING = ("python stubs", "node")
 def with_long_answer(code: str) -> str:
     """Ask for some seconds of text in which a missing or repeated token shows: the model counts on."""
     code, num_prompts = re.subn("The capital of France is", "1, 2, 3, 4, 5, 6,", code)
-    code, num_limits = re.subn(r"(max_tokens=|maxTokens: )\d+", r"\g<1>120", code)
+    code, num_limits = re.subn(r"(max_tokens=|maxTokens: )\d+", r"\g<1>300", code)
     assert (num_prompts, num_limits) == (1, 1)
     return code
 
@@ -39,17 +44,52 @@ def test_example_answers(name: str, env: Mapping[str, str]) -> None:
     assert "Paris" in run(command_of(name, EXAMPLES[name]), env).stdout
 
 
+def wait_for_port(address: str) -> None:
+    """Wait until somebody listens there. Raises OSError."""
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + START_S
+    while True:
+        try:
+            socket.create_connection((host, int(port))).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("name", RESUMING)
-def test_example_goes_on_when_the_gateway_is_killed(
+def test_example_goes_on_when_the_gateway_is_killed_again_and_again(
     name: str, system: System, env: Mapping[str, str], undisturbed: str
 ) -> None:
-    gateway = system.gateways[0]
+    gateway, worker = system.gateways[0], system.workers[0]
+    asyncio.run(system.ready(MODEL))
     with RunningCaller(command_of(name, with_long_answer(EXAMPLES[name])), env) as caller:
-        caller.wait_for_text(40)
-        gateway.kill()
-        before = caller.text
-        assert caller.is_running
-        gateway.start()
+        for num_chars in (20, 90, 160):
+            caller.wait_for_text(num_chars)
+            worker.signal(signal.SIGSTOP)  # or it would have said everything by the time that the gateway is back
+            gateway.kill()
+            before = caller.text
+            assert caller.is_running
+            gateway.start()
+            wait_for_port(gateway.address)
+            worker.signal(signal.SIGCONT)
         text = caller.wait()
-    assert len(before) < len(undisturbed) - 40, "the kill came in the middle of the stream"
+    assert len(before) < len(undisturbed) - 40, "the last kill came in the middle of the stream"
+    assert text == undisturbed
+
+
+@pytest.mark.parametrize("name", RESUMING)
+def test_example_goes_on_when_its_connections_are_reset(
+    name: str, system: System, env: Mapping[str, str], undisturbed: str
+) -> None:
+    asyncio.run(system.ready(MODEL))
+    with Link(system.gateways[0].address) as link:
+        through = {**env, "TORCHRELAY_ADDRESS": link.address}
+        with RunningCaller(command_of(name, with_long_answer(EXAMPLES[name])), through) as caller:
+            for num_chars in range(20, 200, 20):
+                caller.wait_for_text(num_chars)
+                link.reset()
+            text = caller.wait()
+        assert link.num_connections > 5
     assert text == undisturbed

@@ -15,7 +15,7 @@ PACKAGES := common gateway worker
 SOURCES := $(PACKAGES) protos tests
 PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*/*/*.proto))
 
-.PHONY: install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality bench-gpu bench-slow-clients pytest test-redis7 protocol clean
+.PHONY: install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality bench-gpu bench-slow-clients pytest test-redis7 protocol chaos chaos-mutants takeovers soak clean
 
 $(VENV)/.venv-made:
 	@test -n "$(PYTHON)" || { echo "torchrelay needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3"; exit 1; }
@@ -119,6 +119,18 @@ test-redis7: install-dev  ## the queue's tests once more on Debian's Redis 7
 
 protocol: install-dev  ## every law of the job protocol in some million states, and 20,000 operations of the real scripts; minutes
 	$(BIN)/python -m tests.protocol.run $(ARGS)
+
+chaos: install-dev  ## real processes under faults of all kinds, judged by a checker; SEED=1 DURATION=60, in seconds
+	$(BIN)/python -m tests.chaos.run --seed $(or $(SEED),1) --duration $(or $(DURATION),60) $(ARGS)
+
+chaos-mutants: install-dev  ## the same checker must see each guard that is taken out of the programs; ten minutes
+	$(BIN)/python -m tests.chaos.run_mutants $(ARGS)
+
+takeovers: install-dev  ## kill -9 behind every token of a generation, greedy and sampled: the same tokens, and how long it took
+	$(BIN)/python -m tests.chaos.takeovers $(ARGS)
+
+soak: install-dev  ## an hour of steady load with a fault a minute: memory of every process and of the server; SEED=1 DURATION=3600
+	$(BIN)/python -m tests.chaos.soak --seed $(or $(SEED),1) --duration $(or $(DURATION),3600) $(ARGS)
 
 bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
 	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)

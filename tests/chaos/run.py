@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class Plan:
     give_up_s: float = 120.0  # of a caller without news
     settle_s: float = 60.0  # for what goes on without a caller
     is_durable: bool = True
+    env: Mapping[str, str] = field(default_factory=dict)  # further settings of gateways and workers
 
 
 @dataclass(slots=True)
@@ -61,19 +62,31 @@ class Result:
     statuses: dict[str, dict[int, int]]  # how often each party ended with which status
 
 
-async def run(plan: Plan, folder: Path, cache: Path | None = None) -> Result:
-    """Run one system under one nemesis, and judge."""
+async def run(
+    plan: Plan,
+    folder: Path,
+    cache: Path | None = None,
+    watch: Callable[[ChaosSystem], Coroutine[None, None, None]] | None = None,
+) -> Result:
+    """Run one system under one nemesis, and judge. `watch` runs beside them, until it is cancelled."""
     rng = random.Random(plan.seed)
     model = make_model(folder / "model")
     truth = compute(model, plan.num_prompts, cache)
     history = History()
     began = time.monotonic()
     async with ChaosSystem(
-        folder, model, plan.size, random.Random(rng.random()), patches=plan.patches, is_durable=plan.is_durable
+        folder,
+        model,
+        plan.size,
+        random.Random(rng.random()),
+        patches=plan.patches,
+        env=dict(plan.env),
+        is_durable=plan.is_durable,
     ) as system:
         texts = await undisturbed(system, truth)
         callers = Callers(system, truth, history, random.Random(rng.random()), plan.num_callers, plan.give_up_s)
         nemesis = Nemesis(system, history, random.Random(rng.random()), plan.interval_s, plan.kinds)
+        watching = asyncio.create_task(_nothing() if watch is None else watch(system))
         calling = asyncio.create_task(callers.run())
         acting = asyncio.create_task(nemesis.run())
         try:
@@ -90,16 +103,29 @@ async def run(plan: Plan, folder: Path, cache: Path | None = None) -> Result:
                 await asyncio.wait_for(calling, plan.give_up_s + plan.settle_s)
             await settle(system, plan.settle_s)
         finally:
-            for task in (calling, acting):
+            for task in (calling, acting, watching):
                 task.cancel()
-            await asyncio.gather(calling, acting, return_exceptions=True)
+            *_, watched = await asyncio.gather(calling, acting, watching, return_exceptions=True)
+        if isinstance(watched, Exception):
+            raise watched
         snapshot = await asyncio.to_thread(_snapshot, system)
         statuses = {party.name: dict(Counter(party.statuses)) for party in system.parties}
-    settings = QueueSettings(
-        **{name.removeprefix("TORCHRELAY_QUEUE_").lower(): value for name, value in QUEUE_ENV.items()}
-    )  # type: ignore[arg-type]
-    report = check(Evidence(history, snapshot, truth, settings, texts))
+    is_whole = "TORCHRELAY_QUEUE_RETENTION_MS" not in plan.env
+    report = check(Evidence(history, snapshot, truth, _settings(plan), texts, is_whole))
     return Result(report, history, time.monotonic() - began, statuses)
+
+
+async def _nothing() -> None:
+    """Watch nothing."""
+
+
+def _settings(plan: Plan) -> QueueSettings:
+    """Return the bounds that hold; a server's clock that is moved moves what it keeps by as much."""
+    named = {**QUEUE_ENV, **plan.env}.items()
+    values = {name.removeprefix("TORCHRELAY_QUEUE_").lower(): value for name, value in named}
+    settings = QueueSettings.model_validate(values)
+    moved_ms = HOUR_S * 1000 if "step-clock-of-server" in plan.kinds else 0
+    return settings.model_copy(update={"retention_ms": settings.retention_ms + moved_ms})
 
 
 async def undisturbed(system: ChaosSystem, truth: Truth) -> dict[tuple[int, int], str]:

@@ -22,6 +22,7 @@ from torchrelay.v1 import generation_pb2 as pb
 
 GRACE_S: Final = 10 * 3600.0
 SHORT_GRACE_S: Final = 1.0
+_GRACES_S: Final = {"leave": SHORT_GRACE_S, "bare": 0.0}
 _STRANGER_PAUSE_S: Final = 0.5
 # What an accepted generation may be told: none of these says that anything is lost.
 _GONE_ON: Final = ("SUPERSEDED",)
@@ -44,8 +45,9 @@ class Callers:
         self._clients: dict[str, AsyncClient] = {}
         self._direct: dict[tuple[str, str], AsyncClient] = {}  # by tenant and gateway
         self._kinds: dict[str, tuple[int, Callable[[Generation], Awaitable[None]]]] = {
-            "follow": (50, self._follow),
-            "hop": (20, self._hop),
+            "follow": (45, self._follow),
+            "bare": (10, self._bare),
+            "hop": (15, self._hop),
             "cancel": (10, self._cancel),
             "leave": (10, self._leave),
             "submit": (10, self._submit),
@@ -91,7 +93,7 @@ class Callers:
                 prompt=self._rng.randrange(len(self._truth.prompts)),
                 max_tokens=self._rng.choice(LENGTHS),
                 idempotency_key=secrets.token_hex(8),
-                grace_s=SHORT_GRACE_S if kind == "leave" else GRACE_S,
+                grace_s=_GRACES_S.get(kind, GRACE_S),
                 started=time.monotonic(),
             )
             self._history.generations.append(generation)
@@ -136,6 +138,17 @@ class Callers:
         whole = await client.get(generation.generation_id)
         if [list(output.token_ids) for output in whole.outputs] != [generation.token_ids]:
             generation.complaints.append("GetGeneration shows other tokens than the stream")
+
+    async def _bare(self, generation: Generation) -> None:
+        """Read one call to its end, as a stub without any care does: no grace, no second try once it is accepted."""
+        async with contextlib.aclosing(await self._begin(generation)) as events:
+            try:
+                async for event in events:
+                    take_event(generation, event)
+            except RelayError as error:
+                if not error.is_retryable:
+                    raise
+                generation.outcome = Outcome.LEFT  # its generation ends with it
 
     async def _hop(self, generation: Generation) -> None:
         """Break off again and again, and resume by hand behind the last event, at any gateway."""

@@ -21,6 +21,11 @@ from tests.integration.common import invariants
 from tests.integration.common.invariants import Snapshot
 
 _MAX_SHOWN: Final = 5
+_REFUSALS: Final = frozenset({"BACKEND_FULL", "BACKEND_UNAVAILABLE", "UNAVAILABLE", "QUEUE_FULL", "TENANT_QUEUE_FULL"})
+# A gateway that cannot renew its lease is as good as dead to the others.
+CUTS_GATEWAYS_OFF: Final = frozenset(
+    {"pause-gateway", "partition-gateway", "server-unreachable", "lose-replies-to-gateway", "step-clock-of-server"}
+)
 _MAX_LOCALS: Final = 1500
 
 
@@ -119,7 +124,7 @@ def the_end_comes_after_all_tokens(evidence: Evidence, report: Report) -> None:
         reason = generation.finish_reason
         if reason == "FINISH_REASON_LENGTH" and len(generation.token_ids) != generation.max_tokens:
             report.add("I5", f"{generation.generation_id}: ended after {len(generation.token_ids)} tokens")
-        elif reason == "FINISH_REASON_CANCELLED" and generation.kind not in ("cancel", "leave"):
+        elif reason == "FINISH_REASON_CANCELLED" and not _may_be_cancelled(generation, evidence.history):
             report.add("I6", f"{generation.generation_id} ({generation.kind}): cancelled, and nobody asked for it")
         elif reason not in ("FINISH_REASON_LENGTH", "FINISH_REASON_CANCELLED"):
             report.add("I6", f"{generation.generation_id}: ended with {reason}")
@@ -129,12 +134,28 @@ def the_end_comes_after_all_tokens(evidence: Evidence, report: Report) -> None:
             )
 
 
+def _may_be_cancelled(generation: Generation, history: History) -> bool:
+    """Whether somebody asked for it, or its gateway was taken for dead while it had no grace."""
+    if generation.kind in ("cancel", "leave"):
+        return True
+    meanwhile = (fault.kind for fault in history.faults if fault.overlaps(generation.started, generation.ended))
+    return generation.grace_s == 0 and any(kind in CUTS_GATEWAYS_OFF for kind in meanwhile)
+
+
 @law
 def every_accepted_generation_is_answered(evidence: Evidence, report: Report) -> None:
     """I9: no caller was left without an end, or told that a result is lost."""
     for generation in _accepted(evidence.history):
         if generation.outcome in (Outcome.OPEN, Outcome.LOST):
             report.add("I9", f"{generation.generation_id} ({generation.kind}): {generation.outcome} {generation.error}")
+
+
+@law
+def refusals_are_of_those_that_faults_explain(evidence: Evidence, report: Report) -> None:
+    """What was not accepted was told that the system is full or away, and nothing else."""
+    for generation in evidence.history.generations:
+        if generation.outcome is Outcome.REFUSED and generation.error not in _REFUSALS:
+            report.add("refusal", f"a call ({generation.kind}) was refused with {generation.error}")
 
 
 @law
@@ -266,3 +287,5 @@ def _counts(history: History) -> Iterable[tuple[str, int]]:
     yield "stranger_calls", history.num_stranger_calls
     for outcome, number in Counter(generation.outcome for generation in generations).items():
         yield f"outcome_{outcome}", number
+    for error, number in Counter(generation.error for generation in generations if generation.error).items():
+        yield f"error_{error}", number

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Final
 
-EventKey = tuple[int, bytes]
+_AFTERMATH_S: Final = 6.0
 
 
 class Outcome(StrEnum):
@@ -67,6 +68,10 @@ class Fault:
     began: float
     ended: float = 0.0
     num_in_flight: int = 0  # generations on the process that was hit
+
+    def overlaps(self, began: float, ended: float) -> bool:
+        """Whether it, or what followed from it for a lease or two, falls into a time."""
+        return self.began <= ended and began <= (self.ended or self.began) + _AFTERMATH_S
 
 
 @dataclass(slots=True)

@@ -41,6 +41,7 @@ _DEV_TENANT: Final = "dev"
 _POLL_S: Final = 0.1
 _STOP_S: Final = 40.0
 _MAX_RESTART_PAUSE_S: Final = 10.0
+_SERVER_PAUSE_S: Final = 2.0
 _STEADY_S: Final = 30.0  # a child that lived so long has not failed at its start
 
 
@@ -111,6 +112,7 @@ class Supervisor:
     gateway: Child
     workers: list[Child]
     stopping: bool = field(default=False)
+    restart_server_at: float = 0.0
 
     def children(self) -> list[Child]:
         return [self.gateway, *self.workers]
@@ -121,10 +123,14 @@ class Supervisor:
 
     def tend(self) -> None:
         """Start again what has ended. Raises ChildRefusedError."""
-        if self.server is not None and not self.server.is_running:
+        if self.server is not None and not self.server.is_running and time.monotonic() >= self.restart_server_at:
             log.warning("server.ended")
             self.server.kill()
-            self.server.start()
+            try:
+                self.server.start()
+            except (EmbeddedServerError, OSError) as error:  # a full disk, for one: callers wait until there is room
+                log.error("server.not_started", error=str(error), retry_in_s=_SERVER_PAUSE_S)
+                self.restart_server_at = time.monotonic() + _SERVER_PAUSE_S
         for child in self.children():
             child.keep_running()
 
@@ -246,6 +252,8 @@ def serve(
 ) -> None:
     """Serve a model on this machine: gateway, workers and queue in one terminal. Not for production."""
     console = Console(stderr=True, highlight=False)
+    # Children are started again while calls may be in progress here; grpc's handlers at a fork would crash the child.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     folder = data_dir_of(data_dir)
     settings = read_settings(RedisSettings)
     check_address(address, insecure=insecure)

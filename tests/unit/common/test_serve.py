@@ -7,6 +7,7 @@ import shlex
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import typer
 from structlog.testing import capture_logs
 
 from common.api_keys import ApiKeys
-from common.embedded import EmbeddedServer
+from common.embedded import EmbeddedServer, EmbeddedServerError
 from common.redis import connect
 from common.serve import Child, ChildRefusedError, Supervisor, banner, check_address, data_dir_of, prepare
 from common.settings import RedisSettings
@@ -213,3 +214,39 @@ def test_children_run_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     child.start()
     assert child.process is not None
     assert child.process.wait(20) == 0
+
+
+class FailingServer:
+    """A server that has ended, and starts at the second try."""
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self.num_tries = 0
+
+    def kill(self) -> None:
+        pass
+
+    def start(self) -> None:
+        self.num_tries += 1
+        if self.num_tries == 1:
+            raise EmbeddedServerError("no space left")
+        self.is_running = True
+
+
+def test_a_server_that_cannot_start_again_is_tried_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = make_child(tmp_path, monkeypatch, "import time; time.sleep(60)")
+    server = FailingServer()
+    supervisor = Supervisor(server, child, [])  # type: ignore[arg-type]
+    supervisor.start()
+    try:
+        with capture_logs() as logged:
+            supervisor.tend()
+            supervisor.tend()  # not at once again
+            assert server.num_tries == 1
+            supervisor.restart_server_at = 0.0
+            supervisor.tend()
+        assert server.is_running
+        assert [entry["event"] for entry in logged] == ["server.ended", "server.not_started", "server.ended"]
+    finally:
+        child.terminate()
+        child.wait(time.monotonic() + 10)

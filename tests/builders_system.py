@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import signal
@@ -23,11 +24,20 @@ from common.api_keys import ApiKeys
 from common.embedded import EmbeddedServer
 from common.redis import connect
 from common.settings import RedisSettings
+from tests.zygote import ForkedProcess, Zygote
 from torchrelay.admin.v1beta1 import fleet_pb2, fleet_pb2_grpc
 from torchrelay.client import AsyncClient, RetryPolicy
 from torchrelay.v1 import model_pb2
 
 START_S = 90.0
+zygotes: dict[str, Zygote] = {}  # by module; where there is none, a process starts by itself, imports and all
+
+
+def start_zygotes(folder: Path) -> None:
+    """Have gateways and workers started in a second instead of seven from now on, until this process ends."""
+    for role in ("worker", "gateway"):
+        zygotes[role] = Zygote(role, {}, folder / f"zygote-{role}.log")
+        atexit.register(zygotes[role].close)
 
 
 def free_port() -> int:
@@ -46,10 +56,14 @@ class Process:
     env: dict[str, str]
     log_path: Path
     is_special: bool = False  # has settings of its own
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
     def start(self) -> None:
         assert self.process is None
+        zygote = zygotes.get(self.module)
+        if zygote is not None:
+            self.process = ForkedProcess(zygote, self.module, self.env, self.log_path)
+            return
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", self.module],

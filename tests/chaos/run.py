@@ -98,7 +98,10 @@ async def run(
             nemesis.stop()
             await acting
             callers.stop()
-            await system.wait_until_whole()
+            try:
+                await system.wait_until_whole(plan.settle_s)
+            except AssertionError as error:
+                history.complaints.append(f"serves again: {error}")
             with contextlib.suppress(TimeoutError):  # who still waits then is a violation
                 await asyncio.wait_for(calling, plan.give_up_s + plan.settle_s)
             await settle(system, plan.settle_s)

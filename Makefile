@@ -135,5 +135,9 @@ soak: install-dev  ## an hour of steady load with a fault a minute: memory of ev
 bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
 	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)
 
+.PHONY: queue-memory
+queue-memory: install-dev  ## what a generation costs in the server's memory; ARGS=/path/to/redis-server for another one
+	$(BIN)/python -m tests.benchmarks.queue_memory $(ARGS)
+
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

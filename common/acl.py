@@ -23,7 +23,7 @@ _CONNECTION: Final = ("auth", "hello", "ping", "select", "client|setname", "time
 _SCRIPTS: Final = ("eval", "evalsha")
 _JOB_SCRIPTS: Final = (
     "del", "exists", "expire", "pexpire", "get", "set",
-    "hdel", "hexists", "hget", "hincrby", "hkeys", "hlen", "hmget", "hrandfield", "hset", "hstrlen",
+    "hdel", "hget", "hincrby", "hkeys", "hlen", "hmget", "hrandfield", "hset", "hstrlen",
     "llen", "lpush", "ltrim",
     "sadd", "srandmember", "srem",
     "xadd", "xrange", "xrevrange", "xtrim",

@@ -199,14 +199,6 @@ class ReplicationUnconfirmed(BackendUnavailable):
 
     default_reason = "REPLICATION_UNCONFIRMED"
 
-    def __init__(self, replicas: int, min_replicas: int, *, retry_after_ms: int) -> None:
-        super().__init__(
-            "too few replicas have confirmed the request: whether it is kept is unknown; repeat it with the same "
-            "idempotency key",
-            metadata={"limit": str(min_replicas), "got": str(replicas)},
-            retry_after_ms=retry_after_ms,
-        )
-
 
 class ModelNotReady(Unavailable):
     default_reason = "MODEL_NOT_READY"

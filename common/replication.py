@@ -25,7 +25,11 @@ _MAX_WAIT_MS: Final = 20
 
 
 class ReplicaAcks:
-    """Runs scripts that count only once `min_replicas` replicas have what they wrote."""
+    """Runs scripts that count only once `min_replicas` replicas have what they wrote.
+
+    Each call keeps a connection of `redis` until the replicas have answered: a pool of its own, so that a stopped
+    replica holds up nothing but new jobs.
+    """
 
     def __init__(self, redis: Redis, settings: RedisSettings) -> None:
         self._redis = redis
@@ -47,7 +51,12 @@ class ReplicaAcks:
             reply = await scripts.on(connection).run(name, key, *args)
             replicas = await self._wait(connection)
         if replicas < self._min_replicas:
-            raise ReplicationUnconfirmed(replicas, self._min_replicas, retry_after_ms=_RETRY_AFTER_MS)
+            raise ReplicationUnconfirmed(
+                "too few replicas have confirmed the request: whether it is kept is unknown; repeat it with the same "
+                "idempotency key",
+                metadata={"limit": str(self._min_replicas), "got": str(replicas)},
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
         return reply
 
     async def _wait(self, connection: Redis) -> int:

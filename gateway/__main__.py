@@ -47,7 +47,7 @@ async def run(
 ) -> None:
     """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound."""
     retry = Retry.from_settings(redis_settings)
-    redis, blocking_redis = connect(redis_settings), connect(redis_settings)
+    redis, blocking_redis, waiting_redis = (connect(redis_settings) for _ in range(3))
     admin_url = settings.admin_redis_url or redis_settings.url
     admin_redis = connect(redis_settings.model_copy(update={"url": admin_url}))
     headroom = Headroom(redis, queue_settings.max_memory_share, retry=retry)
@@ -58,7 +58,7 @@ async def run(
         retry=retry,
         blocking_redis=blocking_redis,
         headroom=headroom,
-        acks=ReplicaAcks(redis, redis_settings),
+        acks=ReplicaAcks(waiting_redis, redis_settings),
     )
     registry = ModelRegistry(redis, retry=retry)
     catalog = Catalog(ModelDirectory(registry, queue), registry)
@@ -107,7 +107,7 @@ async def run(
         await running
         with contextlib.suppress(ServingError):
             await queue.leave(catalog.shards())
-        for client in (redis, blocking_redis, admin_redis):
+        for client in (redis, blocking_redis, waiting_redis, admin_redis):
             await client.aclose()
     log.info("gateway.stopped")
 

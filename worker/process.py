@@ -96,13 +96,18 @@ async def run(
 
     stopper = asyncio.create_task(stop_agent())
     log.info("worker.ready", model=assembly.card.name, worker_id=claims.worker_id, shard=assembly.card.shard)
+    join_s = _JOIN_S
     try:
         await agent.run()
+    except BaseExceptionGroup as group:
+        if group.subgroup(StepHungError) is not None:
+            join_s = 0.0  # its thread would be waited for in vain
+        raise
     finally:
         stopper.cancel()
         engine.stop()
         with contextlib.suppress(TimeoutError):
-            await engine.join(_JOIN_S)
+            await engine.join(join_s)
         await redis.aclose()
     log.info("worker.stopped", model=assembly.card.name)
 

@@ -99,8 +99,8 @@ local function first_alone()
 end
 
 -- The worker that is reserved for jobs to run alone, and the one that it runs without progress so far; nil if there is none.
-local function reserved()
-  local holder, till, id = string.match(call('HGET', KEYS[1], 'alone') or '', '^(%S+) (%d+) (%S+)$')
+local function reserved(mark)
+  local holder, till, id = string.match(mark, '^(%S+) (%d+) (%S+)$')
   if not holder then return nil end
   local record = id ~= '-' and call('HGET', P .. 'w:' .. holder, id)
   if record then
@@ -114,9 +114,9 @@ end
 
 -- Reserves this worker for a job to run alone, or hands that out. Returns whether it may claim nothing else.
 local function take_alone()
-  local is_marked = call('HEXISTS', KEYS[1], 'alone') == 1
-  if not is_marked and call('EXISTS', P .. 'alone:0', P .. 'alone:1', P .. 'alone:2') == 0 then return false end
-  local holder, running = reserved()
+  local mark = call('HGET', KEYS[1], 'alone')
+  if not mark and call('EXISTS', P .. 'alone:0', P .. 'alone:1', P .. 'alone:2') == 0 then return false end
+  local holder, running = reserved(mark or '')
   if running then return holder == wid end
   local is_empty = call('EXISTS', P .. 'w:' .. wid) == 0
   if holder and holder ~= wid and not is_empty then return false end

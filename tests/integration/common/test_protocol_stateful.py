@@ -17,7 +17,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from common.embedded import EmbeddedServer
 from common.scripts import Script
 from tests.builders_common import mutate
-from tests.integration.common.machine import ProtocolMachine
+from tests.integration.common.machine_failures import FailuresMachine
 from tests.integration.common.parties import Parts
 
 HISTORIES = int(os.environ.get("TORCHRELAY_TEST_HISTORIES", "50"))
@@ -32,7 +32,7 @@ def parts(server: EmbeddedServer, superuser_for_session: redis_sync.Redis) -> It
 
 
 def run_histories(parts: Parts, number: int, overrides: dict[str, Script], *phases: Phase) -> None:
-    machine = type("Machine", (ProtocolMachine,), {"parts": parts, "overrides": overrides})
+    machine = type("Machine", (FailuresMachine,), {"parts": parts, "overrides": overrides})
     run_state_machine_as_test(
         machine,
         settings=settings(

@@ -289,6 +289,7 @@ CODES = {
     "BackendFull": "RESOURCE_EXHAUSTED",
     "Unavailable": "UNAVAILABLE",
     "BackendUnavailable": "UNAVAILABLE",
+    "ReplicationUnconfirmed": "UNAVAILABLE",
     "ModelNotReady": "UNAVAILABLE",
     "DeadlineExceeded": "DEADLINE_EXCEEDED",
     "GenerationFailed": "INTERNAL",

@@ -213,14 +213,15 @@ class JobQueue:
         events = tuple(records.event_from_fields(fields) for fields in entries)
         return Attachment(records.record_from_reply(described), events, more == 1)
 
-    async def detach(self, generation_id: str, *, attach_id: str = "") -> JobState | None:
+    async def detach(self, generation_id: str, *, attach_id: str = "", least_grace_ms: int = 0) -> JobState | None:
         """The client of this gateway's stream is gone: begin the job's own disconnect grace (0: it is cancelled now).
 
         `attach_id` is what its call gave when it enqueued or attached: nothing happens when another call has attached
-        since. Returns the state afterwards, None if there is no such job.
+        since. `least_grace_ms` holds where the job's own grace is shorter. Returns the state afterwards, None if there
+        is no such job.
         """
         shard = keys.shard_of(generation_id)
-        state = await self._run("detach", shard, generation_id, self._gateway_id, attach_id)
+        state = await self._run("detach", shard, generation_id, self._gateway_id, attach_id, least_grace_ms)
         return None if state is None else JobState(state.decode())
 
     async def cancel(self, generation_id: str, tenant: str | None) -> GenerationRecord:

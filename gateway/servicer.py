@@ -30,6 +30,7 @@ GENERATION_ID_METADATA = "torchrelay-generation-id"
 _MIN_TIME_LIMIT_MS = 1
 _DEADLINE_SLACK_MS = 100  # so that the call's own deadline is what its caller hears of
 _RETRY_AFTER_MS = 500
+_REPEAT_GRACE_MS = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
 
@@ -162,7 +163,17 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 attachment: Attachment | None = None
                 if known is None:
                     shard = keys.shard_of(accepted.generation_id)
-                    enqueued = await self._queue.enqueue(shard, job, attach_id=subscription.attach_id)
+                    try:
+                        enqueued = await self._queue.enqueue(shard, job, attach_id=subscription.attach_id)
+                    except errors.ReplicationUnconfirmed:
+                        if job.idempotency_key is not None:
+                            # The caller is told to repeat the call: what it then finds must not be a cancelled one.
+                            await self._queue.detach(
+                                accepted.generation_id,
+                                attach_id=subscription.attach_id,
+                                least_grace_ms=_REPEAT_GRACE_MS,
+                            )
+                        raise
                     if enqueued.duplicate:
                         known = enqueued.generation_id
                         await self._streams.close(subscription, ended=True)

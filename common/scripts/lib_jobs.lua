@@ -292,16 +292,17 @@ local function requeue(j, counts, max_attempts, max_claims, now)
   return true
 end
 
--- Nobody listens any more: the job's own grace begins, or it ends at once.
-local function detach(j, now)
+-- Nobody listens any more: the job's own grace begins, or `least_grace` if that is longer, or it ends at once.
+local function detach(j, now, least_grace)
+  local grace = math.max(j.gr, least_grace or 0)
   if j.gw ~= '' then call('SREM', P .. 'g:' .. j.gw, j.id) end
-  if j.gr <= 0 then
+  if grace <= 0 then
     j.gw = ''
     call('HSET', P .. 'j:' .. j.id, 'gw', '')
     cancel(j, 'DISCONNECTED', now)
     return
   end
-  call('ZADD', P .. 'dt', int(now + j.gr), j.id)
+  call('ZADD', P .. 'dt', int(now + grace), j.id)
   j.gw = ''
   call('HSET', P .. 'j:' .. j.id, 'gw', '')
   if j.st == 'R' then call('HSET', P .. 'w:' .. j.w, j.id, run_record(j)) end

@@ -128,7 +128,8 @@ class Scripts:
         self.take_from_worker(shard, job)
         job = job._replace(state="Q", epoch=self.requeue_epoch(job), attempts=attempts, worker=NONE)
         shard.store(job)
-        shard.queue.insert(0, job.id)
+        shard.queue.append(job.id)
+        shard.queue.sort(key=lambda job_id: (shard.jobs[job_id].claims == 0, job_id))  # before all that never ran
         shard.send(job.gateway, Item(job.id, Entry(job.epoch, job.n, "Q", job.chain, 0)))
 
     def begin_grace(self, shard: Shard, job: Job) -> None:
@@ -224,10 +225,12 @@ class Scripts:
             return [job for job in claimed if job is not None and job.state == "R" and job.worker == worker]
         taken: list[Job] = []
         for job_id in tuple(shard.queue):
+            if len(taken) == max_jobs:
+                break
             job = shard.jobs[job_id]
             if self.refuses_late(job):
                 self.finish(shard, job, "E")
-            elif len(taken) < max_jobs:
+            else:
                 taken.append(self._take(shard, job, worker))
         shard.last_claims[worker] = LastClaim(worker, call, tuple(job.id for job in taken))
         return taken

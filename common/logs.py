@@ -9,6 +9,8 @@ from typing import Any, TextIO
 
 import structlog
 
+from common.log_sink import LineSink, writer_of
+
 
 class LogFormat(StrEnum):
     AUTO = "auto"  # TEXT on a terminal, else JSON
@@ -16,10 +18,33 @@ class LogFormat(StrEnum):
     TEXT = "text"
 
 
+class _SinkHandler(logging.Handler):
+    """Writes to a stream's descriptor, and never waits for room there."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._sink = LineSink(writer_of(stream.fileno()))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._sink.write_line(self.format(record))
+        except Exception:  # noqa: BLE001 - as in logging's own handlers: a record that cannot be shown harms nobody
+            self.handleError(record)
+
+
+def _handler(target: TextIO) -> logging.Handler:
+    try:
+        target.fileno()
+    except (AttributeError, OSError, ValueError):  # text in memory
+        return logging.StreamHandler(target)
+    return _SinkHandler(target)
+
+
 def set_up_logs(level: str = "INFO", log_format: LogFormat = LogFormat.AUTO, stream: TextIO | None = None) -> None:
     """Send structlog's events and the standard library's records (of other packages) to `stream`, in one form.
 
-    To be called once, at the start of a process. Raises ValueError for an unknown level.
+    Nothing waits for whoever reads standard error: a line that it cannot take now is dropped. To be called once, at the
+    start of a process. Raises ValueError for an unknown level.
     """
     target = stream or sys.stderr
     number = logging.getLevelNamesMapping().get(level.upper())
@@ -38,7 +63,7 @@ def set_up_logs(level: str = "INFO", log_format: LogFormat = LogFormat.AUTO, str
         renderer: Any = structlog.processors.JSONRenderer()
     else:
         renderer = structlog.dev.ConsoleRenderer(colors=target.isatty())
-    handler = logging.StreamHandler(target)
+    handler = _handler(target)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],

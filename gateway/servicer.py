@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import random
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -303,7 +304,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 "this gateway serves as many calls as it may",
                 reason="GATEWAY_FULL",
                 metadata={"limit": str(self._settings.max_calls)},
-                retry_after_ms=_RETRY_AFTER_MS,
+                retry_after_ms=random.randint(_RETRY_AFTER_MS, 3 * _RETRY_AFTER_MS),  # not all at the same moment
             )
         return _CallCount(self)
 

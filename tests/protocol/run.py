@@ -21,7 +21,7 @@ from tests.protocol.mutants import MUTANTS
 if TYPE_CHECKING:
     from tests.protocol.stateful import Tally
 
-# The largest configuration has about half as many. A state takes about 0.7 KB, so a process stays below a gigabyte.
+# The largest configuration has about half as many. A state takes about 0.9 KB, so a process stays below a gigabyte.
 MAX_STATES: Final = 1_000_000
 _PROCESSES: Final = 2
 

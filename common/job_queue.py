@@ -18,6 +18,7 @@ from common.errors import (
     QueueFull,
     ResultLost,
     SequenceOutOfRange,
+    Superseded,
 )
 from common.headroom import Headroom
 from common.jobs import Attachment, Enqueued, GenerationRecord, JobState, LiveWorker, NewJob, ReplyItem, Swept
@@ -164,20 +165,23 @@ class JobQueue:
         after_hash: bytes = b"",
         *,
         attach_id: str = "",
+        again: bool = False,
     ) -> Attachment:
         """Send the generation's further events to this gateway and return what its log holds after `after_sequence`.
 
         `after_hash` is the chain hash of that event, if the caller has it; `attach_id` names the call (see `detach`).
         A gateway that had the stream gets a SUPERSEDED item; a disconnect grace that was running stops. Raises
-        GenerationNotFound, SequenceOutOfRange and ResultLost.
+        GenerationNotFound, SequenceOutOfRange and ResultLost. `again` is for a call that had attached before, and whose
+        gateway's lease ended: raises Superseded, and changes nothing, when another has attached since.
         """
-        return await self._attach(generation_id, tenant, after_sequence, after_hash, self._gateway_id, attach_id)
+        gateway_id = self._gateway_id
+        return await self._attach(generation_id, tenant, after_sequence, after_hash, gateway_id, attach_id, again)
 
     async def read_log(
         self, generation_id: str, tenant: str, after_sequence: int = 0, after_hash: bytes = b""
     ) -> Attachment:
         """As `attach`, but without taking the stream over: for large events, gaps, and the check of silent streams."""
-        return await self._attach(generation_id, tenant, after_sequence, after_hash, "", "")
+        return await self._attach(generation_id, tenant, after_sequence, after_hash, "", "", False)
 
     async def _attach(
         self,
@@ -187,6 +191,7 @@ class JobQueue:
         after_hash: bytes,
         gateway_id: str,
         attach_id: str,
+        again: bool,
     ) -> Attachment:
         reply = await self._run(
             "attach",
@@ -201,12 +206,15 @@ class JobQueue:
             self._settings.gateway_lease_ms,
             self._settings.reply_ttl_ms,
             attach_id,
+            int(again),
         )
         if reply is None:
             raise GenerationNotFound
         status, *rest = as_list(reply)
         if status == b"RESULT_LOST":
             raise ResultLost
+        if status == b"SUPERSEDED":
+            raise Superseded
         if status == b"OUT_OF_RANGE":
             raise SequenceOutOfRange(after_sequence, rest[0])
         described, more, entries = rest

@@ -223,9 +223,12 @@ class EventStream:
             if found.record.state.is_final or holder == self._queue.gateway_id:
                 return found
             if holder:
-                self._subscription.supersede()
                 raise errors.Superseded
-            return await self._queue.attach(*where, attach_id=self._subscription.attach_id)
+            # Only if it was ours: it may be a later call's whose gateway's lease has ended, and that goes on.
+            return await self._queue.attach(*where, attach_id=self._subscription.attach_id, again=True)
+        except errors.Superseded:
+            self._subscription.supersede()
+            raise
         except errors.SequenceOutOfRange as error:
             raise errors.ResultLost from error
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from common.chain import GENESIS, next_hash
-from common.errors import GenerationNotFound, ResultLost, SequenceOutOfRange
+from common.errors import GenerationNotFound, ResultLost, SequenceOutOfRange, Superseded
 from common.generation import EventBody, FinishReason, OutputDelta, Usage
 from common.jobs import Attachment, GenerationRecord, ItemKind, JobState, LogEvent, Reason, ReplyItem
 
@@ -122,6 +122,7 @@ class OneJobQueue:
     page: int = 3  # most events of one answer
     gateway_id: str = GATEWAY_ID  # of the gateway that asks
     holder: str = GATEWAY_ID  # where the generation is attached
+    has_later_call: bool = False  # another call has attached since
     num_attached: int = 0
     num_reads: int = 0
     detached: list[tuple[str, str]] = field(default_factory=list)  # generation and attach ids
@@ -164,7 +165,10 @@ class OneJobQueue:
         after_hash: bytes = b"",
         *,
         attach_id: str = "",
+        again: bool = False,
     ) -> Attachment:
+        if again and self.has_later_call:
+            raise Superseded
         self.num_attached += 1
         self.holder = self.gateway_id
         return await self.read_log(generation_id, tenant, after_sequence, after_hash)

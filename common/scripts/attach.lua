@@ -1,15 +1,17 @@
 #!lua flags=allow-oom
 -- Reads a job's log after an event, and (unless only reading) sends its further events to this gateway.
 -- ARGV  1 id  2 tenant  3 gateway, or '' to read only  4 after event  5 chain hash of that event, or ''
---       6 most events  7 most bytes  8 gateway lease ms  9 reply TTL ms  10 attach id
--- Reply {OK, described job, 1 if the log goes on, entries ...} | {OUT_OF_RANGE, events} | {RESULT_LOST}, or nil if there is no
--- such job for this tenant. The gateway that had the stream gets an item of kind S.
+--       6 most events  7 most bytes  8 gateway lease ms  9 reply TTL ms  10 attach id  11 '1': only if no
+--       other call has attached since this one did, whose gateway's lease has ended meanwhile
+-- Reply {OK, described job, 1 if the log goes on, entries ...} | {OUT_OF_RANGE, events} | {RESULT_LOST} | {SUPERSEDED}, or nil
+-- if there is no such job for this tenant. The gateway that had the stream gets an item of kind S.
 --@include base
 --@include jobs
 local j = load(ARGV[1])
 if not j or j.t ~= ARGV[2] then return false end
 local gid, after, hash, now = ARGV[3], tonumber(ARGV[4]), ARGV[5], now_ms()
 local log = P .. 'j:' .. j.id .. ':log'
+if ARGV[11] == '1' and is_live(j) and j.ai ~= ARGV[10] then return { 'SUPERSEDED' } end
 if after > j.n then
   if hash ~= '' then return { 'RESULT_LOST' } end -- the caller has seen what is not there any more
   return { 'OUT_OF_RANGE', j.n }

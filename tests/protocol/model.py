@@ -106,9 +106,10 @@ class Protocol(Workers):
             state = on_its_way(state, "detach", call.job, call.gateway, call.attach_id)
         if call.client == NONE:
             return state
-        if end == SUPERSEDED and not self.config.num_rivals:
-            end = ""  # it was a call of its own that came late: it resumes
         client = state.clients[call.client]
+        if end == SUPERSEDED and not self.config.num_rivals:
+            end = ""  # by a call of its own that came late: it resumes
+            client = client._replace(superseded=True)
         return self.with_client(state, call.client, client._replace(call=NONE, end=end))
 
     def open(self, state: State, call: Call) -> State:
@@ -297,7 +298,9 @@ class Protocol(Workers):
         """Nobody had the stream when the call looked, its gateway's lease had ended. One script later it attaches."""
         call = call._replace(reattaches=False)
         shard = Shard(state.server)
-        found = self.attach(shard, call.job, call.gateway, call.n, call.chain, call.attach_id)
+        found = self.attach(shard, call.job, call.gateway, call.n, call.chain, call.attach_id, again=True)
+        if found.status == "SUPERSEDED":
+            return self.close(state, call, SUPERSEDED, detaches=False)
         if found.status != "OK":
             return self.close(state, call, LOST, detaches=True)
         return self.catch_up(state._replace(server=shard.close()), call, found.events, found.job)

@@ -234,6 +234,13 @@ class GatewayIgnoresSuperseded(Protocol):
         return True
 
 
+class StaleCallAttachesAgain(Protocol):
+    """A call whose client has moved on takes the stream back when the later call's gateway loses its lease."""
+
+    def may_attach_again(self, job: Job, attach_id: int) -> bool:
+        return True
+
+
 class ReleaseForgetsTheQueue(Protocol):
     def release(self, shard: Shard, worker: int, held: Iterable[tuple[int, int]]) -> None:
         super().release(shard, worker, held)
@@ -273,5 +280,6 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
     Mutant(EndComesBeforeTheTokens, Config(Budget(trims=1)), "I5"),
     Mutant(NoReconcile, Config(Budget(trims=1)), LIVENESS),
     Mutant(GatewayIgnoresSuperseded, Config(Budget(), num_rivals=1), "I4 (superseded)"),
+    Mutant(StaleCallAttachesAgain, Config(Budget(drops=1, lapses=1), length=1), "I9"),
     Mutant(ReleaseForgetsTheQueue, Config(Budget(releases=1)), "I8"),
 )

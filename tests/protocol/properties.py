@@ -198,6 +198,8 @@ def i4_a_superseded_stream_gets_nothing_more(state: State, config: Config) -> st
 def i9_nothing_acknowledged_is_lost(state: State, config: Config) -> str | None:
     for number, client in enumerate(state.clients):
         if not state.history:
+            if client.superseded and state.budget.lost == config.budget.lost:
+                return f"client {number}, who is alone, was told that another has its stream"
             if client.end == LOST:
                 return f"client {number} is told that its result is lost"
             if client.job != NONE and client.job not in {job.id for job in state.server.jobs}:

@@ -60,7 +60,7 @@ class Shard:
 class Found(NamedTuple):
     """Reply of attach."""
 
-    status: str  # OK, OUT_OF_RANGE, RESULT_LOST, NOT_FOUND
+    status: str  # OK, OUT_OF_RANGE, RESULT_LOST, SUPERSEDED, NOT_FOUND
     job: Job | None = None  # as loaded
     events: tuple[Entry, ...] = ()
 
@@ -164,11 +164,26 @@ class Scripts:
     def hash_differs(self, entry: Entry, chain: Chain) -> bool:
         return entry.chain != chain
 
-    def attach(self, shard: Shard, job_id: int, gateway: int, after: int, chain: Chain | None, attach_id: int) -> Found:
-        """Read a job's log after an event; `gateway` -1 reads only. `chain` None: the caller has no hash."""
+    def attach(
+        self,
+        shard: Shard,
+        job_id: int,
+        gateway: int,
+        after: int,
+        chain: Chain | None,
+        attach_id: int,
+        *,
+        again: bool = False,
+    ) -> Found:
+        """Read a job's log after an event; `gateway` -1 reads only. `chain` None: the caller has no hash.
+
+        `again`: only if no other call has attached since this one did.
+        """
         job = self.load(shard, job_id)
         if job is None:
             return Found("NOT_FOUND")
+        if again and job.state in LIVE and not self.may_attach_again(job, attach_id):
+            return Found("SUPERSEDED")
         if after > job.n:
             return Found("OUT_OF_RANGE" if chain is None else "RESULT_LOST")
         if after > 0:
@@ -184,6 +199,9 @@ class Scripts:
         if job.state in LIVE:
             self.reroute(shard, job, gateway, attach_id)
         return found._replace(job=self.load(shard, job_id))
+
+    def may_attach_again(self, job: Job, attach_id: int) -> bool:
+        return job.attach_id == attach_id
 
     def reroute(self, shard: Shard, job: Job, gateway: int, attach_id: int) -> None:
         """Send the further events of a live job to another gateway, and tell the one that had it."""

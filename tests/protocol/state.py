@@ -192,6 +192,7 @@ class Client(NamedTuple):
     chain: Chain = ()
     call: int = NONE  # attach id
     end: str = ""
+    superseded: bool = False  # it was told that another call has its stream, although it is alone
 
 
 class Message(NamedTuple):

@@ -14,6 +14,7 @@ from common.errors import (
     QueueFull,
     ResultLost,
     SequenceOutOfRange,
+    Superseded,
 )
 from common.generation import EventBody, OutputDelta
 from common.job_claims import JobClaims
@@ -319,6 +320,25 @@ async def test_detach_without_grace_cancels_at_once_and_counts_what_was_done(
     assert (record.reason, record.usage.prompt_tokens, record.usage.completion_tokens) == (Reason.DISCONNECTED, 5, 3)
     result = await claims.commit([make_event(accepted.generation_id, (3,), first=3)])
     assert set(result.lost) == {accepted.generation_id}
+
+
+async def test_only_the_call_that_had_the_stream_last_attaches_again(
+    queue: JobQueue, gateway_redis: FlakyRedis, superuser: redis_sync.Redis
+) -> None:
+    """After the lease of a gateway ended: a call that was overtaken before must not take the stream back."""
+    later = JobQueue(gateway_redis, keys.random_id(), QueueSettings(), retry=FAST_RETRY)
+    accepted = await queue.enqueue(SHARD, make_job(disconnect_grace_ms=5000), attach_id="first")
+    name = accepted.generation_id
+    await later.attach(name, "acme", attach_id="second")
+    superuser.zadd(keys.gateway_leases(SHARD), {later.gateway_id: 0})
+    assert (await queue.sweep(SHARD)).detached == 1
+    with pytest.raises(Superseded):
+        await queue.attach(name, "acme", attach_id="first", again=True)
+    assert (await queue.get(name, "acme")).gateway_id == ""
+    found = await later.attach(name, "acme", attach_id="second", again=True)
+    assert found.record.gateway_id == later.gateway_id
+    await queue.cancel(name, "acme")
+    assert (await queue.attach(name, "acme", attach_id="first", again=True)).record.state is JobState.CANCELLED
 
 
 async def test_a_detach_that_comes_late_leaves_the_stream_to_the_call_after_it(

@@ -28,6 +28,7 @@ from tests.protocol.mutants import (
     NoFence,
     RequeueCountsNoAttempt,
     RequeueKeepsTheEpoch,
+    StaleCallAttachesAgain,
     TakeoverLeavesTheJobWithItsOldWorker,
 )
 from tests.protocol.scripts import ScriptError, Shard
@@ -196,11 +197,16 @@ class Both:
         chains: list[Chain] = [()] + ([entry.chain for entry in job.events] if job is not None else [])
         after = self.rng.randrange(len(chains) + 1)
         chain = self.rng.choice([None, chains[min(after, len(chains) - 1)], (12345,)])
-        found = self.protocol.attach(self.shard, job_id, gateway, after, chain if after else None, attach_id)
+        again = gateway != NONE and job is not None and self.rng.random() < 0.3
+        if again and job is not None:
+            attach_id = self.rng.choice([job.attach_id, job.attach_id - 1])
+        past = chain if after else None
+        found = self.protocol.attach(self.shard, job_id, gateway, after, past, attach_id, again=again)
         packed = b"" if chain is None or not after else hash_of(chain)
         reply = self.script(
-            "attach", generation(job_id), "acme", gid(gateway), after, packed, 99, 99999, FOREVER, FOREVER, attach_id
-        )
+            "attach", generation(job_id), "acme", gid(gateway), after, packed, 99, 99999, FOREVER, FOREVER, attach_id,
+            int(again),
+        )  # fmt: skip
         if found.status != "OK":
             return found.status, "NOT_FOUND" if reply is None else reply[0].decode()
         assert found.job is not None
@@ -354,6 +360,7 @@ def test_the_model_does_what_the_scripts_do(superuser: redis_sync.Redis) -> None
         TakeoverLeavesTheJobWithItsOldWorker,
         AttachLeavesTheStreamWhereItWas,
         DetachIgnoresTheAttachId,
+        StaleCallAttachesAgain,
     ],
 )
 def test_a_model_that_does_something_else_is_found(

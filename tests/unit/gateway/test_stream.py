@@ -357,6 +357,18 @@ async def test_a_stream_whose_gateway_had_lost_its_lease_is_attached_again() -> 
         assert [event.WhichOneof("event") async for event in events] == ["deltas", "finished"]
 
 
+async def test_a_stream_that_a_later_call_had_when_the_lease_ended_is_not_taken_back() -> None:
+    queue = OneJobQueue(chained([tokens(65)], ItemKind.DONE), JobState.RUNNING, holder="")
+    queue.has_later_call = True
+    _, factory = factory_for(queue)
+    subscription = factory.listen(GENERATION_ID)
+    stream = factory.open(subscription, TENANT, pb.Accepted(generation_id=GENERATION_ID), LogPosition())
+    with pytest.raises(Superseded):
+        await asyncio.wait_for(collect(stream), 5)
+    await factory.close(subscription, ended=stream.ended)
+    assert (queue.num_attached, queue.holder, queue.detached) == (0, "", [])
+
+
 async def test_silence_brings_progress() -> None:
     now = 0.0
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from common import keys
-from common.errors import InvalidRequest, ModelNotFound, Unavailable
+from common.errors import BackendUnavailable, InvalidRequest, ModelNotFound, Unavailable
 from common.job_queue import JobQueue
 from common.redis import Redis, Retry, execute
 from common.scripts import ScriptRunner, as_list
@@ -27,6 +27,7 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
 SPECIAL_TOKENS_FILE: Final = "special_tokens.json"
 
+_RETRY_AFTER_MS: Final = 500
 _MAX_UPLOADS: Final = 3  # a deletion that races with us may remove a file between upload and publication
 
 
@@ -182,6 +183,11 @@ class ModelDirectory:
         )
         self._version = version
 
+    def check_read(self) -> None:
+        """Raise BackendUnavailable before the first `refresh`."""
+        if self._version < 0:
+            raise BackendUnavailable("this gateway has not read the registry yet", retry_after_ms=_RETRY_AFTER_MS)
+
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
         """All revisions of all models, the most recently published first."""
@@ -192,13 +198,17 @@ class ModelDirectory:
         return tuple(entry.card.shard for entry in self._entries)
 
     def revisions(self, name: str) -> tuple[ModelEntry, ...]:
-        """The revisions of a model, the most recently published first. Raises ModelNotFound."""
+        """The revisions of a model, the most recently published first.
+
+        Raises ModelNotFound, and BackendUnavailable before the first `refresh`: what exists is not known then.
+        """
+        self.check_read()
         found = tuple(entry for entry in self._entries if entry.card.name == name)
         if not found:
             raise ModelNotFound("no such model")
         return found
 
     def resolve(self, name: str) -> ModelEntry:
-        """The revision that new generations use: the newest that is READY, else the newest. Raises ModelNotFound."""
+        """The revision that new generations use: the newest that is READY, else the newest. Errors as `revisions`."""
         found = self.revisions(name)
         return next((entry for entry in found if entry.state is ModelState.READY), found[0])

@@ -128,7 +128,8 @@ class Catalog:
         return set(self._directory.shards)
 
     def entries(self) -> Sequence[ModelEntry]:
-        """Return the revision that new requests use of each model, by name."""
+        """Return the revision that new requests use of each model, by name. Raises BackendUnavailable if unread."""
+        self._directory.check_read()
         names = sorted({entry.card.name for entry in self._directory.entries})
         return [self._directory.resolve(name) for name in names]
 
@@ -137,7 +138,8 @@ class Catalog:
         return self._directory.resolve(name)
 
     def all_entries(self) -> Sequence[ModelEntry]:
-        """Return all revisions of all models."""
+        """Return all revisions of all models. Raises BackendUnavailable before a refresh."""
+        self._directory.check_read()
         return sorted(self._directory.entries, key=lambda entry: (entry.card.name, entry.card.revision))
 
     def earlier_shards(self, name: str) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 import redis as redis_sync
 
 from common import keys
-from common.errors import BackendRefused, InvalidRequest, ModelNotFound
+from common.errors import BackendRefused, BackendUnavailable, InvalidRequest, ModelNotFound
 from common.job_claims import JobClaims
 from common.job_queue import JobQueue
 from common.jobs import WorkerInfo
@@ -118,8 +118,12 @@ async def test_the_directory_follows_publication_workers_and_deletion(
     publisher: ModelRegistry, reader: ModelRegistry, queue: JobQueue, worker_redis: FlakyRedis
 ) -> None:
     directory = ModelDirectory(reader, queue)
+    with pytest.raises(BackendUnavailable):  # what exists is not known yet, which is no reason to say that it does not
+        directory.resolve("tiny")
     await directory.refresh()
     assert directory.entries == ()
+    with pytest.raises(ModelNotFound):
+        directory.resolve("tiny")
     old, new = make_card(revision="r1"), make_card(revision="r2")
     await publisher.publish(old, FILES)
     await directory.refresh()

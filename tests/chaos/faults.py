@@ -157,6 +157,19 @@ async def pause_server(strike: Strike) -> None:
         strike.system.continue_server()
 
 
+@fault
+async def pause_everything(strike: Strike) -> None:
+    """A machine that was suspended: nobody has seen time pass, but the clocks."""
+    system = strike.system
+    await strike.hit("everything", None)
+    pauses = [_pause(party, strike.rng.uniform(1, 5)) for party in system.parties]
+    system.stop_server()
+    try:
+        await asyncio.gather(*pauses)
+    finally:
+        system.continue_server()
+
+
 async def _pause(party: Party, seconds: float) -> None:
     pid = party.pid
     party.signal(signal.SIGSTOP)

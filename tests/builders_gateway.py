@@ -5,15 +5,23 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from common.chain import GENESIS, next_hash
 from common.errors import GenerationNotFound, ResultLost, SequenceOutOfRange, Superseded
 from common.generation import EventBody, FinishReason, OutputDelta, Usage
+from common.job_queue import JobQueue
 from common.jobs import Attachment, GenerationRecord, ItemKind, JobState, LogEvent, Reason, ReplyItem
+from gateway.delivery import EventHub
+from gateway.progress import LogPosition
+from gateway.stream import EventStream, StreamFactory, StreamTimes
+from torchrelay.v1 import generation_pb2 as pb
 
 GENERATION_ID = "tiny.abc"
 TENANT = "acme"
 GATEWAY_ID = "g1"
+STREAM_TIMES = StreamTimes(reconcile_s=0.002, progress_s=1000)
+NUM_OUTPUTS = 2
 _END_KINDS = {
     JobState.DONE: ItemKind.DONE,
     JobState.CANCELLED: ItemKind.CANCELLED,
@@ -176,3 +184,27 @@ class OneJobQueue:
     async def detach(self, generation_id: str, *, attach_id: str = "") -> JobState:
         self.detached.append((generation_id, attach_id))
         return self.record().state
+
+
+def factory_for(
+    queue: OneJobQueue, times: StreamTimes = STREAM_TIMES, max_pending: int = 4
+) -> tuple[EventHub, StreamFactory]:
+    """A hub and the streams of one generation's queue."""
+    hub = EventHub(max_pending)
+    return hub, StreamFactory(cast(JobQueue, queue), hub, times)
+
+
+def open_stream(
+    factory: StreamFactory,
+    position: LogPosition | None = None,
+    num_outputs: int = NUM_OUTPUTS,
+    attachment: Attachment | None = None,
+) -> EventStream:
+    """A stream of the generation, for a call of its own."""
+    accepted = pb.Accepted(generation_id=GENERATION_ID, config=pb.GenerationConfig(num_outputs=num_outputs))
+    return factory.open(factory.listen(GENERATION_ID), TENANT, accepted, position or LogPosition(), attachment)
+
+
+def tokens(*ids: int, first: int = 0) -> tuple[int, EventBody]:
+    """An epoch and an event of output 0."""
+    return 1, EventBody((OutputDelta(0, first, ids, "".join(map(chr, ids))),))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sys
-import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -17,35 +14,26 @@ from hypothesis import strategies as st
 
 from common.chain import GENESIS
 from common.errors import ResultLost, Superseded, WorkerFailed
-from common.generation import EventBody, FinishReason, OutputDelta
-from common.job_queue import JobQueue
+from common.generation import EventBody, FinishReason
 from common.jobs import Attachment, ItemKind, JobState, LogEvent, ReplyItem
 from gateway.delivery import EventHub
 from gateway.progress import LogPosition, Verdict
 from gateway.status import GenerationEndedError
-from gateway.stream import EventStream, StreamFactory, StreamTimes
-from tests.builders_gateway import GENERATION_ID, TENANT, OneJobQueue, chained, item_of, news, random_log
+from gateway.stream import EventStream, StreamTimes
+from tests.builders_gateway import (
+    GENERATION_ID,
+    NUM_OUTPUTS,
+    TENANT,
+    OneJobQueue,
+    chained,
+    factory_for,
+    item_of,
+    news,
+    open_stream,
+    random_log,
+    tokens,
+)
 from torchrelay.v1 import generation_pb2 as pb
-
-_TIMES = StreamTimes(reconcile_s=0.002, progress_s=1000)
-_OUTPUTS = 2
-
-
-def factory_for(
-    queue: OneJobQueue, times: StreamTimes = _TIMES, max_pending: int = 4
-) -> tuple[EventHub, StreamFactory]:
-    hub = EventHub(max_pending)
-    return hub, StreamFactory(cast(JobQueue, queue), hub, times)
-
-
-def open_stream(
-    factory: StreamFactory,
-    position: LogPosition | None = None,
-    num_outputs: int = _OUTPUTS,
-    attachment: Attachment | None = None,
-) -> EventStream:
-    accepted = pb.Accepted(generation_id=GENERATION_ID, config=pb.GenerationConfig(num_outputs=num_outputs))
-    return factory.open(factory.listen(GENERATION_ID), TENANT, accepted, position or LogPosition(), attachment)
 
 
 async def deliver(hub: EventHub, queue: OneJobQueue, rng: random.Random) -> None:
@@ -97,7 +85,7 @@ def check_prefix(events: Sequence[pb.GenerationEvent], log: Sequence[LogEvent], 
 
 def expected_ends(log: Sequence[LogEvent], state: JobState) -> list[int]:
     otherwise = FinishReason.CANCELLED if state is JobState.CANCELLED else FinishReason.TIME_LIMIT
-    reasons = [otherwise] * _OUTPUTS
+    reasons = [otherwise] * NUM_OUTPUTS
     for entry in log:
         assert entry.body is not None
         for delta in entry.body.deltas:
@@ -108,7 +96,7 @@ def expected_ends(log: Sequence[LogEvent], state: JobState) -> list[int]:
 
 async def run_scenario(rng: random.Random, position_class: type[LogPosition] = LogPosition) -> None:
     state = rng.choice((JobState.DONE, JobState.CANCELLED, JobState.EXPIRED))
-    log = random_log(rng, _OUTPUTS, rng.randrange(1, 20), state)
+    log = random_log(rng, NUM_OUTPUTS, rng.randrange(1, 20), state)
     queue = OneJobQueue(log, state, page=rng.randrange(1, 5))
     hub, factory = factory_for(queue, max_pending=rng.choice((2, 64, 64)))
     after = rng.choice((0, 0, rng.randrange(len(log))))
@@ -249,10 +237,6 @@ def test_without_the_chain_another_log_would_be_continued() -> None:
         except AssertionError:
             failures += 1
     assert failures >= 3
-
-
-def tokens(*ids: int, first: int = 0) -> tuple[int, EventBody]:
-    return 1, EventBody((OutputDelta(0, first, ids, "".join(map(chr, ids))),))
 
 
 async def collect(stream: EventStream) -> list[str | None]:
@@ -462,69 +446,3 @@ async def test_the_latest_call_wins() -> None:
     await factory.detach_abandoned()
     assert queue.detached == []
     assert hub.has(GENERATION_ID)
-
-
-def retained(hub: EventHub) -> int:
-    """About how many bytes wait for the only subscription."""
-    (subscription,) = hub._subscriptions[GENERATION_ID]
-    return sum(
-        sys.getsizeof(delta.token_ids) + len(delta.text)
-        for item in subscription._pending
-        for delta in (item.body.deltas if item.body else ())
-    )
-
-
-@pytest.mark.parametrize("num_tokens", [1, 50, 1000])
-async def test_what_waits_for_a_slow_call_is_bounded_in_events_and_bytes(num_tokens: int) -> None:
-    hub = EventHub(256, 64 << 10)
-    subscription = hub.subscribe(GENERATION_ID)
-    bodies = [tokens(*([65] * num_tokens), first=n * num_tokens) for n in range(2000)]
-    most, most_items = 0, 0
-    for event in chained(bodies):
-        hub.dispatch([item_of(event)])
-        most, most_items = max(most, retained(hub)), max(most_items, len(subscription._pending))
-    assert most <= 64 << 10
-    assert most_items <= 256
-    assert subscription._pending == [], "the log has all of it"
-    assert await subscription.take(60) is None
-    hub.dispatch([item_of(event)])
-    assert await subscription.take(60) == (item_of(event),), "it hears again once it has read"
-
-
-class Page(list[LogEvent]):
-    """Events of a page; unlike a tuple's its life can be watched."""
-
-
-async def test_a_slow_call_keeps_nothing_of_the_pages_that_it_has_read() -> None:
-    """Pages of the log are decoded, many times as large as the message that they become."""
-    log = chained([tokens(65 + n % 26, first=n) for n in range(60)], ItemKind.DONE)
-    pages: list[weakref.ref[Page]] = []
-
-    class Watched(OneJobQueue):
-        async def read_log(self, *where: Any) -> Attachment:
-            found = await super().read_log(*where)
-            page = Page(found.events)
-            pages.append(weakref.ref(page))
-            return replace(found, events=cast(Any, page))
-
-    queue = Watched(log, JobState.DONE, num_visible=60, page=20)
-    _, factory = factory_for(queue, StreamTimes(60, 60))
-    stream = open_stream(factory, num_outputs=1, attachment=await queue.attach(GENERATION_ID, TENANT))
-    async with aclosing(cast("AsyncIterator[Any]", stream.events())) as events:
-        for num_read in range(1, 4):
-            assert len((await anext(events)).deltas.deltas[0].token_ids) == 20
-            assert [page() for page in pages] == [None] * num_read, "a page is read in its turn, and let go of"
-
-
-def test_the_hub_counts_its_subscriptions() -> None:
-    hub, _ = factory_for(OneJobQueue(chained([tokens(65)]), JobState.DONE))
-    first, second = hub.subscribe(GENERATION_ID), hub.subscribe(GENERATION_ID)
-    other = hub.subscribe("another")
-    assert len(hub) == 3
-    for _ in range(2):  # the second time does nothing
-        hub.unsubscribe(first)
-        assert len(hub) == 2
-    hub.unsubscribe(second)
-    assert not hub.has(GENERATION_ID)
-    hub.unsubscribe(other)
-    assert len(hub) == 0

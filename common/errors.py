@@ -180,7 +180,7 @@ class BackendFull(ResourceExhausted):
 
 
 class Unavailable(ServingError):
-    """Nothing was done; the same call may be sent again."""
+    """Nothing was done, or it is unknown whether it was, and the reason says so; the same call may be sent again."""
 
     default_reason = "UNAVAILABLE"
 

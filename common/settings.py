@@ -107,7 +107,9 @@ class QueueSettings(BaseSettings):
         description="How long a failed generation can be looked at and sent again; at least retention_ms.",
     )
     worker_lease_ms: int = Field(
-        default=10 * _SECOND, ge=100, description="A worker silent for so long loses its jobs."
+        default=10 * _SECOND,
+        ge=100,
+        description="A worker silent for so long loses its jobs; below 6 s, also when the server was away.",
     )
     gateway_lease_ms: int = Field(
         default=10 * _SECOND, ge=100, description="A gateway silent for so long loses its clients."

@@ -160,6 +160,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             known = await self._known(request.model, job)
             subscription = self._streams.listen(known or accepted.generation_id)
             stream: EventStream | None = None
+            least_grace_ms = 0
             try:
                 attachment: Attachment | None = None
                 if known is None:
@@ -169,11 +170,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                     except errors.ReplicationUnconfirmed:
                         if job.idempotency_key is not None:
                             # The caller is told to repeat the call: what it then finds must not be a cancelled one.
-                            await self._queue.detach(
-                                accepted.generation_id,
-                                attach_id=subscription.attach_id,
-                                least_grace_ms=_REPEAT_GRACE_MS,
-                            )
+                            least_grace_ms = _REPEAT_GRACE_MS
                         raise
                     if enqueued.duplicate:
                         known = enqueued.generation_id
@@ -190,7 +187,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 yield stream, accepted
             finally:
                 # An enqueue whose reply never came may have taken effect all the same: it is let go of too.
-                await self._streams.close(subscription, ended=stream is not None and stream.ended)
+                ended = stream is not None and stream.ended
+                await self._streams.close(subscription, ended=ended, least_grace_ms=least_grace_ms)
 
     async def _job(
         self, request: NewGeneration, caller: Caller, call_remaining_s: float | None

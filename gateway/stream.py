@@ -240,7 +240,7 @@ class StreamFactory:
         self._queue = queue
         self._hub = hub
         self._times = times
-        self._abandoned: set[tuple[str, str]] = set()  # generation and attach ids
+        self._abandoned: set[tuple[str, str, int]] = set()  # generation and attach ids, least grace
 
     def listen(self, generation_id: str) -> Subscription:
         """Subscribe before attaching or enqueuing, so that no event falls between the two."""
@@ -262,14 +262,14 @@ class StreamFactory:
         num_streams = self._hub.__len__
         return EventStream(self._queue, subscription, tenant, accepted, position, self._times, num_streams, attachment)
 
-    async def close(self, subscription: Subscription, *, ended: bool) -> None:
+    async def close(self, subscription: Subscription, *, ended: bool, least_grace_ms: int = 0) -> None:
         """End a subscription. If the generation goes on and nobody else listens to it, its disconnect grace begins.
 
-        Shielded: the call that owned it has usually just been cancelled.
+        `least_grace_ms` holds where that is shorter. Shielded: the call that owned it has usually just been cancelled.
         """
         self._hub.unsubscribe(subscription)
         if not ended and not subscription.superseded:
-            attached = (subscription.generation_id, subscription.attach_id)
+            attached = (subscription.generation_id, subscription.attach_id, least_grace_ms)
             self._abandoned.add(attached)
             await asyncio.shield(self._detach(attached))
 
@@ -278,12 +278,12 @@ class StreamFactory:
         for attached in list(self._abandoned):
             await self._detach(attached)
 
-    async def _detach(self, attached: tuple[str, str]) -> None:
-        generation_id, attach_id = attached
+    async def _detach(self, attached: tuple[str, str, int]) -> None:
+        generation_id, attach_id, least_grace_ms = attached
         if self._hub.has(generation_id):
             return  # by a call that may yet be refused it
         try:
-            await self._queue.detach(generation_id, attach_id=attach_id)
+            await self._queue.detach(generation_id, attach_id=attach_id, least_grace_ms=least_grace_ms)
         except errors.Unavailable:
             return  # the server is away; the gateway's upkeep tries again
         self._abandoned.discard(attached)

@@ -181,7 +181,7 @@ class OneJobQueue:
         self.holder = self.gateway_id
         return await self.read_log(generation_id, tenant, after_sequence, after_hash)
 
-    async def detach(self, generation_id: str, *, attach_id: str = "") -> JobState:
+    async def detach(self, generation_id: str, *, attach_id: str = "", least_grace_ms: int = 0) -> JobState:
         self.detached.append((generation_id, attach_id))
         return self.record().state
 

@@ -8,7 +8,8 @@
 -- "<worker> <until ms> <id or ->": the first that meets one claims nothing more until it is empty, then takes it, and
 -- claims nothing beside it until it has made progress, has ended or was lost. An empty worker need not wait for one that
 -- still has other work. All others pass over it. The reservation ends with the worker's lease, and unless its next claim
--- comes in time.
+-- comes in time. Between two such jobs workers with other work go on with it for a lease, {s}:meta rest: where many are
+-- innocent, since a host died and not its worker, they must not take a worker's whole time one after another.
 -- ARGV  1 worker  2 call id  3 lease ms  4 most jobs  5 free KV slots  6 all KV slots  7 most bytes  8 deadline slack ms
 --       9 expected completion tokens  10 bypass KV slots
 -- Reply {{claimed job ...}, queued of class 0, 1, 2}. A repeated call id is answered with the same jobs.
@@ -114,19 +115,24 @@ end
 
 -- Reserves this worker for a job to run alone, or hands that out. Returns whether it may claim nothing else.
 local function take_alone()
-  local mark = call('HGET', KEYS[1], 'alone')
+  local mark, rest = unpack(call('HMGET', KEYS[1], 'alone', 'rest'))
   if not mark and call('EXISTS', P .. 'alone:0', P .. 'alone:1', P .. 'alone:2') == 0 then return false end
   local holder, running = reserved(mark or '')
   if running then return holder == wid end
   local is_empty = call('EXISTS', P .. 'w:' .. wid) == 0
   if holder and holder ~= wid and not is_empty then return false end
+  local rests_ms = tonumber(rest or 0) - now -- more than a lease: from before the clock went back
+  if not holder and not is_empty and rests_ms > 0 and rests_ms <= tonumber(ARGV[3]) then return false end
   local j = first_alone()
   if not j then
     if not holder or holder == wid then call('HDEL', KEYS[1], 'alone') end
     return false
   end
   local runs = is_empty and slots(j) <= free
-  if runs then take(j) end
+  if runs then
+    take(j)
+    call('HSET', KEYS[1], 'rest', int(now + ARGV[3]))
+  end
   call('HSET', KEYS[1], 'alone', wid .. ' ' .. int(now + RESERVED_LEASES * ARGV[3]) .. ' ' .. (runs and j.id or '-'))
   return true
 end

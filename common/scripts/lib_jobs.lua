@@ -242,9 +242,9 @@ local function settle(j, state, reason, now)
   if call('HINCRBY', P .. 'live', j.t, -1) <= 0 then call('HDEL', P .. 'live', j.t) end
   if j.sc > 0 then charge(j.t, (INPUT_COST * j.pt + OUTPUT_COST * j.ct - j.ch) / j.wt) end
   add_usage(j, now)
-  local retention = state == 'F' and j.rf > 0 and j.rf or j.rt
-  call('PEXPIRE', key, int(retention))
-  call('PEXPIRE', key .. ':log', int(retention))
+  -- Of a dead letter, what sending it again needs is kept for longer: its hash. A log may be a thousand times as large.
+  call('PEXPIRE', key, int(state == 'F' and j.rf > 0 and j.rf or j.rt))
+  call('PEXPIRE', key .. ':log', int(j.rt))
   if j.ik ~= '' then call('PEXPIRE', P .. 'i:' .. j.ik, int(j.rt)) end
   if state == 'F' then bury(j, now) end
   j.st = state

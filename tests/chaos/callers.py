@@ -137,7 +137,7 @@ class Callers:
     async def _compare_whole(self, client: AsyncClient, generation: Generation) -> None:
         whole = await client.get(generation.generation_id)
         if [list(output.token_ids) for output in whole.outputs] != [generation.token_ids]:
-            generation.complaints.append("GetGeneration shows other tokens than the stream")
+            generation.complaints.append("I6: GetGeneration shows other tokens than the stream")
 
     async def _bare(self, generation: Generation) -> None:
         """Read one call to its end, as a stub without any care does: no grace, no second try once it is accepted."""
@@ -178,6 +178,7 @@ class Callers:
         """Have a generation accepted, whatever it takes; the key makes the repetitions safe."""
         end = time.monotonic() + self._give_up_s
         while True:
+            generation.num_begins += 1
             call = self._stream_by_hand(generation, self._rng.choice(list(self._system.to_gateway)))
             try:
                 event = await anext(call)
@@ -242,7 +243,7 @@ class Callers:
         try:
             state = await client.cancel(generation.generation_id)
         except RelayError as error:
-            generation.complaints.append(f"a cancellation was answered {error.reason or error.code.name}")
+            generation.complaints.append(f"I10: a cancellation was answered {error.reason or error.code.name}")
             return
         generation.cancel_answered = time.monotonic()
         generation.cancel_state = pb.GenerationState.Name(state)
@@ -364,7 +365,7 @@ def take_event(generation: Generation, event: pb.GenerationEvent) -> None:
     if event.HasField("accepted"):
         found = event.accepted.generation_id
         if generation.generation_id and found != generation.generation_id:
-            complain("one idempotency key made two generations")
+            complain("idempotency: one key made two generations")
         if not generation.accepted:
             generation.accepted = time.monotonic()
         generation.generation_id = found

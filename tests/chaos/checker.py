@@ -24,7 +24,18 @@ _MAX_SHOWN: Final = 5
 _REFUSALS: Final = frozenset({"BACKEND_FULL", "BACKEND_UNAVAILABLE", "UNAVAILABLE", "QUEUE_FULL", "TENANT_QUEUE_FULL"})
 # A gateway that cannot renew its lease is as good as dead to the others.
 CUTS_GATEWAYS_OFF: Final = frozenset(
-    {"pause-gateway", "partition-gateway", "server-unreachable", "lose-replies-to-gateway", "step-clock-of-server"}
+    {
+        "pause-gateway",
+        "partition-gateway",
+        "server-unreachable",
+        "lose-replies-to-gateway",
+        "step-clock-of-server",
+        # With leases as short as these, a server that is away for less than 3 s may end them (see QueueSettings).
+        "pause-server",
+        "pause-everything",
+        "block-server",
+        "slow-fsync",
+    }
 )
 _MAX_LOCALS: Final = 1500
 
@@ -138,6 +149,8 @@ def _may_be_cancelled(generation: Generation, history: History) -> bool:
     """Whether somebody asked for it, or its gateway was taken for dead while it had no grace."""
     if generation.kind in ("cancel", "leave"):
         return True
+    if generation.grace_s == 0 and generation.num_begins > 1:
+        return True  # the call that made it broke before it was accepted
     meanwhile = (fault.kind for fault in history.faults if fault.overlaps(generation.started, generation.ended))
     return generation.grace_s == 0 and any(kind in CUTS_GATEWAYS_OFF for kind in meanwhile)
 

@@ -97,9 +97,8 @@ async def kill_all_workers(strike: Strike) -> None:
 async def kill_everything(strike: Strike) -> None:
     """Row 19."""
     await strike.hit("everything", None)
-    strike.system.server_wanted = False
-    await asyncio.gather(strike.system.kill_server(), _kill(strike.system.parties))
-    strike.system.server_wanted = True
+    async with strike.system.server_killed():
+        await _kill(strike.system.parties)
 
 
 async def _kill(parties: list[Party]) -> None:
@@ -282,15 +281,10 @@ async def torn_log(strike: Strike) -> None:
     """Row 20: the server is killed in the middle of a write that nobody has been answered."""
     system = strike.system
     await strike.hit("server", None)
-    system.server_wanted = False
-    try:
-        await system.kill_server()
+    async with system.server_killed():
         folder = system.folder / "queue" / "appendonlydir"
-        await asyncio.to_thread(
-            _append, max(folder.glob("*.incr.aof"), key=_number), _TORN[: strike.rng.randrange(5, len(_TORN))]
-        )
-    finally:
-        system.server_wanted = True
+        torn = _TORN[: strike.rng.randrange(5, len(_TORN))]
+        await asyncio.to_thread(_append, max(folder.glob("*.incr.aof"), key=_number), torn)
 
 
 def _number(path: Path) -> int:

@@ -47,6 +47,7 @@ class Generation:
     usage: tuple[int, int] = (0, 0)  # prompt and completion tokens, as Finished said
     num_takeovers: int = 0
     num_resumes: int = 0
+    num_begins: int = 0  # calls until it was accepted
     cancel_answered: float = 0.0
     cancel_state: str = ""
     outcome: Outcome = Outcome.OPEN

@@ -137,17 +137,19 @@ def die_behind_enqueue(argument: str) -> None:
 
 @patch
 def slow_commit(argument: str) -> None:
-    """Hold a commit back for so many seconds before it is sent, once the file exists: `path=seconds`."""
-    import asyncio
+    """Stop the whole worker for so many seconds before it sends the next end of a job, once the file exists.
 
+    The argument is `path=seconds`. Its heartbeat stands still with it.
+    """
     from common.job_claims import JobClaims
 
     name, _, seconds = argument.partition("=")
     real = JobClaims._send
 
     async def send(self: JobClaims, pending: Any) -> Any:
-        if _is_armed(Path(name)):
-            await asyncio.sleep(float(seconds))
+        num_ends = pending.args[2]
+        if num_ends and _is_armed(Path(name)):
+            time.sleep(float(seconds))  # noqa: ASYNC251 - the loop is meant to stand still
         return await real(self, pending)
 
     JobClaims._send = send  # type: ignore[method-assign]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.zygote import Zygote
@@ -26,7 +26,6 @@ class Party:
     wanted: bool = True  # whoever tends the system starts it again when it has ended
     num_starts: int = 0
     log_offset: int = 0  # where its present life begins in its log
-    statuses: list[int] = field(default_factory=list)
 
     def start(self) -> None:
         """Start it; it must not be running."""
@@ -57,9 +56,7 @@ class Party:
     def wait(self, timeout_s: float) -> int:
         """Wait for the end; return the exit status. Raises TimeoutError."""
         assert self.pid is not None
-        status = self.zygote.wait(self.pid, timeout_s)
-        self.statuses.append(status)
-        return status
+        return self.zygote.wait(self.pid, timeout_s)
 
     def log(self) -> str:
         """Return what its present life has logged."""

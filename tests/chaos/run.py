@@ -59,7 +59,6 @@ class Result:
     report: Report
     history: History
     seconds: float
-    statuses: dict[str, dict[int, int]]  # how often each party ended with which status
 
 
 async def run(
@@ -112,10 +111,9 @@ async def run(
         if isinstance(watched, Exception):
             raise watched
         snapshot = await asyncio.to_thread(_snapshot, system)
-        statuses = {party.name: dict(Counter(party.statuses)) for party in system.parties}
     is_whole = "TORCHRELAY_QUEUE_RETENTION_MS" not in plan.env
     report = check(Evidence(history, snapshot, truth, _settings(plan), texts, is_whole))
-    return Result(report, history, time.monotonic() - began, statuses)
+    return Result(report, history, time.monotonic() - began)
 
 
 async def _nothing() -> None:
@@ -158,14 +156,6 @@ async def settle(system: ChaosSystem, timeout_s: float) -> None:
         if not await system.superuser.zcard(keys.deadlines(system.shard)):
             return
         await asyncio.sleep(0.2)
-
-
-def _settings(plan: Plan) -> QueueSettings:
-    """Return the bounds that hold; the server's clock moves what it keeps by as much as it is moved itself."""
-    names = {name.removeprefix("TORCHRELAY_QUEUE_").lower(): value for name, value in QUEUE_ENV.items()}
-    settings = QueueSettings.model_validate(names)
-    moved_ms = HOUR_S * 1000 if "step-clock-of-server" in plan.kinds else 0
-    return settings.model_copy(update={"retention_ms": settings.retention_ms + moved_ms})
 
 
 def _snapshot(system: ChaosSystem):  # type: ignore[no-untyped-def]

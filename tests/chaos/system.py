@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -94,7 +95,8 @@ class ChaosSystem:
         self.server = EmbeddedServer(
             folder / "queue", program=wrap_program(find_server(), self.server_shim, folder / "server-program")
         )
-        self.server_wanted = True
+        self._num_holds = 0  # faults that want the server to stay away for a while
+        self._server_changes = asyncio.Lock()  # starts and kills take turns
         self.gateways: list[Party] = []
         self.workers: list[Party] = []
         self.to_server: dict[str, Link] = {}  # by party
@@ -150,6 +152,7 @@ class ChaosSystem:
         self.server.stop()
         self.server_shim.close()
         self.party_shim.close()
+        shutil.rmtree(self._sockets, ignore_errors=True)
 
     async def _create_keys(self) -> None:
         redis = connect(RedisSettings(url=self.server.url))
@@ -246,18 +249,31 @@ class ChaosSystem:
                 os.kill(self.server.pid, signal.SIGCONT)
 
     async def kill_server(self) -> None:
-        """As kill -9 does; `tend` starts it again unless `server_wanted` is unset."""
-        self.continue_server()
-        await asyncio.to_thread(self.server.kill)
+        """As kill -9 does; it is started again."""
+        async with self._server_changes:
+            self.continue_server()
+            await asyncio.to_thread(self.server.kill)
+
+    @contextlib.asynccontextmanager
+    async def server_killed(self) -> AsyncIterator[None]:
+        """Kill it, and keep it away meanwhile."""
+        self._num_holds += 1
+        try:
+            await self.kill_server()
+            yield
+        finally:
+            self._num_holds -= 1
 
     # -- what keeps it running ------------------------------------------------------------------------------------
 
     async def _tend(self) -> None:
         """Start again what has ended and is wanted."""
         while True:
-            if self.server_wanted and not self.server.is_running:
-                with contextlib.suppress(EmbeddedServerError, OSError):  # a full disk: tried again
-                    await asyncio.to_thread(self._start_server)
+            if not self.server.is_running:
+                async with self._server_changes:
+                    if not self._num_holds:
+                        with contextlib.suppress(EmbeddedServerError, OSError):  # a full disk: tried again
+                            await asyncio.to_thread(self._start_server)
             for party in self.parties:
                 if party.wanted and not party.is_running:
                     await asyncio.to_thread(party.start)

@@ -116,7 +116,7 @@ async def measure(
                     continue
                 finally:
                     fuse.write_text("0")
-                outcome.num_kills += reading.num_takeovers
+                outcome.num_kills += reading.num_takeovers == 1
                 outcome.num_different += (reading.token_ids, reading.text) != (undisturbed.token_ids, undisturbed.text)
                 outcome.pauses_s.append(reading.longest_pause_s)
                 await system.wait_until_whole()

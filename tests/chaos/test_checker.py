@@ -53,7 +53,22 @@ def make_evidence() -> Evidence:
     """All is well."""
     job = stored_job()
     usage = {"generations:key:red": 1, "prompt_tokens:key:red": 3, "completion_tokens:key:red": 24}
-    snapshot = Snapshot({ID: job}, {}, {}, {}, {}, 0, set(), set(), {}, {}, usage, {"digest": 1000})
+    snapshot = Snapshot(
+        jobs={ID: job},
+        queued={},
+        isolated={},
+        active={},
+        lengths={},
+        live={},
+        bell=0,
+        deadlines=set(),
+        detached=set(),
+        worker_jobs={},
+        gateway_jobs={},
+        usage=usage,
+        idempotency_ttls={"digest": 1000},
+        dead_letters=set(),
+    )
     generation = Generation("follow", "red", 0, 24, generation_id=ID, outcome=Outcome.FINISHED)
     generation.token_ids, generation.text = list(TOKENS), "x" * 24
     generation.finish_reason, generation.usage = "FINISH_REASON_LENGTH", (3, 24)

@@ -95,12 +95,35 @@ async def test_a_suspect_that_makes_progress_may_have_company_again(
     assert names(await first.claim(10, ROOM, ROOM)) == [suspect]
     assert names(await second.claim(10, ROOM, ROOM)) == innocents  # the other suspect waits for its turn
     await first.commit([make_event(suspect, (1,))])
+    (company,) = await enqueue(queue)
+    assert names(await first.claim(10, ROOM, ROOM)) == [company]  # it rests from suspects for a lease
+    (late,) = await enqueue(queue)
+    superuser.hset(keys.meta(SHARD), "rest", 1)
     assert await first.claim(10, ROOM, ROOM) == []  # is reserved now for the other suspect, and must get empty
     await first.commit([make_event(suspect, (2,), first=1, terminal=JobState.DONE)])
+    await first.commit([make_event(company, (1,), terminal=JobState.DONE)])
     assert names(await first.claim(10, ROOM, ROOM)) == [other_suspect]
+    assert names(await second.claim(10, ROOM, ROOM)) == [late]
     await first.commit([make_event(other_suspect, (1,))])
     (newcomer,) = await enqueue(queue)
     assert names(await first.claim(10, ROOM, ROOM)) == [newcomer]
+
+
+@pytest.mark.parametrize("rest_ms", [5_000, 3_600_000], ids=["within a lease", "from before the clock went back"])
+async def test_a_rest_from_suspects_is_a_lease_at_most(
+    queue: JobQueue, worker_redis: FlakyRedis, superuser: redis_sync.Redis, rest_ms: int
+) -> None:
+    (suspect,) = await enqueue(queue)
+    busy = worker(worker_redis)
+    await make_suspects(queue, worker_redis, superuser, [suspect])
+    (held,) = await enqueue(queue)
+    superuser.hset(keys.meta(SHARD), "rest", int(superuser.time()[0]) * 1000 + 5_000)
+    superuser.zrem(f"{{{SHARD}}}:alone:1", suspect)  # out of sight while the worker takes other work
+    assert names(await busy.claim(10, ROOM, ROOM)) == [held]
+    superuser.zadd(f"{{{SHARD}}}:alone:1", {suspect: 1})
+    (more,) = await enqueue(queue)
+    superuser.hset(keys.meta(SHARD), "rest", int(superuser.time()[0]) * 1000 + rest_ms)
+    assert names(await busy.claim(10, ROOM, ROOM)) == ([more] if rest_ms < 10_000 else [])
 
 
 async def test_a_suspect_in_the_queue_reserves_one_worker_and_stalls_no_other(

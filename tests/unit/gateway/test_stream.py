@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.chain import GENESIS
-from common.errors import ResultLost, Superseded, WorkerFailed
+from common.errors import BackendUnavailable, ResultLost, Superseded, WorkerFailed
 from common.generation import EventBody, FinishReason
 from common.jobs import Attachment, ItemKind, JobState, LogEvent, ReplyItem
 from gateway.delivery import EventHub
@@ -399,6 +399,25 @@ async def test_a_call_that_leaves_lets_go_of_its_generation() -> None:
     call = factory.listen(GENERATION_ID)
     await factory.close(call, ended=False)
     assert queue.detached == [(GENERATION_ID, call.attach_id)]
+
+
+async def test_a_least_grace_holds_although_the_server_was_away_at_first() -> None:
+    """Or the caller that was told to repeat its call would find a cancelled generation."""
+    graces: list[int] = []
+
+    class Away(OneJobQueue):
+        async def detach(self, generation_id: str, *, attach_id: str = "", least_grace_ms: int = 0) -> JobState:
+            graces.append(least_grace_ms)
+            if len(graces) == 1:
+                raise BackendUnavailable("away")
+            return await super().detach(generation_id, attach_id=attach_id)
+
+    queue = Away(chained([tokens(65)]), JobState.DONE)
+    _, factory = factory_for(queue)
+    await factory.close(factory.listen(GENERATION_ID), ended=False, least_grace_ms=30_000)
+    await factory.detach_abandoned()
+    await factory.detach_abandoned()
+    assert graces == [30_000, 30_000]
 
 
 async def test_a_call_that_ended_leaves_nothing_behind() -> None:

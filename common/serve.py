@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -275,9 +276,13 @@ def serve(
     except (ServingError, OSError) as error:
         if server is not None:
             server.stop()
-        reason = f"{error.message}: {redis_url}" if isinstance(error, ServingError) else f"cannot keep a key: {error}"
+        reason = (
+            f"{error.message}: {without_password(redis_url)}"
+            if isinstance(error, ServingError)
+            else f"cannot keep a key: {error}"
+        )
         raise _failed(console, reason) from error
-    log.info("queue.durability", url=redis_url, promise=durability)
+    log.info("queue.durability", url=without_password(redis_url), promise=durability)
     shared = {"TORCHRELAY_REDIS_URL": redis_url}
     supervisor = Supervisor(
         server,
@@ -302,6 +307,11 @@ def serve(
         raise _failed(console, str(error)) from error
     finally:
         supervisor.stop()
+
+
+def without_password(url: str) -> str:
+    """Return an address that may be shown."""
+    return re.sub(r"//[^/]*@", "//", url)
 
 
 def _failed(console: Console, reason: str) -> typer.Exit:

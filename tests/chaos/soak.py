@@ -1,6 +1,7 @@
 """`make soak`: an hour of steady load with a fault a minute; what every process and the server take, and its growth.
 
-Draws a plot where matplotlib is installed. The last line is one JSON object; exits with 1 where a law was broken or
+Faults end most processes every few minutes, so what shows is growth of the server's data, of those that live longer, and
+of whatever outlives a process. Draws a plot where matplotlib is installed. The last line is one JSON object; exits with 1 where a law was broken or
 something grew.
 """
 
@@ -51,6 +52,7 @@ class Curves:
         values = self.series[name]
         size = -(-len(values) // 3)
         parts = [[v for v in values[at : at + size] if v is not None] for at in range(0, len(values), size)]
+        parts += [[]] * (3 - len(parts))
         first, middle, last = (statistics.median(part) if part else 0.0 for part in parts)
         return first, middle, last
 

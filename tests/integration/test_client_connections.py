@@ -127,7 +127,7 @@ def test_a_connection_that_falls_silent_is_left_for_another(
 ) -> None:
     quick = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 1000, "grpc.http2.ping_timeout_ms": 1000}
     monkeypatch.setattr(channels, "OPTIONS", tuple({**dict(channels.OPTIONS), **quick}.items()))
-    thaw = threading.Timer(2.5, link.thaw)  # after the connection was given up: old bytes come late, to nobody
+    thaw = threading.Timer(8.0, link.thaw)  # after the connection was given up: old bytes come late, to nobody
 
     def freeze(received: Received) -> None:
         if len(received.token_ids) >= 20 and not thaw.is_alive() and not thaw.finished.is_set():

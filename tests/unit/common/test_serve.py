@@ -18,7 +18,16 @@ from structlog.testing import capture_logs
 from common.api_keys import ApiKeys
 from common.embedded import EmbeddedServer, EmbeddedServerError
 from common.redis import connect
-from common.serve import Child, ChildRefusedError, Supervisor, banner, check_address, data_dir_of, prepare
+from common.serve import (
+    Child,
+    ChildRefusedError,
+    Supervisor,
+    banner,
+    check_address,
+    data_dir_of,
+    prepare,
+    without_password,
+)
 from common.settings import RedisSettings
 from common.startup import CANNOT_START
 from torchrelay.cli.connection import credentials_file
@@ -214,6 +223,18 @@ def test_children_run_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     child.start()
     assert child.process is not None
     assert child.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:secret@host:6379/0", "redis://host:6379/0"),
+        ("redis+sentinel://u:p@ss@h1:1,h2:2/main/0", "redis+sentinel://h1:1,h2:2/main/0"),
+        ("unix:///run/queue.sock", "unix:///run/queue.sock"),
+    ],
+)
+def test_a_password_is_not_shown(url: str, shown: str) -> None:
+    assert without_password(url) == shown
 
 
 class FailingServer:

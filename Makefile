@@ -106,11 +106,11 @@ bench-quality: install-dev  ## what each precision of each engine loses against 
 bench-gpu: install-dev  ## correctness and speed on an NVIDIA GPU, ten minutes; says so where there is none
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
-# Side by side, since most tests use one core: unit tests give way to those that run whole systems, which have leases to keep.
+# Side by side: most tests use one core, and those that run whole systems often wait for leases. Unit tests give way to them.
 pytest: install-dev
 	@mkdir -p build
 	@nice -n 5 $(BIN)/pytest tests/unit > build/unit-tests.log 2>&1 & unit=$$!; trap 'kill $$unit 2>/dev/null' INT TERM; \
-	$(BIN)/pytest --ignore tests/unit; others=$$?; wait $$unit; unit=$$?; \
+	$(BIN)/pytest --ignore tests/unit -n 2 --dist loadfile; others=$$?; wait $$unit; unit=$$?; \
 	echo 'The unit tests, which ran beside these:'; cat build/unit-tests.log; exit $$((others | unit))
 
 test-redis7: install-dev  ## the queue's tests once more on Debian's Redis 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -34,12 +35,18 @@ def readme_examples() -> dict[str, str]:
 
 
 def install_node_modules() -> None:
-    """Install exactly what package-lock.json names, unless that stands already."""
+    """Install exactly what package-lock.json names, unless that stands already. Processes that want it take turns."""
+    NODE_FOLDER.parent.mkdir(exist_ok=True)
+    with (NODE_FOLDER.parent / "node-modules.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        _install_node_modules()
+
+
+def _install_node_modules() -> None:
     lock = "package-lock.json"
     if (NODE_FOLDER / lock).exists() and (NODE_FOLDER / lock).read_bytes() == (COMPAT / lock).read_bytes():
         return
     shutil.rmtree(NODE_FOLDER, ignore_errors=True)
-    NODE_FOLDER.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=NODE_FOLDER.parent) as name:
         folder = Path(name) / NODE_FOLDER.name
         folder.mkdir()

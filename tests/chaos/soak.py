@@ -1,8 +1,8 @@
 """`make soak`: an hour of steady load with a fault a minute; what every process and the server take, and its growth.
 
-Faults end most processes every few minutes, so what shows is growth of the server's data, of those processes that
-live longer, and of whatever outlives a process. Draws a plot where matplotlib is installed. The last line is one JSON object;
-exits with 1 where a law was broken or something grew.
+Faults end most processes every few minutes. So what shows is growth of the server's data, of those processes that live
+longer, and of whatever outlives a process. Draws a plot where matplotlib is installed. The last line is one JSON
+object; exits with 1 where a law was broken or something grew.
 """
 
 from __future__ import annotations

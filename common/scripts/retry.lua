@@ -8,8 +8,6 @@
 -- A repeat is answered with the same new job.
 --@include base
 --@include jobs
-local wrong = check_schema()
-if wrong then return wrong end
 local id, new_id = ARGV[1], ARGV[2]
 local now, key, new_key = now_ms(), P .. 'j:' .. ARGV[1], P .. 'j:' .. ARGV[2]
 local made = call('HGET', key, 'nx')

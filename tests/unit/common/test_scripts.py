@@ -22,6 +22,55 @@ def test_only_what_adds_work_is_refused_when_memory_is_short() -> None:
     assert refused == {"enqueue", "retry", "publish"}
 
 
+# What Lua and the server define. A function of Lua that no script uses yet is not listed: that would hide a slip.
+BUILTINS = frozenset({"ipairs", "pairs", "tonumber", "unpack"})
+LIBRARIES = frozenset({"cmsgpack", "math", "redis", "string", "table"})
+KEYWORDS = frozenset({"and", "elseif", "function", "if", "in", "not", "or", "return", "until", "while"})
+NOT_CODE = re.compile(r"--[^\n]*|'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"")
+DEFINED = re.compile(
+    r"\blocal\s+(?!function\b)(\w+(?:\s*,\s*\w+)*)|\bfunction\s*(\w*)\s*\(([\w\s,]*)\)|\bfor\s+([\w\s,]+?)\s+(?:in\b|=)"
+)
+CALLED = re.compile(r"(?<![\w.:])(\w+)((?:[.:]\w+)*)\s*\(")
+
+
+def unknown_calls(text: str) -> list[str]:
+    """Functions that a Lua text calls before, or without, a local definition of theirs: the server finds them only when
+    it gets there. Blocks are not told apart: a name that is local to an earlier one counts as defined."""
+    code = NOT_CODE.sub(lambda part: "''" if part[0][0] != "-" else "", text)
+    defined_at: dict[str, int] = {}
+    for found in DEFINED.finditer(code):
+        for name in re.findall(r"\w+", ",".join(filter(None, found.groups()))):
+            defined_at.setdefault(name, found.start())
+    return [
+        name + path
+        for name, path, at in ((found[1], found[2], found.start()) for found in CALLED.finditer(code))
+        if name not in (LIBRARIES if path else BUILTINS | KEYWORDS) and defined_at.get(name, at) >= at
+    ]
+
+
+@pytest.mark.parametrize("name", scripts.NAMES)
+def test_a_script_calls_only_what_it_defines(name: str) -> None:
+    assert unknown_calls(load(name).text) == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "unknown"),
+    [
+        ("local wrong = check_schema()", ["check_schema"]),
+        ("if ready(load('x')) then return 1 end", ["ready"]),
+        ("return int(soon()) -- later()", ["soon"]),
+        ("local function two() return 2 end\nreturn two()", []),
+        ("local a = one()\nlocal function one() return 1 end", ["one"]),
+        ("call('SET', 'f(x)', strings.rep('(', 2))", ["strings.rep"]),
+        ("for _, act in ipairs({ int }) do act(1) end", []),
+    ],
+)
+def test_a_call_of_what_no_script_defines_is_found(planted: str, unknown: list[str]) -> None:
+    _, libraries = scripts.sources()
+    source = f"#!lua\n--@include base\n--@include jobs\n{planted}\n"
+    assert unknown_calls(assemble("planted", source, libraries).text) == unknown
+
+
 def test_another_schema_gives_another_script(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.keys.SCHEMA_VERSION", 2)
     assert assemble("claim", *_source("claim")).sha1 != load("claim").sha1

@@ -232,13 +232,14 @@ async def test_a_later_model_card_is_read(worker_redis: FlakyRedis, gateway_redi
 
 GID, WID = "g" * 26, "w" * 26
 NAME = f"{SHARD}.{'n' * 26}"
+LETTER = f"{SHARD}.{'l' * 26}"
 # What each script of the queue is asked.
 ASKED: dict[str, tuple[Any, ...]] = {
     "enqueue": (
         f"{SHARD}.{'m' * 26}", "acme", "", 1, 1, GID, 90_000, 0, 90_000, 1, 1, 16, 16, "", "", "", b"",
-        9, 9, 9, 90_000, 90_000, "",
+        9, 9, 9, 90_000, 90_000, "an attach id", 90_000, 0,
     ),
-    "attach": (NAME, "acme", GID, 0, "", 9, 999, 90_000, 90_000, ""),
+    "attach": (NAME, "acme", GID, 0, "", 9, 999, 90_000, 90_000, "another attach id", 0),
     "detach": (NAME, GID, "an attach id"),
     "cancel": (NAME, "acme", 0),
     "get": ("acme", 0, 0, NAME),
@@ -250,8 +251,11 @@ ASKED: dict[str, tuple[Any, ...]] = {
     "beat_worker": (WID, 90_000, b"info"),
     "beat_gateway": (GID, 90_000, 90_000, "0-0"),
     "reap": (90_000, 9, 9, 3, 9),
-    "sweep": (9, 9),
+    "sweep": (9, 9, 90_000),
     "workers": (9,),
+    "dead_letters": (9, "", ""),
+    "retry": (LETTER, f"{SHARD}.{'r' * 26}", 90_000, 9, 9, 9),
+    "purge": (LETTER,),
 }  # fmt: skip
 
 
@@ -266,6 +270,14 @@ def everything(superuser: redis_sync.Redis) -> dict[bytes, bytes | None]:
     return {key: superuser.dump(key) for key in superuser.keys("*")}
 
 
+async def make_dead_letter(ours: ScriptRunner, superuser: redis_sync.Redis) -> None:
+    """A worker takes the one queued job and is gone, and no further attempt is granted."""
+    await ours.run("claim", keys.meta(SHARD), WID, "an earlier call", *ASKED["claim"][2:])
+    superuser.zadd(keys.worker_leases(SHARD), {WID: 0})
+    assert await ours.run("reap", keys.meta(SHARD), 90_000, 9, 9, 1, 9) == [0, 1]
+    assert superuser.zrange(keys.dead_letters(SHARD), 0, -1) == [LETTER.encode()]
+
+
 @pytest.mark.parametrize("name", ASKED)
 async def test_another_schema_version_is_refused_and_changes_nothing(
     name: str, gateway_redis: FlakyRedis, superuser: redis_sync.Redis, monkeypatch: pytest.MonkeyPatch
@@ -274,9 +286,11 @@ async def test_another_schema_version_is_refused_and_changes_nothing(
     meta = keys.meta(SHARD)
     await ours.run("reap", meta, *ASKED["reap"])
     superuser.hset(meta, "grace", 0)
-    for generation_id in (NAME, f"{SHARD}.{'o' * 26}"):
-        await ours.run("enqueue", meta, generation_id, *ASKED["enqueue"][1:-1], "an attach id")
-        if generation_id == NAME:
+    for generation_id in (LETTER, NAME, f"{SHARD}.{'o' * 26}"):
+        await ours.run("enqueue", meta, generation_id, *ASKED["enqueue"][1:])
+        if generation_id == LETTER:
+            await make_dead_letter(ours, superuser)
+        elif generation_id == NAME:
             await ours.run("claim", meta, *ASKED["claim"])
     superuser.zadd(keys.deadlines(SHARD), {NAME: 1})
     if name == "reap":
@@ -287,7 +301,7 @@ async def test_another_schema_version_is_refused_and_changes_nothing(
             await theirs.run(name, meta, *ASKED[name])
         assert everything(superuser) == before, runs
     await ours.run(name, meta, *ASKED[name])
-    if name not in ("get", "owned", "workers"):
+    if name not in ("get", "owned", "workers", "dead_letters"):
         assert everything(superuser) != before, "the question would not have changed anything in any case"
 
 

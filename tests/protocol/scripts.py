@@ -1,7 +1,15 @@
 """The scripts of common/scripts as functions on a shard: each call is one atomic step, as it is on the server.
 
 Only what the protocol's laws rest on is modelled. Time is not: leases, graces and deadlines may end at any moment, so
-that nothing here can rest on clocks. Method by method this follows the Lua text of the same name.
+that nothing here can rest on clocks. Method by method this follows the Lua text of the same name, without these:
+
+- what only chooses which job is next: tenants, classes, sizes, the bell, and the isolation of jobs that ended their
+  workers. Here a claim takes the queue's first jobs, a suspect like any other;
+- dead letters: a failed job stays as it is; nobody lists it, sends it again (a new job without a gateway) or purges it;
+- graces, of leases after a pause of the server and of jobs: one that is not over is a lease or grace that ends later;
+- bounds, usage, memory, confirmations of replicas, and the end of retention.
+
+The state machine in tests/integration/common does the first two on a real server.
 """
 
 from __future__ import annotations

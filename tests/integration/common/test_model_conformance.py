@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import redis as redis_sync
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
 from common import keys, records, scripts
 from common.chain import GENESIS, next_hash
@@ -77,8 +77,9 @@ class Both:
         self.shard = Shard(Server())
         self.tokens = self.attach_ids = 0
         server.flushall()
-        self.script("reap", FOREVER, 9, 9, MAX_ATTEMPTS, MAX_CLAIMS)  # begins the grace after a start
-        server.hset(META, "grace", 0)
+        self.script("reap", FOREVER, 9, 9, MAX_ATTEMPTS, MAX_CLAIMS)  # these begin the graces after a start, and say
+        self.script("sweep", 99, 9, FOREVER)  # that somebody was here just now, so that no other grace begins
+        server.hset(META, mapping={"grace": 0, "sweep_grace": 0})
 
     def script(self, name: str, *args: Any) -> Any:
         script = scripts.load(name)
@@ -116,6 +117,7 @@ class Both:
         reply = self.script(
             "enqueue", generation(job), "acme", "", 1, 1, gid(gateway), FOREVER, FOREVER if self.has_grace else 0,
             FOREVER, 1, 9, 16, 16, f"key{key}", "digest", "", _BODY, 99, 99, 99, FOREVER, FOREVER, attach_id,
+            FOREVER, 0,
         )  # fmt: skip
         return generation(modelled), reply[1].decode()
 
@@ -247,7 +249,6 @@ class Both:
             return None, None
         self.protocol.reap(self.shard, worker)
         self.server.zadd(keys.worker_leases(SHARD), {wid(worker): 0})
-        self.server.hset(META, "grace", 0)
         self.script("reap", FOREVER, 9, 9, MAX_ATTEMPTS, MAX_CLAIMS)
         return None, None
 
@@ -273,7 +274,7 @@ class Both:
         if what == "grace" and job.state in LIVE and job.detached:
             self.server.zadd(keys.detached(SHARD), {generation(job_id): 0})
             self.protocol.sweep_detached(self.shard, job_id)
-        self.script("sweep", 99, 9)
+        self.script("sweep", 99, 9, FOREVER)
         return None, None
 
     def _is_due(self, job_id: int) -> bool:
@@ -366,5 +367,5 @@ def test_the_model_does_what_the_scripts_do(superuser: redis_sync.Redis) -> None
 def test_a_model_that_does_something_else_is_found(
     make: Callable[[Config], Protocol], superuser: redis_sync.Redis
 ) -> None:
-    with pytest.raises((AssertionError, KeyError, ValueError, ScriptError)):
+    with pytest.raises((AssertionError, KeyError, ValueError, ScriptError, ResponseError)):
         run(make, superuser, HISTORIES)

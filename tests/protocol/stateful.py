@@ -1,4 +1,7 @@
-"""Random histories of the real scripts on a real server, as many as it takes for a number of operations."""
+"""Random histories of the real scripts on a real server, as many as it takes for a number of operations.
+
+With jobs that end their workers and are isolated, and dead letters that are sent again.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from hypothesis.stateful import invariant, run_state_machine_as_test
 
 from common.embedded import EmbeddedServer
 from tests.builders_common import create_users, server_under_test
-from tests.integration.common.machine import ProtocolMachine
+from tests.integration.common.machine_failures import FailuresMachine
 from tests.integration.common.parties import Parts
 
 STEPS = 40
@@ -32,7 +35,7 @@ def run_operations(number: int, seed: int) -> Tally:
     """Run histories until `number` operations were executed, or one breaks an invariant; `seed` decides all."""
     tally = Tally()
 
-    class CountedMachine(ProtocolMachine):
+    class CountedMachine(FailuresMachine):
         def __init__(self) -> None:
             super().__init__()
             tally.histories += 1
@@ -60,7 +63,7 @@ def run_operations(number: int, seed: int) -> Tally:
     return tally
 
 
-def _run(machine: type[ProtocolMachine], tally: Tally) -> None:
+def _run(machine: type[FailuresMachine], tally: Tally) -> None:
     try:
         run_state_machine_as_test(
             machine,

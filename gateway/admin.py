@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, Final
 
 import grpc.aio
@@ -136,7 +136,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         letters.check_choice(request)
         ids = list(request.generation_ids) or await self._ids_of_model(request.model)
         # Nobody would end what is queued for a model that is not registered any more: see Upkeep.
-        served = [generation_id for generation_id in ids if self._is_of_a_model(generation_id)]
+        shards = {entry.card.shard for entry in self._entries("")}
+        served = [generation_id for generation_id in ids if _is_of(shards, generation_id)]
         results = {result.generation_id: result for result in await self._dead_letters.retry(served)}
         found = [results.get(name, LetterResult(name, Outcome.NOT_FOUND)) for name in dict.fromkeys(ids)]
         return fleet_pb2.RetryDeadLettersResponse(results=letters.result_messages(found))
@@ -154,15 +155,19 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         found, _ = await self._dead_letters.newest(shards, MAX_LETTERS * len(shards))
         return [record.generation_id for record in found]
 
-    def _is_of_a_model(self, generation_id: str) -> bool:
-        try:
-            return keys.shard_of(generation_id) in self._catalog.shards()
-        except GenerationNotFound:
-            return False
-
     def _entries(self, model: str) -> list[ModelEntry]:
-        """Return all revisions of one model or of all: an older revision's workers may still be at work."""
+        """Return all revisions of one model or of all: an older revision's workers may still be at work.
+
+        Raises BackendUnavailable before the registry was read: nothing is taken for unknown then.
+        """
         return [entry for entry in self._catalog.all_entries() if not model or entry.card.name == model]
+
+
+def _is_of(shards: Container[str], generation_id: str) -> bool:
+    try:
+        return keys.shard_of(generation_id) in shards
+    except GenerationNotFound:
+        return False
 
 
 def _after(token: str, names: list[str]) -> int:

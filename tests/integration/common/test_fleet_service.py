@@ -9,12 +9,13 @@ import pytest
 
 from common import keys
 from common.dead_letters import DeadLetters
-from common.errors import InvalidRequest
+from common.errors import BackendUnavailable, InvalidRequest
 from common.job_claims import JobClaims
 from common.job_queue import JobQueue
-from common.registry import ModelCard, ModelEntry
+from common.registry import ModelCard, ModelDirectory, ModelEntry, ModelRegistry
 from common.settings import QueueSettings
 from gateway.admin import FleetServicer
+from gateway.catalog import Catalog
 from tests.builders_common import FlakyRedis, make_job
 from tests.integration.common.conftest import FAST_RETRY, SHARD
 from tests.integration.common.test_dead_letters import fail
@@ -34,9 +35,6 @@ class OneModelCatalog:
             name="tiny", revision="r1", shard=SHARD, vocab_size=10, context_tokens=100, max_output_tokens=100
         )
         return [ModelEntry(card, 0)] if self.is_registered else []
-
-    def shards(self) -> set[str]:
-        return {entry.card.shard for entry in self.all_entries()}
 
 
 @pytest.fixture
@@ -107,6 +105,20 @@ async def test_what_belongs_to_a_model_that_is_gone_is_not_queued(
     purge = pb.PurgeDeadLettersRequest(generation_ids=[failed])
     (result,) = (await fleet.PurgeDeadLetters(purge, CONTEXT)).results
     assert result.outcome == pb.DEAD_LETTER_OUTCOME_PURGED
+
+
+async def test_a_gateway_that_has_not_read_the_registry_calls_no_letter_unknown(
+    queue: JobQueue, claims: JobClaims, gateway_redis: FlakyRedis
+) -> None:
+    failed = await fail(queue, claims)
+    registry = ModelRegistry(gateway_redis, retry=FAST_RETRY)
+    letters = DeadLetters(gateway_redis, QueueSettings(), retry=FAST_RETRY)
+    fleet = FleetServicer(Catalog(ModelDirectory(registry, queue), registry), queue, letters)
+    for request in (pb.RetryDeadLettersRequest(generation_ids=[failed]), pb.RetryDeadLettersRequest(model="tiny")):
+        with pytest.raises(BackendUnavailable, match="has not read the registry"):
+            await fleet.RetryDeadLetters(request, CONTEXT)
+    (_, total) = await letters.newest([SHARD], 1)
+    assert total == 1
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class Headroom:
         self._retry = retry or Retry()
         self._used_share = 0.0
         self._is_refused = False
+        self._is_known = True
 
     @property
     def used_share(self) -> float:
@@ -35,7 +36,8 @@ class Headroom:
     async def measure(self) -> None:
         """Ask the server; to be called each second. Raises BackendUnavailable.
 
-        A server that does not tell (a managed one may refuse INFO) is taken for one without a bound, and logged once.
+        A server that does not tell (a managed one may refuse INFO, or a proxy leave its fields out) is taken for one
+        without a bound, and logged once.
         """
         if self._is_refused:
             return
@@ -43,15 +45,24 @@ class Headroom:
             info = await self._retry.call(lambda: execute(self._redis, "INFO", "memory"))
         except BackendRefused:
             self._is_refused = True
-            self._used_share = 0.0
-            _LOG.warning("queue.memory_unknown", detail="INFO is refused: no bound below the server's own")
+            self._forget("INFO is refused: no bound below the server's own")
             return
-        limit = int(info.get("maxmemory", 0))
+        if "maxmemory" not in info or "used_memory" not in info:  # asked again: another server may answer next time
+            self._forget("INFO tells no maxmemory or used_memory: no bound below the server's own")
+            return
+        self._is_known = True
+        limit = int(info["maxmemory"])
         # Buffers of replicas and of the append-only file are not held against maxmemory by the server either.
         used = int(info["used_memory"]) - int(info.get("mem_not_counted_for_evict", 0))
         before, self._used_share = self._used_share, used / limit if limit else 0.0
         if (before > self._max_share) != (self._used_share > self._max_share):
             _LOG.warning("queue.memory", used_share=round(self._used_share, 3), accepts=not self.is_short)
+
+    def _forget(self, detail: str) -> None:
+        if self._is_known:
+            _LOG.warning("queue.memory_unknown", detail=detail)
+        self._is_known = False
+        self._used_share = 0.0
 
     @property
     def is_short(self) -> bool:

@@ -125,10 +125,17 @@ class EventStream:
         return page
 
     async def _catch_up(self, page: Attachment) -> AsyncIterator[pb.GenerationEvent]:
-        """Yield what the log holds behind the position, a page at a time."""
+        """Yield what the log holds behind the position, a page at a time.
+
+        Raises ResultLost for a page that says that the log goes on and brings nothing of it: the same would be asked
+        again for ever.
+        """
         self._must_read_log = False
         while True:
-            events, record, more = self._read_page(page), page.record, page.more
+            before, record, more = self._position.sequence, page.record, page.more
+            events = self._read_page(page)
+            if more and self._position.sequence == before:
+                raise errors.ResultLost
             del page  # not kept while a slow caller reads what was made of it
             for event in events:
                 yield event

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -351,6 +352,26 @@ async def test_a_stream_that_a_later_call_had_when_the_lease_ended_is_not_taken_
         await asyncio.wait_for(collect(stream), 5)
     await factory.close(subscription, ended=stream.ended)
     assert (queue.num_attached, queue.holder, queue.detached) == (0, "", [])
+
+
+class GapQueue(OneJobQueue):
+    """Its server counts more events than its log has."""
+
+    async def read_log(self, *args: Any, **options: Any) -> Attachment:
+        page = await super().read_log(*args, **options)
+        assert self.num_reads < 10, "asked again and again"
+        return replace(page, more=True)
+
+
+@pytest.mark.parametrize("is_attached", [True, False])
+@pytest.mark.parametrize("num_visible", [0, 1])
+async def test_a_log_that_goes_on_with_nothing_is_lost(num_visible: int, is_attached: bool) -> None:
+    queue = GapQueue(chained([tokens(65), tokens(66, first=1)]), JobState.DONE, num_visible=num_visible)
+    _, factory = factory_for(queue)
+    first_page = await queue.attach(GENERATION_ID, TENANT) if is_attached else None
+    with pytest.raises(ResultLost):
+        await collect(open_stream(factory, num_outputs=1, attachment=first_page))
+    assert queue.num_reads == 1 + num_visible  # the page with what there is, and the one with nothing
 
 
 async def test_silence_brings_progress() -> None:

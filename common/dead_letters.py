@@ -1,6 +1,8 @@
 """Dead letters: generations that failed, to be looked at, sent again, or deleted by an operator.
 
-Each call on one letter is one script and bears repetition. Methods raise the errors of `Retry` besides what they name.
+Each call on one letter is one script and bears repetition: a letter is sent again once, and deleted once. A repeated
+retry is answered like the first. A repeated purge is not: nothing is left that could tell, so it is NOT_FOUND. Methods
+raise the errors of `Retry` besides what they name.
 """
 
 from __future__ import annotations
@@ -128,7 +130,11 @@ class DeadLetters:
         return LetterResult(generation_id, Outcome(status.decode()))
 
     async def purge(self, generation_ids: Sequence[str]) -> list[LetterResult]:
-        """Delete letters with all that is stored of them."""
+        """Delete letters with all that is stored of them.
+
+        After PURGED and NOT_FOUND alike a letter is not there: `Retry` repeats a call whose reply was lost, and finds
+        NOT_FOUND what that call has deleted.
+        """
         return await _each(generation_ids, self._purge_one)
 
     async def _purge_one(self, generation_id: str) -> LetterResult:

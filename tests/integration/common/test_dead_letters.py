@@ -211,3 +211,12 @@ async def test_a_purge_leaves_nothing(
         LetterResult("made-up", Outcome.NOT_FOUND),
     ]
     assert not (await queue.enqueue(SHARD, make_job(idempotency_key="k"))).duplicate
+
+
+async def test_a_purge_whose_reply_was_lost_is_answered_as_if_nothing_had_been_there(
+    queue: JobQueue, claims: JobClaims, letters: DeadLetters, gateway_redis: FlakyRedis, superuser: redis_sync.Redis
+) -> None:
+    old_id = await fail(queue, claims)
+    gateway_redis.num_to_lose = 1
+    assert await letters.purge([old_id]) == [LetterResult(old_id, Outcome.NOT_FOUND)]
+    assert superuser.exists(keys.job(SHARD, old_id), keys.job_log(SHARD, old_id)) == 0

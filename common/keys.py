@@ -3,9 +3,9 @@
 One *shard* belongs to one model revision and is one hash tag, so that a script works in a single cluster slot. `<id>`
 is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation, both random at each start.
 
-    {<shard>}:meta            hash    all      schema version, arrivals, fairness floor, reap marks    never
-    {<shard>}:j:<id>          hash    all      one job, see scripts/lib_jobs.lua      retention after its end
-    {<shard>}:j:<id>:log      stream  all      `<epoch>-<event number>`, the truth    retention after its end
+    {<shard>}:meta            hash    all      fields of the shard, see below         never
+    {<shard>}:j:<id>          hash    all      one job, see scripts/lib_jobs.lua      retention after its end (*)
+    {<shard>}:j:<id>:log      stream  all      `<epoch>-<event number>`, the truth    retention after its end (*)
     {<shard>}:q:<c>:<tenant>  zset    all      queued ids of a tenant and class, by arrival            when empty
     {<shard>}:alone:<c>       zset    all      queued ids that may only run alone, by arrival          when empty
     {<shard>}:act:<c>         zset    all      tenants with queued jobs, by service so far             when empty
@@ -25,6 +25,7 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {<shard>}:i:<digest>      string  gateway  idempotency key -> id, request digest  retention after the job's end
     {<shard>}:usage:<hour>    hash    all      tokens by kind, API key and tenant     35 days
     {<shard>}:failed          zset    all      dead letters by their end (ms)         never (1,000 at most)
+    {<shard>}:dead            list    0.1      failed ids, by programs of version 0.1         never (1,000 at most)
 
     {models}:cards            hash    worker   shard -> ModelCard (msgpack)           until deleted
     {models}:times            hash    worker   shard -> server time of publication, ms    until deleted
@@ -34,7 +35,20 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
 
     {keys}:k:<key id>         hash    admin    tenant, name, times, and the key's SHA-256, never the key   never
     {keys}:ids                set     admin    all key ids                            never
-    {keys}:secret           string  admin           random bytes that all gateways share              never
+    {keys}:secret             string  admin    random bytes that all gateways share   never
+
+(*) A failed job: the retention of dead letters if that is longer, or until it is purged or the oldest of too many. Once
+it has been sent again: the usual retention from then.
+
+Fields of {<shard>}:meta; times are the server's, in ms:
+
+    schema                 version of keys, fields and scripts
+    seq                    jobs that have arrived
+    floor                  highest service counter at which a tenant's job was handed out: idling earns no credit
+    reaped, swept          time of the last reap and of the last sweep
+    grace, sweep_grace     until when ended leases of workers, and of gateways, do not count
+    alone                  "<worker> <until> <id or ->": the worker that is reserved for jobs to run alone
+    waited                 time of the last job that replicas must confirm: there is always something to wait for
 """
 
 from __future__ import annotations

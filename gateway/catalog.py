@@ -109,7 +109,7 @@ class ServedModel:
 
 
 class Catalog:
-    """Models by name. `refresh` is called each second, and when a name is not known."""
+    """Models by name, as of the last `refresh`, which is called each second; a lookup never causes one."""
 
     def __init__(self, directory: ModelDirectory, registry: ModelRegistry) -> None:
         self._directory = directory

@@ -63,7 +63,9 @@ class _DeadLetterOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dea
     DEAD_LETTER_OUTCOME_PURGED: _DeadLetterOutcome.ValueType  # 2
     """It was deleted."""
     DEAD_LETTER_OUTCOME_NOT_FOUND: _DeadLetterOutcome.ValueType  # 3
-    """It is no dead letter, or its model is not registered any more."""
+    """It is no dead letter, or its model is not registered any more. For a purge also: an earlier try, whose reply was
+    lost, has deleted it.
+    """
     DEAD_LETTER_OUTCOME_QUEUE_FULL: _DeadLetterOutcome.ValueType  # 4
     """The model's queue is full: try again later."""
     DEAD_LETTER_OUTCOME_TENANT_FULL: _DeadLetterOutcome.ValueType  # 5
@@ -79,7 +81,9 @@ DEAD_LETTER_OUTCOME_RETRIED: DeadLetterOutcome.ValueType  # 1
 DEAD_LETTER_OUTCOME_PURGED: DeadLetterOutcome.ValueType  # 2
 """It was deleted."""
 DEAD_LETTER_OUTCOME_NOT_FOUND: DeadLetterOutcome.ValueType  # 3
-"""It is no dead letter, or its model is not registered any more."""
+"""It is no dead letter, or its model is not registered any more. For a purge also: an earlier try, whose reply was
+lost, has deleted it.
+"""
 DEAD_LETTER_OUTCOME_QUEUE_FULL: DeadLetterOutcome.ValueType  # 4
 """The model's queue is full: try again later."""
 DEAD_LETTER_OUTCOME_TENANT_FULL: DeadLetterOutcome.ValueType  # 5

@@ -79,8 +79,8 @@ async def test_letters_are_kept_for_a_time_of_their_own(
 ) -> None:
     generation_id = await fail(queue, claims)
     key = keys.job(SHARD, generation_id)
-    for name in (key, f"{key}:log"):
-        assert QueueSettings().retention_ms < superuser.pttl(name) <= QueueSettings().dead_letter_retention_ms
+    assert QueueSettings().retention_ms < superuser.pttl(key) <= QueueSettings().dead_letter_retention_ms
+    assert 0 < superuser.pttl(f"{key}:log") <= QueueSettings().retention_ms, "a retry needs no log, which may be large"
     superuser.pexpire(key, 1)
     superuser.delete(key)
     assert await letters.newest([SHARD], 10) == ([], 0)

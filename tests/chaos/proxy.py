@@ -41,7 +41,6 @@ class Link:
         self.name = name
         self.source = source
         self.weather = Weather()
-        self.num_lost = 0
         self._target = target
         self._rng = rng
         self._server: asyncio.Server | None = None
@@ -78,16 +77,11 @@ class Link:
         """Have a good line again; what was held back arrives now."""
         self.change(refuses=False, frozen_up=False, frozen_down=False, delay_s=0.0, jitter_s=0.0, replies_to_lose=0)
 
-    def cut(self) -> int:
-        """Reset all connections; return how many there were."""
+    def cut(self) -> None:
+        """Reset all connections."""
         writers, self._writers = list(self._writers), set()
         for writer in writers:
             _reset(writer)
-        return len(writers) // 2
-
-    @property
-    def num_connections(self) -> int:
-        return len(self._writers) // 2
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._pass(reader, writer))
@@ -137,7 +131,6 @@ class Link:
                     await asyncio.sleep(max(0.0, self._rng.gauss(weather.delay_s, weather.jitter_s)))
                 if loses and weather.replies_to_lose > 0:
                     weather.replies_to_lose -= 1
-                    self.num_lost += 1
                     return
                 writer.write(data)
                 await writer.drain()

@@ -17,8 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from common import keys
 from common.errors import ApiKeyNotFound, InvalidRequest, Unauthenticated
+from common.grants import NO_GRANTS_GIVEN, Grants
 from common.jobs import MAX_TENANT_BYTES
 from common.redis import Redis, Retry, execute
 
@@ -35,6 +38,8 @@ _FORMAT: Final = re.compile(
 _NO_DIGEST: Final = "0" * 64
 _MAX_NAME_BYTES: Final = 128
 _MAX_CACHED: Final = 10_000
+_GRANTS_ENCODER: Final = msgspec.json.Encoder()
+_GRANTS_DECODER: Final = msgspec.json.Decoder(Grants)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +53,7 @@ class ApiKey:
     created_ms: int
     expires_ms: int | None = None
     revoked_ms: int | None = None
+    grants: Grants = NO_GRANTS_GIVEN
 
     def is_valid(self, now_ms: int) -> bool:
         return self.revoked_ms is None and (self.expires_ms is None or now_ms < self.expires_ms)
@@ -118,8 +124,10 @@ class ApiKeys:
         seconds, micros = await self._execute("TIME")
         return int(seconds) * 1000 + int(micros) // 1000
 
-    async def create(self, tenant: str, name: str, ttl_ms: int | None = None) -> CreatedApiKey:
-        """Make a key for a tenant. Raises InvalidRequest."""
+    async def create(
+        self, tenant: str, name: str, ttl_ms: int | None = None, *, grants: Grants | None = None
+    ) -> CreatedApiKey:
+        """Make a key for a tenant, with the default grants if none are given. Raises InvalidRequest."""
         for field, value, limit in (("tenant", tenant, MAX_TENANT_BYTES), ("name", name, _MAX_NAME_BYTES)):
             if not 1 <= len(value.encode()) <= limit or any(c < " " or c == "\x7f" for c in value):
                 raise InvalidRequest(f"{field} must be 1 to {limit} bytes without control characters", field=field)
@@ -134,8 +142,10 @@ class ApiKeys:
             last_four=key[-_CHECKSUM_LENGTH - 5 : -_CHECKSUM_LENGTH - 1],
             created_ms=now_ms,
             expires_ms=None if ttl_ms is None else now_ms + ttl_ms,
+            grants=grants or NO_GRANTS_GIVEN,
         )
-        fields: list[str | int] = ["digest", digest_of(key), "tenant", tenant, "name", name]
+        fields: list[str | bytes | int] = ["digest", digest_of(key), "tenant", tenant, "name", name]
+        fields += ["grants", _GRANTS_ENCODER.encode(api_key.grants)]
         fields += ["last_four", api_key.last_four, "created_ms", now_ms]
         if api_key.expires_ms is not None:
             fields += ["expires_ms", api_key.expires_ms]
@@ -177,6 +187,7 @@ class ApiKeys:
             created_ms=int(text["created_ms"]),
             expires_ms=int(text["expires_ms"]) if "expires_ms" in text else None,
             revoked_ms=int(text["revoked_ms"]) if "revoked_ms" in text else None,
+            grants=_GRANTS_DECODER.decode(text["grants"]) if "grants" in text else NO_GRANTS_GIVEN,
         )
         return api_key, text["digest"]
 

@@ -101,6 +101,10 @@ class ApiKeyNotFound(NotFound):
     default_reason = "API_KEY_NOT_FOUND"
 
 
+class TenantNotFound(NotFound):
+    default_reason = "TENANT_NOT_FOUND"
+
+
 class FailedPrecondition(ServingError):
     """The request is well formed but contradicts what is stored."""
 

@@ -36,6 +36,7 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {keys}:k:<key id>         hash    admin    tenant, name, times, and the key's SHA-256, never the key   never
     {keys}:ids                set     admin    all key ids                            never
     {keys}:secret             string  admin    random bytes that all gateways share   never
+    {keys}:tenants            hash    admin    tenant -> its policy (JSON)            until deleted
 
 (*) A failed job: the retention of dead letters if that is longer, or until it is purged or the oldest of too many. Once
 it has been sent again: the usual retention from then.
@@ -68,6 +69,7 @@ MODEL_TIMES: Final = "{models}:times"
 MODEL_VERSION: Final = "{models}:version"
 API_KEY_IDS: Final = "{keys}:ids"
 SHARED_SECRET: Final = "{keys}:secret"
+TENANTS: Final = "{keys}:tenants"
 
 PRIORITY_CLASSES: Final = 3  # 0 is served first
 

@@ -22,10 +22,12 @@ from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
 from common.settings import QueueSettings, RedisSettings
 from common.startup import read_settings
+from common.tenants import Tenants
 from gateway.admin import ApiKeyServicer, FleetServicer
-from gateway.auth import authenticator
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
+from gateway.identity.api_key import ApiKeyMethod
+from gateway.identity.authenticator import Authenticator
 from gateway.interceptors.guard import Guard
 from gateway.model_servicer import ModelServicer
 from gateway.secret import SharedSecret
@@ -66,7 +68,9 @@ async def run(
     streams = StreamFactory(queue, hub, StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s))
     secret = SharedSecret(redis, admin_redis, retry)
 
-    guard = Guard(authenticator(ApiKeys(redis, retry=retry)), send_timeout_s=settings.send_timeout_s)
+    tenants = Tenants(redis, retry=retry)
+    authenticator = Authenticator([ApiKeyMethod(ApiKeys(redis, retry=retry))], tenants)
+    guard = Guard(authenticator.authenticate, send_timeout_s=settings.send_timeout_s)
     server = GatewayServer(settings, guard, Guard(None))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(queue, streams, catalog, settings, secret), server.public

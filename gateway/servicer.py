@@ -18,8 +18,8 @@ from common.job_queue import JobQueue
 from common.jobs import Attachment, NewJob
 from gateway import convert
 from gateway import validation as check
-from gateway.auth import Caller, current_caller
 from gateway.catalog import Catalog
+from gateway.identity.caller import Caller, current_caller
 from gateway.progress import LogPosition
 from gateway.secret import SharedSecret
 from gateway.settings import GatewaySettings

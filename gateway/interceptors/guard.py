@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeAlias, cast
 
 import grpc
@@ -21,23 +21,22 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import error_details_pb2
 
 from common.errors import ClientTooSlow, InvalidRequest, ServingError
-from gateway.auth import CALLER, Caller
+from gateway.identity.caller import CALLER, Caller, CallInfo
 from gateway.status import DOMAIN, GenerationEndedError, status_of, to_status
 
 log = structlog.get_logger()
 
 _STATUS_S: Final = 1.0
 
-Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """The one interceptor. `authenticate` turns a call's metadata into its caller, or raises; None asks nobody."""
+    """The one interceptor. `authenticate` turns a call into its caller, or raises; None asks nobody."""
 
     def __init__(
         self,
-        authenticate: Callable[[Metadata], Awaitable[Caller]] | None,
+        authenticate: Callable[[CallInfo], Awaitable[Caller]] | None,
         prefix: str = "/torchrelay.",
         *,
         send_timeout_s: float = 60,
@@ -75,7 +74,7 @@ class Guard(grpc.aio.ServerInterceptor):
         async def behavior(data: bytes, context: Context) -> Any:
             try:
                 if self._authenticate is not None:
-                    CALLER.set(await self._authenticate(context.invocation_metadata() or ()))  # type: ignore[arg-type]
+                    CALLER.set(await self._authenticate(call_info(context)))
                 return await call(data, context)
             except ClientTooSlow as error:
                 # The status waits behind the unread message, with the library: it comes once the client reads on, and
@@ -111,6 +110,12 @@ class Guard(grpc.aio.ServerInterceptor):
             if not sending.expired():
                 raise  # one of the handler's own
             raise ClientTooSlow from error
+
+
+def call_info(context: Context) -> CallInfo:
+    """Return what a call brings along to show whose it is."""
+    metadata: Any = context.invocation_metadata() or ()
+    return CallInfo(metadata, context.peer(), context.auth_context())
 
 
 async def _unary(handler: Any, deserialize: Callable[[bytes], Message], data: bytes, context: Context) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from common import errors
-from gateway.auth import Caller, current_caller
+from gateway.identity.caller import Caller, CallInfo, current_caller
 from gateway.interceptors.guard import Guard, find_unknown_field
 from gateway.status import GenerationEndedError
 from torchrelay.client.errors import RelayError, from_rpc_error
@@ -59,8 +59,8 @@ class Toy(pb_grpc.GenerationServiceServicer):
             yield pb.StreamGenerateResponse(event=pb.GenerationEvent(sequence=number))
 
 
-async def authenticate(metadata: Sequence[tuple[str, str | bytes]]) -> Caller:
-    values = dict(metadata)
+async def authenticate(call: CallInfo) -> Caller:
+    values = dict(call.metadata)
     if "authorization" not in values:
         raise errors.Unauthenticated("an API key is required", reason="CREDENTIALS_MISSING")
     if values["authorization"] != "Bearer right":
@@ -277,6 +277,7 @@ CODES = {
     "ModelNotFound": "NOT_FOUND",
     "GenerationNotFound": "NOT_FOUND",
     "ApiKeyNotFound": "NOT_FOUND",
+    "TenantNotFound": "NOT_FOUND",
     "FailedPrecondition": "FAILED_PRECONDITION",
     "IdempotencyKeyReused": "FAILED_PRECONDITION",
     "SequenceOutOfRange": "OUT_OF_RANGE",

@@ -16,7 +16,8 @@ from common.sentinel import is_sentinel_url, parse_sentinel_url
 PREFIX: Final = "TORCHRELAY_"
 ROLE_PREFIXES: Final = ("TORCHRELAY_GATEWAY_", "TORCHRELAY_WORKER_", "TORCHRELAY_ENGINE_")
 COMMAND_LINE_VARIABLES: Final = frozenset(
-    f"TORCHRELAY_{name}" for name in ("ADDRESS", "ADMIN_ADDRESS", "API_KEY", "TLS_CA", "INSECURE", "TEST_SERVER")
+    f"TORCHRELAY_{name}"
+    for name in ("ADDRESS", "ADMIN_ADDRESS", "ADMIN_KEY", "API_KEY", "TLS_CA", "INSECURE", "TEST_SERVER")
 )
 
 _SECOND: Final = 1000

@@ -28,8 +28,9 @@ from torchrelay.v1 import model_pb2
 TEXT = "w0 w1 w2 w3 w4 "
 VERBS = (
     "generate", "chat", "models", "models list", "models show", "models check", "keys", "keys create", "keys list",
-    "keys rotate", "keys revoke", "tenants", "tenants set", "tenants list", "tenants delete", "usage", "dead-letters", "dead-letters list", "dead-letters retry", "dead-letters purge", "ps", "cancel",
-    "erase", "bench", "version", "serve", "gateway", "bootstrap", "worker",
+    "keys rotate", "keys revoke", "tenants", "tenants set", "tenants list", "tenants delete", "usage",
+    "dead-letters", "dead-letters list", "dead-letters retry", "dead-letters purge", "ps", "cancel", "erase",
+    "bench", "version", "serve", "gateway", "bootstrap", "worker",
 )  # fmt: skip
 
 

@@ -12,13 +12,19 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
 from common.logs import set_up_logs
+from common.sealing import EncryptionSettings
 from common.settings import LogSettings, QueueSettings, RedisSettings, describe_errors, unknown_variables
 
 _T = TypeVar("_T")
 
 CANNOT_START: Final = 78  # EX_CONFIG of sysexits.h: starting again would end the same way
 
-SHARED_SETTINGS: tuple[type[BaseSettings], ...] = (LogSettings, RedisSettings, QueueSettings)
+SHARED_SETTINGS: tuple[type[BaseSettings], ...] = (
+    LogSettings,
+    RedisSettings,
+    QueueSettings,
+    EncryptionSettings,
+)
 
 
 def read_settings(read: Callable[[], _T], *own: type[BaseSettings]) -> _T:

@@ -21,6 +21,7 @@ from common.quotas import QuotaMeter
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
+from common.sealing import EncryptionSettings, Sealer
 from common.settings import QueueSettings, RedisSettings
 from common.startup import read_settings
 from common.tenants import Tenants
@@ -53,7 +54,11 @@ _BLOCK_MS = 2000
 
 
 async def run(
-    settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings, stop: asyncio.Event
+    settings: GatewaySettings,
+    redis_settings: RedisSettings,
+    queue_settings: QueueSettings,
+    sealer: Sealer,
+    stop: asyncio.Event,
 ) -> None:
     """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound."""
     retry = Retry.from_settings(redis_settings)
@@ -69,11 +74,14 @@ async def run(
         blocking_redis=blocking_redis,
         headroom=headroom,
         acks=ReplicaAcks(waiting_redis, redis_settings),
+        sealer=sealer,
     )
     registry = ModelRegistry(redis, retry=retry)
     catalog = Catalog(ModelDirectory(registry, queue), registry)
     hub = EventHub(settings.max_pending_events, settings.max_pending_bytes)
-    streams = StreamFactory(queue, hub, StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s))
+    streams = StreamFactory(
+        queue, hub, StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s), sealer
+    )
     secret = SharedSecret(redis, admin_redis, retry)
 
     tenants = Tenants(redis, retry=retry)
@@ -92,7 +100,7 @@ async def run(
     api_key_pb2_grpc.add_ApiKeyServiceServicer_to_server(
         ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
     )
-    dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom)
+    dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom, sealer=sealer)
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue, dead_letters), server.admin)
     tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantServicer(Tenants(admin_redis, retry=retry)), server.admin)
     usage_pb2_grpc.add_UsageServiceServicer_to_server(
@@ -134,18 +142,20 @@ async def run(
     log.info("gateway.stopped")
 
 
-async def _main(settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings) -> None:
+async def _main(
+    settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings, sealer: Sealer
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await run(settings, redis_settings, queue_settings, stop)
+    await run(settings, redis_settings, queue_settings, sealer, stop)
 
 
-def _settings() -> tuple[GatewaySettings, RedisSettings, QueueSettings]:
+def _settings() -> tuple[GatewaySettings, RedisSettings, QueueSettings, Sealer]:
     settings = GatewaySettings()
     check_plaintext(settings)
-    return settings, RedisSettings(), QueueSettings()
+    return settings, RedisSettings(), QueueSettings(), Sealer.from_settings(EncryptionSettings())
 
 
 def main() -> int:

@@ -111,7 +111,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         if not request.after_sequence:
             position = LogPosition()
         with self._one_more_call():
-            subscription = self._streams.listen(request.generation_id)
+            subscription = self._streams.listen(request.generation_id, caller.tenant)
             stream: EventStream | None = None
             held = True
             try:
@@ -181,7 +181,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         with self._one_more_call():
             job, accepted = await self._job(request, caller, context.time_remaining())
             known = await self._known(request.model, job)
-            subscription = self._streams.listen(known or accepted.generation_id)
+            subscription = self._streams.listen(known or accepted.generation_id, caller.tenant)
             stream: EventStream | None = None
             least_grace_ms = 0
             try:
@@ -198,7 +198,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                     if enqueued.duplicate:
                         known = enqueued.generation_id
                         await self._streams.close(subscription, ended=True)
-                        subscription = self._streams.listen(known)
+                        subscription = self._streams.listen(known, caller.tenant)
                     accepted.place = max(0, enqueued.place - 1)
                 if known is not None:
                     attachment = await self._queue.attach(known, caller.tenant, attach_id=subscription.attach_id)

@@ -32,6 +32,7 @@ from gateway.admin.fleet import FleetServicer
 from gateway.admin.tenants import TenantServicer
 from gateway.admin.usage import UsageServicer
 from gateway.admission import Admission
+from gateway.audit import Audit, AuditFile
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
 from gateway.identity.api_key import ApiKeyMethod
@@ -86,9 +87,17 @@ async def run(
 
     tenants = Tenants(redis, retry=retry)
     authenticator = Authenticator([ApiKeyMethod(ApiKeys(redis, retry=retry))], tenants)
-    guard = Guard(authenticator.authenticate, authorize=check_method, send_timeout_s=settings.send_timeout_s)
+    audit_file = AuditFile(settings.audit_file) if settings.audit_file is not None else None
+    guard = Guard(
+        authenticator.authenticate,
+        authorize=check_method,
+        audit=Audit(audit_file),
+        send_timeout_s=settings.send_timeout_s,
+    )
     operator = operator_authenticator(authenticator.authenticate, is_open=is_admin_open(settings))
-    server = GatewayServer(settings, guard, Guard(operator, authorize=check_method))
+    server = GatewayServer(
+        settings, guard, Guard(operator, authorize=check_method, audit=Audit(audit_file, to_log=True))
+    )
     quotas = QuotaMeter(redis, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
     admission = Admission(queue, quotas)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -29,6 +30,11 @@ class GatewaySettings(BaseSettings):
     admin_auth: Literal["auto", "required"] = Field(
         default="auto",
         description="Whether operators' calls need credentials with an admin scope; auto: not at a loopback address.",
+    )
+    audit_file: Path | None = Field(
+        default=None,
+        description="Where each call is recorded, a line of JSON each: who, what, ids, counts and digests, never text. "
+        "Operators' calls are in the log too.",
     )
     reveal_models: bool = Field(
         default=True,

@@ -137,7 +137,8 @@ def run_process(
     try:
         asyncio.run(until_signal())
     except BaseExceptionGroup as group:
-        log.error("worker.failed", errors=[f"{type(error).__name__}: {error}" for error in group.exceptions])
+        for failure in group.exceptions:
+            log.error("worker.failed", exc_info=failure)
         if group.subgroup(StepHungError) is not None:
             # The engine's thread cannot be joined: leave at once, so that the lease ends and the jobs move on.
             os._exit(_HUNG_STATUS)

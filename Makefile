@@ -186,10 +186,21 @@ lock: $(VENV)/.tools  ## the locks again, from pyproject.toml; what they pin alr
 	@$(MAKE) --no-print-directory check-locks
 
 check-locks: $(VENV)/.tools  ## each lock has a wheel for each system and Python that is served; asks the package index
-	@for system in x86_64-manylinux_2_28 aarch64-manylinux_2_28 aarch64-apple-darwin; do for python in 3.11 3.12 3.13 3.14; do for lock in $(LOCKS); do \
+	@export MACOSX_DEPLOYMENT_TARGET=14.0; for system in x86_64-manylinux_2_28 aarch64-manylinux_2_28 aarch64-apple-darwin; do for python in 3.11 3.12 3.13 3.14; do for lock in $(LOCKS); do \
 		$(VENV)/tools/bin/uv pip install -q --no-config --dry-run --target build/nothing --no-deps --require-hashes --only-binary :all: \
 			--no-binary $(NO_WHEEL) --python-platform $$system --python-version $$python -r $$lock \
 			|| { echo "$$lock does not hold for $$system, Python $$python"; exit 1; }; done; done; done
+
+sbom: install-dev $(VENV)/.tools  ## what is installed in .venv, as CycloneDX JSON in build/sbom.json
+	$(BIN)/python -m tests.supply.sbom $(VENV)/tools/bin/cyclonedx-py
+
+# Asks a database of known vulnerabilities over the network, by name and version.
+audit: $(VENV)/.tools  ## known vulnerabilities in what the locks pin; needs the network
+	@for lock in $(LOCKS); do echo "$$lock"; \
+		$(VENV)/tools/bin/pip-audit --disable-pip --require-hashes -r $$lock $(ARGS) || failed=1; done; exit $${failed:-0}
+
+fuzz: install-dev $(VENV)/.tools  ## coverage-guided fuzzing of what reads foreign bytes, one process each; DURATION=600, in seconds
+	$(BIN)/python -m tests.security.fuzz.run --python $(VENV)/tools/bin/python --duration $(or $(DURATION),600) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -197,7 +197,7 @@ sbom: install-dev $(VENV)/.tools  ## what is installed in .venv, as CycloneDX JS
 # Asks a database of known vulnerabilities over the network, by name and version.
 audit: $(VENV)/.tools  ## known vulnerabilities in what the locks pin; needs the network
 	@for lock in $(LOCKS); do echo "$$lock"; \
-		$(VENV)/tools/bin/pip-audit --disable-pip --require-hashes -r $$lock $(ARGS) || failed=1; done; exit $${failed:-0}
+		$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes -r $$lock $(ARGS) || failed=1; done; exit $${failed:-0}
 
 fuzz: install-dev $(VENV)/.tools  ## coverage-guided fuzzing of what reads foreign bytes, one process each; DURATION=600, in seconds
 	$(BIN)/python -m tests.security.fuzz.run --python $(VENV)/tools/bin/python --duration $(or $(DURATION),600) $(ARGS)

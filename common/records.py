@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -20,11 +20,21 @@ from common.jobs import (
     ReplyItem,
 )
 
+_T = TypeVar("_T")
+
 _LOG_ENTRY_HEAD: Final = b"\x94"  # msgpack: an array of four follows
 _BODY_ENCODER: Final = msgspec.msgpack.Encoder()
 _EVENT_DECODER: Final = msgspec.msgpack.Decoder(LogEvent)
 _ITEMS_DECODER: Final = msgspec.msgpack.Decoder(list[ReplyItem])
 _BODY_DECODER: Final = msgspec.msgpack.Decoder(JobBody)
+
+
+def decode(decoder: msgspec.msgpack.Decoder[_T], data: bytes) -> _T:
+    """Raises msgspec.DecodeError alone: msgspec lets errors of UTF-8 and of too deep nesting through as they are."""
+    try:
+        return decoder.decode(data)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(f"the record is damaged: {type(error).__name__}") from None
 
 
 def encode_body(body: JobBody) -> bytes:
@@ -37,8 +47,11 @@ def encode_entry(chain_hash: bytes, epoch: int, sequence: int, body: EventBody) 
 
 
 def event_from_fields(fields: Sequence[bytes]) -> LogEvent:
-    """A log event from the fields of its entry: e and, in markers and terminals, k and y. Later ones are left out."""
-    event = _EVENT_DECODER.decode(_LOG_ENTRY_HEAD + fields[1])
+    """A log event from the fields of its entry: e and, in markers and terminals, k and y. Later ones are left out.
+
+    Raises msgspec.DecodeError.
+    """
+    event = decode(_EVENT_DECODER, _LOG_ENTRY_HEAD + fields[1])
     if len(fields) == 2 or fields[2] != b"k":
         return event
     return LogEvent(
@@ -48,7 +61,7 @@ def event_from_fields(fields: Sequence[bytes]) -> LogEvent:
 
 def items_from_entry(packed: bytes) -> list[ReplyItem]:
     """The items of one entry of a reply stream. Raises msgspec.DecodeError for anything else."""
-    return _ITEMS_DECODER.decode(packed)
+    return decode(_ITEMS_DECODER, packed)
 
 
 def record_from_reply(reply: Sequence[Any]) -> GenerationRecord:
@@ -92,7 +105,7 @@ class ClaimRecord(msgspec.Struct, frozen=True):
 
 
 def claim_from_reply(reply: Sequence[Any]) -> ClaimRecord:
-    """Reads what `pack_claim` of the scripts wrote."""
+    """Reads what `pack_claim` of the scripts wrote. Raises msgspec.DecodeError for a body or log entry that is none."""
     (
         generation_id, epoch, sequence, chain_hash, remaining_ms, priority, attempts, tenant,
         prompt_tokens, cached_prompt_tokens, completion_tokens, log_bytes, progress, body, log,
@@ -108,7 +121,7 @@ def claim_from_reply(reply: Sequence[Any]) -> ClaimRecord:
         attempts=attempts,
         tenant=tenant.decode(),
         usage=Usage(prompt_tokens, cached_prompt_tokens, completion_tokens),
-        body=_BODY_DECODER.decode(body),
+        body=decode(_BODY_DECODER, body),
         events=tuple(event for event in entries if event.kind is not ItemKind.STARTED),
     )
     return ClaimRecord(job, log_bytes, progress == 1)

@@ -54,6 +54,9 @@ _REMOVED_METHODS: Final = frozenset({"translate", "maketrans", "expandtabs", "fo
 _QUADRATIC_METHODS: Final = frozenset({"strip", "lstrip", "rstrip", "rfind", "rindex", "rsplit", "rpartition"})
 _PADDING_METHODS: Final = frozenset({"center", "ljust", "rjust", "zfill"})
 _SHALLOW_METHODS: Final = frozenset({"get", "items", "keys", "values", "copy"})
+# Unions are built anew each time that they are written out.
+_TEXTS: Final = (str, bytes)
+_CONTAINERS: Final[tuple[type, ...]] = (list, tuple, set, frozenset, type({}.items()), type({}.keys()), type({}.values()))
 _LONG_NUMBER: Final = re.compile(r"\d{4,}|\*")
 _NESTED_FIELD: Final = re.compile(r"\{[^{}]*\{")
 
@@ -83,7 +86,7 @@ class Budget:
         waiting = [value]
         while waiting:
             item = waiting.pop()
-            if isinstance(item, str | bytes):
+            if isinstance(item, _TEXTS):
                 weight += 1 + len(item)
             elif isinstance(item, int):
                 weight += 1 + (item.bit_length() >> 3)
@@ -92,9 +95,7 @@ class Budget:
                 self._check(weight)
                 waiting += item.keys()
                 waiting += item.values()
-            elif isinstance(
-                item, list | tuple | set | frozenset | type({}.items()) | type({}.keys()) | type({}.values())
-            ):
+            elif isinstance(item, _CONTAINERS):
                 weight += 1 + _ITEM * len(item)
                 self._check(weight)
                 waiting += item

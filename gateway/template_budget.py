@@ -56,7 +56,8 @@ _PADDING_METHODS: Final = frozenset({"center", "ljust", "rjust", "zfill"})
 _SHALLOW_METHODS: Final = frozenset({"get", "items", "keys", "values", "copy"})
 # Unions are built anew each time that they are written out.
 _TEXTS: Final = (str, bytes)
-_CONTAINERS: Final[tuple[type, ...]] = (list, tuple, set, frozenset, type({}.items()), type({}.keys()), type({}.values()))
+_VIEWS: Final[tuple[type, ...]] = (type({}.items()), type({}.keys()), type({}.values()))
+_CONTAINERS: Final[tuple[type, ...]] = (list, tuple, set, frozenset, *_VIEWS)
 _LONG_NUMBER: Final = re.compile(r"\d{4,}|\*")
 _NESTED_FIELD: Final = re.compile(r"\{[^{}]*\{")
 
@@ -83,7 +84,7 @@ class Budget:
         A list that holds another twice weighs it twice, as its text would.
         """
         weight = 0
-        waiting = [value]
+        waiting: list[Any] = [value]
         while waiting:
             item = waiting.pop()
             if isinstance(item, _TEXTS):

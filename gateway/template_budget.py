@@ -12,7 +12,7 @@ One unit is about a nanosecond of work, or a byte.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -97,9 +97,10 @@ class Budget:
                 waiting += item.keys()
                 waiting += item.values()
             elif isinstance(item, _CONTAINERS):
-                weight += 1 + _ITEM * len(item)
+                held = cast("Collection[Any]", item)
+                weight += 1 + _ITEM * len(held)
                 self._check(weight)
-                waiting += item
+                waiting += held
             elif isinstance(item, jinja2.utils.Namespace):
                 weight += 1 + _ITEM
                 waiting += object.__getattribute__(item, "_Namespace__attrs").values()

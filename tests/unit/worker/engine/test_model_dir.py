@@ -304,6 +304,16 @@ def test_families_with_other_names_for_their_sizes_pass(tmp_path: Path, family: 
     load(write_tiny_model(tmp_path / family, family), with_weights=False)
 
 
+COMMANDS = """
+import typer
+from worker.command import models, worker
+app = typer.Typer()
+app.command("worker")(worker)
+app.add_typer(models, name="models")
+app()
+"""
+
+
 @pytest.mark.parametrize(
     "command",
     [["worker", "--model"], ["models", "check"], ["models", "register", "--model"]],
@@ -312,7 +322,7 @@ def test_families_with_other_names_for_their_sizes_pass(tmp_path: Path, family: 
 def test_the_commands_say_it_in_one_line(folder: Path, command: list[str]) -> None:
     change(folder / "config.json", auto_map=AUTO_MAP)
     done = subprocess.run(
-        [sys.executable, "-c", "from torchrelay.cli.main import main; main()", *command, str(folder)],
+        [sys.executable, "-c", COMMANDS, *command, str(folder)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -126,14 +126,21 @@ def _walk(value: object) -> Iterator[tuple[int, str, Any]]:
             waiting += [(depth + 1, key, entry) for entry in item]
 
 
-def refuse_remote_code(path: Path, value: Mapping[str, Any]) -> None:
-    """Raise ModelError where a configuration names code that comes with the model, or asks to trust it."""
-    for _, key, entry in _walk(value):
-        if key in ("auto_map", "trust_remote_code") and entry:
-            raise ModelError(
-                f"{path} asks for code that comes with the model (the key {key}), and such code is never run; where "
-                "transformers has the family itself, remove the key from a copy of the directory and name the copy"
-            )
+def refuse_remote_code(path: Path, value: Mapping[str, Any], *, has_own: bool) -> None:
+    """Raise ModelError where a configuration needs code that comes with the model, or asks to trust it.
+
+    Such code never runs. With `has_own`, what it would do is there without it, and naming it at the top is harmless: as
+    many models of the Hub do, since they are older than their family in transformers.
+    """
+    for depth, key, entry in _walk(value):
+        if not entry or key not in ("auto_map", "trust_remote_code"):
+            continue
+        if key == "auto_map" and depth == 2 and has_own:
+            continue
+        raise ModelError(
+            f"{path} asks for code that comes with the model (the key {key}), and such code is never run; where "
+            "transformers has the family itself, remove the key from a copy of the directory and name the copy"
+        )
 
 
 def refuse_other_files(path: Path, value: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING
 
 from common.registry import MAX_TEMPLATE_BYTES
 from worker.cache import cache_dir, write_atomically
@@ -169,7 +170,8 @@ def check_config_file(folder: Path) -> dict[str, Any]:
     if "model_type" not in config:
         _refuse_gguf(folder)
         raise ModelError(f"{folder} has no config.json with a model_type, so it is not a transformers model")
-    model_dir.refuse_remote_code(folder / "config.json", config)
+    has_own = config["model_type"] in CONFIG_MAPPING
+    model_dir.refuse_remote_code(folder / "config.json", config, has_own=has_own)
     model_dir.refuse_other_files(folder / "config.json", config)
     return config
 
@@ -187,8 +189,8 @@ def _refuse_gguf(folder: Path) -> None:
 def read_text_files(folder: Path) -> TextFiles:
     """Return the tokenizer, converted where there is no tokenizer.json, and the chat template. Raises ModelError."""
     settings = read_json(folder / "tokenizer_config.json")
-    model_dir.refuse_remote_code(folder / "tokenizer_config.json", settings)
     path = folder / "tokenizer.json"
+    model_dir.refuse_remote_code(folder / "tokenizer_config.json", settings, has_own=path.is_file())
     content = model_dir.read_limited(path) if path.is_file() else _converted_tokenizer(folder, settings)
     tokenizer = _parse_tokenizer(path, content)
     if tokenizer.truncation is not None or tokenizer.padding is not None:

@@ -74,7 +74,10 @@ def shards(folder: Path, weight_map: Any) -> None:
 
 AUTO_MAP = {"AutoConfig": "evil.EvilConfig", "AutoTokenizer": ["evil.Slow", None]}
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "auto_map": (lambda f: change(f / "config.json", auto_map=AUTO_MAP), r"config\.json asks for code .* key auto_map"),
+    "auto_map": (
+        lambda f: change(f / "config.json", model_type="evil", auto_map=AUTO_MAP),
+        r"config\.json asks for code .* key auto_map",
+    ),
     "auto_map inside": (
         lambda f: change(f / "config.json", text_config={"sub": [{"auto_map": AUTO_MAP}]}),
         r"config\.json asks for code .* key auto_map",
@@ -84,7 +87,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"config\.json asks for code .* key trust_remote_code",
     ),
     "tokenizer's auto_map": (
-        lambda f: change(f / "tokenizer_config.json", auto_map=AUTO_MAP),
+        lambda f: (change(f / "tokenizer_config.json", auto_map=AUTO_MAP), (f / "tokenizer.json").unlink()),
         r"tokenizer_config\.json asks for code .* key auto_map",
     ),
     "tokenizer's trust_remote_code": (
@@ -217,7 +220,7 @@ MUTANTS: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize(("guard", "case"), MUTANTS.values(), ids=MUTANTS.keys())
 def test_without_the_guard_it_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch, guard: str, case: str) -> None:
     module = model if guard == "check_counts" else limits
-    monkeypatch.setattr(module, guard, lambda *_: None)
+    monkeypatch.setattr(module, guard, lambda *_, **__: None)
     forge, message = HOSTILE[case]
     forge(folder)
     try:
@@ -230,15 +233,15 @@ def test_without_the_guard_it_is_not(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_code_beside_the_model_never_runs(folder: Path) -> None:
+    """Also where it is named, and what it would do is there without it: then the model loads."""
     marker = folder / "ran"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
     for file in ("config.json", "tokenizer_config.json"):
-        before = (folder / file).read_text()
         change(folder / file, auto_map=AUTO_MAP)
-        with pytest.raises(ModelError, match="never run"):
-            load(folder)
-        (folder / file).write_text(before)
     load(folder)
+    change(folder / "config.json", model_type="evil")
+    with pytest.raises(ModelError, match="never run"):
+        load(folder)
     assert not marker.exists()
 
 
@@ -320,7 +323,7 @@ app()
     ids=lambda c: " ".join(c[:2]),
 )
 def test_the_commands_say_it_in_one_line(folder: Path, command: list[str]) -> None:
-    change(folder / "config.json", auto_map=AUTO_MAP)
+    change(folder / "config.json", model_type="evil", auto_map=AUTO_MAP)
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, *command, str(folder)],
         capture_output=True,

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import sys
 from importlib.metadata import version
+from typing import TypeAlias
 
 import structlog
 
@@ -26,8 +27,8 @@ from common.tenants import Tenants
 from gateway.admin import ApiKeyServicer, FleetServicer
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
-from gateway.identity.api_key import ApiKeyMethod
-from gateway.identity.authenticator import Authenticator
+from gateway.identity.assembly import build_authenticator, check_identity
+from gateway.identity.settings import IDENTITY_SETTINGS, IdentitySettings, ProxySettings
 from gateway.interceptors.guard import Guard
 from gateway.model_servicer import ModelServicer
 from gateway.secret import SharedSecret
@@ -45,7 +46,11 @@ _BLOCK_MS = 2000
 
 
 async def run(
-    settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings, stop: asyncio.Event
+    settings: GatewaySettings,
+    redis_settings: RedisSettings,
+    queue_settings: QueueSettings,
+    identity: tuple[IdentitySettings, ProxySettings],
+    stop: asyncio.Event,
 ) -> None:
     """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound."""
     retry = Retry.from_settings(redis_settings)
@@ -69,7 +74,7 @@ async def run(
     secret = SharedSecret(redis, admin_redis, retry)
 
     tenants = Tenants(redis, retry=retry)
-    authenticator = Authenticator([ApiKeyMethod(ApiKeys(redis, retry=retry))], tenants)
+    authenticator = build_authenticator(*identity, ApiKeys(redis, retry=retry), tenants)
     guard = Guard(authenticator.authenticate, send_timeout_s=settings.send_timeout_s)
     server = GatewayServer(settings, guard, Guard(None))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
@@ -116,23 +121,27 @@ async def run(
     log.info("gateway.stopped")
 
 
-async def _main(settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings) -> None:
+_Settings: TypeAlias = tuple[GatewaySettings, RedisSettings, QueueSettings, tuple[IdentitySettings, ProxySettings]]
+
+
+async def _main(*settings: *_Settings) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await run(settings, redis_settings, queue_settings, stop)
+    await run(*settings, stop)
 
 
-def _settings() -> tuple[GatewaySettings, RedisSettings, QueueSettings]:
-    settings = GatewaySettings()
+def _settings() -> _Settings:
+    settings, identity = GatewaySettings(), (IdentitySettings(), ProxySettings())
     check_plaintext(settings)
-    return settings, RedisSettings(), QueueSettings()
+    check_identity(*identity)
+    return settings, RedisSettings(), QueueSettings(), identity
 
 
 def main() -> int:
     """Run a gateway from the environment's settings; return the exit status."""
-    settings = read_settings(_settings, GatewaySettings)
+    settings = read_settings(_settings, GatewaySettings, *IDENTITY_SETTINGS)
     try:
         asyncio.run(_main(*settings))
     except OSError as error:

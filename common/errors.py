@@ -172,9 +172,32 @@ class ResourceExhausted(ServingError):
 
 
 class QueueFull(ResourceExhausted):
-    """The model's queue (QUEUE_FULL), or the tenant's share of it (TENANT_QUEUE_FULL, TENANT_CONCURRENCY), is full."""
+    """The model's queue (QUEUE_FULL), or what a tenant (TENANT_QUEUE_FULL, TENANT_CONCURRENCY) or a credential
+    (KEY_QUEUE_FULL, KEY_CONCURRENCY) may have in it, is full.
+    """
 
     default_reason = "QUEUE_FULL"
+
+
+class Limited(ResourceExhausted):
+    """A quota over time; `subject` is whose and which: `tenant:tokens_per_minute`."""
+
+    def __init__(self, message: str, *, subject: str, limit: int, retry_after_ms: int | None = None) -> None:
+        metadata = {"subject": subject, "limit": str(limit)}
+        super().__init__(message, metadata=metadata, retry_after_ms=retry_after_ms)
+        self.subject = subject
+
+
+class RateLimited(Limited):
+    """A rate is used up for now; `retry_after_ms` is exact if nobody else asks meanwhile."""
+
+    default_reason = "RATE_LIMITED"
+
+
+class QuotaExceeded(Limited):
+    """The day's quota is spent: waiting a little does not help."""
+
+    default_reason = "QUOTA_EXCEEDED"
 
 
 class BackendFull(ResourceExhausted):

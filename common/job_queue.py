@@ -21,7 +21,17 @@ from common.errors import (
     Superseded,
 )
 from common.headroom import Headroom
-from common.jobs import Attachment, Enqueued, GenerationRecord, JobState, LiveWorker, NewJob, ReplyItem, Swept
+from common.jobs import (
+    Attachment,
+    Enqueued,
+    GenerationRecord,
+    JobState,
+    LiveWorker,
+    NewJob,
+    ReplyItem,
+    Settlement,
+    Swept,
+)
 from common.redis import Argument, Redis, Retry, execute
 from common.replication import ReplicaAcks
 from common.scripts import ScriptRunner, as_list
@@ -31,10 +41,13 @@ from common.upkeep import Upkeep
 START_CURSOR: Final = b"0-0"
 _ENTRIES_PER_READ: Final = 64
 _RETRY_AFTER_MS: Final = 1000
+_NO_CAP: Final = 1 << 40
 _REFUSALS: Final[Mapping[bytes, str]] = {
     b"QUEUE_FULL": "the model's queue is full",
     b"TENANT_QUEUE_FULL": "the tenant's queue for this model is full",
     b"TENANT_CONCURRENCY": "the tenant has too many generations of this model in flight",
+    b"KEY_QUEUE_FULL": "the key's queue for this model is full",
+    b"KEY_CONCURRENCY": "the key has too many generations of this model in flight",
 }
 
 
@@ -93,6 +106,7 @@ class JobQueue:
         if keys.shard_of(generation_id) != shard:
             raise ValueError("the generation id belongs to another shard")
         sampling = job.body.sampling
+        retention_ms = _least(settings.retention_ms, job.retention_ms or 0)
         arguments: tuple[Argument, ...] = (
             generation_id,
             job.tenant,
@@ -104,7 +118,7 @@ class JobQueue:
             min(job.disconnect_grace_ms, settings.max_disconnect_grace_ms)
             if job.attended
             else settings.max_lifetime_ms,
-            settings.retention_ms,
+            retention_ms,
             len(job.body.prompt_token_ids),
             sampling.max_tokens * sampling.num_outputs,
             job.kv_tokens,
@@ -114,13 +128,17 @@ class JobQueue:
             job.echo,
             records.encode_body(job.body),
             settings.max_queued,
-            settings.max_queued_per_tenant,
-            settings.max_live_per_tenant,
+            _least(settings.max_queued_per_tenant, job.max_queued),
+            _least(settings.max_live_per_tenant, job.max_live),
             settings.gateway_lease_ms,
             settings.reply_ttl_ms,
             attach_id,
-            max(settings.retention_ms, settings.dead_letter_retention_ms),
+            max(retention_ms, settings.dead_letter_retention_ms) if job.retention_ms is None else retention_ms,
             int(self._acks is not None),
+            "1" if job.has_reservation else "",
+            job.quota_id if job.max_queued_of_key or job.max_live_of_key else "",
+            job.max_queued_of_key or _NO_CAP,
+            job.max_live_of_key or _NO_CAP,
         )
         acks = self._acks
         if acks is None:
@@ -252,6 +270,23 @@ class JobQueue:
             raise GenerationNotFound
         return records.record_from_reply(found[0])
 
+    async def delete(self, generation_id: str, tenant: str) -> None:
+        """End a generation if it runs, and erase all that is stored of it. Raises GenerationNotFound."""
+        if await self._run("delete", keys.shard_of(generation_id), generation_id, tenant) is None:
+            raise GenerationNotFound
+
+    async def settlements(self, shard: str, limit: int = 100) -> list[Settlement]:
+        """Ended generations whose reservation is to be settled, the oldest first; all gateways see the same ones."""
+        key = keys.settlements(shard)
+        found = await self._retry.call(lambda: execute(self._redis, "ZRANGE", key, 0, limit - 1))
+        return [Settlement.from_member(member) for member in found]
+
+    async def forget_settlements(self, shard: str, settled: Iterable[Settlement]) -> None:
+        """Take settled ones off the list."""
+        members = [settlement.member for settlement in settled]
+        if members:
+            await self._retry.call(lambda: execute(self._redis, "ZREM", keys.settlements(shard), *members))
+
     async def num_queued(self, shard: str) -> int:
         """Jobs of all classes that wait for a worker."""
         lengths = await self._retry.call(lambda: execute(self._redis, "HGETALL", keys.queue_lengths(shard)))
@@ -310,3 +345,8 @@ class JobQueue:
     async def workers(self, shard: str, limit: int = 1000) -> list[LiveWorker]:
         """The workers of a shard, the most recently seen first."""
         return await self._upkeep.workers(shard, limit)
+
+
+def _least(own: int, asked: int) -> int:
+    """The tighter of the queue's own bound and one that may be absent (0)."""
+    return min(own, asked) if asked else own

@@ -18,26 +18,34 @@ from common.embedded import describe_durability
 from common.errors import ServingError
 from common.headroom import Headroom
 from common.job_queue import JobQueue
+from common.quotas import QuotaMeter
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
 from common.settings import QueueSettings, RedisSettings
 from common.startup import read_settings
 from common.tenants import Tenants
-from gateway.admin import ApiKeyServicer, FleetServicer
+from common.usage import UsageReader
+from gateway.admin.access import operator_authenticator
+from gateway.admin.api_keys import ApiKeyServicer
+from gateway.admin.fleet import FleetServicer
+from gateway.admin.tenants import TenantServicer
+from gateway.admin.usage import UsageServicer
+from gateway.admission import Admission
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
 from gateway.identity.assembly import build_authenticator, check_identity
 from gateway.identity.settings import IDENTITY_SETTINGS, IdentitySettings, ProxySettings
 from gateway.interceptors.guard import Guard
 from gateway.model_servicer import ModelServicer
+from gateway.rights import check_method
 from gateway.secret import SharedSecret
-from gateway.server import GatewayServer, check_plaintext
+from gateway.server import GatewayServer, check_plaintext, is_admin_open
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.stream import StreamFactory, StreamTimes
 from gateway.upkeep import Upkeep
-from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc
+from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc, tenant_pb2_grpc, usage_pb2_grpc
 from torchrelay.v1 import generation_pb2_grpc, model_pb2_grpc
 
 log = structlog.get_logger()
@@ -75,17 +83,26 @@ async def run(
 
     tenants = Tenants(redis, retry=retry)
     authenticator = build_authenticator(*identity, ApiKeys(redis, retry=retry), tenants)
-    guard = Guard(authenticator.authenticate, send_timeout_s=settings.send_timeout_s)
-    server = GatewayServer(settings, guard, Guard(None))
+    guard = Guard(authenticator.authenticate, authorize=check_method, send_timeout_s=settings.send_timeout_s)
+    operator = operator_authenticator(authenticator.authenticate, is_open=is_admin_open(settings))
+    server = GatewayServer(settings, guard, Guard(operator, authorize=check_method))
+    quotas = QuotaMeter(redis, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
+    admission = Admission(queue, quotas)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationServicer(queue, streams, catalog, settings, secret), server.public
+        GenerationServicer(queue, admission, streams, catalog, settings, secret), server.public
     )
-    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(catalog, queue), server.public)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(
+        ModelServicer(catalog, queue, reveal=settings.reveal_models), server.public
+    )
     api_key_pb2_grpc.add_ApiKeyServiceServicer_to_server(
         ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
     )
     dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom)
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue, dead_letters), server.admin)
+    tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantServicer(Tenants(admin_redis, retry=retry)), server.admin)
+    usage_pb2_grpc.add_UsageServiceServicer_to_server(
+        UsageServicer(catalog, UsageReader(redis, retry=retry)), server.admin
+    )
 
     async def on_connected() -> None:
         await server.health.set_ready(True)
@@ -98,6 +115,7 @@ async def run(
         streams,
         catalog,
         headroom,
+        admission,
         interval_s=min(settings.maintenance_interval_s, queue_settings.max_upkeep_pause_s),
         block_ms=block_ms(redis_settings, _BLOCK_MS),
         on_connected=on_connected,

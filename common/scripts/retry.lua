@@ -14,7 +14,7 @@ local made = call('HGET', key, 'nx')
 if made then return { 'OK', made } end
 local j = load(id)
 if not j or not call('ZSCORE', P .. 'failed', id) then return false end
-local full = refusal(j.t, tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]))
+local full = refusal(j.t, tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), '')
 if full then return { full } end
 
 local kept = call('HMGET', key, 'wt', 'dg', 'b')

@@ -51,4 +51,4 @@ class ApiKeyMethod:
         if not key:
             return None
         record = await self._api_keys.verify(key)
-        return Principal(record.tenant, record.key_id, record.grants)
+        return Principal(record.tenant, record.key_id, record.grants, quota_id=record.quota_id)

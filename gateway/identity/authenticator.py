@@ -42,7 +42,12 @@ class Authenticator:
             if principal is not None:
                 policy = await self._tenants.policy(principal.tenant)
                 return Caller(
-                    principal.tenant, principal.credential_id, principal.grants, policy, method=principal.method
+                    principal.tenant,
+                    principal.credential_id,
+                    principal.grants,
+                    policy,
+                    principal.method,
+                    principal.quota_id,
                 )
         if bearer:
             raise Unauthenticated("the credentials are not valid")

@@ -34,6 +34,7 @@ class Principal:
     credential_id: str  # names the credential in usage, quotas and the audit log; at most 64 bytes, no ':'
     grants: Grants = NO_GRANTS_GIVEN
     method: str = "api_key"  # by which it was shown: api_key, jwt, certificate or mesh
+    quota_id: str = ""  # what its quotas are counted by, if not its own id: credentials may share one
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Caller:
     grants: Grants = NO_GRANTS_GIVEN
     policy: TenantPolicy = NO_POLICY
     method: str = "api_key"
+    quota_id: str = ""  # see Principal
 
 
 # Set by the guard for the duration of one call.

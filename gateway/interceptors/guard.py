@@ -39,11 +39,16 @@ class Guard(grpc.aio.ServerInterceptor):
         authenticate: Callable[[CallInfo], Awaitable[Caller]] | None,
         prefix: str = "/torchrelay.",
         *,
+        authorize: Callable[[str, Caller], None] = lambda method, caller: None,
         send_timeout_s: float = 60,
     ) -> None:
-        """A stream whose client leaves a message unread for longer than `send_timeout_s` ends with ClientTooSlow."""
+        """`authorize` raises PermissionDenied for a method that the caller may not call.
+
+        A stream whose client leaves a message unread for longer than `send_timeout_s` ends with ClientTooSlow.
+        """
         self._authenticate = authenticate
         self._prefix = prefix
+        self._authorize = authorize
         self._send_timeout_s = send_timeout_s
 
     async def intercept_service(
@@ -74,7 +79,9 @@ class Guard(grpc.aio.ServerInterceptor):
         async def behavior(data: bytes, context: Context) -> Any:
             try:
                 if self._authenticate is not None:
-                    CALLER.set(await self._authenticate(call_info(context)))
+                    caller = await self._authenticate(call_info(context))
+                    CALLER.set(caller)
+                    self._authorize(method, caller)
                 return await call(data, context)
             except ClientTooSlow as error:
                 # The status waits behind the unread message, with the library: it comes once the client reads on, and

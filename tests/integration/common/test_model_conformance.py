@@ -117,7 +117,7 @@ class Both:
         reply = self.script(
             "enqueue", generation(job), "acme", "", 1, 1, gid(gateway), FOREVER, FOREVER if self.has_grace else 0,
             FOREVER, 1, 9, 16, 16, f"key{key}", "digest", "", _BODY, 99, 99, 99, FOREVER, FOREVER, attach_id,
-            FOREVER, 0,
+            FOREVER, 0, "", "", 99, 99,
         )  # fmt: skip
         return generation(modelled), reply[1].decode()
 

@@ -139,5 +139,9 @@ bench-slow-clients: install-dev  ## what clients that read slowly cost the other
 queue-memory: install-dev  ## what a generation costs in the server's memory; ARGS=/path/to/redis-server for another one
 	$(BIN)/python -m tests.benchmarks.queue_memory $(ARGS)
 
+.PHONY: mesh
+mesh: install-dev  ## two gateways behind a real Envoy: 1,000 keyed calls while gateways are killed; ARGS="--mutant no-keys" and so on
+	$(BIN)/python -m tests.mesh.run $(ARGS)
+
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -38,6 +38,7 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {keys}:k:<key id>         hash    admin    tenant, name, times, and the key's SHA-256, never the key   never
     {keys}:ids                set     admin    all key ids                            never
     {keys}:secret             string  admin    random bytes that all gateways share   never
+    {keys}:first              string  admin    id of the first administrator's key    never
     {keys}:tenants            hash    admin    tenant -> its policy (JSON)            until deleted
 
     {t:<tenant>}:quota        hash    gateway  rates, see scripts/quota_reserve.lua   2 minutes
@@ -75,6 +76,7 @@ MODEL_TIMES: Final = "{models}:times"
 MODEL_VERSION: Final = "{models}:version"
 API_KEY_IDS: Final = "{keys}:ids"
 SHARED_SECRET: Final = "{keys}:secret"
+FIRST_ADMIN_KEY: Final = "{keys}:first"
 TENANTS: Final = "{keys}:tenants"
 
 PRIORITY_CLASSES: Final = 3  # 0 is served first

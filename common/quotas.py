@@ -58,9 +58,9 @@ class QuotaMeter:
             wanted.reservation_id,
             wanted.num_tokens,
             self._lifetime_ms,
-            *_limits(of_tenant),
+            _limits(of_tenant),
             wanted.quota_id,
-            *_limits(of_key),
+            _limits(of_key),
         )
         status, *rest = as_list(reply)
         if status == b"OK":
@@ -93,5 +93,5 @@ class QuotaMeter:
         return await self._retry.call(lambda: self._scripts.run(name, keys.quota(tenant), *args))
 
 
-def _limits(quotas: Quotas) -> tuple[int, int, int]:
-    return quotas.requests_per_minute, quotas.tokens_per_minute, quotas.tokens_per_day
+def _limits(quotas: Quotas) -> str:
+    return f"{quotas.requests_per_minute} {quotas.tokens_per_minute} {quotas.tokens_per_day}"

@@ -22,6 +22,7 @@ COMMAND_LINE_VARIABLES: Final = frozenset(
     for name in (
         "ADDRESS",
         "ADMIN_ADDRESS",
+        "ADMIN_KEY",
         "API_KEY",
         "TOKEN",
         "TLS_CA",

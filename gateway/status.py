@@ -71,7 +71,7 @@ def status_of(error: errors.ServingError, usage: pb.Usage | None = None) -> grpc
 
 
 def pushback_of(error: errors.ServingError) -> str | None:
-    """Return `grpc-retry-pushback-ms` (gRFC A6): how long gRPC's own retries wait; -1: they do not happen; None: unsaid."""
+    """Return `grpc-retry-pushback-ms` (gRFC A6): how long gRPC's own retries wait; -1: they do not; None: unsaid."""
     if error.retry_after_ms is not None:
         return str(error.retry_after_ms)
     return "-1" if isinstance(error, errors.QuotaExceeded) else None

@@ -5,8 +5,8 @@
 -- worth may come at once, and then as much as drains.
 -- KEYS  1 {t:<tenant>}:quota, hash: "r" and "t" of the tenant, "r:<quota id>" and "t:<quota id>" of a credential, in ms
 -- ARGV  1 reservation id  2 tokens  3 ms that the reservation is kept
---       4-6 tenant's requests a minute, tokens a minute, tokens a day; 0 is no limit
---       7 quota id of the credential  8-10 its limits likewise
+--       4 tenant's requests a minute, tokens a minute, tokens a day, with spaces between; 0 is no limit
+--       5 quota id of the credential  6 its limits likewise
 -- Reply {OK} | {TOO_LARGE | QUOTA_EXCEEDED, owner, limit's name, limit} | {RATE_LIMITED, owner, limit's name, limit, ms
 --       after which this very request is admitted, if no other is}. A repeat of a reservation id changes nothing.
 -- The reservation, {t:<tenant>}:r:<id>: "tokens day <quota id or -> limits ...", for quota_settle.
@@ -37,9 +37,9 @@ local function take(field, owner, name, limit, amount)
 end
 
 for i, owner in ipairs({ 'tenant', 'key' }) do
-  local at = i == 1 and 4 or 8
-  local suffix = i == 1 and '' or ':' .. ARGV[7]
-  local rpm, tpm, tpd = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+  local suffix = i == 1 and '' or ':' .. ARGV[5]
+  local rpm, tpm, tpd = string.match(ARGV[i == 1 and 4 or 6], '^(%d+) (%d+) (%d+)$')
+  rpm, tpm, tpd = tonumber(rpm), tonumber(tpm), tonumber(tpd)
   if tpm > 0 and tokens > tpm then return { 'TOO_LARGE', owner, 'tokens_per_minute', tpm } end
   if tpd > 0 then
     if tokens > tpd then return { 'TOO_LARGE', owner, 'tokens_per_day', tpd } end
@@ -61,7 +61,7 @@ if #writes > 0 then
 end
 for _, field in ipairs(spent) do call('HINCRBY', day_key, field, tokens) end
 if #spent > 0 then call('PEXPIRE', day_key, 2 * DAY_MS) end
-local limits = { ARGV[4], ARGV[5], ARGV[6], ARGV[8], ARGV[9], ARGV[10] }
-local quota_id = ARGV[7] == '' and '-' or ARGV[7]
-call('SET', reservation, ARGV[2] .. ' ' .. day .. ' ' .. quota_id .. ' ' .. table.concat(limits, ' '), 'PX', ARGV[3])
+local quota_id = ARGV[5] == '' and '-' or ARGV[5]
+local record = { ARGV[2], day, quota_id, ARGV[4], ARGV[6] }
+call('SET', reservation, table.concat(record, ' '), 'PX', ARGV[3])
 return { 'OK' }

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from typer.testing import CliRunner
 
 from common import keys
 from common.redis import connect, execute
@@ -23,6 +24,8 @@ from tests.builders_identity import AUDIENCE, Authority, Issuer, KeyServer, Pair
 from tests.builders_models import write_tiny_model
 from tests.builders_system import Gateway, System, free_port, running_system, until
 from tests.unit.gateway.identity.test_jwt import FORGED, ISSUING
+from torchrelay.cli.main import make_app
+from torchrelay.client import AsyncClient, Tls
 from torchrelay.client.requests import make_stream_request
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import generation_pb2_grpc
@@ -213,10 +216,10 @@ def add_certificate_gateway(system: System, folder: Path, **env: str) -> Gateway
 
 
 @pytest.fixture(scope="module")
-def mutual_address(system: System, tmp_path_factory: pytest.TempPathFactory) -> str:
+def mutual(system: System, tmp_path_factory: pytest.TempPathFactory) -> Gateway:
     """A gateway with optional certificates that trusts the edge's, and nobody's address."""
     address = f"127.0.0.1:{free_port()}"
-    add_certificate_gateway(
+    gateway = add_certificate_gateway(
         system,
         tmp_path_factory.mktemp("tls"),
         TORCHRELAY_GATEWAY_CLIENT_CERTIFICATES="optional",
@@ -224,7 +227,13 @@ def mutual_address(system: System, tmp_path_factory: pytest.TempPathFactory) -> 
         TORCHRELAY_TRUSTED_PROXIES="spiffe://prod/ns/edge/sa/proxy",
     )
     asyncio.run(is_up(Door(address, AUTHORITY.issue(), has_tls=True)))
-    return address
+    return gateway
+
+
+@pytest.fixture(scope="module")
+def mutual_address(mutual: Gateway) -> str:
+    """Where it takes clients with certificates."""
+    return mutual.env["TORCHRELAY_GATEWAY_MTLS_ADDRESS"]
 
 
 FORWARDED = (XFCC, "By=spiffe://prod/ns/relay/sa/gateway;Hash=ab;URI=spiffe://prod/ns/forwarded/sa/web")
@@ -259,6 +268,43 @@ async def test_a_certificate_that_names_no_tenant_needs_another_credential(syste
         await door.submit()
     assert (refusal.code, refusal.reason) == (UNAUTHENTICATED, "CREDENTIALS_MISSING")
     assert await tenant_of(system, await door.submit(("x-api-key", system.key))) == "tests"
+
+
+async def test_the_library_and_the_command_show_certificates(
+    system: System, mutual: Gateway, mutual_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca = AUTHORITY.write(tmp_path)
+    cert, key = CALLER.write(tmp_path, "caller")
+    async with AsyncClient(mutual_address, tls=Tls(str(ca), str(cert), str(key))) as client:
+        generation = await client.generate([3, 4], model=MODEL, max_tokens=3)
+    assert await tenant_of(system, generation.generation_id) == "direct"
+
+    monkeypatch.setenv("TORCHRELAY_TLS_CA", str(ca))
+    shown = ("--tls-cert", str(cert), "--tls-key", str(key))
+    assert MODEL in await run_verb("models", "list", "--address", mutual_address, *shown)
+    assert MODEL in await run_verb("models", "list", "--address", mutual.address, "--api-key", system.key)
+    assert MODEL in await run_verb("ps", "--workers", "--admin-address", mutual.admin_address)
+
+
+async def run_verb(*args: str) -> str:
+    """What a verb of the command says; in a thread, since it blocks."""
+    result = await asyncio.to_thread(CliRunner().invoke, make_app(), args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+async def test_the_library_asks_for_a_token_at_every_call(system: System, token_door: Door) -> None:
+    tenants = iter(("first", "second"))
+    async with AsyncClient(token_door.address, token=lambda: ISSUING.token(tenant=next(tenants))) as client:
+        submitted = [await _submit(client) for _ in range(2)]
+    assert [await tenant_of(system, generation_id) for generation_id in submitted] == ["first", "second"]
+
+
+async def _submit(client: AsyncClient) -> str:
+    request = pb.SubmitGenerationRequest(model=MODEL, input=pb.GenerationInput(token_ids=pb.TokenIds(ids=[3])))
+    request.config.max_tokens = 1
+    response = await client.generation.SubmitGeneration(request, metadata=client.metadata, timeout=60)
+    return response.accepted.generation_id
 
 
 @pytest.mark.parametrize(("proxies", "is_trusted"), [("127.0.0.0/8", True), ("127.0.0.2", False), ("", False)])

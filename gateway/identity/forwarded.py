@@ -10,10 +10,11 @@ from common.grants import Grants
 from gateway.identity import xfcc
 from gateway.identity.caller import CallInfo, Principal
 from gateway.identity.certificates import PeerNames
-from gateway.identity.patterns import CertificateNames, TenantPattern, holder_of
+from gateway.identity.patterns import CertificateNames, Holder, TenantPattern, holder_of
 from gateway.identity.proxies import TrustedProxies
 
 HEADER: Final = "x-forwarded-client-cert"
+_MAX_CACHED: Final = 1024  # of at most 8 KB each
 
 
 class ForwardedCertificateMethod:
@@ -30,6 +31,7 @@ class ForwardedCertificateMethod:
         self._grants = grants
         self._peers = peers
         self._proxies = proxies
+        self._cache: dict[str, Holder | None] = {}  # by header: a caller's is the same at each call
 
     async def identify(self, call: CallInfo) -> Principal | None:
         """Return for whom a trusted proxy speaks; None if nobody does, or the names are no tenant's.
@@ -42,13 +44,20 @@ class ForwardedCertificateMethod:
         try:
             # Envoy makes one header of several. A second one has come past it.
             (header,) = headers
-            names = original_caller(xfcc.parse(header), self._proxies)
+            holder = self._holder(header)
         except ValueError:
             raise Unauthenticated("the credentials are not valid") from None
-        holder = holder_of(names, self._patterns) if names is not None else None
         if holder is None:
             return None
         return Principal(holder.tenant, holder.credential_id("mesh"), self._grants, "mesh")
+
+    def _holder(self, header: str) -> Holder | None:
+        if header not in self._cache:
+            names = original_caller(xfcc.parse(header), self._proxies)
+            if len(self._cache) >= _MAX_CACHED:
+                self._cache.clear()
+            self._cache[header] = holder_of(names, self._patterns) if names is not None else None
+        return self._cache[header]
 
 
 def original_caller(elements: Sequence[xfcc.Element], proxies: TrustedProxies) -> CertificateNames | None:

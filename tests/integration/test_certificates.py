@@ -69,6 +69,20 @@ class Load:
         credentials = grpc.ssl_channel_credentials(trusted or self.secrets.trusted, self.client.key, self.client.cert)
         return grpc.aio.secure_channel(self.address, credentials, options=OPTIONS)
 
+    async def shows(self, authority: Authority) -> bool:
+        """Whether the gateway shows a certificate of this authority to newcomers."""
+        async with self.channel(authority.pem) as channel:
+            try:
+                await self.list_models(channel)
+            except grpc.aio.AioRpcError as error:
+                if error.code() == grpc.StatusCode.UNAVAILABLE:
+                    return False
+                raise
+            return True
+
+    async def is_up(self) -> bool:
+        return await self.shows(self.secrets.authorities[0])
+
     async def list_models(self, channel: grpc.aio.Channel) -> None:
         stub: model_pb2_grpc.ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(channel)
         response = await stub.ListModels(model_pb2.ListModelsRequest(), timeout=60)
@@ -149,36 +163,26 @@ def secrets(tmp_path: Path) -> Secrets:
     return secrets
 
 
-def add_tls_gateway(system: System, secrets: Secrets) -> Gateway:
-    return system.add_gateway(
+def add_tls_gateway(system: System, secrets: Secrets, module: str = "gateway") -> Gateway:
+    gateway = system.add_gateway(
+        start=False,
         TORCHRELAY_GATEWAY_TLS_CERT_FILE=str(secrets.folder / "server.pem"),
         TORCHRELAY_GATEWAY_TLS_KEY_FILE=str(secrets.folder / "server.key"),
         TORCHRELAY_GATEWAY_TLS_CLIENT_CA_FILE=str(secrets.folder / "clients.pem"),
         TORCHRELAY_GATEWAY_CLIENT_CERTIFICATES="required",
         TORCHRELAY_AUTH_CERTIFICATE_TENANTS="spiffe://prod/ns/{tenant}/sa/*",
     )
+    gateway.module = module
+    gateway.start()
+    return gateway
 
 
 async def test_certificates_are_renewed_under_64_streams_and_no_call_fails(system: System, secrets: Secrets) -> None:
     gateway = add_tls_gateway(system, secrets)
     client = secrets.authorities[0].issue(uris=("spiffe://prod/ns/acme/sa/web",))
     load = Load(gateway.address, secrets, client)
-
-    async def shows(authority: Authority) -> bool:
-        """Whether the gateway shows a certificate of this authority to newcomers."""
-        async with load.channel(authority.pem) as channel:
-            try:
-                await load.list_models(channel)
-            except grpc.aio.AioRpcError as error:
-                if error.code() == grpc.StatusCode.UNAVAILABLE:
-                    return False
-                raise
-            return True
-
-    async def up() -> bool:
-        return await shows(secrets.authorities[0])
-
-    await until(up, 60, "the gateway answers over TLS")
+    shows = load.shows
+    await until(load.is_up, 60, "the gateway answers over TLS")
     async with asyncio.TaskGroup() as group:
         load.start(group)
         await load.have_all_moved()
@@ -219,3 +223,13 @@ async def test_certificates_are_renewed_under_64_streams_and_no_call_fails(syste
     events = gateway.log()
     assert events.count('"event": "tls.certificate_loaded"') >= 6
     assert '"event": "tls.certificate_refused"' in events
+
+
+async def test_a_gateway_that_does_not_look_at_its_certificates_again_is_seen(system: System, secrets: Secrets) -> None:
+    gateway = add_tls_gateway(system, secrets, "tests.gateway_with_old_certificates")
+    load = Load(gateway.address, secrets, secrets.issue(uris=("spiffe://prod/ns/acme/sa/web",)))
+    await until(load.is_up, 60, "the gateway answers over TLS")
+    secrets.authorities.append(Authority("the second"))
+    secrets.install(secrets.issue())
+    assert not await load.shows(secrets.authorities[1])
+    gateway.kill()

@@ -44,6 +44,7 @@ from gateway.server import GatewayServer, check_plaintext, is_admin_open
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.stream import StreamFactory, StreamTimes
+from gateway.tls import CertificateError
 from gateway.upkeep import Upkeep
 from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc, tenant_pb2_grpc, usage_pb2_grpc
 from torchrelay.v1 import generation_pb2_grpc, model_pb2_grpc
@@ -60,7 +61,7 @@ async def run(
     identity: tuple[IdentitySettings, ProxySettings],
     stop: asyncio.Event,
 ) -> None:
-    """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound."""
+    """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound, and CertificateError."""
     retry = Retry.from_settings(redis_settings)
     redis, blocking_redis, waiting_redis = (connect(redis_settings) for _ in range(3))
     admin_url = settings.admin_redis_url or redis_settings.url
@@ -162,7 +163,7 @@ def main() -> int:
     settings = read_settings(_settings, GatewaySettings, *IDENTITY_SETTINGS)
     try:
         asyncio.run(_main(*settings))
-    except OSError as error:
+    except (OSError, CertificateError) as error:
         log.error("gateway.failed", error=str(error))
         return 1
     return 0

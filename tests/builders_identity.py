@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -171,7 +172,8 @@ class KeyServer:
 
 
 @contextmanager
-def running_key_server() -> Iterator[KeyServer]:
+def running_key_server(files: tuple[Path, Path] | None = None) -> Iterator[KeyServer]:
+    """Over TLS where certificate and key are given."""
     state = KeyServer()
 
     class Handler(BaseHTTPRequestHandler):
@@ -191,9 +193,13 @@ def running_key_server() -> Iterator[KeyServer]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
+        if files is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*files)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
-        state.url = f"http://127.0.0.1:{server.server_address[1]}"
+        state.url = f"http{'' if files is None else 's'}://127.0.0.1:{server.server_address[1]}"
         try:
             yield state
         finally:

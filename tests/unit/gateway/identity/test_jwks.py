@@ -12,7 +12,7 @@ import pytest
 
 from gateway.identity.fetching import FetchError, discover, fetch_json, source_of_keys
 from gateway.identity.jwks import KeySet, KeySetTimes
-from tests.builders_identity import Issuer, KeyServer, running_key_server
+from tests.builders_identity import Authority, Issuer, KeyServer, running_key_server
 
 ISSUING = Issuer()
 TIMES = KeySetTimes(cache_s=600, max_stale_s=3600, refetch_s=30)
@@ -204,3 +204,21 @@ def test_nobody_there_is_an_error(tmp_path: Path) -> None:
 def test_keys_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "keys.json").write_text(json.dumps(ISSUING.key_set()))
     assert source_of_keys(issuer="x", file=tmp_path / "keys.json")() == ISSUING.key_set()
+
+
+def test_keys_come_over_tls_from_whom_the_authority_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    authority = Authority()
+    files = authority.issue(hosts=("127.0.0.1",)).write(tmp_path, "server")
+    ca_file = authority.write(tmp_path)
+    with running_key_server(files) as server:
+        server.documents["/keys"] = ISSUING.key_set()
+        assert source_of_keys(issuer="x", url=f"{server.url}/keys", ca_file=ca_file)() == ISSUING.key_set()
+        with pytest.raises(FetchError):
+            fetch_json(f"{server.url}/keys", 5)
+        with pytest.raises(FetchError):
+            fetch_json(f"{server.url}/keys".replace("127.0.0.1", "localhost"), 5, ca_file)
+    capsys.readouterr()  # the server complains of handshakes that were broken off

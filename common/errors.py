@@ -259,3 +259,9 @@ class BackendRefused(ServingError):
     """The server refuses our commands (no permission, wrong password or type, other schema): a fault of deployment."""
 
     default_reason = "BACKEND_REFUSED"
+
+
+class SealBroken(ServingError):
+    """A stored record cannot be read: changed, moved, sealed with another key, or not sealed where it must be."""
+
+    default_reason = "SEAL_BROKEN"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from common import keys, records
@@ -35,6 +36,7 @@ from common.jobs import (
 from common.redis import Argument, Redis, Retry, execute
 from common.replication import ReplicaAcks
 from common.scripts import ScriptRunner, as_list
+from common.sealing import PLAIN, Sealer
 from common.settings import QueueSettings
 from common.upkeep import Upkeep
 
@@ -57,7 +59,8 @@ class JobQueue:
     `gateway_id` is `keys.random_id()` of this process. Blocking reads go over `blocking_redis`, so that a pool which is
     busy waiting never delays an enqueue; its socket timeout bounds `block_ms` (see `common.redis.block_ms`). With
     `headroom`, which somebody else keeps up to date, new jobs are refused while memory is short; with `acks`, they
-    count once replicas have them.
+    count once replicas have them. `sealer` encrypts what is stored; what `replies` returns is as stored (see
+    `records.open_item`).
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class JobQueue:
         blocking_redis: Redis | None = None,
         headroom: Headroom | None = None,
         acks: ReplicaAcks | None = None,
+        sealer: Sealer = PLAIN,
     ) -> None:
         self._redis = redis
         self._blocking_redis = blocking_redis or redis
@@ -80,6 +84,7 @@ class JobQueue:
         self._scripts = scripts or ScriptRunner(redis)
         self._headroom = headroom
         self._acks = acks if acks is not None and acks.is_demanded else None
+        self._sealer = sealer
         self._upkeep = Upkeep(self._run, settings)
 
     @property
@@ -106,6 +111,7 @@ class JobQueue:
         if keys.shard_of(generation_id) != shard:
             raise ValueError("the generation id belongs to another shard")
         sampling = job.body.sampling
+        sealer = self._sealer.of(job.tenant, generation_id)
         retention_ms = _least(settings.retention_ms, job.retention_ms or 0)
         arguments: tuple[Argument, ...] = (
             generation_id,
@@ -125,8 +131,8 @@ class JobQueue:
             job.peak_kv_tokens,
             "" if job.idempotency_key is None else keys.idempotency_digest(job.tenant, job.idempotency_key),
             job.request_digest,
-            job.echo,
-            records.encode_body(job.body),
+            records.seal_echo(job.echo, sealer),
+            records.encode_body(job.body, sealer),
             settings.max_queued,
             _least(settings.max_queued_per_tenant, job.max_queued),
             _least(settings.max_live_per_tenant, job.max_live),
@@ -236,8 +242,16 @@ class JobQueue:
         if status == b"OUT_OF_RANGE":
             raise SequenceOutOfRange(after_sequence, rest[0])
         described, more, entries = rest
-        events = tuple(records.event_from_fields(fields) for fields in entries)
-        return Attachment(records.record_from_reply(described), events, more == 1)
+        record = self._opened(records.record_from_reply(described))
+        opener = self._sealer.of(record.tenant, record.generation_id)
+        events = tuple(records.event_from_fields(fields, opener) for fields in entries)
+        return Attachment(record, events, more == 1)
+
+    def _opened(self, record: GenerationRecord) -> GenerationRecord:
+        if not self._sealer.is_on:
+            return record
+        opener = self._sealer.of(record.tenant, record.generation_id)
+        return replace(record, echo=records.open_echo(record.echo, opener))
 
     async def detach(self, generation_id: str, *, attach_id: str = "", least_grace_ms: int = 0) -> JobState | None:
         """The client of this gateway's stream is gone: begin the job's own disconnect grace (0: it is cancelled now).
@@ -268,7 +282,7 @@ class JobQueue:
         found = as_list(reply)
         if not found:
             raise GenerationNotFound
-        return records.record_from_reply(found[0])
+        return self._opened(records.record_from_reply(found[0]))
 
     async def delete(self, generation_id: str, tenant: str) -> None:
         """End a generation if it runs, and erase all that is stored of it. Raises GenerationNotFound."""
@@ -293,7 +307,7 @@ class JobQueue:
         return sum(map(int, lengths.values()))
 
     async def list_inflight(self, shard: str, limit: int = 100) -> list[GenerationRecord]:
-        """Queued and running generations of all tenants, those with the nearest deadline first."""
+        """Queued and running generations of all tenants, those with the nearest deadline first; echoes as stored."""
         if limit <= 0:
             return []
         return [records.record_from_reply(item) for item in as_list(await self._run("get", shard, "", 1, limit))]

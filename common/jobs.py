@@ -62,7 +62,7 @@ class LogEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     chain_hash: bytes  # over the token ids up to and including this event (common/chain.py)
     epoch: int
     sequence: int
-    body: EventBody | None = None  # None in a STARTED marker
+    body: EventBody | bytes | None = None  # None in a STARTED marker; bytes as stored, where it is sealed
     kind: ItemKind = ItemKind.EVENT
     reason: str = ""  # of a terminal: see Reason
 
@@ -70,14 +70,15 @@ class LogEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class ReplyItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One item of a gateway's reply stream: a copy of a log event, or news about a job.
 
-    A copy whose `body` is None was too large for the reply stream: it must be read from the log.
+    A copy whose `body` is None was too large for the reply stream: it must be read from the log. One that is bytes is
+    sealed.
     """
 
     generation_id: str
     chain_hash: bytes
     epoch: int
     sequence: int
-    body: EventBody | None = None
+    body: EventBody | bytes | None = None
     kind: ItemKind = ItemKind.EVENT
     reason: str = ""
 

@@ -175,6 +175,9 @@ class LogSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TORCHRELAY_LOG_", frozen=True)
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least that is written.")
     format: LogFormat = Field(default=LogFormat.AUTO, description="json, text, or auto: text on a terminal.")
+    core_dumps: bool = Field(
+        default=False, description="Whether a crash may leave a core file: it would hold what callers wrote."
+    )
 
     @field_validator("level", mode="before")
     @classmethod

@@ -22,6 +22,7 @@ from common.quotas import QuotaMeter
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
+from common.sealing import EncryptionSettings, Sealer
 from common.settings import QueueSettings, RedisSettings
 from common.startup import read_settings
 from common.tenants import Tenants
@@ -32,6 +33,7 @@ from gateway.admin.fleet import FleetServicer
 from gateway.admin.tenants import TenantServicer
 from gateway.admin.usage import UsageServicer
 from gateway.admission import Admission
+from gateway.audit import Audit, AuditFile
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
 from gateway.identity.assembly import build_authenticator, check_identity
@@ -59,6 +61,7 @@ async def run(
     redis_settings: RedisSettings,
     queue_settings: QueueSettings,
     identity: tuple[IdentitySettings, ProxySettings],
+    sealer: Sealer,
     stop: asyncio.Event,
 ) -> None:
     """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound, and CertificateError."""
@@ -75,18 +78,29 @@ async def run(
         blocking_redis=blocking_redis,
         headroom=headroom,
         acks=ReplicaAcks(waiting_redis, redis_settings),
+        sealer=sealer,
     )
     registry = ModelRegistry(redis, retry=retry)
     catalog = Catalog(ModelDirectory(registry, queue), registry)
     hub = EventHub(settings.max_pending_events, settings.max_pending_bytes)
-    streams = StreamFactory(queue, hub, StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s))
+    streams = StreamFactory(
+        queue, hub, StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s), sealer
+    )
     secret = SharedSecret(redis, admin_redis, retry)
 
     tenants = Tenants(redis, retry=retry)
     authenticator = build_authenticator(*identity, ApiKeys(redis, retry=retry), tenants)
-    guard = Guard(authenticator.authenticate, authorize=check_method, send_timeout_s=settings.send_timeout_s)
+    audit_file = AuditFile(settings.audit_file) if settings.audit_file is not None else None
+    guard = Guard(
+        authenticator.authenticate,
+        authorize=check_method,
+        audit=Audit(audit_file),
+        send_timeout_s=settings.send_timeout_s,
+    )
     operator = operator_authenticator(authenticator.authenticate, is_open=is_admin_open(settings))
-    server = GatewayServer(settings, guard, Guard(operator, authorize=check_method))
+    server = GatewayServer(
+        settings, guard, Guard(operator, authorize=check_method, audit=Audit(audit_file, to_log=True))
+    )
     quotas = QuotaMeter(redis, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
     admission = Admission(queue, quotas)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
@@ -98,7 +112,7 @@ async def run(
     api_key_pb2_grpc.add_ApiKeyServiceServicer_to_server(
         ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
     )
-    dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom)
+    dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom, sealer=sealer)
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue, dead_letters), server.admin)
     tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantServicer(Tenants(admin_redis, retry=retry)), server.admin)
     usage_pb2_grpc.add_UsageServiceServicer_to_server(
@@ -140,7 +154,9 @@ async def run(
     log.info("gateway.stopped")
 
 
-_Settings: TypeAlias = tuple[GatewaySettings, RedisSettings, QueueSettings, tuple[IdentitySettings, ProxySettings]]
+_Settings: TypeAlias = tuple[
+    GatewaySettings, RedisSettings, QueueSettings, tuple[IdentitySettings, ProxySettings], Sealer
+]
 
 
 async def _main(*settings: *_Settings) -> None:
@@ -155,7 +171,7 @@ def _settings() -> _Settings:
     settings, identity = GatewaySettings(), (IdentitySettings(), ProxySettings())
     check_plaintext(settings)
     check_identity(*identity)
-    return settings, RedisSettings(), QueueSettings(), identity
+    return settings, RedisSettings(), QueueSettings(), identity, Sealer.from_settings(EncryptionSettings())
 
 
 def main() -> int:

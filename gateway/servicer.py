@@ -16,8 +16,8 @@ from common.deltas import merge_deltas
 from common.generation import JobBody, OutputDelta
 from common.grants import Caps
 from common.job_queue import JobQueue
-from common.jobs import Attachment, NewJob
-from gateway import convert
+from common.jobs import Attachment, Enqueued, NewJob
+from gateway import audit, convert
 from gateway import validation as check
 from gateway.admission import Admission
 from gateway.catalog import Catalog
@@ -34,6 +34,7 @@ GENERATION_ID_METADATA = "torchrelay-generation-id"
 _MIN_TIME_LIMIT_MS = 1
 _DEADLINE_SLACK_MS = 100  # so that the call's own deadline is what its caller hears of
 _RETRY_AFTER_MS = 500
+_MAX_NOTED_ID = 128
 _REPEAT_GRACE_MS = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
@@ -89,6 +90,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         caller = current_caller()
         job, accepted = await self._job(request, caller, None)
         enqueued = await self._admission.enqueue(keys.shard_of(accepted.generation_id), job, caller)
+        _note_accepted(enqueued, job, accepted)
         if enqueued.duplicate:
             record = await self._queue.get(enqueued.generation_id, job.tenant)
             accepted = accepted_of(record)
@@ -111,7 +113,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         if not request.after_sequence:
             position = LogPosition()
         with self._one_more_call():
-            subscription = self._streams.listen(request.generation_id)
+            subscription = self._streams.listen(request.generation_id, caller.tenant)
             stream: EventStream | None = None
             held = True
             try:
@@ -181,7 +183,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         with self._one_more_call():
             job, accepted = await self._job(request, caller, context.time_remaining())
             known = await self._known(request.model, job)
-            subscription = self._streams.listen(known or accepted.generation_id)
+            subscription = self._streams.listen(known or accepted.generation_id, caller.tenant)
             stream: EventStream | None = None
             least_grace_ms = 0
             try:
@@ -198,7 +200,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                     if enqueued.duplicate:
                         known = enqueued.generation_id
                         await self._streams.close(subscription, ended=True)
-                        subscription = self._streams.listen(known)
+                        subscription = self._streams.listen(known, caller.tenant)
                     accepted.place = max(0, enqueued.place - 1)
                 if known is not None:
                     attachment = await self._queue.attach(known, caller.tenant, attach_id=subscription.attach_id)
@@ -297,6 +299,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     def _check_access(self, generation_id: str, caller: Caller) -> None:
         """Refuse an empty id, and ids of models that the caller may not use: existing or not, and whosever they are."""
+        audit.note(generation_id=generation_id[:_MAX_NOTED_ID])
         if not generation_id:
             raise errors.InvalidRequest("generation_id is required", reason="FIELD_REQUIRED", field="generation_id")
         if not caller.grants.models:
@@ -373,3 +376,16 @@ class _CallCount:
 
     def __exit__(self, *_: object) -> None:
         self._servicer.count(-1)
+
+
+def _note_accepted(enqueued: Enqueued, job: NewJob, accepted: pb.Accepted) -> None:
+    audit.note(
+        generation_id=enqueued.generation_id,
+        model=accepted.model,
+        prompt_tokens=accepted.prompt_tokens,
+        max_tokens=accepted.config.max_tokens,
+        num_outputs=accepted.config.num_outputs,
+        priority=job.priority,
+        request_digest=job.request_digest[:16].hex(),
+    )
+    audit.mark("generation.repeated" if enqueued.duplicate else "generation.accepted")

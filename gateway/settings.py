@@ -43,6 +43,11 @@ class GatewaySettings(BaseSettings):
         default="auto",
         description="Whether operators' calls need credentials with an admin scope; auto: not at a loopback address.",
     )
+    audit_file: Path | None = Field(
+        default=None,
+        description="Where each call is recorded, a line of JSON each: who, what, ids, counts and digests, never text. "
+        "Operators' calls are in the log too.",
+    )
     reveal_models: bool = Field(
         default=True,
         description="Whether callers learn of models that they may not use; if not, they are as if they did not exist.",

@@ -33,6 +33,7 @@ STATUS_OF: Final[Mapping[type[errors.ServingError], grpc.StatusCode]] = {
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.GenerationFailed: grpc.StatusCode.INTERNAL,
     errors.BackendRefused: grpc.StatusCode.INTERNAL,
+    errors.SealBroken: grpc.StatusCode.INTERNAL,
 }
 
 

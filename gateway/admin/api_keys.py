@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from common.api_keys import ApiKey, ApiKeys
 from common.errors import InvalidRequest, PermissionDenied
 from common.grants import ADMIN_SCOPES, Grants
-from gateway import convert
+from gateway import audit, convert
 from gateway.admin import messages
 from gateway.identity.caller import current_caller
 from gateway.model_servicer import page_size
@@ -22,6 +22,7 @@ from torchrelay.admin.v1beta1 import api_key_pb2_grpc as pb_grpc
 from torchrelay.admin.v1beta1 import grants_pb2
 
 _MAX_DISPLAY_NAME: Final = 128
+_MAX_NOTED_ID: Final = 64
 _MAX_OVERLAP_MS: Final = 30 * 86_400_000
 
 
@@ -50,6 +51,7 @@ class ApiKeyServicer(pb_grpc.ApiKeyServiceServicer):
             self._ttl_ms(request.expire_time) if request.HasField("expire_time") else None,
             grants=_grantable(request.grants),
         )
+        audit.note(target_tenant=request.tenant, target_key=created.api_key.key_id)
         return pb.CreateApiKeyResponse(api_key=_api_key(created.api_key), secret=created.secret)
 
     async def ListApiKeys(  # noqa: N802
@@ -84,6 +86,7 @@ class ApiKeyServicer(pb_grpc.ApiKeyServiceServicer):
             )
         ttl_ms = self._ttl_ms(request.expire_time) if request.HasField("expire_time") else None
         made, rotated = await self._api_keys.rotate(_key_id(request.key_id), overlap_ms, ttl_ms)
+        audit.note(target_tenant=rotated.tenant, new_key=made.api_key.key_id)
         return pb.RotateApiKeyResponse(api_key=_api_key(made.api_key), secret=made.secret, rotated=_api_key(rotated))
 
     async def UpdateApiKey(  # noqa: N802
@@ -102,6 +105,7 @@ class ApiKeyServicer(pb_grpc.ApiKeyServiceServicer):
 def _key_id(key_id: str) -> str:
     if not key_id:
         raise InvalidRequest("key_id is required", reason="FIELD_REQUIRED", field="key_id")
+    audit.note(target_key=key_id[:_MAX_NOTED_ID])
     return key_id
 
 

@@ -14,7 +14,7 @@ from common.errors import GenerationNotFound
 from common.job_queue import JobQueue
 from common.jobs import GenerationRecord, JobState, LiveWorker
 from common.registry import ModelEntry
-from gateway import convert
+from gateway import audit, convert
 from gateway import dead_letters as letters
 from gateway.catalog import Catalog
 from gateway.model_servicer import page_size
@@ -82,6 +82,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         served = [generation_id for generation_id in ids if _is_of(shards, generation_id)]
         results = {result.generation_id: result for result in await self._dead_letters.retry(served)}
         found = [results.get(name, LetterResult(name, Outcome.NOT_FOUND)) for name in dict.fromkeys(ids)]
+        audit.note(letters=len(found), retried=sum(one.outcome is Outcome.RETRIED for one in found))
         return fleet_pb2.RetryDeadLettersResponse(results=letters.result_messages(found))
 
     async def PurgeDeadLetters(  # noqa: N802
@@ -90,6 +91,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         letters.check_choice(request)
         ids = list(request.generation_ids) or await self._ids_of_model(request.model)
         results = await self._dead_letters.purge(ids)
+        audit.note(letters=len(results), purged=sum(one.outcome is Outcome.PURGED for one in results))
         return fleet_pb2.PurgeDeadLettersResponse(results=letters.result_messages(results))
 
     async def _ids_of_model(self, model: str) -> list[str]:

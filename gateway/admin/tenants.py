@@ -7,6 +7,7 @@ from typing import Any
 import grpc.aio
 
 from common.tenants import Tenants
+from gateway import audit
 from gateway.admin import messages
 from gateway.model_servicer import page_size
 from torchrelay.admin.v1beta1 import tenant_pb2 as pb
@@ -40,11 +41,14 @@ class TenantServicer(pb_grpc.TenantServiceServicer):
         self, request: pb.SetTenantRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.SetTenantResponse:
         name = messages.check_tenant_name(request.tenant.tenant, "tenant.tenant")
+        audit.note(target_tenant=name)
         tenant = await self._tenants.set(name, messages.policy_of(request.tenant))
         return pb.SetTenantResponse(tenant=messages.tenant_message(tenant))
 
     async def DeleteTenant(  # noqa: N802
         self, request: pb.DeleteTenantRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.DeleteTenantResponse:
-        await self._tenants.delete(messages.check_tenant_name(request.tenant))
+        name = messages.check_tenant_name(request.tenant)
+        audit.note(target_tenant=name)
+        await self._tenants.delete(name)
         return pb.DeleteTenantResponse()

@@ -135,9 +135,9 @@ class Both:
         return sorted((generation(job.id), job.epoch, job.n, hash_of(job.chain), job.progress) for job in jobs)
 
     def _claimed_really(self, reply: list[list[Any]]) -> list[tuple[Any, ...]]:
-        found = [records.claim_from_reply(one) for one in reply]
+        found = [(records.job_from_reply(one), records.claim_head(one)) for one in reply]
         return sorted(
-            (one.job.generation_id, one.job.epoch, one.job.sequence, one.job.chain_hash, one.progress) for one in found
+            (job.generation_id, job.epoch, job.sequence, job.chain_hash, head.progress) for job, head in found
         )
 
     def do_owned(self) -> Step:

@@ -302,6 +302,7 @@ CODES = {
     "WorkerFailed": "INTERNAL",
     "LogLimitExceeded": "INTERNAL",
     "BackendRefused": "INTERNAL",
+    "SealBroken": "INTERNAL",
 }
 
 

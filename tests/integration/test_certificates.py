@@ -34,16 +34,28 @@ class Secrets:
     """The gateway's files, each replaced as a whole, but not at the same moment."""
 
     folder: Path
-    authorities: list[Authority] = field(default_factory=lambda: [Authority("the first")])
+    # Clients trust all of them from the start: an authority is made known before it signs.
+    authorities: list[Authority] = field(default_factory=lambda: [Authority(f"number {n}") for n in range(6)])
+    num_used: int = 1
 
     @property
     def trusted(self) -> bytes:
-        """What clients trust: every authority so far."""
+        """What clients trust."""
         return b"".join(authority.pem for authority in self.authorities)
+
+    @property
+    def newest(self) -> Authority:
+        """Who signs now."""
+        return self.authorities[self.num_used - 1]
+
+    def change_authority(self) -> Authority:
+        """Have the next one sign from now on; return the one before."""
+        self.num_used += 1
+        return self.authorities[self.num_used - 2]
 
     def issue(self, **options: Any) -> Pair:
         """A certificate of the newest authority."""
-        return self.authorities[-1].issue(hosts=("127.0.0.1",), **options)
+        return self.newest.issue(hosts=("127.0.0.1",), **options)
 
     def put(self, name: str, content: bytes) -> None:
         (self.folder / "new").write_bytes(content)
@@ -159,7 +171,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 def secrets(tmp_path: Path) -> Secrets:
     secrets = Secrets(tmp_path)
     secrets.install(secrets.issue())
-    secrets.put("clients.pem", secrets.trusted)
+    secrets.put("clients.pem", secrets.newest.pem)
     return secrets
 
 
@@ -187,19 +199,18 @@ async def test_certificates_are_renewed_under_64_streams_and_no_call_fails(syste
         load.start(group)
         await load.have_all_moved()
 
-        for number in range(3):  # a new authority each time, so that a newcomer can tell what it is shown
-            secrets.authorities.append(Authority(f"authority {number}"))
+        for _ in range(3):  # a new authority each time, so that a newcomer can tell what it is shown
+            before = secrets.change_authority()
             pair = secrets.issue()
             secrets.put("server.pem", pair.cert)  # for a while the key is another certificate's
             await load.have_all_moved()
-            assert not await shows(secrets.authorities[-1])
+            assert not await shows(secrets.newest)
             secrets.put("server.key", pair.key)
-            assert await shows(secrets.authorities[-1])
-            assert not await shows(secrets.authorities[-2])
+            assert await shows(secrets.newest)
+            assert not await shows(before)
             await load.have_all_moved()
 
-        before = secrets.authorities[-1]
-        secrets.authorities.append(Authority("the late one"))
+        before = secrets.change_authority()
         secrets.install(secrets.issue(valid_for_s=-5))  # expired: what was there before goes on
         assert await shows(before)
         secrets.put("server.pem", b"half of a")  # not even that
@@ -208,15 +219,16 @@ async def test_certificates_are_renewed_under_64_streams_and_no_call_fails(syste
 
         short = secrets.issue(valid_for_s=SHORT_S)
         secrets.install(short)  # takes the expired one's place
-        assert await shows(secrets.authorities[-1])
-        secrets.authorities.append(Authority("the last"))
+        assert await shows(secrets.newest)
+        secrets.change_authority()
         secrets.install(secrets.issue())
-        assert await shows(secrets.authorities[-1])
+        assert await shows(secrets.newest)
         await asyncio.sleep(SHORT_S)  # connections that were made under it outlive it
         await load.have_all_moved()
 
-        secrets.put("clients.pem", secrets.authorities[-1].pem)  # who signs clients' certificates changes, too
-        load.client = secrets.authorities[-1].issue(uris=("spiffe://prod/ns/acme/sa/web",))
+        both = secrets.authorities[0].pem + secrets.newest.pem
+        secrets.put("clients.pem", both)  # who signs clients' certificates changes, too
+        load.client = secrets.newest.issue(uris=("spiffe://prod/ns/acme/sa/web",))
         await load.have_all_moved()
         load.stopping = True
     await load.close()
@@ -229,7 +241,7 @@ async def test_a_gateway_that_does_not_look_at_its_certificates_again_is_seen(sy
     gateway = add_tls_gateway(system, secrets, "tests.gateway_with_old_certificates")
     load = Load(gateway.address, secrets, secrets.issue(uris=("spiffe://prod/ns/acme/sa/web",)))
     await until(load.is_up, 60, "the gateway answers over TLS")
-    secrets.authorities.append(Authority("the second"))
+    secrets.change_authority()
     secrets.install(secrets.issue())
-    assert not await load.shows(secrets.authorities[1])
+    assert not await load.shows(secrets.newest)
     gateway.kill()

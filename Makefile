@@ -135,6 +135,14 @@ soak: install-dev  ## an hour of steady load with a fault a minute: memory of ev
 bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
 	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)
 
+.PHONY: security
+security: install-dev  ## the sixty bad inputs, floods in earnest and timing; writes tests/security/README.md; minutes
+	$(BIN)/python -m tests.security.run $(ARGS)
+
+.PHONY: bench-admission
+bench-admission: install-dev  ## what it costs to know a caller, hold it to its quota and check its request
+	$(BIN)/python -m tests.benchmarks.admission_cost $(ARGS)
+
 .PHONY: queue-memory
 queue-memory: install-dev  ## what a generation costs in the server's memory; ARGS=/path/to/redis-server for another one
 	$(BIN)/python -m tests.benchmarks.queue_memory $(ARGS)

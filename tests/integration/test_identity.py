@@ -134,6 +134,7 @@ async def test_keys_count_beside_tokens(system: System, token_door: Door) -> Non
     assert await tenant_of(system, await token_door.submit(bearer(system.key))) == "tests"
 
 
+@pytest.mark.row(5, 6)
 @pytest.mark.parametrize("name", FORGED)
 async def test_a_forged_token_is_refused_and_the_next_good_call_is_served(token_door: Door, name: str) -> None:
     with refused() as refusal:
@@ -142,6 +143,7 @@ async def test_a_forged_token_is_refused_and_the_next_good_call_is_served(token_
     await token_door.submit(bearer(ISSUING.token()))
 
 
+@pytest.mark.row(4)
 async def test_two_credentials_are_refused_in_strict_mode(system: System, token_door: Door) -> None:
     with refused() as refusal:
         await token_door.submit(bearer(ISSUING.token()), ("x-api-key", system.key))

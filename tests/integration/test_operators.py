@@ -285,6 +285,9 @@ def test_usage_is_shown_and_erasing_leaves_it(run: Verbs) -> None:
     generation_id = answer["generation_id"]
     assert run("erase", generation_id).stdout == f"{generation_id} erased\n"
     assert "REQUEST_NOT_FOUND" in run("erase", generation_id, status=1).stderr
+    refused = run("generate", "hello", "-m", MODEL, "--priority", "high", status=1)
+    assert "PRIORITY_NOT_ALLOWED" in refused.stderr
+    assert "--priority" in run("generate", "hello", "-m", MODEL, "--priority", "urgent", status=2).stderr
     rows = [
         line.split()
         for line in run("usage", "--tenant", "tests", "--by", "tenant", "--by", "model").stdout.splitlines()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from torchrelay.cli import connection as at
 from torchrelay.cli import output
 from torchrelay.client import Client, GenerationOptions, GenerationStream, Prompt, RelayError
+from torchrelay.client.requests import Priority
 from torchrelay.v1 import generation_pb2 as pb
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Model name; the only one if there is just one.")]
@@ -158,6 +159,7 @@ def generate(
     system: SystemOption = "",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds.")] = None,
+    priority: Annotated[str | None, typer.Option("--priority", help="high, normal or low; as the key allows.")] = None,
     as_json: at.JsonOption = False,
     address: at.AddressOption = at.DEFAULT_ADDRESS,
     api_key: at.ApiKeyOption = None,
@@ -193,7 +195,12 @@ def generate(
             prompt = [*prompt, {"role": "user", "content": text}]
         elif system:
             raise typer.BadParameter("needs a model with a chat template, and no --raw", param_hint="--system")
-        stream = client.stream(prompt, model=name, time_limit_s=time_limit, **options)
+        try:
+            stream = client.stream(
+                prompt, model=name, time_limit_s=time_limit, priority=cast(Priority | None, priority), **options
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--priority") from error
         answer = run_stream(client, stream, echo=not as_json)
         if as_json:
             output.print_json(answer.as_json())

@@ -133,8 +133,7 @@ def erase(
     tls = at.tls_of(tls_ca, tls_cert, tls_key)
     with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
         for generation_id in generation_ids:
-            request = generation_pb2.DeleteGenerationRequest(generation_id=generation_id)
-            client.generation.DeleteGeneration(request, metadata=client.metadata)
+            client.delete(generation_id)
             output.write(f"{generation_id} erased\n")
 
 

@@ -14,7 +14,7 @@ import grpc.aio
 
 from torchrelay.client import channel as channels
 from torchrelay.client.errors import RelayError, from_rpc_error
-from torchrelay.client.requests import GenerationOptions, Prompt, make_stream_request
+from torchrelay.client.requests import GenerationOptions, Priority, Prompt, make_stream_request
 from torchrelay.client.resume import RetryPolicy, StreamPosition
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import generation_pb2_grpc as pb_grpc
@@ -147,6 +147,8 @@ class AsyncClient:
         model: str,
         time_limit_s: float | None = None,
         idempotency_key: str | None = None,
+        priority: Priority | None = None,
+        cache_salt: bytes = b"",
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerationStream:
         """Generate, and return the stream of events; nothing is sent until it is iterated."""
@@ -157,6 +159,8 @@ class AsyncClient:
             time_limit_s=time_limit_s,
             disconnect_grace_s=self._disconnect_grace_s,
             idempotency_key=idempotency_key,
+            priority=priority,
+            cache_salt=cache_salt,
         )
         return AsyncGenerationStream(self, request, StreamPosition(self._retry))
 
@@ -174,10 +178,20 @@ class AsyncClient:
         model: str,
         time_limit_s: float | None = None,
         idempotency_key: str | None = None,
+        priority: Priority | None = None,
+        cache_salt: bytes = b"",
         **options: Unpack[GenerationOptions],
     ) -> pb.Generation:
         """Generate, wait for the end, and return the whole result."""
-        stream = self.stream(prompt, model=model, time_limit_s=time_limit_s, idempotency_key=idempotency_key, **options)
+        stream = self.stream(
+            prompt,
+            model=model,
+            time_limit_s=time_limit_s,
+            idempotency_key=idempotency_key,
+            priority=priority,
+            cache_salt=cache_salt,
+            **options,
+        )
         async for _ in stream:
             pass
         return await self.get(stream.generation_id)
@@ -193,6 +207,11 @@ class AsyncClient:
         request = pb.CancelGenerationRequest(generation_id=generation_id)
         response = await self._retrying(lambda: self.generation.CancelGeneration(request, metadata=self.metadata))
         return response.state
+
+    async def delete(self, generation_id: str) -> None:
+        """End a generation if it runs, and erase all that is stored of it."""
+        request = pb.DeleteGenerationRequest(generation_id=generation_id)
+        await self._retrying(lambda: self.generation.DeleteGeneration(request, metadata=self.metadata))
 
     async def models(self) -> list[model_pb2.Model]:
         """List every model that the caller may use."""

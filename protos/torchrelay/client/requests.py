@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -14,6 +14,9 @@ from torchrelay.v1 import generation_pb2 as pb
 # A prompt: text, token ids, or messages like {"role": "user", "content": "Hello"}.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
+Priority = Literal["high", "normal", "low"]
+
+_PRIORITIES = {"high": pb.PRIORITY_HIGH, "normal": pb.PRIORITY_NORMAL, "low": pb.PRIORITY_LOW}
 _WHAT_A_PROMPT_IS = "a prompt is a string, a list of token ids, or a list of messages with role and content"
 _ROLES = {"system": pb.ROLE_SYSTEM, "user": pb.ROLE_USER, "assistant": pb.ROLE_ASSISTANT}
 
@@ -71,11 +74,15 @@ def make_stream_request(
     time_limit_s: float | None,
     disconnect_grace_s: float,
     idempotency_key: str | None,
+    priority: Priority | None = None,
+    cache_salt: bytes = b"",
 ) -> pb.StreamGenerateRequest:
-    """Build the request of a stream.
+    """Build the request of a stream. Raises ValueError for an unknown priority.
 
     A key is made up if none is given: it is what makes a repeat after a lost reply safe.
     """
+    if priority is not None and priority not in _PRIORITIES:
+        raise ValueError(f"priority {priority!r} is not one of {', '.join(_PRIORITIES)}")
     return pb.StreamGenerateRequest(
         model=model,
         input=make_input(prompt),
@@ -83,4 +90,6 @@ def make_stream_request(
         time_limit=make_duration(time_limit_s),
         disconnect_grace=make_duration(disconnect_grace_s),
         idempotency_key=idempotency_key or uuid.uuid4().hex,
+        priority=pb.PRIORITY_UNSPECIFIED if priority is None else _PRIORITIES[priority],
+        cache_salt=cache_salt,
     )

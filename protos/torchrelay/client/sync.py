@@ -12,7 +12,7 @@ import grpc
 
 from torchrelay.client import channel as channels
 from torchrelay.client.errors import RelayError, from_rpc_error
-from torchrelay.client.requests import GenerationOptions, Prompt, make_stream_request
+from torchrelay.client.requests import GenerationOptions, Priority, Prompt, make_stream_request
 from torchrelay.client.resume import RetryPolicy, StreamPosition
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import generation_pb2_grpc as pb_grpc
@@ -139,6 +139,8 @@ class Client:
         model: str,
         time_limit_s: float | None = None,
         idempotency_key: str | None = None,
+        priority: Priority | None = None,
+        cache_salt: bytes = b"",
         **options: Unpack[GenerationOptions],
     ) -> GenerationStream:
         """Generate, and return the stream of events; nothing is sent until it is iterated."""
@@ -149,6 +151,8 @@ class Client:
             time_limit_s=time_limit_s,
             disconnect_grace_s=self._disconnect_grace_s,
             idempotency_key=idempotency_key,
+            priority=priority,
+            cache_salt=cache_salt,
         )
         return GenerationStream(self, request, StreamPosition(self._retry))
 
@@ -166,10 +170,20 @@ class Client:
         model: str,
         time_limit_s: float | None = None,
         idempotency_key: str | None = None,
+        priority: Priority | None = None,
+        cache_salt: bytes = b"",
         **options: Unpack[GenerationOptions],
     ) -> pb.Generation:
         """Generate, wait for the end, and return the whole result."""
-        stream = self.stream(prompt, model=model, time_limit_s=time_limit_s, idempotency_key=idempotency_key, **options)
+        stream = self.stream(
+            prompt,
+            model=model,
+            time_limit_s=time_limit_s,
+            idempotency_key=idempotency_key,
+            priority=priority,
+            cache_salt=cache_salt,
+            **options,
+        )
         for _ in stream:
             pass
         return self.get(stream.generation_id)
@@ -183,6 +197,11 @@ class Client:
         """End a generation; return the state that it is in."""
         request = pb.CancelGenerationRequest(generation_id=generation_id)
         return self._retrying(lambda: self.generation.CancelGeneration(request, metadata=self.metadata)).state
+
+    def delete(self, generation_id: str) -> None:
+        """End a generation if it runs, and erase all that is stored of it."""
+        request = pb.DeleteGenerationRequest(generation_id=generation_id)
+        self._retrying(lambda: self.generation.DeleteGeneration(request, metadata=self.metadata))
 
     def models(self) -> list[model_pb2.Model]:
         """List every model that the caller may use."""

@@ -153,3 +153,23 @@ def test_loopback_is_recognised(address: str, expected: bool) -> None:
 def test_a_key_travels_as_bearer() -> None:
     assert auth_metadata("tr_x") == (("authorization", "Bearer tr_x"),)
     assert auth_metadata(None) == auth_metadata("") == ()
+
+
+def test_a_priority_is_named_and_another_is_refused() -> None:
+    def made(**fields: Any) -> pb.StreamGenerateRequest:
+        return make_stream_request(
+            "m", "hi", {}, time_limit_s=None, disconnect_grace_s=1, idempotency_key="k", **fields
+        )
+
+    assert made().priority == pb.PRIORITY_UNSPECIFIED
+    assert made(priority="low", cache_salt=b"s") == pb.StreamGenerateRequest(
+        model="m",
+        input=pb.GenerationInput(text="hi"),
+        config=pb.GenerationConfig(),
+        disconnect_grace=Duration(seconds=1),
+        idempotency_key="k",
+        priority=pb.PRIORITY_LOW,
+        cache_salt=b"s",
+    )
+    with pytest.raises(ValueError, match="high, normal, low"):
+        made(priority="urgent")

@@ -56,7 +56,7 @@ def record_from_reply(reply: Sequence[Any]) -> GenerationRecord:
     (
         generation_id, state, reason, tenant, key_id, priority, epoch, attempts, num_claims, sequence,
         prompt_tokens, cached_prompt_tokens, completion_tokens, place, worker_id, gateway_id,
-        created_ms, started_ms, first_token_ms, ended_ms, deadline_ms, disconnect_grace_ms, echo,
+        created_ms, started_ms, first_token_ms, ended_ms, deadline_ms, disconnect_grace_ms, echo, expected_wait_ms,
     ) = reply  # fmt: skip
     return GenerationRecord(
         generation_id=generation_id.decode(),
@@ -80,7 +80,13 @@ def record_from_reply(reply: Sequence[Any]) -> GenerationRecord:
         deadline_ms=deadline_ms,
         disconnect_grace_ms=disconnect_grace_ms,
         echo=echo,
+        expected_wait_ms=known_ms(expected_wait_ms),
     )
+
+
+def known_ms(value: int) -> int | None:
+    """A time that the scripts give as -1 when it is not known."""
+    return None if value < 0 else value
 
 
 class ClaimRecord(msgspec.Struct, frozen=True):
@@ -96,6 +102,7 @@ def claim_from_reply(reply: Sequence[Any]) -> ClaimRecord:
     (
         generation_id, epoch, sequence, chain_hash, remaining_ms, priority, attempts, tenant,
         prompt_tokens, cached_prompt_tokens, completion_tokens, log_bytes, progress, body, log,
+        weight, num_preemptions, by_share,
     ) = reply  # fmt: skip
     entries = [event_from_fields(fields) for _, fields in log]
     job = ClaimedJob(
@@ -110,6 +117,9 @@ def claim_from_reply(reply: Sequence[Any]) -> ClaimRecord:
         usage=Usage(prompt_tokens, cached_prompt_tokens, completion_tokens),
         body=_BODY_DECODER.decode(body),
         events=tuple(event for event in entries if event.kind is not ItemKind.STARTED),
+        weight=float(weight),
+        num_preemptions=num_preemptions,
+        by_share=by_share == 1,
     )
     return ClaimRecord(job, log_bytes, progress == 1)
 

@@ -6,9 +6,9 @@
 -- A class below the highest has a share of the service, as it is charged in advance, while it has jobs waiting: its
 -- credit, {s}:meta share:<class>, grows by that part of all service handed out, and falls by its own. Once the credit
 -- covers its first job, that goes before all other classes, and what does not fit then holds those back. So in any time in
--- which it has jobs waiting, a class is handed out at least its share less the cost of its first job, and, where several
--- shares are due at once, of one job of each other class. The credit ends with the last waiting job, and is never above
--- the cost of the first job and the share of one other. Jobs that run alone are not counted.
+-- which a class has jobs waiting, it is handed out at least its share, less the cost of two of the largest jobs: of its
+-- own first one, and its part of what goes to another class that is due at once. The credit ends with the last waiting
+-- job; where a worker can take none, it grows to the cost of the first and one gain. Jobs that run alone do not count.
 --
 -- A job that ended several workers in a row before it made progress (see queue) runs alone, so that it takes nobody with
 -- it: it, or the job beside it, may be what ends them. One worker at a time is reserved for such jobs, by {s}:meta alone
@@ -47,7 +47,7 @@ local function take(j)
   if j.sc == 0 then
     j.sc, j.ch = now, cost(j)
     charge(j.t, j.ch / j.wt)
-    move_floor(j.c, counter, j.ch / j.wt)
+    move_floor(j.c, counter)
   end
   call('HSET', P .. 'j:' .. j.id, 'st', 'R', 'w', wid, 'ep', int(j.ep), 'nc', int(j.nc), 'es', j.es, 'sc', int(j.sc),
     'ch', int(j.ch))
@@ -63,6 +63,7 @@ local lengths = queue_lengths()
 local walks = {} -- by class: what was looked at and left
 local heads = {} -- by class: cost of its first job, where known
 local credits = {} -- by class, see above
+local tried = {} -- classes of which this worker can take nothing now
 for c, credit in ipairs(call('HMGET', KEYS[1], 'share:1', 'share:2')) do credits[c] = tonumber(credit or 0) end
 for c = 0, CLASSES - 1 do walks[c] = { jobs = {}, tenants = 0, looks = 0 } end
 
@@ -75,7 +76,8 @@ local function serve(class, amount)
     elseif c == class then
       credits[c] = math.max(0, credits[c] + gain - amount)
     else
-      credits[c] = math.min(credits[c] + gain, math.max(credits[c], (heads[c] or 0) + gain))
+      local most = tried[c] and math.max(credits[c], (heads[c] or 0) + gain) or math.huge
+      credits[c] = math.min(credits[c] + gain, most)
     end
   end
 end
@@ -125,7 +127,6 @@ local function take_class(class, max_slots, most, credit)
 end
 
 -- Takes one job of a class below this one whose share is due. Returns its class and why that ended early, or nil.
-local tried = {}
 local function take_by_share(class, max_slots)
   for c = class + 1, CLASSES - 1 do
     if share > 0 and lengths[c + 1] > 0 and not tried[c] and credits[c] >= (heads[c] or 0) then

@@ -26,6 +26,7 @@ local MAX_REPLY_ITEM_BYTES = 4096
 local MAX_DEAD_LETTERS = 1000
 local USAGE_TTL_S = 35 * 86400
 local IDLE_TENANT_TTL_S = 3600
+local AHEAD_OF_TIES = 0.001
 local INPUT_COST, OUTPUT_COST = 1, 2 -- service in token units (VTC, arXiv:2401.00588)
 local FIELDS = {
   'st', 't', 'k', 'y', 'w', 'gw', 'ik', 'es', 'eo', 'ai',
@@ -122,8 +123,8 @@ end
 -- Service counters (VTC, arXiv:2401.00588), in token units over the weight; the tenant with the least is served first. One
 -- that becomes active begins where its class has come to, {s}:meta floor:<class>: idling earns no credit. That is the
 -- counter at which the last job was handed out (start-time fair queueing), not the least of those who wait: their next
--- turn comes after that of a newcomer, who so waits for one slot. Newcomers move it on by their part of the service, so
--- that any number of them keeps nobody from his turn.
+-- turn comes after that of a newcomer, who so waits for one slot. Once a newcomer has had its turn, later ones begin
+-- behind the next tenant in line: any number of them keeps nobody from his turn.
 local function counter_of(tenant)
   local counter, active = call('ZSCORE', P .. 'vtc', tenant), false
   for c = 0, CLASSES - 1 do
@@ -142,8 +143,9 @@ end
 
 local function start_level(class)
   local reached = call('HGET', KEYS[1], 'floor:' .. class)
-  if not reached then reached = call('ZRANGE', P .. 'act:' .. class, 0, 0, 'WITHSCORES')[2] end
-  return tonumber(reached or call('HGET', KEYS[1], 'floor') or 0)
+  if reached then return reached - AHEAD_OF_TIES end -- credit may cover a whole charge: then the turns do not move
+  local least = call('ZRANGE', P .. 'act:' .. class, 0, 0, 'WITHSCORES')[2]
+  return tonumber(least or call('HGET', KEYS[1], 'floor') or 0)
 end
 
 local function activate(tenant, class)
@@ -178,16 +180,18 @@ local function charge(tenant, amount)
   call('EXPIRE', P .. 'vtc', IDLE_TENANT_TTL_S)
 end
 
--- A class has come to where its last job was handed out; see above. `amount` is what that job's tenant is charged.
-local function move_floor(class, counter, amount)
-  local marks = call('HMGET', KEYS[1], 'floor', 'floor:' .. class)
+-- A class has come to where its last job was handed out, or behind the next turn where that was a newcomer's; see above.
+local function move_floor(class, counter)
+  local key = 'floor:' .. class
+  local marks = call('HMGET', KEYS[1], 'floor', key)
   local reached = tonumber(marks[2] or -math.huge)
   if counter > reached then
     reached = counter
-  else
-    reached = reached + amount / (call('ZCARD', P .. 'act:' .. class) + 1)
+  elseif math.abs(reached - counter - AHEAD_OF_TIES) < AHEAD_OF_TIES / 2 then
+    local next_turn = call('ZRANGEBYSCORE', P .. 'act:' .. class, marks[2], '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
+    reached = next_turn and next_turn + 2 * AHEAD_OF_TIES or reached -- 2: the tenant whose turn it is is no newcomer
   end
-  call('HSET', KEYS[1], 'floor:' .. class, string.format('%.17g', reached))
+  call('HSET', KEYS[1], key, string.format('%.17g', reached))
   if counter > tonumber(marks[1] or 0) then call('HSET', KEYS[1], 'floor', string.format('%.17g', counter)) end
 end
 

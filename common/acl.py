@@ -32,8 +32,8 @@ _JOB_SCRIPTS: Final = (
 _JOB_KEYS: Final = tuple(
     "~{*}:" + name
     for name in (
-        "meta", "j:*", "q:*", "alone:*", "act:*", "vtc", "credit", "len", "live", "bell", "dl", "dt", "wl", "w:*", "wc:*", "wi:*",
-        "gl", "g:*", "gw:*", "i:*", "usage:*", "failed",
+        "meta", "j:*", "q:*", "alone:*", "act:*", "vtc", "len", "live", "bell", "dl", "dt", "wl", "w:*", "wc:*", "wi:*",
+        "credit", "gl", "g:*", "gw:*", "i:*", "usage:*", "failed",
         "dead",  # written by programs of version 0.1 that still run beside ours
     )
 )  # fmt: skip

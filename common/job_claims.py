@@ -270,7 +270,7 @@ class JobClaims:
             return count
 
     async def wanted(self, total_kv_tokens: int) -> int:
-        """KV slots to begin the first waiting job of the highest class that a worker of this size could hold; 0: none."""
+        """KV slots to begin the first waiting job of the highest class that such a worker could hold; 0: none."""
         return int(await self._run_on("wanted", self._shard, total_kv_tokens))
 
     async def heartbeat(self, info: WorkerInfo) -> CommitResult:

@@ -1,14 +1,14 @@
 """Which tenant's waiting sequence is next, among those of one priority: the one that had the least service. Pure.
 
 Virtual token counters (VTC, arXiv:2401.00588): a tenant's counter grows by the tokens that this engine computes for it,
-prompt once and output twice, over its weight. A tenant that begins to wait is lifted to where its priority has come to,
-so that having been idle earns nothing: to the counter at which a sequence was admitted last (start-time fair queueing).
-Of two tenants that always wait, the counters differ by no more than one prompt and what one batch generates: of a tenant
+prompt once and output twice, over its weight. One that begins to wait is lifted to where its priority has come to, so
+that having been idle earns nothing: to the counter at which a sequence was admitted last (start-time fair queueing). Of
+two tenants that always wait, the counters differ by no more than one prompt and what one batch generates: of a tenant
 that is ahead nothing new is admitted, only what runs goes on.
 
-Nobody starves: a counter stands still while its tenant only waits, those of others grow when they are admitted, and once
-a newcomer was, later ones begin at the next counter in line, where the older sequence goes first. What has been admitted
-once goes before all others of its priority, in static order: a preemption takes back blocks, not the turn.
+Nobody starves: a counter stands still while its tenant only waits, those of others grow when they are admitted, and
+once a newcomer was, later ones begin at the next counter in line, where the older sequence goes first. What has been
+admitted once goes before all others of its priority, in static order: a preemption takes back blocks, not the turn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence as List
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as List
 from itertools import groupby
 from typing import Final
 

@@ -3,11 +3,11 @@
 Pure: it knows token counts and block ids, no tensors and no clock. One step is `plan`, the forward pass, then
 `finish_step` (or `fail_step`).
 
-Nothing starves. What runs follows one static order (priority, arrival): the first in it can always preempt all others, a
-sequence alone always fits (the engine refuses longer ones), so it runs to its end. What waits is admitted by priority,
-in it the tenants by turns (see `fairness.py`: nobody's turn is put off for ever), but for a bounded number of times that
-a sequence with a cached prefix goes before its turn (see `admission.py`); and a sequence that waits is never overtaken
-for want of blocks by one behind it in that order.
+Nothing starves. What runs follows one static order (priority, arrival): the first in it can always preempt all others,
+a sequence alone always fits (the engine refuses longer ones), so it runs to its end. What waits is admitted by
+priority, in it the tenants by turns (see `fairness.py`: nobody's turn is put off for ever), but for a bounded number
+of times that a sequence with a cached prefix goes before its turn (see `admission.py`); and one that waits is never
+overtaken for want of blocks by one behind it in that order.
 """
 
 from __future__ import annotations

@@ -145,15 +145,15 @@ async def test_the_service_of_two_backlogged_tenants_differs_by_a_few_jobs_only(
 ) -> None:
     """Charged service: real tokens differ from it by what is credited, which is at most what the jobs in slots cost."""
     assert await largest_difference(Service(worker_redis), seed) <= 70 * (2 + 2 * NUM_SLOTS)
-    credits = superuser.hgetall(f"{{{SHARD}}}:credit")
-    assert all(0 < float(credit) <= 70 * NUM_SLOTS for credit in credits.values())
+    credited = superuser.hgetall(f"{{{SHARD}}}:credit")
+    assert all(0 < float(credit) <= 70 * NUM_SLOTS for credit in credited.values())
 
 
 async def test_refunds_that_nobody_gets_are_found(worker_redis: FlakyRedis, superuser: redis_sync.Redis) -> None:
     greedy = mutate("lib_jobs", "credit, amount = credit - used, amount - used", "amount = amount - used")
     await largest_difference(Service(worker_redis, greedy), 0)
-    credits = superuser.hgetall(f"{{{SHARD}}}:credit")
-    assert any(float(credit) > 70 * NUM_SLOTS for credit in credits.values())
+    credited = superuser.hgetall(f"{{{SHARD}}}:credit")
+    assert any(float(credit) > 70 * NUM_SLOTS for credit in credited.values())
 
 
 async def test_without_charges_one_tenant_gets_everything(worker_redis: FlakyRedis) -> None:

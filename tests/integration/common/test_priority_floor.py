@@ -111,10 +111,13 @@ MUTANTS = {
 async def test_scripts_without_a_rule_of_shares_are_found(
     worker_redis: FlakyRedis, superuser: redis_sync.Redis, name: str
 ) -> None:
-    with pytest.raises(AssertionError):
+    async def run_all() -> None:
         for seed in range(6):
             superuser.flushall()
             await run_history(*parties(worker_redis, 0.1, MUTANTS[name]), 0.1, seed)
+
+    with pytest.raises(AssertionError):
+        await run_all()
 
 
 async def test_without_a_share_lower_classes_wait_for_ever(worker_redis: FlakyRedis) -> None:

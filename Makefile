@@ -139,5 +139,9 @@ bench-slow-clients: install-dev  ## what clients that read slowly cost the other
 queue-memory: install-dev  ## what a generation costs in the server's memory; ARGS=/path/to/redis-server for another one
 	$(BIN)/python -m tests.benchmarks.queue_memory $(ARGS)
 
+.PHONY: fairness
+fairness: install-dev  ## tenants' shares of a real worker, and a flood beside an occasional request; minutes; ARGS=--mutant must fail
+	$(BIN)/python -m tests.benchmarks.fairness $(ARGS)
+
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

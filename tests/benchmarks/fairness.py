@@ -9,8 +9,8 @@ model and few places, so that they are always taken. Two laws:
              acceptance to its first claim at most 1.5 times the median gap between two releases of a place (the 95th
              percentile of its waits)
 
-Prints a table and, as its last line, one JSON object. Exits with 1 if a law is broken. `--mutant` takes the fairness out
-of both programs (arrival order): both laws must then be broken.
+Prints a table and, as its last line, one JSON object. Exits with 1 if a law is broken. `--mutant` takes the fairness
+out of both programs (arrival order): both laws must then be broken.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -208,7 +209,7 @@ async def measure_flood(at: Deployment, flood_size: int, num_occasional: int, se
     num_waiting = sum(record.state is JobState.QUEUED for record in records)
     first = min(record.created_ms for record in records[flood_size:])
     ends = sorted(record.ended_ms for record in records if record.ended_ms >= first)
-    gaps_ms = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+    gaps_ms = [later - earlier for earlier, later in pairwise(ends)]
     median_gap_ms, p95_ms = statistics.median(gaps_ms), percentile(waits_ms, 95)
     return {
         "num_flood": flood_size,

@@ -9,7 +9,7 @@ from common.deltas import merge_deltas
 from common.generation import EventBody, OutputDelta
 from common.jobs import ClaimedJob, JobState, NewEvent, Reason
 from worker.engine.types import GenerationRequest, RequestOutput, StepResult
-from worker.preemption import Runner
+from worker.preemption import HIGHEST_CLASS, Runner
 
 
 @dataclass(slots=True)
@@ -108,7 +108,8 @@ class Holdings:
             emitted=tuple(map(tuple, emitted)) if completion_tokens or finished else (),
             finished_outputs=frozenset(finished),
             cache_salt=job.body.cache_salt,
-            priority=job.priority,
+            # Where its class's share is due, those of a higher class must not starve it here either.
+            priority=HIGHEST_CLASS if job.by_share else job.priority,
             tenant=job.tenant,
             weight=job.weight,
             deadline=now + job.remaining_ms / 1000,

@@ -1,4 +1,4 @@
-"""The state machine of the protocol tests, with jobs that end their workers or make room, and failed ones sent again."""
+"""The state machine of the protocol tests, with jobs that end their workers or give way, and failed ones sent again."""
 
 from __future__ import annotations
 

@@ -162,3 +162,41 @@ async def test_a_preempted_job_needs_its_share_again(worker_redis: FlakyRedis) -
     assert await claims.preempt([accepted.generation_id], 4) == 1
     jobs = await claims.claim(10, ROOM, ROOM)
     assert [(job.priority, job.num_preemptions) for job in jobs] == [(0, 0), (0, 0), (0, 0), (2, 1)]
+
+
+async def test_small_jobs_may_pass_a_share_that_is_due_and_does_not_fit_where_that_is_allowed(
+    worker_redis: FlakyRedis,
+) -> None:
+    settings = QueueSettings(priority_floor=0.25, bypass_kv_tokens=32)
+    queue = JobQueue(worker_redis, keys.random_id(), settings, retry=FAST_RETRY)
+    claims = JobClaims(worker_redis, SHARD, keys.random_id(), settings, retry=FAST_RETRY)
+    await queue.enqueue(SHARD, make_job(priority=2, prompt=(1,) * 10, kv_tokens=500))
+    for number in range(12):
+        await queue.enqueue(SHARD, make_job(priority=0, kv_tokens=16 if number < 9 else 48))
+    taken = await claims.claim(20, 400, ROOM)
+    assert [job.priority for job in taken] == [0] * 9  # those of 48 slots wait for the share
+    assert [job.priority for job in await claims.claim(20, 600, ROOM)] == [2, 0, 0]
+
+
+async def test_a_share_of_jobs_that_may_only_run_alone_saves_nothing_up(
+    worker_redis: FlakyRedis, superuser: redis_sync.Redis
+) -> None:
+    queue, claims = parties(worker_redis, 0.25)
+    await queue.enqueue(SHARD, make_job(priority=0))
+    assert len(await claims.claim(1, ROOM, ROOM)) == 1  # a worker with other work leaves it to the one that is kept
+    suspect = (await queue.enqueue(SHARD, make_job(priority=2))).generation_id
+    for _ in range(2):
+        victim = parties(worker_redis, 0.25)[1]
+        await victim.claim(1, ROOM, ROOM)
+        superuser.zadd(keys.worker_leases(SHARD), {victim.worker_id: 1})
+        await queue.reap(SHARD)
+        superuser.hset(keys.meta(SHARD), "grace", 0)
+        await queue.reap(SHARD)
+    assert superuser.zcard(f"{{{SHARD}}}:alone:2") == 1
+    superuser.hset(keys.meta(SHARD), "alone", f"{victim.worker_id} {10**15} -")  # another worker is kept for it
+    superuser.zadd(keys.worker_leases(SHARD), {victim.worker_id: 10**15})
+    for _ in range(20):
+        await queue.enqueue(SHARD, make_job(priority=0))
+        await claims.claim(1, ROOM, ROOM)
+    assert float(superuser.hget(keys.meta(SHARD), "share:2") or 0) <= 0.25 * 19
+    assert (await queue.get(suspect, "acme")).state is JobState.QUEUED

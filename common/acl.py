@@ -33,7 +33,7 @@ _JOB_KEYS: Final = tuple(
     "~{*}:" + name
     for name in (
         "meta", "j:*", "q:*", "alone:*", "act:*", "vtc", "len", "live", "bell", "dl", "dt", "wl", "w:*", "wc:*", "wi:*",
-        "credit", "gl", "g:*", "gw:*", "i:*", "usage:*", "failed",
+        "credit", "gl", "g:*", "gw:*", "i:*", "usage:*", "failed", "kl", "kq", "settle",
         "dead",  # written by programs of version 0.1 that still run beside ours
     )
 )  # fmt: skip
@@ -44,12 +44,12 @@ _REGISTRY: Final = ("exists", "get", "hdel", "hget", "hgetall", "hset", "hsetnx"
 REPLICA_COMMANDS: Final = ("wait", "waitaof")
 
 _COMMANDS: Final = {
-    Role.GATEWAY: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "xread", "hgetall", "info"),
+    Role.GATEWAY: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "xread", "hgetall", "hexists", "info"),
     Role.WORKER: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "blpop", *_REGISTRY),
     Role.ADMIN: (*_CONNECTION, *_SCRIPTS, *_REGISTRY, "sadd", "smembers", "info"),
 }
 _KEYS: Final = {
-    Role.GATEWAY: (*_JOB_KEYS, "%R~{models}:*", "%R~{keys}:*"),
+    Role.GATEWAY: (*_JOB_KEYS, "~{t:*}:*", "%R~{models}:*", "%R~{keys}:*"),
     Role.WORKER: (*_JOB_KEYS, "~{models}:*"),
     Role.ADMIN: ("~{models}:*", "~{keys}:*"),
 }

@@ -17,8 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from common import keys
-from common.errors import ApiKeyNotFound, InvalidRequest, Unauthenticated
+from common.errors import ApiKeyNotFound, FailedPrecondition, InvalidRequest, Unauthenticated
+from common.grants import NO_GRANTS_GIVEN, Grants
 from common.jobs import MAX_TENANT_BYTES
 from common.redis import Redis, Retry, execute
 
@@ -35,6 +38,8 @@ _FORMAT: Final = re.compile(
 _NO_DIGEST: Final = "0" * 64
 _MAX_NAME_BYTES: Final = 128
 _MAX_CACHED: Final = 10_000
+_GRANTS_ENCODER: Final = msgspec.json.Encoder()
+_GRANTS_DECODER: Final = msgspec.json.Decoder(Grants)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +53,9 @@ class ApiKey:
     created_ms: int
     expires_ms: int | None = None
     revoked_ms: int | None = None
+    grants: Grants = NO_GRANTS_GIVEN
+    rotated_from: str = ""  # id of the key that it replaces
+    quota_id: str = ""  # what its quotas are counted by: that of the first key of its line
 
     def is_valid(self, now_ms: int) -> bool:
         return self.revoked_ms is None and (self.expires_ms is None or now_ms < self.expires_ms)
@@ -118,11 +126,41 @@ class ApiKeys:
         seconds, micros = await self._execute("TIME")
         return int(seconds) * 1000 + int(micros) // 1000
 
-    async def create(self, tenant: str, name: str, ttl_ms: int | None = None) -> CreatedApiKey:
-        """Make a key for a tenant. Raises InvalidRequest."""
+    async def create(
+        self, tenant: str, name: str, ttl_ms: int | None = None, *, grants: Grants | None = None
+    ) -> CreatedApiKey:
+        """Make a key for a tenant, with the default grants if none are given. Raises InvalidRequest."""
         for field, value, limit in (("tenant", tenant, MAX_TENANT_BYTES), ("name", name, _MAX_NAME_BYTES)):
             if not 1 <= len(value.encode()) <= limit or any(c < " " or c == "\x7f" for c in value):
                 raise InvalidRequest(f"{field} must be 1 to {limit} bytes without control characters", field=field)
+        return await self._make(tenant, name, ttl_ms, grants or NO_GRANTS_GIVEN)
+
+    async def rotate(self, key_id: str, overlap_ms: int, ttl_ms: int | None = None) -> tuple[CreatedApiKey, ApiKey]:
+        """Make a key like another, which ends after `overlap_ms`, or earlier if it would have. Returns new and old.
+
+        Both draw on the same quotas. Raises ApiKeyNotFound, and FailedPrecondition for a key that has ended already.
+        """
+        old = await self._known(key_id)
+        now_ms = await self._now_ms()
+        if not old.is_valid(now_ms):
+            raise FailedPrecondition("the key was revoked or has expired", reason="API_KEY_ENDED")
+        made = await self._make(old.tenant, old.name, ttl_ms, old.grants, rotated_from=old)
+        ends_ms = now_ms + overlap_ms
+        if old.expires_ms is None or ends_ms < old.expires_ms:
+            await self._execute("HSET", keys.api_key(key_id), "expires_ms", ends_ms)
+        self._cache.clear()
+        return made, await self._known(key_id)
+
+    async def update(self, key_id: str, grants: Grants) -> ApiKey:
+        """Replace what a key may do; it holds everywhere within CACHE_MS. Raises ApiKeyNotFound."""
+        await self._known(key_id)
+        await self._execute("HSET", keys.api_key(key_id), "grants", _GRANTS_ENCODER.encode(grants))
+        self._cache.clear()
+        return await self._known(key_id)
+
+    async def _make(
+        self, tenant: str, name: str, ttl_ms: int | None, grants: Grants, rotated_from: ApiKey | None = None
+    ) -> CreatedApiKey:
         if ttl_ms is not None and ttl_ms <= 0:
             raise InvalidRequest("the lifetime must be above 0", field="ttl", reason="FIELD_OUT_OF_RANGE")
         key, key_id = generate_key()
@@ -134,9 +172,15 @@ class ApiKeys:
             last_four=key[-_CHECKSUM_LENGTH - 5 : -_CHECKSUM_LENGTH - 1],
             created_ms=now_ms,
             expires_ms=None if ttl_ms is None else now_ms + ttl_ms,
+            grants=grants,
+            rotated_from=rotated_from.key_id if rotated_from is not None else "",
+            quota_id=rotated_from.quota_id if rotated_from is not None else key_id,
         )
-        fields: list[str | int] = ["digest", digest_of(key), "tenant", tenant, "name", name]
+        fields: list[str | bytes | int] = ["digest", digest_of(key), "tenant", tenant, "name", name]
+        fields += ["grants", _GRANTS_ENCODER.encode(grants), "quota_id", api_key.quota_id]
         fields += ["last_four", api_key.last_four, "created_ms", now_ms]
+        if api_key.rotated_from:
+            fields += ["rotated_from", api_key.rotated_from]
         if api_key.expires_ms is not None:
             fields += ["expires_ms", api_key.expires_ms]
         # The index first: an id without a record is left out by `list`, a record without an id could not be revoked.
@@ -177,6 +221,9 @@ class ApiKeys:
             created_ms=int(text["created_ms"]),
             expires_ms=int(text["expires_ms"]) if "expires_ms" in text else None,
             revoked_ms=int(text["revoked_ms"]) if "revoked_ms" in text else None,
+            grants=_GRANTS_DECODER.decode(text["grants"]) if "grants" in text else NO_GRANTS_GIVEN,
+            rotated_from=text.get("rotated_from", ""),
+            quota_id=text.get("quota_id", key_id),
         )
         return api_key, text["digest"]
 
@@ -192,11 +239,13 @@ class ApiKeys:
 
     async def revoke(self, key_id: str) -> ApiKey:
         """End a key; it is refused everywhere within CACHE_MS. Again changes nothing. Raises ApiKeyNotFound."""
+        await self._known(key_id)
+        await self._execute("HSETNX", keys.api_key(key_id), "revoked_ms", await self._now_ms())
+        self._cache.clear()
+        return await self._known(key_id)
+
+    async def _known(self, key_id: str) -> ApiKey:
         stored = await self._read(key_id)
         if stored is None:
             raise ApiKeyNotFound("no such API key")
-        await self._execute("HSETNX", keys.api_key(key_id), "revoked_ms", await self._now_ms())
-        self._cache.clear()
-        again = await self._read(key_id)
-        assert again is not None  # records are never deleted
-        return again[0]
+        return stored[0]

@@ -17,8 +17,9 @@ from common import keys, records
 from common.errors import GenerationNotFound
 from common.headroom import Headroom
 from common.jobs import GenerationRecord
-from common.redis import Argument, Redis, Retry
+from common.redis import Argument, Redis, Retry, execute
 from common.scripts import ScriptRunner, as_list
+from common.sealing import PLAIN, Sealer
 from common.settings import QueueSettings
 
 T = TypeVar("T")
@@ -67,7 +68,10 @@ class DeadLetters:
         retry: Retry | None = None,
         scripts: ScriptRunner | None = None,
         headroom: Headroom | None = None,
+        sealer: Sealer = PLAIN,
     ) -> None:
+        self._redis = redis
+        self._sealer = sealer
         self._headroom = headroom
         self._settings = settings
         self._retry = retry or Retry()
@@ -99,8 +103,8 @@ class DeadLetters:
     async def retry(self, generation_ids: Sequence[str]) -> list[LetterResult]:
         """Queue letters again, each as a new generation that nobody listens to; the letter is listed no more.
 
-        Raises BackendFull, also while the headroom is short; letters before it may have been queued then, and a repeat
-        answers with the same new ones.
+        Raises SealBroken for one that cannot be read, and BackendFull, also while the headroom is short; letters before
+        it may have been queued then, and a repeat answers with the same new ones.
         """
         return await _each(generation_ids, self._retry_one)
 
@@ -112,15 +116,17 @@ class DeadLetters:
             shard = keys.shard_of(generation_id)
         except GenerationNotFound:
             return LetterResult(generation_id, Outcome.NOT_FOUND)
+        new_id = keys.new_generation_id(shard)
         reply = await self._run(
             "retry",
             shard,
             generation_id,
-            keys.new_generation_id(shard),
+            new_id,
             settings.max_lifetime_ms,
             settings.max_queued,
             settings.max_queued_per_tenant,
             settings.max_live_per_tenant,
+            *await self._resealed(shard, generation_id, new_id),
         )
         if reply is None:
             return LetterResult(generation_id, Outcome.NOT_FOUND)
@@ -128,6 +134,17 @@ class DeadLetters:
         if status == b"OK":
             return LetterResult(generation_id, Outcome.RETRIED, rest[0].decode())
         return LetterResult(generation_id, Outcome(status.decode()))
+
+    async def _resealed(self, shard: str, old_id: str, new_id: str) -> tuple[bytes, bytes]:
+        """Body and echo of a letter, sealed for the generation that a retry makes; empty: as they are."""
+        if not self._sealer.is_on:
+            return b"", b""
+        key = keys.job(shard, old_id)
+        tenant, body, echo = await self._retry.call(lambda: execute(self._redis, "HMGET", key, "t", "b", "eo"))
+        if tenant is None:
+            return b"", b""  # the script says that there is no such letter
+        old, new = (self._sealer.of(tenant.decode(), name) for name in (old_id, new_id))
+        return records.reseal_body(body, old, new), records.seal_echo(records.open_echo(echo, old), new)
 
     async def purge(self, generation_ids: Sequence[str]) -> list[LetterResult]:
         """Delete letters with all that is stored of them.

@@ -101,6 +101,10 @@ class ApiKeyNotFound(NotFound):
     default_reason = "API_KEY_NOT_FOUND"
 
 
+class TenantNotFound(NotFound):
+    default_reason = "TENANT_NOT_FOUND"
+
+
 class FailedPrecondition(ServingError):
     """The request is well formed but contradicts what is stored."""
 
@@ -168,9 +172,32 @@ class ResourceExhausted(ServingError):
 
 
 class QueueFull(ResourceExhausted):
-    """The model's queue (QUEUE_FULL), or the tenant's share of it (TENANT_QUEUE_FULL, TENANT_CONCURRENCY), is full."""
+    """The model's queue (QUEUE_FULL), or what a tenant (TENANT_QUEUE_FULL, TENANT_CONCURRENCY) or a credential
+    (KEY_QUEUE_FULL, KEY_CONCURRENCY) may have in it, is full.
+    """
 
     default_reason = "QUEUE_FULL"
+
+
+class Limited(ResourceExhausted):
+    """A quota over time; `subject` is whose and which: `tenant:tokens_per_minute`."""
+
+    def __init__(self, message: str, *, subject: str, limit: int, retry_after_ms: int | None = None) -> None:
+        metadata = {"subject": subject, "limit": str(limit)}
+        super().__init__(message, metadata=metadata, retry_after_ms=retry_after_ms)
+        self.subject = subject
+
+
+class RateLimited(Limited):
+    """A rate is used up for now; `retry_after_ms` is exact if nobody else asks meanwhile."""
+
+    default_reason = "RATE_LIMITED"
+
+
+class QuotaExceeded(Limited):
+    """The day's quota is spent: waiting a little does not help."""
+
+    default_reason = "QUOTA_EXCEEDED"
 
 
 class BackendFull(ResourceExhausted):
@@ -232,3 +259,9 @@ class BackendRefused(ServingError):
     """The server refuses our commands (no permission, wrong password or type, other schema): a fault of deployment."""
 
     default_reason = "BACKEND_REFUSED"
+
+
+class SealBroken(ServingError):
+    """A stored record cannot be read: changed, moved, sealed with another key, or not sealed where it must be."""
+
+    default_reason = "SEAL_BROKEN"

@@ -8,21 +8,27 @@ else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
+import structlog
 
 from common import keys, records
 from common.chain import next_hash
+from common.errors import SealBroken, ServingError
 from common.generation import EventBody
 from common.jobs import ClaimedJob, CommitResult, JobState, LostReason, NewEvent, Reason, Swept, WorkerInfo
 from common.redis import Argument, Redis, Retry, execute
 from common.scripts import ScriptRunner, as_list
+from common.sealing import PLAIN, GenerationSealer, Sealer
 from common.settings import QueueSettings
 from common.upkeep import Upkeep
+
+log = structlog.get_logger()
 
 _BELL_S: Final = 1  # backstop: a wake-up that was lost costs no more than this
 _MAX_PAUSE_S: Final = 0.5
@@ -39,6 +45,7 @@ class _Held:
     chain_hash: bytes
     log_bytes: int
     progress: bool
+    sealer: GenerationSealer
 
     @property
     def record_id(self) -> str:
@@ -69,6 +76,7 @@ class JobClaims:
         *,
         retry: Retry | None = None,
         scripts: ScriptRunner | None = None,
+        sealer: Sealer = PLAIN,
     ) -> None:
         self._redis = redis
         self._shard = keys.check_shard(shard)
@@ -77,6 +85,7 @@ class JobClaims:
         self._retry = retry or Retry()
         self._scripts = scripts or ScriptRunner(redis)
         self._upkeep = Upkeep(self._run_on, settings)
+        self._sealer = sealer
         self._held: dict[str, _Held] = {}
         self._pending: _Pending | None = None  # sent, outcome unknown
         self._backlog: deque[list[tuple[int, NewEvent]]] = deque()  # to be sent after it, each with its epoch
@@ -138,7 +147,7 @@ class JobClaims:
             )
             self._claim_call = None
             found, *queued = as_list(reply)
-            jobs = self._adopt(found)
+            jobs = await self._adopt(found)
         self._pause_s = min(_MAX_PAUSE_S, self._pause_s * 2 or 0.01) if not jobs and any(queued) else 0.0
         return jobs
 
@@ -150,20 +159,43 @@ class JobClaims:
         async with self._lock:
             await self._flush()
             found = await self._run("owned", max_jobs, self._settings.max_claim_bytes, *self._held)
-            return self._adopt(as_list(found))
+            return await self._adopt(as_list(found))
 
-    def _adopt(self, found: Iterable[Sequence[Any]]) -> list[ClaimedJob]:
-        jobs = []
+    async def _adopt(self, found: Iterable[Sequence[Any]]) -> list[ClaimedJob]:
+        """Hold what the server says is ours, and return what can be computed of it.
+
+        A job that cannot be read ends as failed: it would come back to worker after worker. As a dead letter it can be
+        sent again once it can be read.
+        """
+        jobs, unreadable = [], []
         self._num_changes += 1
-        for claim in map(records.claim_from_reply, found):
-            job = claim.job
-            known = self._held.get(job.generation_id)
-            if known is None or known.epoch < job.epoch:
-                self._held[job.generation_id] = _Held(
-                    job.epoch, job.sequence, job.chain_hash, claim.log_bytes, claim.progress
+        for reply in found:
+            head = records.claim_head(reply)
+            known = self._held.get(head.generation_id)
+            if known is not None and known.epoch >= head.epoch:
+                continue
+            sealer = self._sealer.of(head.tenant, head.generation_id)
+            self._held[head.generation_id] = _Held(
+                head.epoch, head.sequence, head.chain_hash, head.log_bytes, head.progress, sealer
+            )
+            self._unreported.pop(head.generation_id, None)
+            try:
+                jobs.append(records.job_from_reply(reply, sealer))
+            except (SealBroken, msgspec.DecodeError) as error:
+                reason = error.reason if isinstance(error, SealBroken) else "MALFORMED"
+                log.error("job.unreadable", generation_id=head.generation_id, reason=reason)
+                failed = NewEvent(
+                    generation_id=head.generation_id,
+                    body=EventBody(),
+                    completion_tokens=head.completion_tokens,
+                    terminal=JobState.FAILED,
+                    reason=Reason.WORKER_FAILED,
                 )
-                self._unreported.pop(job.generation_id, None)
-                jobs.append(job)
+                unreadable.append((head.epoch, failed))
+        if unreadable:
+            self._pending = self._prepare(unreadable)
+            with contextlib.suppress(ServingError):  # it stays pending then, and the readable ones are still to be done
+                await self._send(self._pending)
         return jobs
 
     async def commit(self, events: Sequence[NewEvent] = ()) -> CommitResult:
@@ -201,13 +233,13 @@ class JobClaims:
             state, reason, body = event.terminal, event.reason, event.body
             new_hash = next_hash(held.chain_hash, body.deltas)
             sequence = held.sequence + 1
-            entry = records.encode_entry(new_hash, held.epoch, sequence, body)
+            entry = records.encode_entry(new_hash, held.epoch, sequence, body, held.sealer)
             log_bytes = held.log_bytes + len(entry)
             if log_bytes > self._settings.max_log_bytes:
                 state, reason, body, new_hash = JobState.FAILED, Reason.LOG_LIMIT, EventBody(), held.chain_hash
-                entry = records.encode_entry(new_hash, held.epoch, sequence, body)
+                entry = records.encode_entry(new_hash, held.epoch, sequence, body, held.sealer)
             progress = held.progress or event.progress
-            new = _Held(held.epoch, sequence, new_hash, log_bytes, progress)
+            new = _Held(held.epoch, sequence, new_hash, log_bytes, progress, held.sealer)
             entry_id = f"{held.epoch}-{sequence}"
             counters = f"{event.completion_tokens} {event.cached_prompt_tokens} {log_bytes} {int(progress)}"
             record = entry_id.ljust(_ID_WIDTH) + counters.ljust(_COUNTERS_WIDTH)

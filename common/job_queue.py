@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from common import keys, records
@@ -21,20 +22,34 @@ from common.errors import (
     Superseded,
 )
 from common.headroom import Headroom
-from common.jobs import Attachment, Enqueued, GenerationRecord, JobState, LiveWorker, NewJob, ReplyItem, Swept
+from common.jobs import (
+    Attachment,
+    Enqueued,
+    GenerationRecord,
+    JobState,
+    LiveWorker,
+    NewJob,
+    ReplyItem,
+    Settlement,
+    Swept,
+)
 from common.redis import Argument, Redis, Retry, execute
 from common.replication import ReplicaAcks
 from common.scripts import ScriptRunner, as_list
+from common.sealing import PLAIN, Sealer
 from common.settings import QueueSettings
 from common.upkeep import Upkeep
 
 START_CURSOR: Final = b"0-0"
 _ENTRIES_PER_READ: Final = 64
 _RETRY_AFTER_MS: Final = 1000
+_NO_CAP: Final = 1 << 40
 _REFUSALS: Final[Mapping[bytes, str]] = {
     b"QUEUE_FULL": "the model's queue is full",
     b"TENANT_QUEUE_FULL": "the tenant's queue for this model is full",
     b"TENANT_CONCURRENCY": "the tenant has too many generations of this model in flight",
+    b"KEY_QUEUE_FULL": "the key's queue for this model is full",
+    b"KEY_CONCURRENCY": "the key has too many generations of this model in flight",
 }
 
 
@@ -44,7 +59,8 @@ class JobQueue:
     `gateway_id` is `keys.random_id()` of this process. Blocking reads go over `blocking_redis`, so that a pool which is
     busy waiting never delays an enqueue; its socket timeout bounds `block_ms` (see `common.redis.block_ms`). With
     `headroom`, which somebody else keeps up to date, new jobs are refused while memory is short; with `acks`, they
-    count once replicas have them.
+    count once replicas have them. `sealer` encrypts what is stored; what `replies` returns is as stored (see
+    `records.open_item`).
     """
 
     def __init__(
@@ -58,6 +74,7 @@ class JobQueue:
         blocking_redis: Redis | None = None,
         headroom: Headroom | None = None,
         acks: ReplicaAcks | None = None,
+        sealer: Sealer = PLAIN,
     ) -> None:
         self._redis = redis
         self._blocking_redis = blocking_redis or redis
@@ -67,6 +84,7 @@ class JobQueue:
         self._scripts = scripts or ScriptRunner(redis)
         self._headroom = headroom
         self._acks = acks if acks is not None and acks.is_demanded else None
+        self._sealer = sealer
         self._upkeep = Upkeep(self._run, settings)
 
     @property
@@ -93,6 +111,8 @@ class JobQueue:
         if keys.shard_of(generation_id) != shard:
             raise ValueError("the generation id belongs to another shard")
         sampling = job.body.sampling
+        sealer = self._sealer.of(job.tenant, generation_id)
+        retention_ms = _least(settings.retention_ms, job.retention_ms or 0)
         arguments: tuple[Argument, ...] = (
             generation_id,
             job.tenant,
@@ -104,23 +124,27 @@ class JobQueue:
             min(job.disconnect_grace_ms, settings.max_disconnect_grace_ms)
             if job.attended
             else settings.max_lifetime_ms,
-            settings.retention_ms,
+            retention_ms,
             len(job.body.prompt_token_ids),
             sampling.max_tokens * sampling.num_outputs,
             job.kv_tokens,
             job.peak_kv_tokens,
             "" if job.idempotency_key is None else keys.idempotency_digest(job.tenant, job.idempotency_key),
             job.request_digest,
-            job.echo,
-            records.encode_body(job.body),
+            records.seal_echo(job.echo, sealer),
+            records.encode_body(job.body, sealer),
             settings.max_queued,
-            settings.max_queued_per_tenant,
-            settings.max_live_per_tenant,
+            _least(settings.max_queued_per_tenant, job.max_queued),
+            _least(settings.max_live_per_tenant, job.max_live),
             settings.gateway_lease_ms,
             settings.reply_ttl_ms,
             attach_id,
-            max(settings.retention_ms, settings.dead_letter_retention_ms),
+            max(retention_ms, settings.dead_letter_retention_ms) if job.retention_ms is None else retention_ms,
             int(self._acks is not None),
+            "1" if job.has_reservation else "",
+            job.quota_id if job.max_queued_of_key or job.max_live_of_key else "",
+            job.max_queued_of_key or _NO_CAP,
+            job.max_live_of_key or _NO_CAP,
         )
         acks = self._acks
         if acks is None:
@@ -219,8 +243,16 @@ class JobQueue:
         if status == b"OUT_OF_RANGE":
             raise SequenceOutOfRange(after_sequence, rest[0])
         described, more, entries = rest
-        events = tuple(records.event_from_fields(fields) for fields in entries)
-        return Attachment(records.record_from_reply(described), events, more == 1)
+        record = self._opened(records.record_from_reply(described))
+        opener = self._sealer.of(record.tenant, record.generation_id)
+        events = tuple(records.event_from_fields(fields, opener) for fields in entries)
+        return Attachment(record, events, more == 1)
+
+    def _opened(self, record: GenerationRecord) -> GenerationRecord:
+        if not self._sealer.is_on:
+            return record
+        opener = self._sealer.of(record.tenant, record.generation_id)
+        return replace(record, echo=records.open_echo(record.echo, opener))
 
     async def detach(self, generation_id: str, *, attach_id: str = "", least_grace_ms: int = 0) -> JobState | None:
         """The client of this gateway's stream is gone: begin the job's own disconnect grace (0: it is cancelled now).
@@ -251,7 +283,24 @@ class JobQueue:
         found = as_list(reply)
         if not found:
             raise GenerationNotFound
-        return records.record_from_reply(found[0])
+        return self._opened(records.record_from_reply(found[0]))
+
+    async def delete(self, generation_id: str, tenant: str) -> None:
+        """End a generation if it runs, and erase all that is stored of it. Raises GenerationNotFound."""
+        if await self._run("delete", keys.shard_of(generation_id), generation_id, tenant) is None:
+            raise GenerationNotFound
+
+    async def settlements(self, shard: str, limit: int = 100) -> list[Settlement]:
+        """Ended generations whose reservation is to be settled, the oldest first; all gateways see the same ones."""
+        key = keys.settlements(shard)
+        found = await self._retry.call(lambda: execute(self._redis, "ZRANGE", key, 0, limit - 1))
+        return [Settlement.from_member(member) for member in found]
+
+    async def forget_settlements(self, shard: str, settled: Iterable[Settlement]) -> None:
+        """Take settled ones off the list."""
+        members = [settlement.member for settlement in settled]
+        if members:
+            await self._retry.call(lambda: execute(self._redis, "ZREM", keys.settlements(shard), *members))
 
     async def num_queued(self, shard: str) -> int:
         """Jobs of all classes that wait for a worker."""
@@ -259,7 +308,7 @@ class JobQueue:
         return sum(map(int, lengths.values()))
 
     async def list_inflight(self, shard: str, limit: int = 100) -> list[GenerationRecord]:
-        """Queued and running generations of all tenants, those with the nearest deadline first."""
+        """Queued and running generations of all tenants, those with the nearest deadline first; echoes as stored."""
         if limit <= 0:
             return []
         return [records.record_from_reply(item) for item in as_list(await self._run("get", shard, "", 1, limit))]
@@ -311,3 +360,8 @@ class JobQueue:
     async def workers(self, shard: str, limit: int = 1000) -> list[LiveWorker]:
         """The workers of a shard, the most recently seen first."""
         return await self._upkeep.workers(shard, limit)
+
+
+def _least(own: int, asked: int) -> int:
+    """The tighter of the queue's own bound and one that may be absent (0)."""
+    return min(own, asked) if asked else own

@@ -62,7 +62,7 @@ class LogEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     chain_hash: bytes  # over the token ids up to and including this event (common/chain.py)
     epoch: int
     sequence: int
-    body: EventBody | None = None  # None in a STARTED marker
+    body: EventBody | bytes | None = None  # None in a STARTED marker; bytes as stored, where it is sealed
     kind: ItemKind = ItemKind.EVENT
     reason: str = ""  # of a terminal: see Reason
 
@@ -70,14 +70,15 @@ class LogEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class ReplyItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One item of a gateway's reply stream: a copy of a log event, or news about a job.
 
-    A copy whose `body` is None was too large for the reply stream: it must be read from the log.
+    A copy whose `body` is None was too large for the reply stream: it must be read from the log. One that is bytes is
+    sealed.
     """
 
     generation_id: str
     chain_hash: bytes
     epoch: int
     sequence: int
-    body: EventBody | None = None
+    body: EventBody | bytes | None = None
     kind: ItemKind = ItemKind.EVENT
     reason: str = ""
 
@@ -134,6 +135,13 @@ class NewJob:
     request_digest: bytes = b""  # what must be equal when the key is used again
     echo: bytes = b""  # the caller's own record, returned by attach and get (the effective config)
     generation_id: str | None = None  # chosen beforehand, when the body depends on it
+    retention_ms: int | None = None  # how long the result is kept, if that is shorter than the queue's own time
+    max_queued: int = 0  # most waiting jobs of the tenant, if that is fewer than the queue's own bound; 0: it is not
+    max_live: int = 0  # most waiting and running jobs of the tenant, likewise
+    quota_id: str = ""  # by which the next two count
+    max_queued_of_key: int = 0  # 0: none
+    max_live_of_key: int = 0
+    has_reservation: bool = False  # quota was reserved under the generation's id: its end is to be settled
 
     def __post_init__(self) -> None:
         _check_bytes("tenant", self.tenant, 1, MAX_TENANT_BYTES)
@@ -253,6 +261,21 @@ class CommitResult:
     lost: Mapping[str, LostReason] = field(default_factory=dict)  # held no longer: stop computing them
     queued: tuple[int, ...] = (0,) * keys.PRIORITY_CLASSES  # waiting jobs of each class
     has_unknown_jobs: bool = False  # the server counts more jobs as ours than we hold: call `owned`
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What an ended generation used of the quota that it had reserved."""
+
+    generation_id: str
+    used_tokens: int
+    tenant: str
+    member: bytes = b""  # as stored
+
+    @classmethod
+    def from_member(cls, member: bytes) -> Settlement:
+        generation_id, used, tenant = member.decode().split(" ", 2)
+        return cls(generation_id, int(used), tenant, member)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {<shard>}:credit          hash    all      service charged to a tenant and not used, for its next jobs   as vtc
     {<shard>}:len             hash    all      queued jobs of each class              never (3 fields)
     {<shard>}:live            hash    all      queued + running jobs of each tenant   field at zero
+    {<shard>}:kl, kq          hash    all      live, and queued, jobs of each quota id with a cap   field at zero
+    {<shard>}:settle          zset    all      ended jobs whose quota is to be settled, by end   once settled
     {<shard>}:bell            list    all      wake-ups for idle workers, at most 8   when the queue empties
     {<shard>}:dl              zset    all      live ids by deadline (ms)              member at the job's end
     {<shard>}:dt              zset    all      detached ids by end of grace (ms)      member at the job's end
@@ -37,6 +39,12 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {keys}:k:<key id>         hash    admin    tenant, name, times, and the key's SHA-256, never the key   never
     {keys}:ids                set     admin    all key ids                            never
     {keys}:secret             string  admin    random bytes that all gateways share   never
+    {keys}:first              string  admin    id of the first administrator's key    never
+    {keys}:tenants            hash    admin    tenant -> its policy (JSON)            until deleted
+
+    {t:<tenant>}:quota        hash    gateway  rates, see scripts/quota_reserve.lua   2 minutes
+    {t:<tenant>}:d:<day>      hash    gateway  tokens of a UTC day, of the tenant and each quota id        2 days
+    {t:<tenant>}:r:<id>       string  gateway  what a generation has reserved         once settled, or a lifetime
 
 (*) A failed job: the retention of dead letters if that is longer, or until it is purged or the oldest of too many. Once
 it has been sent again: the usual retention from then.
@@ -73,6 +81,8 @@ MODEL_TIMES: Final = "{models}:times"
 MODEL_VERSION: Final = "{models}:version"
 API_KEY_IDS: Final = "{keys}:ids"
 SHARED_SECRET: Final = "{keys}:secret"
+FIRST_ADMIN_KEY: Final = "{keys}:first"
+TENANTS: Final = "{keys}:tenants"
 
 PRIORITY_CLASSES: Final = 3  # 0 is served first
 
@@ -191,6 +201,14 @@ def idempotency(shard: str, digest: str) -> str:
 def usage(shard: str, hour: int) -> str:
     """Usage of one hour; `hour` is server time in hours since the epoch."""
     return f"{{{shard}}}:usage:{hour}"
+
+
+def settlements(shard: str) -> str:
+    return f"{{{shard}}}:settle"
+
+
+def quota(tenant: str) -> str:
+    return f"{{t:{tenant}}}:quota"
 
 
 def dead_letters(shard: str) -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from collections.abc import MutableMapping
 from enum import StrEnum
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import structlog
 
 from common.log_sink import LineSink, writer_of
+
+_OWN_PACKAGES: Final = ("common", "gateway", "worker", "torchrelay")
+_TENSOR_LIBRARIES: Final = ("torch", "triton")
 
 
 class LogFormat(StrEnum):
@@ -40,6 +45,47 @@ def _handler(target: TextIO) -> logging.Handler:
     return _SinkHandler(target)
 
 
+def name_exception(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Say of an exception what it was and where, never its text or local variables: they may hold what a caller wrote.
+
+    Of our own exceptions the text is kept, since it is written here (see `common.errors`).
+    """
+    found = event.pop("exc_info", None)
+    if found is True:
+        found = sys.exc_info()
+    error = found[1] if isinstance(found, tuple) else found
+    if isinstance(error, BaseException):
+        event.setdefault("error", describe_exception(error))
+        event["frames"] = frames_of(error)
+    return event
+
+
+def describe_exception(error: BaseException) -> str:
+    """The name of an exception, with its text if that can only come from us, the machine or the tensor library."""
+    trace = traceback.extract_tb(error.__traceback__, limit=-1)
+    is_of_tensors = bool(trace) and any(f"/{name}/" in trace[-1].filename for name in _TENSOR_LIBRARIES)
+    module = type(error).__module__.partition(".")[0]
+    if module in (*_OWN_PACKAGES, *_TENSOR_LIBRARIES) or isinstance(error, OSError | MemoryError) or is_of_tensors:
+        return f"{type(error).__name__}: {error}"
+    return type(error).__name__
+
+
+def frames_of(error: BaseException) -> list[str]:
+    """Where an exception came through, outermost first."""
+    return [
+        f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+
+
+def log_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """As sys.excepthook: what ends the process is named like everything else."""
+    if isinstance(error, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    structlog.get_logger().critical("process.crashed", exc_info=error.with_traceback(trace))
+
+
 def set_up_logs(level: str = "INFO", log_format: LogFormat = LogFormat.AUTO, stream: TextIO | None = None) -> None:
     """Send structlog's events and the standard library's records (of other packages) to `stream`, in one form.
 
@@ -57,9 +103,9 @@ def set_up_logs(level: str = "INFO", log_format: LogFormat = LogFormat.AUTO, str
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
+        name_exception,
     ]
     if log_format is LogFormat.JSON:
-        shared.append(structlog.processors.format_exc_info)
         renderer: Any = structlog.processors.JSONRenderer()
     else:
         renderer = structlog.dev.ConsoleRenderer(colors=target.isatty())

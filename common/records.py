@@ -19,31 +19,87 @@ from common.jobs import (
     Reason,
     ReplyItem,
 )
+from common.sealing import PLAIN, GenerationSealer
 
 _LOG_ENTRY_HEAD: Final = b"\x94"  # msgpack: an array of four follows
 _BODY_ENCODER: Final = msgspec.msgpack.Encoder()
 _EVENT_DECODER: Final = msgspec.msgpack.Decoder(LogEvent)
 _ITEMS_DECODER: Final = msgspec.msgpack.Decoder(list[ReplyItem])
 _BODY_DECODER: Final = msgspec.msgpack.Decoder(JobBody)
+_EVENT_BODY_DECODER: Final = msgspec.msgpack.Decoder(EventBody)
+_PLAIN: Final = PLAIN.of("", "")
+_BODY_LABEL: Final = b"body"
+_ECHO_LABEL: Final = b"echo"
 
 
-def encode_body(body: JobBody) -> bytes:
-    return _BODY_ENCODER.encode(body)
+def encode_body(body: JobBody, sealer: GenerationSealer = _PLAIN) -> bytes:
+    return sealer.seal(_BODY_ENCODER.encode(body), _BODY_LABEL)
 
 
-def encode_entry(chain_hash: bytes, epoch: int, sequence: int, body: EventBody) -> bytes:
-    """Field e of a log entry: four msgpack values, without the array around them, so that a script can embed them."""
-    return _BODY_ENCODER.encode((chain_hash, epoch, sequence, body))[1:]
+def reseal_body(record: bytes, old: GenerationSealer, new: GenerationSealer) -> bytes:
+    """A stored job body for another generation. Raises SealBroken."""
+    return new.seal(old.open(record, _BODY_LABEL), _BODY_LABEL)
 
 
-def event_from_fields(fields: Sequence[bytes]) -> LogEvent:
-    """A log event from the fields of its entry: e and, in markers and terminals, k and y. Later ones are left out."""
+def seal_echo(echo: bytes, sealer: GenerationSealer) -> bytes:
+    return sealer.seal(echo, _ECHO_LABEL)
+
+
+def open_echo(echo: bytes, sealer: GenerationSealer) -> bytes:
+    """Raises SealBroken. An empty one is never sealed."""
+    return sealer.open(echo, _ECHO_LABEL) if echo else echo
+
+
+def encode_entry(
+    chain_hash: bytes, epoch: int, sequence: int, body: EventBody, sealer: GenerationSealer = _PLAIN
+) -> bytes:
+    """Field e of a log entry: four msgpack values, without the array around them, so that a script can embed them.
+
+    A sealed body is a bin in the place of the body.
+    """
+    stored: EventBody | bytes = body
+    if sealer.is_on:
+        stored = sealer.seal(_BODY_ENCODER.encode(body), _event_label(epoch, sequence))
+    return _BODY_ENCODER.encode((chain_hash, epoch, sequence, stored))[1:]
+
+
+def event_from_fields(fields: Sequence[bytes], sealer: GenerationSealer = _PLAIN) -> LogEvent:
+    """A log event from the fields of its entry: e and, in markers and terminals, k and y. Later ones are left out.
+
+    Raises SealBroken.
+    """
     event = _EVENT_DECODER.decode(_LOG_ENTRY_HEAD + fields[1])
-    if len(fields) == 2 or fields[2] != b"k":
+    body = open_event_body(event, sealer)
+    has_kind = len(fields) > 2 and fields[2] == b"k"
+    if body is event.body and not has_kind:
         return event
-    return LogEvent(
-        event.chain_hash, event.epoch, event.sequence, event.body, ItemKind(fields[3].decode()), fields[5].decode()
-    )
+    kind, reason = (ItemKind(fields[3].decode()), fields[5].decode()) if has_kind else (ItemKind.EVENT, "")
+    return LogEvent(event.chain_hash, event.epoch, event.sequence, body, kind, reason)
+
+
+def open_event_body(event: LogEvent | ReplyItem, sealer: GenerationSealer) -> EventBody | None:
+    """The body of an event, sealed or not. Raises SealBroken.
+
+    Scripts end generations with bodies that say what was used and nothing else: these are never sealed.
+    """
+    body = event.body
+    if isinstance(body, bytes):
+        return _EVENT_BODY_DECODER.decode(sealer.open(body, _event_label(event.epoch, event.sequence)))
+    if body is not None and body.deltas:
+        sealer.check_plain()
+    return body
+
+
+def open_item(item: ReplyItem, sealer: GenerationSealer) -> ReplyItem:
+    """An item with its body open. Raises SealBroken."""
+    body = open_event_body(item, sealer)
+    if body is item.body:
+        return item
+    return ReplyItem(item.generation_id, item.chain_hash, item.epoch, item.sequence, body, item.kind, item.reason)
+
+
+def _event_label(epoch: int, sequence: int) -> bytes:
+    return b"event %d-%d" % (epoch, sequence)
 
 
 def items_from_entry(packed: bytes) -> list[ReplyItem]:
@@ -89,23 +145,45 @@ def known_ms(value: int) -> int | None:
     return None if value < 0 else value
 
 
-class ClaimRecord(msgspec.Struct, frozen=True):
-    """A claimed job, and what the worker's library needs to go on with its log."""
+class ClaimHead(msgspec.Struct, frozen=True):
+    """What the worker's library needs to go on with a claimed job's log, readable even where its body is not."""
 
-    job: ClaimedJob
+    generation_id: str
+    tenant: str
+    epoch: int
+    sequence: int
+    chain_hash: bytes
     log_bytes: int
     progress: bool  # this epoch has already committed progress
+    completion_tokens: int
 
 
-def claim_from_reply(reply: Sequence[Any]) -> ClaimRecord:
-    """Reads what `pack_claim` of the scripts wrote."""
+def claim_head(reply: Sequence[Any]) -> ClaimHead:
+    """Reads the head of what `pack_claim` of the scripts wrote."""
+    generation_id, epoch, sequence, chain_hash, _, _, _, tenant, _, _, completion_tokens, log_bytes, progress = reply[
+        :13
+    ]
+    return ClaimHead(
+        generation_id.decode(),
+        tenant.decode(),
+        epoch,
+        sequence,
+        chain_hash,
+        log_bytes,
+        progress == 1,
+        completion_tokens,
+    )
+
+
+def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> ClaimedJob:
+    """Reads what `pack_claim` of the scripts wrote. Raises SealBroken."""
     (
         generation_id, epoch, sequence, chain_hash, remaining_ms, priority, attempts, tenant,
-        prompt_tokens, cached_prompt_tokens, completion_tokens, log_bytes, progress, body, log,
+        prompt_tokens, cached_prompt_tokens, completion_tokens, _, _, body, log,
         weight, num_preemptions, by_share,
     ) = reply  # fmt: skip
-    entries = [event_from_fields(fields) for _, fields in log]
-    job = ClaimedJob(
+    entries = [event_from_fields(fields, sealer) for _, fields in log]
+    return ClaimedJob(
         generation_id=generation_id.decode(),
         epoch=epoch,
         sequence=sequence,
@@ -115,13 +193,12 @@ def claim_from_reply(reply: Sequence[Any]) -> ClaimRecord:
         attempts=attempts,
         tenant=tenant.decode(),
         usage=Usage(prompt_tokens, cached_prompt_tokens, completion_tokens),
-        body=_BODY_DECODER.decode(body),
+        body=_BODY_DECODER.decode(sealer.open(body, _BODY_LABEL)),
         events=tuple(event for event in entries if event.kind is not ItemKind.STARTED),
         weight=float(weight),
         num_preemptions=num_preemptions,
         by_share=by_share == 1,
     )
-    return ClaimRecord(job, log_bytes, progress == 1)
 
 
 def commit_from_reply(reply: Sequence[Any]) -> CommitResult:

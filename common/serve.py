@@ -28,6 +28,8 @@ from common.api_keys import ApiKeys
 from common.children import die_with_parent
 from common.embedded import EmbeddedServer, EmbeddedServerError, describe_durability
 from common.errors import ServingError, Unauthenticated
+from common.grants import Grants, Scope
+from common.keys import PRIORITY_CLASSES
 from common.redis import connect
 from common.settings import RedisSettings
 from common.startup import CANNOT_START, read_settings
@@ -174,7 +176,8 @@ async def _development_key(api_keys: ApiKeys) -> str:
             return key
         except Unauthenticated:
             pass  # made for another data directory
-    created = await api_keys.create(_DEV_TENANT, "development key of torchrelay serve")
+    every_right = Grants(scopes=tuple(Scope), priorities=tuple(range(PRIORITY_CLASSES)))
+    created = await api_keys.create(_DEV_TENANT, "development key of torchrelay serve", grants=every_right)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.fchmod(handle, 0o600)

@@ -16,7 +16,8 @@ from common.sentinel import is_sentinel_url, parse_sentinel_url
 PREFIX: Final = "TORCHRELAY_"
 ROLE_PREFIXES: Final = ("TORCHRELAY_GATEWAY_", "TORCHRELAY_WORKER_", "TORCHRELAY_ENGINE_")
 COMMAND_LINE_VARIABLES: Final = frozenset(
-    f"TORCHRELAY_{name}" for name in ("ADDRESS", "ADMIN_ADDRESS", "API_KEY", "TLS_CA", "INSECURE", "TEST_SERVER")
+    f"TORCHRELAY_{name}"
+    for name in ("ADDRESS", "ADMIN_ADDRESS", "ADMIN_KEY", "API_KEY", "TLS_CA", "INSECURE", "TEST_SERVER")
 )
 
 _SECOND: Final = 1000
@@ -167,6 +168,9 @@ class LogSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TORCHRELAY_LOG_", frozen=True)
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least that is written.")
     format: LogFormat = Field(default=LogFormat.AUTO, description="json, text, or auto: text on a terminal.")
+    core_dumps: bool = Field(
+        default=False, description="Whether a crash may leave a core file: it would hold what callers wrote."
+    )
 
     @field_validator("level", mode="before")
     @classmethod

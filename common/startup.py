@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -11,14 +12,20 @@ import structlog
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from common.logs import set_up_logs
+from common.logs import log_uncaught, set_up_logs
+from common.sealing import EncryptionSettings
 from common.settings import LogSettings, QueueSettings, RedisSettings, describe_errors, unknown_variables
 
 _T = TypeVar("_T")
 
 CANNOT_START: Final = 78  # EX_CONFIG of sysexits.h: starting again would end the same way
 
-SHARED_SETTINGS: tuple[type[BaseSettings], ...] = (LogSettings, RedisSettings, QueueSettings)
+SHARED_SETTINGS: tuple[type[BaseSettings], ...] = (
+    LogSettings,
+    RedisSettings,
+    QueueSettings,
+    EncryptionSettings,
+)
 
 
 def read_settings(read: Callable[[], _T], *own: type[BaseSettings]) -> _T:
@@ -30,6 +37,9 @@ def read_settings(read: Callable[[], _T], *own: type[BaseSettings]) -> _T:
     try:
         log_settings = LogSettings()
         set_up_logs(log_settings.level, log_settings.format)
+        sys.excepthook = log_uncaught
+        if not log_settings.core_dumps:
+            _leave_no_core()
         settings = read()
     except ValidationError as error:
         sys.stderr.write(describe_errors(error))
@@ -40,3 +50,9 @@ def read_settings(read: Callable[[], _T], *own: type[BaseSettings]) -> _T:
     for variable in unknown_variables(os.environ, (*SHARED_SETTINGS, *own)):
         structlog.get_logger().warning("settings.unknown", variable=variable.name, did_you_mean=variable.nearest)
     return settings
+
+
+def _leave_no_core() -> None:
+    """A crash leaves no image of our memory, which holds what callers wrote."""
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))

@@ -17,24 +17,36 @@ from common.embedded import describe_durability
 from common.errors import ServingError
 from common.headroom import Headroom
 from common.job_queue import JobQueue
+from common.quotas import QuotaMeter
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
+from common.sealing import EncryptionSettings, Sealer
 from common.settings import QueueSettings, RedisSettings
 from common.startup import read_settings
-from gateway.admin import ApiKeyServicer, FleetServicer
-from gateway.auth import authenticator
+from common.tenants import Tenants
+from common.usage import UsageReader
+from gateway.admin.access import operator_authenticator
+from gateway.admin.api_keys import ApiKeyServicer
+from gateway.admin.fleet import FleetServicer
+from gateway.admin.tenants import TenantServicer
+from gateway.admin.usage import UsageServicer
+from gateway.admission import Admission
+from gateway.audit import Audit, AuditFile
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
+from gateway.identity.api_key import ApiKeyMethod
+from gateway.identity.authenticator import Authenticator
 from gateway.interceptors.guard import Guard
 from gateway.model_servicer import ModelServicer
+from gateway.rights import check_method
 from gateway.secret import SharedSecret
-from gateway.server import GatewayServer, check_plaintext
+from gateway.server import GatewayServer, check_plaintext, is_admin_open
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.stream import StreamFactory, StreamTimes
 from gateway.upkeep import Upkeep
-from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc
+from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc, tenant_pb2_grpc, usage_pb2_grpc
 from torchrelay.v1 import generation_pb2_grpc, model_pb2_grpc
 
 log = structlog.get_logger()
@@ -43,7 +55,11 @@ _BLOCK_MS = 2000
 
 
 async def run(
-    settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings, stop: asyncio.Event
+    settings: GatewaySettings,
+    redis_settings: RedisSettings,
+    queue_settings: QueueSettings,
+    sealer: Sealer,
+    stop: asyncio.Event,
 ) -> None:
     """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound."""
     retry = Retry.from_settings(redis_settings)
@@ -59,24 +75,46 @@ async def run(
         blocking_redis=blocking_redis,
         headroom=headroom,
         acks=ReplicaAcks(waiting_redis, redis_settings),
+        sealer=sealer,
     )
     registry = ModelRegistry(redis, retry=retry)
     catalog = Catalog(ModelDirectory(registry, queue), registry)
     hub = EventHub(settings.max_pending_events, settings.max_pending_bytes)
-    streams = StreamFactory(queue, hub, StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s))
+    streams = StreamFactory(
+        queue, hub, StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s), sealer
+    )
     secret = SharedSecret(redis, admin_redis, retry)
 
-    guard = Guard(authenticator(ApiKeys(redis, retry=retry)), send_timeout_s=settings.send_timeout_s)
-    server = GatewayServer(settings, guard, Guard(None))
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationServicer(queue, streams, catalog, settings, secret), server.public
+    tenants = Tenants(redis, retry=retry)
+    authenticator = Authenticator([ApiKeyMethod(ApiKeys(redis, retry=retry))], tenants)
+    audit_file = AuditFile(settings.audit_file) if settings.audit_file is not None else None
+    guard = Guard(
+        authenticator.authenticate,
+        authorize=check_method,
+        audit=Audit(audit_file),
+        send_timeout_s=settings.send_timeout_s,
     )
-    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(catalog, queue), server.public)
+    operator = operator_authenticator(authenticator.authenticate, is_open=is_admin_open(settings))
+    server = GatewayServer(
+        settings, guard, Guard(operator, authorize=check_method, audit=Audit(audit_file, to_log=True))
+    )
+    quotas = QuotaMeter(redis, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
+    admission = Admission(queue, quotas)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+        GenerationServicer(queue, admission, streams, catalog, settings, secret), server.public
+    )
+    model_pb2_grpc.add_ModelServiceServicer_to_server(
+        ModelServicer(catalog, queue, reveal=settings.reveal_models), server.public
+    )
     api_key_pb2_grpc.add_ApiKeyServiceServicer_to_server(
         ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
     )
-    dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom)
+    dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom, sealer=sealer)
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue, dead_letters), server.admin)
+    tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantServicer(Tenants(admin_redis, retry=retry)), server.admin)
+    usage_pb2_grpc.add_UsageServiceServicer_to_server(
+        UsageServicer(catalog, UsageReader(redis, retry=retry)), server.admin
+    )
 
     async def on_connected() -> None:
         await server.health.set_ready(True)
@@ -89,6 +127,7 @@ async def run(
         streams,
         catalog,
         headroom,
+        admission,
         interval_s=min(settings.maintenance_interval_s, queue_settings.max_upkeep_pause_s),
         block_ms=block_ms(redis_settings, _BLOCK_MS),
         on_connected=on_connected,
@@ -112,18 +151,20 @@ async def run(
     log.info("gateway.stopped")
 
 
-async def _main(settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings) -> None:
+async def _main(
+    settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings, sealer: Sealer
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await run(settings, redis_settings, queue_settings, stop)
+    await run(settings, redis_settings, queue_settings, sealer, stop)
 
 
-def _settings() -> tuple[GatewaySettings, RedisSettings, QueueSettings]:
+def _settings() -> tuple[GatewaySettings, RedisSettings, QueueSettings, Sealer]:
     settings = GatewaySettings()
     check_plaintext(settings)
-    return settings, RedisSettings(), QueueSettings()
+    return settings, RedisSettings(), QueueSettings(), Sealer.from_settings(EncryptionSettings())
 
 
 def main() -> int:

@@ -142,6 +142,10 @@ class Catalog:
         self._directory.check_read()
         return sorted(self._directory.entries, key=lambda entry: (entry.card.name, entry.card.revision))
 
+    def name_of(self, shard: str) -> str | None:
+        """Return the name of the model that a shard belongs to, None if it is not registered."""
+        return next((entry.card.name for entry in self._directory.entries if entry.card.shard == shard), None)
+
     def earlier_shards(self, name: str) -> list[str]:
         """Return the shards of a model's revisions that new requests do not use."""
         current = self._directory.resolve(name).card.shard

@@ -31,3 +31,16 @@ def gateway(
     from gateway.__main__ import main  # the command's help needs no gRPC server
 
     raise typer.Exit(main())
+
+
+def bootstrap(
+    tenant: Annotated[str, typer.Argument(help="Whom the key belongs to.")] = "operators",
+    redis_url: Annotated[str, typer.Option("--redis-url", help="As the user that may write API keys.")] = "",
+    again: Annotated[bool, typer.Option("--again", help="Make one although one was made before.")] = False,
+) -> None:
+    """Make the first administrator's key, straight in the store, and print it; once for a deployment."""
+    if redis_url:
+        os.environ["TORCHRELAY_REDIS_URL"] = redis_url
+    from gateway.bootstrap import main
+
+    raise typer.Exit(main(tenant, again=again))

@@ -11,8 +11,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from common import keys
-from common.errors import Superseded
+from common.errors import SealBroken, Superseded
+from common.generation import EventBody
 from common.jobs import ItemKind, ReplyItem
+from common.records import open_item
+from common.sealing import PLAIN, GenerationSealer
 
 _PART_BYTES: Final = 200  # of an event or delta, besides what it holds
 _TOKEN_ID_BYTES: Final = 40
@@ -30,6 +33,7 @@ class Subscription:
         "_max_pending_bytes",
         "_must_read_log",
         "_num_pending_bytes",
+        "_opener",
         "_pending",
         "_waiter",
         "attach_id",
@@ -37,7 +41,11 @@ class Subscription:
         "superseded",
     )
 
-    def __init__(self, generation_id: str, max_pending: int, max_pending_bytes: int) -> None:
+    def __init__(
+        self, generation_id: str, max_pending: int, max_pending_bytes: int, opener: GenerationSealer | None = None
+    ) -> None:
+        """`opener` opens sealed items of the generation."""
+        self._opener = opener or PLAIN.of("", generation_id)
         self.generation_id = generation_id
         self.attach_id = keys.random_id()
         self.superseded = False
@@ -54,6 +62,13 @@ class Subscription:
         That another gateway has attached may be old news, from before this subscription: what is stored decides.
         """
         if not self._must_read_log:  # else what it reads there will hold this one too
+            try:
+                item = open_item(item, self._opener)
+            except SealBroken:  # whoever reads the log is told, or that it is not theirs
+                self._clear()
+                self._must_read_log = True
+                self._wake()
+                return
             self._pending.append(item)
             self._num_pending_bytes += _bytes_of(item)
             if (
@@ -120,9 +135,9 @@ class EventHub:
         """Whether a call listens to this generation here."""
         return generation_id in self._subscriptions
 
-    def subscribe(self, generation_id: str) -> Subscription:
+    def subscribe(self, generation_id: str, opener: GenerationSealer | None = None) -> Subscription:
         """Listen to a generation, beside those who do already: whether this call may have it is not known yet."""
-        subscription = Subscription(generation_id, self._max_pending, self._max_pending_bytes)
+        subscription = Subscription(generation_id, self._max_pending, self._max_pending_bytes, opener)
         self._subscriptions.setdefault(generation_id, []).append(subscription)
         self._num_subscriptions += 1
         return subscription
@@ -152,7 +167,7 @@ class EventHub:
 def _bytes_of(item: ReplyItem) -> int:
     """About how much memory an item takes."""
     size = _PART_BYTES
-    if item.body is not None:
+    if isinstance(item.body, EventBody):
         for delta in item.body.deltas:
             size += _PART_BYTES + len(delta.text)
             size += _TOKEN_ID_BYTES * len(delta.token_ids) + _LOGPROB_BYTES * len(delta.logprobs)

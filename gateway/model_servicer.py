@@ -12,6 +12,8 @@ from common.job_queue import JobQueue
 from common.registry import ModelEntry, ModelState
 from gateway import validation as check
 from gateway.catalog import Catalog, default_config
+from gateway.identity.caller import current_caller
+from gateway.rights import check_model
 from torchrelay.v1 import model_pb2 as pb
 from torchrelay.v1 import model_pb2_grpc as pb_grpc
 
@@ -26,15 +28,22 @@ _STATES: Final = {ModelState.READY: pb.MODEL_STATE_READY, ModelState.COLD: pb.MO
 class ModelServicer(pb_grpc.ModelServiceServicer):
     """Shows what the catalog holds."""
 
-    def __init__(self, catalog: Catalog, queue: JobQueue) -> None:
+    def __init__(self, catalog: Catalog, queue: JobQueue, *, reveal: bool = True) -> None:
+        """`reveal`: callers learn of models that they may not use."""
         self._catalog = catalog
         self._queue = queue
+        self._reveal = reveal
 
     async def ListModels(  # noqa: N802 - the method's name in the contract
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ListModelsResponse:
         size = page_size(request.page_size)
-        entries = [entry for entry in self._catalog.entries() if entry.card.name > request.page_token]
+        grants = current_caller().grants
+        entries = [
+            entry
+            for entry in self._catalog.entries()
+            if entry.card.name > request.page_token and (self._reveal or grants.allows_model(entry.card.name))
+        ]
         page = entries[:size]
         models = await asyncio.gather(*(self._message(entry) for entry in page))
         more = len(entries) > size
@@ -43,13 +52,17 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetModelResponse:
-        entry = self._catalog.entry(check.check_model_name(request.model))
+        name = check.check_model_name(request.model)
+        if not self._reveal:
+            check_model(current_caller(), name, reveal=False)
+        entry = self._catalog.entry(name)
         return pb.GetModelResponse(model=await self._message(entry))
 
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.TokenizeResponse:
-        model = await self._catalog.get(check.check_model_name(request.model))
+        check_model(current_caller(), check.check_model_name(request.model), reveal=self._reveal)
+        model = await self._catalog.get(request.model)
         if request.input.WhichOneof("input") == "token_ids":
             raise errors.InvalidRequest(
                 "token ids are tokenized already", reason="FIELD_INVALID", field="input.token_ids"
@@ -59,7 +72,8 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.DetokenizeResponse:
-        model = await self._catalog.get(check.check_model_name(request.model))
+        check_model(current_caller(), check.check_model_name(request.model), reveal=self._reveal)
+        model = await self._catalog.get(request.model)
         if len(request.token_ids) > _MAX_DETOKENIZE_IDS:
             raise errors.InvalidRequest(
                 f"at most {_MAX_DETOKENIZE_IDS} ids are taken",

@@ -49,14 +49,15 @@ class LogPosition:
 
     def advance(self, item: LogEvent | ReplyItem) -> EventBody:
         """Take the next event and return its body. Raises ResultLost if it does not continue what was delivered."""
-        assert item.body is not None
+        body = item.body
+        assert isinstance(body, EventBody)  # opened before it came here
         assert item.sequence == self.sequence + 1
-        if self.chain_hash is not None and next_hash(self.chain_hash, item.body.deltas) != item.chain_hash:
+        if self.chain_hash is not None and next_hash(self.chain_hash, body.deltas) != item.chain_hash:
             raise ResultLost
         self.sequence = item.sequence
         self.chain_hash = item.chain_hash
-        self.note_ends(item.body.deltas)
-        return item.body
+        self.note_ends(body.deltas)
+        return body
 
     def note_ends(self, deltas: Iterable[OutputDelta]) -> None:
         """Remember how outputs ended."""

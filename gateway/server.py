@@ -20,7 +20,9 @@ from torchrelay.client.channel import is_loopback
 log = structlog.get_logger()
 
 _PUBLIC: Final = ("torchrelay.v1.GenerationService", "torchrelay.v1.ModelService")
-_ADMIN: Final = ("torchrelay.admin.v1beta1.ApiKeyService", "torchrelay.admin.v1beta1.FleetService")
+_ADMIN: Final = tuple(
+    f"torchrelay.admin.v1beta1.{name}" for name in ("ApiKeyService", "TenantService", "FleetService", "UsageService")
+)
 _MAX_METADATA_BYTES: Final = 8192
 
 
@@ -108,6 +110,11 @@ def check_plaintext(settings: GatewaySettings) -> None:
                 "prompts could be read on the way. Bind to loopback, or allow it with --insecure "
                 "(TORCHRELAY_GATEWAY_INSECURE=true), as behind a mesh that encrypts."
             )
+
+
+def is_admin_open(settings: GatewaySettings) -> bool:
+    """Return whether operators need no credentials."""
+    return settings.admin_auth == "auto" and is_loopback(settings.admin_address)
 
 
 def _bind(server: grpc.aio.Server, address: str) -> str:

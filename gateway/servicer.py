@@ -14,13 +14,16 @@ import grpc.aio
 from common import errors, keys
 from common.deltas import merge_deltas
 from common.generation import JobBody, OutputDelta
+from common.grants import Caps
 from common.job_queue import JobQueue
-from common.jobs import Attachment, NewJob
-from gateway import convert
+from common.jobs import Attachment, Enqueued, NewJob
+from gateway import audit, convert
 from gateway import validation as check
-from gateway.auth import Caller, current_caller
+from gateway.admission import Admission
 from gateway.catalog import Catalog
+from gateway.identity.caller import Caller, current_caller
 from gateway.progress import LogPosition
+from gateway.rights import check_model, priority_of
 from gateway.secret import SharedSecret
 from gateway.settings import GatewaySettings
 from gateway.stream import EventStream, StreamFactory, accepted_of, stored_body
@@ -31,6 +34,7 @@ GENERATION_ID_METADATA = "torchrelay-generation-id"
 _MIN_TIME_LIMIT_MS = 1
 _DEADLINE_SLACK_MS = 100  # so that the call's own deadline is what its caller hears of
 _RETRY_AFTER_MS = 500
+_MAX_NOTED_ID = 128
 _REPEAT_GRACE_MS = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
@@ -42,10 +46,17 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     """Serves generations of every model in the catalog."""
 
     def __init__(
-        self, queue: JobQueue, streams: StreamFactory, catalog: Catalog, settings: GatewaySettings, secret: SharedSecret
+        self,
+        queue: JobQueue,
+        admission: Admission,
+        streams: StreamFactory,
+        catalog: Catalog,
+        settings: GatewaySettings,
+        secret: SharedSecret,
     ) -> None:
         """`secret` keys digests and salts the prefix cache per tenant; all gateways of a deployment share it."""
         self._queue = queue
+        self._admission = admission
         self._streams = streams
         self._catalog = catalog
         self._settings = settings
@@ -76,8 +87,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         request: pb.SubmitGenerationRequest,
         context: grpc.aio.ServicerContext[pb.SubmitGenerationRequest, pb.SubmitGenerationResponse],
     ) -> pb.SubmitGenerationResponse:
-        job, accepted = await self._job(request, current_caller(), None)
-        enqueued = await self._queue.enqueue(keys.shard_of(accepted.generation_id), job)
+        caller = current_caller()
+        job, accepted = await self._job(request, caller, None)
+        enqueued = await self._admission.enqueue(keys.shard_of(accepted.generation_id), job, caller)
+        _note_accepted(enqueued, job, accepted)
         if enqueued.duplicate:
             record = await self._queue.get(enqueued.generation_id, job.tenant)
             accepted = accepted_of(record)
@@ -94,14 +107,14 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         context: grpc.aio.ServicerContext[pb.ResumeGenerationRequest, pb.ResumeGenerationResponse],
     ) -> AsyncIterator[pb.ResumeGenerationResponse]:
         caller = current_caller()
-        _check_generation_id(request.generation_id)
+        self._check_access(request.generation_id, caller)
         if request.chain_hash and len(request.chain_hash) != 8:
             raise errors.InvalidRequest("must be empty or 8 bytes", reason="FIELD_INVALID", field="chain_hash")
         position = LogPosition(request.after_sequence, request.chain_hash or None)
         if not request.after_sequence:
             position = LogPosition()
         with self._one_more_call():
-            subscription = self._streams.listen(request.generation_id)
+            subscription = self._streams.listen(request.generation_id, caller.tenant)
             stream: EventStream | None = None
             held = True
             try:
@@ -136,17 +149,29 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         request: pb.GetGenerationRequest,
         context: grpc.aio.ServicerContext[pb.GetGenerationRequest, pb.GetGenerationResponse],
     ) -> pb.GetGenerationResponse:
-        _check_generation_id(request.generation_id)
-        return pb.GetGenerationResponse(generation=await self._whole(request.generation_id, current_caller()))
+        caller = current_caller()
+        self._check_access(request.generation_id, caller)
+        return pb.GetGenerationResponse(generation=await self._whole(request.generation_id, caller))
 
     async def CancelGeneration(  # noqa: N802
         self,
         request: pb.CancelGenerationRequest,
         context: grpc.aio.ServicerContext[pb.CancelGenerationRequest, pb.CancelGenerationResponse],
     ) -> pb.CancelGenerationResponse:
-        _check_generation_id(request.generation_id)
-        record = await self._queue.cancel(request.generation_id, current_caller().tenant)
+        caller = current_caller()
+        self._check_access(request.generation_id, caller)
+        record = await self._queue.cancel(request.generation_id, caller.tenant)
         return pb.CancelGenerationResponse(state=convert.state_of(record))
+
+    async def DeleteGeneration(  # noqa: N802
+        self,
+        request: pb.DeleteGenerationRequest,
+        context: grpc.aio.ServicerContext[pb.DeleteGenerationRequest, pb.DeleteGenerationResponse],
+    ) -> pb.DeleteGenerationResponse:
+        caller = current_caller()
+        self._check_access(request.generation_id, caller)
+        await self._queue.delete(request.generation_id, caller.tenant)
+        return pb.DeleteGenerationResponse()
 
     @asynccontextmanager
     async def _new_stream(
@@ -159,7 +184,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         with self._one_more_call():
             job, accepted = await self._job(request, caller, context.time_remaining())
             known = await self._known(request.model, job)
-            subscription = self._streams.listen(known or accepted.generation_id)
+            subscription = self._streams.listen(known or accepted.generation_id, caller.tenant)
             stream: EventStream | None = None
             least_grace_ms = 0
             try:
@@ -167,7 +192,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 if known is None:
                     shard = keys.shard_of(accepted.generation_id)
                     try:
-                        enqueued = await self._queue.enqueue(shard, job, attach_id=subscription.attach_id)
+                        enqueued = await self._admission.enqueue(shard, job, caller, attach_id=subscription.attach_id)
                     except errors.ReplicationUnconfirmed:
                         if job.idempotency_key is not None:
                             # The caller is told to repeat the call: what it then finds must not be a cancelled one.
@@ -176,7 +201,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                     if enqueued.duplicate:
                         known = enqueued.generation_id
                         await self._streams.close(subscription, ended=True)
-                        subscription = self._streams.listen(known)
+                        subscription = self._streams.listen(known, caller.tenant)
                     accepted.place = max(0, enqueued.place - 1)
                     convert.set_wait(accepted, enqueued.expected_wait_ms)
                 if known is not None:
@@ -196,16 +221,20 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self, request: NewGeneration, caller: Caller, call_remaining_s: float | None
     ) -> tuple[NewJob, pb.Accepted]:
         """Validate and tokenize a request. Raises InvalidRequest, ModelNotFound and FailedPrecondition."""
-        model = await self._catalog.get(check.check_model_name(request.model))
+        settings, grants, policy = self._settings, caller.grants, caller.policy
+        check_model(caller, check.check_model_name(request.model), reveal=settings.reveal_models)
+        priority = priority_of(request.priority, grants.priorities)
+        model = await self._catalog.get(request.model)
         prompt = await model.encode(request.input)
         card = model.card
         limits = check.ConfigLimits(
-            card.context_tokens, card.vocab_size, self._settings.max_outputs, self._settings.max_stop_strings
-        )
+            card.context_tokens, card.vocab_size, settings.max_outputs, settings.max_stop_strings
+        ).within(grants.caps)
         secret = await self._secret.get()
         config = check.resolve_config(request.config, model.defaults, len(prompt), limits, seed=secrets.randbits(64))
         sampling = check.sampling_params(config, card.eos_token_ids)
-        grace_ms = self._grace_ms(request)
+        grace_ms = self._grace_ms(request, grants.caps)
+        salt = self._salt(secret, caller, check.check_cache_salt(request.cache_salt))
         accepted = pb.Accepted(
             generation_id=keys.new_generation_id(card.shard),
             model=card.name,
@@ -217,9 +246,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         job = NewJob(
             tenant=caller.tenant,
             key_id=caller.key_id,
-            body=JobBody(
-                prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=self._salt(secret, caller.tenant)
-            ),
+            body=JobBody(prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=salt),
+            priority=priority,
+            weight=policy.weight,
             time_limit_ms=self._time_limit_ms(request, grace_ms, call_remaining_s),
             disconnect_grace_ms=grace_ms,
             attended=not isinstance(request, pb.SubmitGenerationRequest),
@@ -229,15 +258,24 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             request_digest=self._digest(secret, request),
             echo=stored_body(accepted),
             generation_id=accepted.generation_id,
+            retention_ms=policy.retention_ms,
+            max_queued=policy.quotas.max_queued,
+            max_live=policy.quotas.max_live,
+            quota_id=caller.quota_id or caller.key_id,
+            max_queued_of_key=grants.quotas.max_queued,
+            max_live_of_key=grants.quotas.max_live,
+            has_reservation=policy.quotas.are_metered or grants.quotas.are_metered,
         )
         return job, accepted
 
     @staticmethod
-    def _grace_ms(request: NewGeneration) -> int:
-        """Return how long the generation may go on alone; the queue cuts it to the longest that it grants."""
+    def _grace_ms(request: NewGeneration, caps: Caps) -> int:
+        """Return how long the generation may go on alone, cut to the caller's cap; the queue has one of its own."""
         if isinstance(request, pb.SubmitGenerationRequest) or not request.HasField("disconnect_grace"):
             return 0
-        return check.milliseconds(request.disconnect_grace, "disconnect_grace", minimum=0)
+        return check.milliseconds(
+            request.disconnect_grace, "disconnect_grace", minimum=0, maximum=caps.max_disconnect_grace_ms
+        )
 
     @staticmethod
     def _time_limit_ms(request: NewGeneration, grace_ms: int, call_remaining_s: float | None) -> int | None:
@@ -261,6 +299,17 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             return None
         return await self._queue.lookup_idempotency(shards, job.tenant, job.idempotency_key, job.request_digest)
 
+    def _check_access(self, generation_id: str, caller: Caller) -> None:
+        """Refuse an empty id, and ids of models that the caller may not use: existing or not, and whosever they are."""
+        audit.note(generation_id=generation_id[:_MAX_NOTED_ID])
+        if not generation_id:
+            raise errors.InvalidRequest("generation_id is required", reason="FIELD_REQUIRED", field="generation_id")
+        if not caller.grants.models:
+            return
+        model = self._catalog.name_of(keys.shard_of(generation_id))
+        if model is None or not caller.grants.allows_model(model):
+            raise errors.GenerationNotFound
+
     async def _whole(self, generation_id: str, caller: Caller) -> pb.Generation:
         """Return a generation with everything in its log. Raises GenerationNotFound."""
         position = LogPosition()
@@ -280,9 +329,14 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return message
 
     @staticmethod
-    def _salt(secret: bytes, tenant: str) -> bytes:
-        """Return what keeps tenants' blocks apart in the prefix cache."""
-        return hmac.digest(secret, b"prefix-cache:" + tenant.encode(), "sha256")
+    def _salt(secret: bytes, caller: Caller, given: bytes) -> bytes:
+        """Return what keeps tenants' (or trust groups') blocks apart in the prefix cache.
+
+        What a caller gives narrows that further, and can never lead into another tenant's blocks.
+        """
+        group = caller.policy.trust_group
+        owner = f"group:{group}" if group else f"tenant:{caller.tenant}"  # neither holds a NUL
+        return hmac.digest(secret, b"prefix-cache\0" + owner.encode() + b"\0" + given, "sha256")
 
     @staticmethod
     def _digest(secret: bytes, request: NewGeneration) -> bytes:
@@ -326,6 +380,14 @@ class _CallCount:
         self._servicer.count(-1)
 
 
-def _check_generation_id(generation_id: str) -> None:
-    if not generation_id:
-        raise errors.InvalidRequest("generation_id is required", reason="FIELD_REQUIRED", field="generation_id")
+def _note_accepted(enqueued: Enqueued, job: NewJob, accepted: pb.Accepted) -> None:
+    audit.note(
+        generation_id=enqueued.generation_id,
+        model=accepted.model,
+        prompt_tokens=accepted.prompt_tokens,
+        max_tokens=accepted.config.max_tokens,
+        num_outputs=accepted.config.num_outputs,
+        priority=job.priority,
+        request_digest=job.request_digest[:16].hex(),
+    )
+    audit.mark("generation.repeated" if enqueued.duplicate else "generation.accepted")

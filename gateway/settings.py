@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -23,6 +26,20 @@ class GatewaySettings(BaseSettings):
     )
     insecure: bool = Field(default=False, description="Allow plaintext on addresses beyond loopback.")
     reflection: bool = Field(default=False, description="Serve gRPC reflection.")
+
+    admin_auth: Literal["auto", "required"] = Field(
+        default="auto",
+        description="Whether operators' calls need credentials with an admin scope; auto: not at a loopback address.",
+    )
+    audit_file: Path | None = Field(
+        default=None,
+        description="Where each call is recorded, a line of JSON each: who, what, ids, counts and digests, never text. "
+        "Operators' calls are in the log too.",
+    )
+    reveal_models: bool = Field(
+        default=True,
+        description="Whether callers learn of models that they may not use; if not, they are as if they did not exist.",
+    )
 
     max_message_bytes: int = Field(default=4 * 1024 * 1024, gt=0, description="Largest request.")
     max_concurrent_streams: int = Field(default=256, gt=0, description="Most calls at a time on one connection.")

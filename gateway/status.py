@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, cast
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -16,6 +16,7 @@ from common import errors
 from torchrelay.v1 import generation_pb2 as pb
 
 DOMAIN: Final = "torchrelay"
+PUSHBACK_METADATA: Final = "grpc-retry-pushback-ms"
 
 # The first type that an error is an instance of decides; anything else is a bug: INTERNAL. Never UNAVAILABLE for work
 # that was accepted and failed: a service mesh would send it again. Never CANCELLED, for the same reason.
@@ -32,6 +33,7 @@ STATUS_OF: Final[Mapping[type[errors.ServingError], grpc.StatusCode]] = {
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.GenerationFailed: grpc.StatusCode.INTERNAL,
     errors.BackendRefused: grpc.StatusCode.INTERNAL,
+    errors.SealBroken: grpc.StatusCode.INTERNAL,
 }
 
 
@@ -60,23 +62,35 @@ def status_of(error: errors.ServingError, usage: pb.Usage | None = None) -> grpc
         delay = Duration()
         delay.FromMilliseconds(error.retry_after_ms)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    if isinstance(error, errors.QueueFull):
-        violation = error_details_pb2.QuotaFailure.Violation(subject=error.reason.lower(), description=error.message)
+    if isinstance(error, errors.QueueFull | errors.Limited):
+        subject = error.subject if isinstance(error, errors.Limited) else error.reason.lower()
+        violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=error.message)
         details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     if usage is not None:
         details.append(usage)
-    return to_status(code_of(error), error.message, details)
+    return to_status(code_of(error), error.message, details, pushback_of(error))
 
 
-def to_status(code: grpc.StatusCode, message: str, details: Iterable[Message]) -> grpc.Status:
+def pushback_of(error: errors.ServingError) -> str | None:
+    """Return `grpc-retry-pushback-ms` (gRFC A6): how long gRPC's own retries wait; -1: they do not; None: unsaid."""
+    if error.retry_after_ms is not None:
+        return str(error.retry_after_ms)
+    return "-1" if isinstance(error, errors.QuotaExceeded) else None
+
+
+def to_status(
+    code: grpc.StatusCode, message: str, details: Iterable[Message], pushback: str | None = None
+) -> grpc.Status:
     """Pack a status for `ServicerContext.abort_with_status`."""
     packed = []
     for detail in details:
         item = AnyMessage()
         item.Pack(detail)
         packed.append(item)
-    status: grpc.Status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
-    return status
+    status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
+    if pushback is not None:
+        status = status._replace(trailing_metadata=(*status.trailing_metadata, (PUSHBACK_METADATA, pushback)))
+    return cast(grpc.Status, status)
 
 
 def _bad_request(violations: Iterable[errors.FieldViolation]) -> error_details_pb2.BadRequest:

@@ -13,6 +13,7 @@ from common.deltas import merge_deltas
 from common.generation import EventBody, OutputDelta
 from common.job_queue import JobQueue
 from common.jobs import Attachment, GenerationRecord, ItemKind, LogEvent, ReplyItem
+from common.sealing import PLAIN, Sealer
 from gateway import convert
 from gateway.delivery import EventHub, Subscription
 from gateway.progress import LogPosition, Verdict
@@ -213,7 +214,7 @@ class EventStream:
             part = await self._queue.read_log(self._generation_id, self._tenant, sequence)
             for entry in part.events:
                 sequence = entry.sequence
-                if entry.body is not None:
+                if isinstance(entry.body, EventBody):
                     self._position.note_ends(entry.body.deltas)
             more = part.more and bool(part.events)
 
@@ -243,15 +244,20 @@ class EventStream:
 class StreamFactory:
     """Opens streams, and lets go of generations whose calls are over."""
 
-    def __init__(self, queue: JobQueue, hub: EventHub, times: StreamTimes) -> None:
+    def __init__(self, queue: JobQueue, hub: EventHub, times: StreamTimes, sealer: Sealer = PLAIN) -> None:
         self._queue = queue
         self._hub = hub
         self._times = times
+        self._sealer = sealer
         self._abandoned: set[tuple[str, str, int]] = set()  # generation and attach ids, least grace
 
-    def listen(self, generation_id: str) -> Subscription:
-        """Subscribe before attaching or enqueuing, so that no event falls between the two."""
-        return self._hub.subscribe(generation_id)
+    def listen(self, generation_id: str, tenant: str) -> Subscription:
+        """Subscribe before attaching or enqueuing, so that no event falls between the two.
+
+        Whether it is that tenant's is not known yet: another's sealed events do not open, and plain ones are delivered
+        to nobody before the generation is attached.
+        """
+        return self._hub.subscribe(generation_id, self._sealer.of(tenant, generation_id))
 
     def open(
         self,

@@ -10,6 +10,7 @@ import structlog
 from common.errors import ServingError
 from common.headroom import Headroom
 from common.job_queue import START_CURSOR, JobQueue
+from gateway.admission import Admission
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
 from gateway.stream import StreamFactory
@@ -30,6 +31,7 @@ class Upkeep:
         streams: StreamFactory,
         catalog: Catalog,
         headroom: Headroom,
+        admission: Admission,
         *,
         interval_s: float,
         block_ms: int,
@@ -41,6 +43,7 @@ class Upkeep:
         self._streams = streams
         self._catalog = catalog
         self._headroom = headroom
+        self._admission = admission
         self._interval_s = interval_s
         self._block_ms = block_ms
         self._on_connected = on_connected
@@ -102,6 +105,7 @@ class Upkeep:
         for shard in lapsed:
             self._cursors[shard] = START_CURSOR
         await self._streams.detach_abandoned()
+        await self._admission.settle(shards)
         for shard in shards:
             reaped, swept = await asyncio.gather(self._queue.reap(shard), self._queue.sweep(shard))
             if reaped.requeued or reaped.dead_lettered or swept.expired or swept.cancelled or swept.detached:

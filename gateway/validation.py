@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from google.protobuf.duration_pb2 import Duration
 
 from common.errors import FieldViolation, InvalidRequest
 from common.generation import SamplingParams
+from common.grants import Caps
 from gateway.tokenization import Message
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -21,18 +22,29 @@ MIN_TEMPERATURE = 1e-6
 MAX_REPETITION_PENALTY = 10.0
 MAX_IDEMPOTENCY_KEY = 128
 MAX_MESSAGES = 4096
+MAX_CACHE_SALT_BYTES = 128
 
 _ROLE_NAMES = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigLimits:
-    """What bounds a config: the model's facts and the operator's settings."""
+    """What bounds a config: the model's facts, the operator's settings and the caller's caps."""
 
-    context_length: int
+    context_length: int  # of the model, or as much of it as the caller may use
     vocab_size: int
     max_outputs: int
     max_stop_strings: int
+    max_tokens: int | None = None  # of each output; None is what the context leaves
+
+    def within(self, caps: Caps) -> ConfigLimits:
+        """These limits and a caller's caps, whichever is tighter."""
+        return replace(
+            self,
+            context_length=min(self.context_length, caps.max_context_tokens or self.context_length),
+            max_outputs=min(self.max_outputs, caps.max_outputs or self.max_outputs),
+            max_tokens=caps.max_tokens,
+        )
 
 
 @dataclass(slots=True)
@@ -122,7 +134,7 @@ def resolve_config(
     if config.stop_token_ids:
         del resolved.stop_token_ids[:]
     resolved.MergeFrom(config)
-    resolved.max_tokens = _max_tokens(config, defaults, num_prompt_tokens, room, limits.context_length)
+    resolved.max_tokens = _max_tokens(config, defaults, num_prompt_tokens, room, limits)
     resolved.ClearField("max_length")
     filters_given = config.HasField("top_k") or config.HasField("top_p") or config.HasField("min_p")
     if filters_given and not config.HasField("temperature") and not resolved.temperature:
@@ -176,9 +188,24 @@ def check_idempotency_key(key: str) -> str | None:
     return key or None
 
 
+def check_cache_salt(salt: bytes) -> bytes:
+    """Return the salt. Raises InvalidRequest if it is too long."""
+    if len(salt) > MAX_CACHE_SALT_BYTES:
+        raise InvalidRequest(
+            f"must be at most {MAX_CACHE_SALT_BYTES} bytes",
+            reason="FIELD_OUT_OF_RANGE",
+            field="cache_salt",
+            limit=MAX_CACHE_SALT_BYTES,
+            got=len(salt),
+        )
+    return salt
+
+
 def _max_tokens(
-    config: pb.GenerationConfig, defaults: pb.GenerationConfig, num_prompt_tokens: int, room: int, context_length: int
+    config: pb.GenerationConfig, defaults: pb.GenerationConfig, num_prompt_tokens: int, room: int, limits: ConfigLimits
 ) -> int:
+    field_name = "config.max_length" if config.HasField("max_length") else "config.max_tokens"
+    cap = limits.max_tokens
     if config.HasField("max_length"):
         if config.max_length <= num_prompt_tokens:
             raise InvalidRequest(
@@ -192,13 +219,22 @@ def _max_tokens(
     elif config.HasField("max_tokens"):
         wanted = config.max_tokens
     else:
-        return min(room, defaults.max_tokens) if defaults.HasField("max_tokens") else room
+        most = room if cap is None else min(room, cap)
+        return min(most, defaults.max_tokens) if defaults.HasField("max_tokens") else most
+    if cap is not None and wanted > cap:
+        raise InvalidRequest(
+            f"this key may ask for {cap} new tokens",
+            reason="FIELD_OUT_OF_RANGE",
+            field=field_name,
+            limit=cap,
+            got=wanted,
+        )
     if wanted > room:
         raise InvalidRequest(
             f"the prompt's {num_prompt_tokens} tokens and {wanted} new ones exceed the model's context of "
-            f"{context_length}",
+            f"{limits.context_length}",
             reason="CONTEXT_LENGTH_EXCEEDED",
-            field="config.max_length" if config.HasField("max_length") else "config.max_tokens",
+            field=field_name,
             limit=room,
             got=wanted,
         )

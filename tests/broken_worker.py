@@ -1,7 +1,7 @@
-"""A worker whose engine does what the environment says when it computes a marked prompt: it hangs, or the process dies.
+"""A worker whose engine does what the environment says when it computes a marked prompt: it hangs, dies or raises.
 
 Run as `python -m tests.broken_worker`; a prompt is marked by its first token id, BROKEN_WORKER_TOKEN. What is done is
-BROKEN_WORKER_ACT, `hang` or `die`.
+BROKEN_WORKER_ACT, `hang`, `die`, or `raise` with the text BROKEN_WORKER_TEXT.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def break_engine(token_id: int, act: str) -> None:
         if marked.intersection(self.stats().held_request_ids):
             if act == "die":
                 os.abort()
+            if act == "raise":
+                raise ValueError(os.environ["BROKEN_WORKER_TEXT"])
             while True:
                 time.sleep(3600)
         return step(self, now)

@@ -202,7 +202,7 @@ def open_stream(
 ) -> EventStream:
     """A stream of the generation, for a call of its own."""
     accepted = pb.Accepted(generation_id=GENERATION_ID, config=pb.GenerationConfig(num_outputs=num_outputs))
-    return factory.open(factory.listen(GENERATION_ID), TENANT, accepted, position or LogPosition(), attachment)
+    return factory.open(factory.listen(GENERATION_ID, TENANT), TENANT, accepted, position or LogPosition(), attachment)
 
 
 def tokens(*ids: int, first: int = 0) -> tuple[int, EventBody]:

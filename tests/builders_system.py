@@ -22,6 +22,7 @@ import grpc.aio
 
 from common.api_keys import ApiKeys
 from common.embedded import EmbeddedServer
+from common.grants import Grants
 from common.redis import connect
 from common.settings import RedisSettings
 from tests.zygote import ForkedProcess, Zygote
@@ -134,13 +135,13 @@ class System:
                 process.kill()
         self.server.stop()
 
-    def create_key(self, tenant: str) -> str:
-        """Make an API key and return it."""
+    def create_key(self, tenant: str, **grants: Any) -> str:
+        """Make an API key and return it; its rights as in Grants."""
 
         async def create() -> str:
             redis = connect(RedisSettings(url=self.server.url))
             try:
-                return (await ApiKeys(redis).create(tenant, "test")).secret
+                return (await ApiKeys(redis).create(tenant, "test", grants=Grants(**grants))).secret
             finally:
                 await redis.aclose()
 

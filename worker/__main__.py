@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from common.sealing import EncryptionSettings, Sealer
 from common.settings import QueueSettings, RedisSettings
 from common.startup import read_settings
 from worker.engine.device import leave_out_triton, quiet_openmp
@@ -14,7 +15,15 @@ from worker.settings import WorkerSettings
 def main() -> int:
     """Run a worker; return the exit status."""
     settings = read_settings(
-        lambda: (WorkerSettings(), EngineSettings(), RedisSettings(), QueueSettings()), WorkerSettings, EngineSettings
+        lambda: (
+            WorkerSettings(),
+            EngineSettings(),
+            RedisSettings(),
+            QueueSettings(),
+            Sealer.from_settings(EncryptionSettings()),
+        ),
+        WorkerSettings,
+        EngineSettings,
     )
     quiet_openmp()
     leave_out_triton(settings[0].device)

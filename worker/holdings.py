@@ -80,7 +80,7 @@ class Holdings:
         emitted: list[list[int]] = [[] for _ in range(sampling.num_outputs)]
         finished: set[int] = set()
         for event in job.events:
-            for delta in event.body.deltas if event.body is not None else ():
+            for delta in event.body.deltas if isinstance(event.body, EventBody) else ():
                 emitted[delta.output_index] += delta.token_ids
                 if delta.finish_reason is not None:
                     finished.add(delta.output_index)

@@ -18,6 +18,7 @@ from common.job_claims import JobClaims
 from common.jobs import WorkerInfo
 from common.redis import Redis, Retry, connect
 from common.registry import ModelRegistry
+from common.sealing import Sealer
 from common.settings import QueueSettings, RedisSettings
 from common.startup import CANNOT_START
 from worker.agent import Agent, StepHungError
@@ -71,13 +72,14 @@ async def run(
     engine_settings: EngineSettings,
     redis_settings: RedisSettings,
     queue_settings: QueueSettings,
+    sealer: Sealer,
     stop: asyncio.Event,
 ) -> None:
     """Serve jobs until `stop` is set, then drain."""
     redis: Redis = connect(redis_settings)
     retry = Retry.from_settings(redis_settings)
     await publish(ModelRegistry(redis, retry=retry), assembly.card, assembly.files)
-    claims = JobClaims(redis, assembly.card.shard, keys.random_id(), queue_settings, retry=retry)
+    claims = JobClaims(redis, assembly.card.shard, keys.random_id(), queue_settings, retry=retry, sealer=sealer)
     engine = EngineThread(assembly.engine)
     engine.start(asyncio.get_running_loop())
     started_ms = int(time.time() * 1000)
@@ -117,6 +119,7 @@ def run_process(
     engine_settings: EngineSettings,
     redis_settings: RedisSettings,
     queue_settings: QueueSettings,
+    sealer: Sealer,
 ) -> int:
     """Run a worker until SIGTERM or SIGINT; return the exit status."""
     try:
@@ -129,12 +132,13 @@ def run_process(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await run(assembly, settings, engine_settings, redis_settings, queue_settings, stop)
+        await run(assembly, settings, engine_settings, redis_settings, queue_settings, sealer, stop)
 
     try:
         asyncio.run(until_signal())
     except BaseExceptionGroup as group:
-        log.error("worker.failed", errors=[f"{type(error).__name__}: {error}" for error in group.exceptions])
+        for failure in group.exceptions:
+            log.error("worker.failed", exc_info=failure)
         if group.subgroup(StepHungError) is not None:
             # The engine's thread cannot be joined: leave at once, so that the lease ends and the jobs move on.
             os._exit(_HUNG_STATUS)

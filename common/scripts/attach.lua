@@ -7,8 +7,8 @@
 -- if there is no such job for this tenant. The gateway that had the stream gets an item of kind S.
 --@include base
 --@include jobs
+if not is_of(ARGV[1], ARGV[2]) then return false end
 local j = load(ARGV[1])
-if not j or j.t ~= ARGV[2] then return false end
 local gid, after, hash, now = ARGV[3], tonumber(ARGV[4]), ARGV[5], now_ms()
 local log = P .. 'j:' .. j.id .. ':log'
 if ARGV[11] == '1' and is_live(j) and j.ai ~= ARGV[10] then return { 'SUPERSEDED' } end

@@ -4,7 +4,8 @@
 -- Reply: the job as stored afterwards (see describe), or nil if there is none for this tenant.
 --@include base
 --@include jobs
+if ARGV[3] ~= '1' and not is_of(ARGV[1], ARGV[2]) then return false end
 local j = load(ARGV[1])
-if not j or (ARGV[3] ~= '1' and j.t ~= ARGV[2]) then return false end
+if not j then return false end
 if is_live(j) then cancel(j, 'CANCELLED', now_ms()) end
 return describe(load(ARGV[1]))

@@ -6,7 +6,9 @@
 --       14 idempotency digest or ''  15 request digest  16 echo  17 body
 --       18 most queued  19 most queued of the tenant  20 most live of the tenant  21 gateway lease ms  22 reply TTL ms
 --       23 attach id  24 retention ms of a dead letter  25 '1' if replicas are waited for
--- Reply {OK | DUPLICATE, id, state, place, expected wait ms or -1} or {QUEUE_FULL | TENANT_QUEUE_FULL | TENANT_CONCURRENCY | REUSED}
+--       26 '1' if quota was reserved, or ''  27 quota id of a key with caps, or ''  28 most queued of it  29 most live
+-- Reply {OK | DUPLICATE, id, state, place, expected wait ms or -1} or {QUEUE_FULL | TENANT_QUEUE_FULL |
+-- TENANT_CONCURRENCY | KEY_QUEUE_FULL | KEY_CONCURRENCY | REUSED}
 --@include base
 --@include jobs
 local id, tenant, class, gid = ARGV[1], ARGV[2], tonumber(ARGV[4]), ARGV[6]
@@ -32,19 +34,22 @@ if ARGV[14] ~= '' then
     if j then return { 'DUPLICATE', other_id, j.st, line(j) } end
   end
 end
-local full = refusal(tenant, tonumber(ARGV[18]), tonumber(ARGV[19]), tonumber(ARGV[20]))
+local full = refusal(tenant, tonumber(ARGV[18]), tonumber(ARGV[19]), tonumber(ARGV[20]), ARGV[27], tonumber(ARGV[28]),
+  tonumber(ARGV[29]))
 if full then return { full } end
 
 local arrival = call('HINCRBY', KEYS[1], 'seq', 1)
 local deadline = now + ARGV[7]
 call('HSET', P .. 'j:' .. id, 'st', 'Q', 't', tenant, 'k', ARGV[3], 'c', class, 'wt', ARGV[5], 's', arrival,
   'gw', gid, 'ai', ARGV[23], 'cr', int(now), 'dl', int(deadline), 'gr', ARGV[8], 'rt', ARGV[9], 'rf', ARGV[24], 'pt', ARGV[10],
-  'mx', ARGV[11], 'kv', ARGV[12], 'pk', ARGV[13], 'ik', ARGV[14], 'dg', ARGV[15], 'eo', ARGV[16], 'b', ARGV[17], 'ep', 0, 'n', 0, 'es', '')
+  'mx', ARGV[11], 'kv', ARGV[12], 'pk', ARGV[13], 'ik', ARGV[14], 'dg', ARGV[15], 'eo', ARGV[16], 'b', ARGV[17], 'ep', 0, 'n', 0, 'es', '',
+  'rq', ARGV[26], 'kc', ARGV[27])
 if ARGV[14] ~= '' then call('SET', digest_key, id .. ' ' .. ARGV[15]) end
 renew_gateway(gid, tonumber(ARGV[21]), tonumber(ARGV[22]), now)
 call('SADD', P .. 'g:' .. gid, id)
 call('ZADD', P .. 'dl', int(deadline), id)
 call('HINCRBY', P .. 'live', tenant, 1)
 local j = load(id)
+count_of_key('kl', j, 1)
 queue(j, arrival)
 return { 'OK', id, 'Q', line(j) }

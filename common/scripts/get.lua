@@ -11,7 +11,7 @@ else
   for i = 4, #ARGV do ids[i - 3] = ARGV[i] end
 end
 for _, id in ipairs(ids) do
-  local j = load(id)
-  if j and (ARGV[2] == '1' or j.t == ARGV[1]) then found[#found + 1] = describe(j) end
+  local j = (ARGV[2] == '1' or is_of(id, ARGV[1])) and load(id)
+  if j then found[#found + 1] = describe(j) end
 end
 return found

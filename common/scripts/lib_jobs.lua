@@ -3,6 +3,7 @@
 -- {s}:j:<id>, hash. Set at enqueue:
 --   t tenant, k API key id, c class, wt weight, s arrival, cr created, dl deadline (ms), gr disconnect grace (ms),
 --   rt retention (ms), rf retention of a dead letter (ms), pt prompt tokens, mx most completion tokens,
+--   rq '1' if quota was reserved, kc quota id by which caps count it, or '',
 --   kv / pk KV slots to begin / at most, ik idempotency digest, dg request digest, eo the gateway's record, b body
 -- Changed later:
 --   st state Q R D F C E, y reason, ft first token (ms), ep epoch, n events,
@@ -24,16 +25,17 @@ local MAX_ATTEMPTS_IN_COMPANY = 2 -- a job that took as many workers with it in 
 local MAX_REPLY_ENTRIES = 1000
 local MAX_REPLY_ITEM_BYTES = 4096
 local MAX_DEAD_LETTERS = 1000
+local MAX_SETTLEMENTS = 10000 -- that wait for a gateway
 local USAGE_TTL_S = 35 * 86400
 local IDLE_TENANT_TTL_S = 3600
 local AHEAD_OF_TIES = 0.001
 local INPUT_COST, OUTPUT_COST = 1, 2 -- service in token units (VTC, arXiv:2401.00588)
 local FIELDS = {
-  'st', 't', 'k', 'y', 'w', 'gw', 'ik', 'es', 'eo', 'ai',
+  'st', 't', 'k', 'y', 'w', 'gw', 'ik', 'es', 'eo', 'ai', 'rq', 'kc',
   'c', 'wt', 's', 'cr', 'dl', 'gr', 'rt', 'rf', 'pt', 'mx', 'kv', 'pk',
   'ep', 'n', 'at', 'nc', 'sc', 'en', 'ch', 'ct', 'cp', 'lb', 'ft', 'pe', 'fl',
 }
-local NUM_TEXT_FIELDS = 10
+local NUM_TEXT_FIELDS = 12
 
 local function fill(text, width)
   return text .. string.rep(' ', width - #text)
@@ -65,6 +67,12 @@ local function load(id)
     end
   end
   return j
+end
+
+-- Whether there is such a job of this tenant. A foreign id and an absent one take the same work, so that no clock tells
+-- them apart.
+local function is_of(id, tenant)
+  return call('HGET', P .. 'j:' .. id, 't') == tenant -- mutant: tenant
 end
 
 local function is_live(j)
@@ -195,6 +203,11 @@ local function move_floor(class, counter)
   if counter > tonumber(marks[1] or 0) then call('HSET', KEYS[1], 'floor', string.format('%.17g', counter)) end
 end
 
+-- Jobs of a credential that has caps in number are counted by its quota id.
+local function count_of_key(hash, j, change)
+  if (j.kc or '') ~= '' and call('HINCRBY', P .. hash, j.kc, change) <= 0 then call('HDEL', P .. hash, j.kc) end
+end
+
 -- The queue: a zset per class and tenant, the tenants of a class by counter, the lengths per class. Beside it, a zset per
 -- class of the jobs that may only run alone, which claim hands out one after another.
 local function queue(j, score)
@@ -205,22 +218,27 @@ local function queue(j, score)
     activate(j.t, j.c)
   end
   call('HINCRBY', P .. 'len', j.c, 1)
+  count_of_key('kq', j, 1)
   ring()
 end
 
--- Why a tenant's new job is not accepted now, or nil.
-local function refusal(tenant, max_queued, max_queued_of_tenant, max_live_of_tenant)
+-- Why a tenant's new job is not accepted now, or nil. `kc` is the quota id of a credential with caps of its own, or ''.
+local function refusal(tenant, max_queued, max_queued_of_tenant, max_live_of_tenant, kc, max_queued_of_key, max_live_of_key)
   if num_queued() >= max_queued then return 'QUEUE_FULL' end
   local queued = 0
   for c = 0, CLASSES - 1 do queued = queued + call('ZCARD', P .. 'q:' .. c .. ':' .. tenant) end
   if queued >= max_queued_of_tenant then return 'TENANT_QUEUE_FULL' end
   if tonumber(call('HGET', P .. 'live', tenant) or 0) >= max_live_of_tenant then return 'TENANT_CONCURRENCY' end
+  if kc == '' then return end
+  if tonumber(call('HGET', P .. 'kq', kc) or 0) >= max_queued_of_key then return 'KEY_QUEUE_FULL' end
+  if tonumber(call('HGET', P .. 'kl', kc) or 0) >= max_live_of_key then return 'KEY_CONCURRENCY' end
 end
 
 local function unqueue(j)
   local q = P .. 'q:' .. j.c .. ':' .. j.t
   if call('ZREM', q, j.id) == 0 and call('ZREM', P .. 'alone:' .. j.c, j.id) == 0 then return end
   local left = call('HINCRBY', P .. 'len', j.c, -1)
+  count_of_key('kq', j, -1)
   if call('EXISTS', q) == 0 then call('ZREM', P .. 'act:' .. j.c, j.t) end
   if left > 0 then return end
   call('HDEL', KEYS[1], 'share:' .. j.c, 'floor:' .. j.c) -- an empty class saves nothing up
@@ -271,6 +289,13 @@ local function add_usage(j, now)
   call('EXPIRE', key, USAGE_TTL_S)
 end
 
+-- Word of what an ended job used of its reservation, for a gateway to settle under the tenant's own hash tag.
+local function owe(j, now)
+  local key = P .. 'settle'
+  call('ZADD', key, int(now), j.id .. ' ' .. int(prompt_tokens(j) + j.ct) .. ' ' .. j.t)
+  if call('ZCARD', key) > MAX_SETTLEMENTS then call('ZREM', key, call('ZRANGE', key, 0, 0)[1]) end
+end
+
 -- Deletes all that is stored of a final job.
 local function erase(id)
   local digest = call('HGET', P .. 'j:' .. id, 'ik')
@@ -301,7 +326,16 @@ local function settle(j, state, reason, now)
   call('ZREM', P .. 'dl', j.id)
   call('ZREM', P .. 'dt', j.id)
   if j.gw ~= '' then call('SREM', P .. 'g:' .. j.gw, j.id) end
-  if call('HINCRBY', P .. 'live', j.t, -1) <= 0 then call('HDEL', P .. 'live', j.t) end
+  count_of_key('kl', j, -1)
+  if call('HINCRBY', P .. 'live', j.t, -1) <= 0 then
+    call('HDEL', P .. 'live', j.t)
+    -- Programs of version 0.1 that ran beside ours do not count these: an idle tenant's begin anew.
+    if j.kc ~= '' then
+      call('HDEL', P .. 'kl', j.kc)
+      call('HDEL', P .. 'kq', j.kc)
+    end
+  end
+  if j.rq ~= '' then owe(j, now) end
   if j.sc > 0 then charge(j.t, (INPUT_COST * j.pt + OUTPUT_COST * j.ct - j.ch) / j.wt) end
   add_usage(j, now)
   -- Of a dead letter, what sending it again needs is kept for longer: its hash. A log may be a thousand times as large.

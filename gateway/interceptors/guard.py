@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeAlias, cast
 
 import grpc
@@ -21,30 +21,37 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import error_details_pb2
 
 from common.errors import ClientTooSlow, InvalidRequest, ServingError
-from gateway.auth import CALLER, Caller
-from gateway.status import DOMAIN, GenerationEndedError, status_of, to_status
+from gateway.audit import Audit
+from gateway.identity.caller import CALLER, Caller, CallInfo
+from gateway.status import DOMAIN, GenerationEndedError, code_of, status_of, to_status
 
 log = structlog.get_logger()
 
 _STATUS_S: Final = 1.0
 
-Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """The one interceptor. `authenticate` turns a call's metadata into its caller, or raises; None asks nobody."""
+    """The one interceptor. `authenticate` turns a call into its caller, or raises; None asks nobody."""
 
     def __init__(
         self,
-        authenticate: Callable[[Metadata], Awaitable[Caller]] | None,
+        authenticate: Callable[[CallInfo], Awaitable[Caller]] | None,
         prefix: str = "/torchrelay.",
         *,
+        authorize: Callable[[str, Caller], None] = lambda method, caller: None,
+        audit: Audit | None = None,
         send_timeout_s: float = 60,
     ) -> None:
-        """A stream whose client leaves a message unread for longer than `send_timeout_s` ends with ClientTooSlow."""
+        """`authorize` raises PermissionDenied for a method that the caller may not call.
+
+        A stream whose client leaves a message unread for longer than `send_timeout_s` ends with ClientTooSlow.
+        """
         self._authenticate = authenticate
         self._prefix = prefix
+        self._authorize = authorize
+        self._audit = audit or Audit()
         self._send_timeout_s = send_timeout_s
 
     async def intercept_service(
@@ -73,19 +80,27 @@ class Guard(grpc.aio.ServerInterceptor):
         self, method: str, call: Callable[[bytes, Context], Awaitable[Any]]
     ) -> Callable[[bytes, Context], Awaitable[Any]]:
         async def behavior(data: bytes, context: Context) -> Any:
+            record = self._audit.begin(method, context.peer())
             try:
                 if self._authenticate is not None:
-                    CALLER.set(await self._authenticate(context.invocation_metadata() or ()))  # type: ignore[arg-type]
-                return await call(data, context)
+                    caller = record.caller = await self._authenticate(call_info(context))
+                    CALLER.set(caller)
+                    self._authorize(method, caller)
+                response = await call(data, context)
             except ClientTooSlow as error:
                 # The status waits behind the unread message, with the library: it comes once the client reads on, and
                 # goes with the connection. Nothing here may wait for that.
                 log.info("call.too_slow", method=method)
+                self._audit.end(record, *outcome_of(error))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_STATUS_S):
                         await context.abort_with_status(status_of(error))
             except BaseException as error:  # noqa: BLE001 - all of them must become a status
+                self._audit.end(record, *outcome_of(error))
                 await _abort(error, context, method)
+            else:
+                self._audit.end(record, "OK")
+                return response
 
         return behavior
 
@@ -111,6 +126,12 @@ class Guard(grpc.aio.ServerInterceptor):
             if not sending.expired():
                 raise  # one of the handler's own
             raise ClientTooSlow from error
+
+
+def call_info(context: Context) -> CallInfo:
+    """Return what a call brings along to show whose it is."""
+    metadata: Any = context.invocation_metadata() or ()
+    return CallInfo(metadata, context.peer(), context.auth_context())
 
 
 async def _unary(handler: Any, deserialize: Callable[[bytes], Message], data: bytes, context: Context) -> Any:
@@ -149,6 +170,17 @@ def find_unknown_field(message: Message, path: str = "") -> str | None:
             if found is not None:
                 return found
     return None
+
+
+def outcome_of(error: BaseException) -> tuple[str, str]:
+    """Return the status that a call ends with by an error, and its reason."""
+    if isinstance(error, GenerationEndedError):
+        error = error.error
+    if isinstance(error, ServingError):
+        return code_of(error).name, error.reason
+    if isinstance(error, asyncio.CancelledError):
+        return "CANCELLED", ""
+    return "INTERNAL", type(error).__name__
 
 
 async def _abort(error: BaseException, context: Context, method: str) -> None:

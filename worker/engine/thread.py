@@ -18,6 +18,7 @@ from typing import Final
 
 import structlog
 
+from common.logs import describe_exception
 from worker.engine.loop import DuplicateRequest, Engine
 from worker.engine.types import EngineStats, GenerationRequest, StepResult
 
@@ -118,7 +119,7 @@ class EngineThread:
         if result is None:
             self._results.put_nowait(None)  # for whoever asks again
             if self._crash is not None:
-                raise EngineCrashed(str(self._crash)) from self._crash
+                raise EngineCrashed(describe_exception(self._crash)) from self._crash
             raise EngineStopped
         return result
 

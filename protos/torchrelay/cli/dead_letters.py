@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from datetime import UTC
 from typing import Annotated
 
-import grpc
 import typer
 
 from torchrelay.admin.v1beta1 import fleet_pb2, fleet_pb2_grpc
 from torchrelay.cli import connection as at
 from torchrelay.cli import output
+from torchrelay.cli.admin import AdminKeyOption, admin_channel
 
 _ACTED = (fleet_pb2.DEAD_LETTER_OUTCOME_RETRIED, fleet_pb2.DEAD_LETTER_OUTCOME_PURGED)
 _MAX_IDS = 1000  # of one request
@@ -28,11 +28,13 @@ def list_letters(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Most to show.")] = 100,
     as_json: at.JsonOption = False,
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
+    admin_key: AdminKeyOption = None,
+    tls_ca: at.TlsCaOption = "",
 ) -> None:
     """List generations that failed, newest first."""
     found: list[fleet_pb2.DeadLetter] = []
     token, total = "", 0
-    with output.explained_errors(admin_address, "--admin-address"), grpc.insecure_channel(admin_address) as channel:
+    with admin_channel(admin_address, admin_key, tls_ca) as channel:
         stub = fleet_pb2_grpc.FleetServiceStub(channel)
         while len(found) < limit:
             request = fleet_pb2.ListDeadLettersRequest(
@@ -71,10 +73,12 @@ def retry_letters(
     model: _Model = "",
     as_json: at.JsonOption = False,
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
+    admin_key: AdminKeyOption = None,
+    tls_ca: at.TlsCaOption = "",
 ) -> None:
     """Queue them again, each as a new generation; exit status 1 if some could not be."""
     _check_choice(generation_ids, model)
-    with output.explained_errors(admin_address, "--admin-address"), grpc.insecure_channel(admin_address) as channel:
+    with admin_channel(admin_address, admin_key, tls_ca) as channel:
         request = fleet_pb2.RetryDeadLettersRequest(generation_ids=generation_ids, model=model)
         results = fleet_pb2_grpc.FleetServiceStub(channel).RetryDeadLetters(request).results
     _print_results(results, as_json=as_json)
@@ -86,10 +90,12 @@ def purge_letters(
     model: _Model = "",
     as_json: at.JsonOption = False,
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
+    admin_key: AdminKeyOption = None,
+    tls_ca: at.TlsCaOption = "",
 ) -> None:
     """Delete them for good; exit status 1 if some were not there."""
     _check_choice(generation_ids, model)
-    with output.explained_errors(admin_address, "--admin-address"), grpc.insecure_channel(admin_address) as channel:
+    with admin_channel(admin_address, admin_key, tls_ca) as channel:
         request = fleet_pb2.PurgeDeadLettersRequest(generation_ids=generation_ids, model=model)
         results = fleet_pb2_grpc.FleetServiceStub(channel).PurgeDeadLetters(request).results
     _print_results(results, as_json=as_json)

@@ -11,7 +11,10 @@ from torchrelay.cli import output
 from torchrelay.cli.bench import bench
 from torchrelay.cli.dead_letters import dead_letters
 from torchrelay.cli.generate import chat, generate
-from torchrelay.cli.inspect import cancel, keys, models, ps
+from torchrelay.cli.inspect import cancel, erase, models, ps
+from torchrelay.cli.keys import keys
+from torchrelay.cli.tenants import tenants
+from torchrelay.cli.usage import usage
 
 ENTRY_POINTS = "torchrelay.commands"
 
@@ -28,7 +31,7 @@ def make_app() -> typer.Typer:
     for point in server:
         if point.name != "models":
             _add(app, point.name, point.load())
-    for verb in (generate, chat, ps, cancel, bench):
+    for verb in (generate, chat, ps, cancel, erase, usage, bench):
         app.command(verb.__name__)(verb)
     all_models = typer.Typer(no_args_is_help=True, help=models.info.help)
     for point in server:
@@ -37,6 +40,7 @@ def make_app() -> typer.Typer:
     all_models.registered_commands += models.registered_commands
     app.add_typer(all_models, name="models")
     app.add_typer(keys, name="keys")
+    app.add_typer(tenants, name="tenants")
     app.add_typer(dead_letters, name="dead-letters")
     app.command("version")(show_version)
     return app

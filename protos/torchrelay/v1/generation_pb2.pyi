@@ -125,6 +125,36 @@ GENERATION_STATE_EXPIRED: GenerationState.ValueType  # 7
 """Its time passed before a worker started it."""
 Global___GenerationState: _TypeAlias = GenerationState  # noqa: Y015
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """Not set."""
+    PRIORITY_HIGH: _Priority.ValueType  # 1
+    """Served first; may interrupt what has the lowest priority, which goes on later."""
+    PRIORITY_NORMAL: _Priority.ValueType  # 2
+    """The usual one."""
+    PRIORITY_LOW: _Priority.ValueType  # 3
+    """Served when nothing else waits."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """How urgent a request is. Of a higher priority all are served first, but for a small share of the service that each lower
+    one has while it waits.
+    """
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""Not set."""
+PRIORITY_HIGH: Priority.ValueType  # 1
+"""Served first; may interrupt what has the lowest priority, which goes on later."""
+PRIORITY_NORMAL: Priority.ValueType  # 2
+"""The usual one."""
+PRIORITY_LOW: Priority.ValueType  # 3
+"""Served when nothing else waits."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 @_typing.final
 class GenerationInput(_message.Message):
     """What to generate from. Exactly one must be set."""
@@ -870,11 +900,21 @@ class GenerateRequest(_message.Message):
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     DISCONNECT_GRACE_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     idempotency_key: _builtins.str
     """A repeat with the same key and body, within the retention of results, returns the same generation. At most 128
     printable ASCII characters; empty is none.
+    """
+    priority: Global___Priority.ValueType
+    """How urgent it is against others' requests. Unset: normal, or the highest that the key allows. PERMISSION_DENIED,
+    reason PRIORITY_NOT_ALLOWED, for one that the key does not allow.
+    """
+    cache_salt: _builtins.bytes
+    """Keeps cached prefixes of the prompt apart from those of requests with another salt. Prefixes are never shared
+    between tenants (or their trust groups), whatever is given here. At most 128 bytes.
     """
     @_builtins.property
     def input(self) -> Global___GenerationInput:
@@ -903,10 +943,12 @@ class GenerateRequest(_message.Message):
         time_limit: _duration_pb2.Duration | None = ...,
         disconnect_grace: _duration_pb2.Duration | None = ...,
         idempotency_key: _builtins.str = ...,
+        priority: Global___Priority.ValueType = ...,
+        cache_salt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "disconnect_grace", b"disconnect_grace", "input", b"input", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "disconnect_grace", b"disconnect_grace", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "time_limit", b"time_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "config", b"config", "disconnect_grace", b"disconnect_grace", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "priority", b"priority", "time_limit", b"time_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -948,10 +990,16 @@ class StreamGenerateRequest(_message.Message):
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     DISCONNECT_GRACE_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     idempotency_key: _builtins.str
     """See GenerateRequest.idempotency_key."""
+    priority: Global___Priority.ValueType
+    """See GenerateRequest.priority."""
+    cache_salt: _builtins.bytes
+    """See GenerateRequest.cache_salt."""
     @_builtins.property
     def input(self) -> Global___GenerationInput:
         """What to generate from."""
@@ -977,10 +1025,12 @@ class StreamGenerateRequest(_message.Message):
         time_limit: _duration_pb2.Duration | None = ...,
         disconnect_grace: _duration_pb2.Duration | None = ...,
         idempotency_key: _builtins.str = ...,
+        priority: Global___Priority.ValueType = ...,
+        cache_salt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "disconnect_grace", b"disconnect_grace", "input", b"input", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "disconnect_grace", b"disconnect_grace", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "time_limit", b"time_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "config", b"config", "disconnect_grace", b"disconnect_grace", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "priority", b"priority", "time_limit", b"time_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1021,10 +1071,16 @@ class SubmitGenerationRequest(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     idempotency_key: _builtins.str
     """See GenerateRequest.idempotency_key."""
+    priority: Global___Priority.ValueType
+    """See GenerateRequest.priority."""
+    cache_salt: _builtins.bytes
+    """See GenerateRequest.cache_salt."""
     @_builtins.property
     def input(self) -> Global___GenerationInput:
         """What to generate from."""
@@ -1045,10 +1101,12 @@ class SubmitGenerationRequest(_message.Message):
         config: Global___GenerationConfig | None = ...,
         time_limit: _duration_pb2.Duration | None = ...,
         idempotency_key: _builtins.str = ...,
+        priority: Global___Priority.ValueType = ...,
+        cache_salt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "input", b"input", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "time_limit", b"time_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "config", b"config", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "priority", b"priority", "time_limit", b"time_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1221,3 +1279,42 @@ class CancelGenerationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelGenerationResponse: _TypeAlias = CancelGenerationResponse  # noqa: Y015
+
+@_typing.final
+class DeleteGenerationRequest(_message.Message):
+    """Request of DeleteGeneration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """The generation."""
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteGenerationRequest: _TypeAlias = DeleteGenerationRequest  # noqa: Y015
+
+@_typing.final
+class DeleteGenerationResponse(_message.Message):
+    """Response of DeleteGeneration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteGenerationResponse: _TypeAlias = DeleteGenerationResponse  # noqa: Y015

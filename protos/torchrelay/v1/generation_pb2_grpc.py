@@ -70,6 +70,11 @@ class GenerationServiceStub(object):
                 request_serializer=torchrelay_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
                 response_deserializer=torchrelay_dot_v1_dot_generation__pb2.CancelGenerationResponse.FromString,
                 _registered_method=True)
+        self.DeleteGeneration = channel.unary_unary(
+                '/torchrelay.v1.GenerationService/DeleteGeneration',
+                request_serializer=torchrelay_dot_v1_dot_generation__pb2.DeleteGenerationRequest.SerializeToString,
+                response_deserializer=torchrelay_dot_v1_dot_generation__pb2.DeleteGenerationResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -127,6 +132,14 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteGeneration(self, request, context):
+        """Ends a generation if it runs, and erases all that is stored of it: input, output, events, its place among failed
+        ones, its idempotency key. What it used stays counted. NOT_FOUND afterwards, as for one that never was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -159,6 +172,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.CancelGeneration,
                     request_deserializer=torchrelay_dot_v1_dot_generation__pb2.CancelGenerationRequest.FromString,
                     response_serializer=torchrelay_dot_v1_dot_generation__pb2.CancelGenerationResponse.SerializeToString,
+            ),
+            'DeleteGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteGeneration,
+                    request_deserializer=torchrelay_dot_v1_dot_generation__pb2.DeleteGenerationRequest.FromString,
+                    response_serializer=torchrelay_dot_v1_dot_generation__pb2.DeleteGenerationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -329,6 +347,33 @@ class GenerationService(object):
             '/torchrelay.v1.GenerationService/CancelGeneration',
             torchrelay_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
             torchrelay_dot_v1_dot_generation__pb2.CancelGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchrelay.v1.GenerationService/DeleteGeneration',
+            torchrelay_dot_v1_dot_generation__pb2.DeleteGenerationRequest.SerializeToString,
+            torchrelay_dot_v1_dot_generation__pb2.DeleteGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

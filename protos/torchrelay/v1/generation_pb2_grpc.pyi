@@ -58,6 +58,10 @@ class GenerationServiceStub:
     """Returns the state of a generation and what it has produced so far."""
     CancelGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelGenerationRequest, _generation_pb2.CancelGenerationResponse]
     """Ends a generation. Cancelling twice, or after its end, is OK and returns the state that it is in."""
+    DeleteGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.DeleteGenerationRequest, _generation_pb2.DeleteGenerationResponse]
+    """Ends a generation if it runs, and erases all that is stored of it: input, output, events, its place among failed
+    ones, its idempotency key. What it used stays counted. NOT_FOUND afterwards, as for one that never was.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -89,6 +93,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Returns the state of a generation and what it has produced so far."""
     CancelGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelGenerationRequest, _generation_pb2.CancelGenerationResponse]  # type: ignore[assignment]
     """Ends a generation. Cancelling twice, or after its end, is OK and returns the state that it is in."""
+    DeleteGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.DeleteGenerationRequest, _generation_pb2.DeleteGenerationResponse]  # type: ignore[assignment]
+    """Ends a generation if it runs, and erases all that is stored of it: input, output, events, its place among failed
+    ones, its idempotency key. What it used stays counted. NOT_FOUND afterwards, as for one that never was.
+    """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text with a model. Every accepted generation is queued, survives the death of any server process, and ends
@@ -153,5 +161,15 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CancelGenerationResponse, _abc.Awaitable[_generation_pb2.CancelGenerationResponse]]:
         """Ends a generation. Cancelling twice, or after its end, is OK and returns the state that it is in."""
+
+    @_abc_1.abstractmethod
+    def DeleteGeneration(
+        self,
+        request: _generation_pb2.DeleteGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.DeleteGenerationResponse, _abc.Awaitable[_generation_pb2.DeleteGenerationResponse]]:
+        """Ends a generation if it runs, and erases all that is stored of it: input, output, events, its place among failed
+        ones, its idempotency key. What it used stays counted. NOT_FOUND afterwards, as for one that never was.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

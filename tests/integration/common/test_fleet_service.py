@@ -13,7 +13,7 @@ from common.job_claims import JobClaims
 from common.job_queue import JobQueue
 from common.registry import ModelCard, ModelDirectory, ModelEntry, ModelRegistry
 from common.settings import QueueSettings
-from gateway.admin import FleetServicer
+from gateway.admin.fleet import FleetServicer
 from gateway.catalog import Catalog
 from tests.builders_common import FlakyRedis, make_job
 from tests.integration.common.conftest import FAST_RETRY, SHARD

@@ -117,7 +117,7 @@ class Both:
         reply = self.script(
             "enqueue", generation(job), "acme", "", 1, 1, gid(gateway), FOREVER, FOREVER if self.has_grace else 0,
             FOREVER, 1, 9, 16, 16, f"key{key}", "digest", "", _BODY, 99, 99, 99, FOREVER, FOREVER, attach_id,
-            FOREVER, 0,
+            FOREVER, 0, "", "", 99, 99,
         )  # fmt: skip
         return generation(modelled), reply[1].decode()
 
@@ -135,9 +135,9 @@ class Both:
         return sorted((generation(job.id), job.epoch, job.n, hash_of(job.chain), job.progress) for job in jobs)
 
     def _claimed_really(self, reply: list[list[Any]]) -> list[tuple[Any, ...]]:
-        found = [records.claim_from_reply(one) for one in reply]
+        found = [(records.job_from_reply(one), records.claim_head(one)) for one in reply]
         return sorted(
-            (one.job.generation_id, one.job.epoch, one.job.sequence, one.job.chain_hash, one.progress) for one in found
+            (job.generation_id, job.epoch, job.sequence, job.chain_hash, head.progress) for job, head in found
         )
 
     def do_owned(self) -> Step:

@@ -70,7 +70,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "reap of workers whose lease has not ended": ("reap", "'-inf', int(ended), 'LIMIT'", "'-inf', '+inf', 'LIMIT'"),
     "queueing without the bell": ("lib_jobs", "call('LPUSH', P .. 'bell', '1')", ""),
     "claim that hands out what has expired": ("claim", "j.dl <= now", "false"),
-    "attach for any tenant": ("attach", "j.t ~= ARGV[2]", "false"),
+    "attach for any tenant": ("attach", "not is_of(ARGV[1], ARGV[2])", "not load(ARGV[1])"),
     "attach that trusts any past": ("attach", "hash_of(entry_after[2][2]) ~= hash", "false"),
     "detach by a gateway that lost the stream": ("detach", "j.gw == ARGV[2]", "true"),
     "detach by a call that lost the stream": ("detach", "j.ai == ARGV[3]", "true"),

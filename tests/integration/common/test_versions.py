@@ -237,7 +237,7 @@ LETTER = f"{SHARD}.{'l' * 26}"
 ASKED: dict[str, tuple[Any, ...]] = {
     "enqueue": (
         f"{SHARD}.{'m' * 26}", "acme", "", 1, 1, GID, 90_000, 0, 90_000, 1, 1, 16, 16, "", "", "", b"",
-        9, 9, 9, 90_000, 90_000, "an attach id", 90_000, 0,
+        9, 9, 9, 90_000, 90_000, "an attach id", 90_000, 0, "", "", 9, 9,
     ),
     "attach": (NAME, "acme", GID, 0, "", 9, 999, 90_000, 90_000, "another attach id", 0),
     "detach": (NAME, GID, "an attach id"),
@@ -258,6 +258,7 @@ ASKED: dict[str, tuple[Any, ...]] = {
     "dead_letters": (9, "", ""),
     "retry": (LETTER, f"{SHARD}.{'r' * 26}", 90_000, 9, 9, 9),
     "purge": (LETTER,),
+    "delete": (NAME, "acme"),
 }  # fmt: skip
 
 
@@ -308,7 +309,7 @@ async def test_another_schema_version_is_refused_and_changes_nothing(
 
 
 def test_every_script_of_the_queue_is_asked() -> None:
-    assert set(scripts.NAMES) - set(ASKED) == {"publish", "unpublish"}
+    assert set(scripts.NAMES) - set(ASKED) == {"publish", "unpublish", "quota_reserve", "quota_settle"}
 
 
 async def test_the_refusal_names_both_versions(

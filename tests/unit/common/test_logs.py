@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+import torch
 
-from common.logs import LogFormat, set_up_logs
+from common.errors import InvalidRequest
+from common.logs import LogFormat, describe_exception, log_uncaught, set_up_logs
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +42,46 @@ def test_what_is_below_the_level_is_not_written() -> None:
     assert stream.getvalue() == ""
 
 
-def test_an_exception_is_part_of_its_line() -> None:
+@pytest.mark.parametrize("log_format", [LogFormat.JSON, LogFormat.TEXT])
+@pytest.mark.parametrize("logger", ["ours", "theirs"])
+def test_an_exception_is_named_and_located_without_its_text(log_format: LogFormat, logger: str) -> None:
+    stream = io.StringIO()
+    set_up_logs("DEBUG", log_format, stream)
+    prompt = "what a caller wrote"
+    try:
+        json.loads(prompt)
+    except ValueError as error:
+        if logger == "ours":
+            structlog.get_logger().exception("handler.failed", incident="i1")
+            structlog.get_logger().error("handler.failed", exc_info=error)
+        else:
+            logging.getLogger("theirs").exception("failed")
+    written = stream.getvalue()
+    assert "JSONDecodeError" in written
+    assert "test_logs.py" in written
+    assert "caller" not in written.replace("test_an_exception", "")
+    assert "Expecting" not in written
+
+
+def test_our_own_errors_and_the_machine_s_keep_their_text() -> None:
+    assert describe_exception(InvalidRequest("must be at least 1")) == "InvalidRequest: must be at least 1"
+    assert describe_exception(OSError(28, "No space left")) == "OSError: [Errno 28] No space left"
+    assert describe_exception(ValueError("what a caller wrote")) == "ValueError"
+    with pytest.raises(RuntimeError) as inside:
+        torch.zeros(1).backward()
+    assert describe_exception(inside.value).startswith("RuntimeError: element 0 of tensors")
+
+
+def test_what_ends_the_process_is_named_too() -> None:
     stream = io.StringIO()
     set_up_logs("INFO", LogFormat.JSON, stream)
     try:
-        raise ValueError("a bug")
-    except ValueError:
-        structlog.get_logger().exception("handler.failed", incident="i1")
-    (line,) = stream.getvalue().splitlines()
-    assert "ValueError: a bug" in json.loads(line)["exception"]
+        raise KeyError("what a caller wrote")
+    except KeyError as error:
+        log_uncaught(KeyError, error, error.__traceback__)
+    line = json.loads(stream.getvalue())
+    assert (line["event"], line["error"]) == ("process.crashed", "KeyError")
+    assert "wrote" not in stream.getvalue()
 
 
 def test_text_is_for_people_and_json_for_a_pipe() -> None:

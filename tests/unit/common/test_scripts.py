@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pytest
 
@@ -19,7 +20,7 @@ def test_every_script_says_what_it_takes_and_gives_and_bears_the_schema_version(
 
 def test_only_what_adds_work_is_refused_when_memory_is_short() -> None:
     refused = {name for name in scripts.NAMES if "allow-oom" not in scripts.sources()[0][name].splitlines()[0]}
-    assert refused == {"enqueue", "retry", "publish"}
+    assert refused == {"enqueue", "retry", "publish", "quota_reserve"}
 
 
 # What Lua and the server define. A function of Lua that no script uses yet is not listed: that would hide a slip.
@@ -90,9 +91,18 @@ def test_a_library_that_does_not_exist_and_a_missing_shebang_are_errors() -> Non
 
 def test_the_commands_inside_the_scripts_are_in_the_roles_that_run_them() -> None:
     texts, libraries = scripts.sources()
-    job_scripts = [text for name, text in texts.items() if "publish" not in name] + list(libraries.values())
-    used = {command.lower() for text in job_scripts for command in re.findall(r"\bcall\('([A-Z]+)'", text)}
+    job_scripts = [text for name, text in texts.items() if not re.match(r"(un)?publish|quota", name)]
+    job_scripts += libraries.values()
+    used = _commands(job_scripts)
     assert len(used) > 30
     for role in (Role.GATEWAY, Role.WORKER):
-        allowed = {rule[1:] for rule in rules(role) if rule.startswith("+")}
-        assert used <= allowed
+        assert used <= _allowed(role)
+    assert _commands(text for name, text in texts.items() if name.startswith("quota")) <= _allowed(Role.GATEWAY)
+
+
+def _commands(texts: Iterable[str]) -> set[str]:
+    return {command.lower() for text in texts for command in re.findall(r"\bcall\('([A-Z]+)'", text)}
+
+
+def _allowed(role: Role) -> set[str]:
+    return {rule[1:] for rule in rules(role) if rule.startswith("+")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from common import errors
-from gateway.auth import Caller, current_caller
+from gateway.identity.caller import Caller, CallInfo, current_caller
 from gateway.interceptors.guard import Guard, find_unknown_field
 from gateway.status import GenerationEndedError
 from torchrelay.client.errors import RelayError, from_rpc_error
@@ -59,8 +59,8 @@ class Toy(pb_grpc.GenerationServiceServicer):
             yield pb.StreamGenerateResponse(event=pb.GenerationEvent(sequence=number))
 
 
-async def authenticate(metadata: Sequence[tuple[str, str | bytes]]) -> Caller:
-    values = dict(metadata)
+async def authenticate(call: CallInfo) -> Caller:
+    values = dict(call.metadata)
     if "authorization" not in values:
         raise errors.Unauthenticated("an API key is required", reason="CREDENTIALS_MISSING")
     if values["authorization"] != "Bearer right":
@@ -263,6 +263,8 @@ def every_error() -> list[errors.ServingError]:
             found.append(kind())
         elif kind is errors.SequenceOutOfRange:
             found.append(kind(7, 3))
+        elif issubclass(kind, errors.Limited):
+            found.append(kind("what happened", subject="key:tokens_per_minute", limit=3))
         else:
             found.append(kind("what happened", metadata={"detail": "d"}))
     return found
@@ -277,6 +279,7 @@ CODES = {
     "ModelNotFound": "NOT_FOUND",
     "GenerationNotFound": "NOT_FOUND",
     "ApiKeyNotFound": "NOT_FOUND",
+    "TenantNotFound": "NOT_FOUND",
     "FailedPrecondition": "FAILED_PRECONDITION",
     "IdempotencyKeyReused": "FAILED_PRECONDITION",
     "SequenceOutOfRange": "OUT_OF_RANGE",
@@ -287,6 +290,9 @@ CODES = {
     "ResourceExhausted": "RESOURCE_EXHAUSTED",
     "QueueFull": "RESOURCE_EXHAUSTED",
     "BackendFull": "RESOURCE_EXHAUSTED",
+    "Limited": "RESOURCE_EXHAUSTED",
+    "RateLimited": "RESOURCE_EXHAUSTED",
+    "QuotaExceeded": "RESOURCE_EXHAUSTED",
     "Unavailable": "UNAVAILABLE",
     "BackendUnavailable": "UNAVAILABLE",
     "ReplicationUnconfirmed": "UNAVAILABLE",
@@ -296,6 +302,7 @@ CODES = {
     "WorkerFailed": "INTERNAL",
     "LogLimitExceeded": "INTERNAL",
     "BackendRefused": "INTERNAL",
+    "SealBroken": "INTERNAL",
 }
 
 
@@ -333,12 +340,47 @@ async def test_details_say_which_fields_when_to_come_back_and_what_it_cost(chann
     with pytest.raises(grpc.aio.AioRpcError) as full:
         await get(channel)
     assert from_rpc_error(full.value).retry_delay_s == 1.5
+    assert dict(full.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1500"
     status = status_pb2.Status.FromString(dict(full.value.trailing_metadata())["grpc-status-details-bin"])  # type: ignore[arg-type]
     quota = error_details_pb2.QuotaFailure()
     assert any(detail.Unpack(quota) for detail in status.details)
     assert [v.subject for v in quota.violations] == ["queue_full"]
     failed = await refusal(get(channel))
     assert (failed.code, failed.usage) == (grpc.StatusCode.INTERNAL, usage)
+
+
+@pytest.mark.parametrize(
+    ("error", "pushback"),
+    [
+        (errors.RateLimited("a", subject="key:requests_per_minute", limit=3, retry_after_ms=20), "20"),
+        (errors.QuotaExceeded("a", subject="tenant:tokens_per_day", limit=3), "-1"),
+        (errors.InvalidRequest("a"), None),
+    ],
+    ids=["rate", "day", "other"],
+)
+async def test_a_spent_quota_names_itself_and_tells_grpc_when_to_try_again(
+    channel: grpc.aio.Channel, toy: Toy, error: errors.ServingError, pushback: str | None
+) -> None:
+    fail_with(toy, error)
+    with pytest.raises(grpc.aio.AioRpcError) as limited:
+        await get(channel)
+    trailers: dict[str, Any] = dict(limited.value.trailing_metadata())
+    assert trailers.get("grpc-retry-pushback-ms") == pushback
+    status, quota = status_pb2.Status.FromString(trailers["grpc-status-details-bin"]), error_details_pb2.QuotaFailure()
+    found = [detail for detail in status.details if detail.Unpack(quota)]
+    assert [v.subject for v in quota.violations] == ([error.subject] if isinstance(error, errors.Limited) else [])
+    assert bool(found) == isinstance(error, errors.Limited)
+
+
+async def test_a_method_outside_the_caller_s_scopes_is_not_called(toy: Toy) -> None:
+    def forbid(method: str, caller: Caller) -> None:
+        assert (method, caller.tenant) == (_GET, "acme")
+        raise errors.PermissionDenied("not this")
+
+    async with serving(toy, Guard(authenticate, authorize=forbid)) as channel:
+        refused = await refusal(get(channel))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "METHOD_NOT_ALLOWED")
+    assert toy.calls == []
 
 
 async def test_a_handler_s_own_abort_passes(channel: grpc.aio.Channel, toy: Toy) -> None:

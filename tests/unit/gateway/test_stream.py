@@ -321,7 +321,7 @@ async def test_old_news_of_another_gateway_do_not_end_a_stream() -> None:
 async def test_a_stream_that_another_gateway_took_over_ends() -> None:
     queue = OneJobQueue(chained([tokens(65)], ItemKind.DONE), JobState.DONE, holder="g2")
     hub, factory = factory_for(queue, StreamTimes(60, 60))
-    subscription = factory.listen(GENERATION_ID)
+    subscription = factory.listen(GENERATION_ID, TENANT)
     stream = factory.open(subscription, TENANT, pb.Accepted(generation_id=GENERATION_ID), LogPosition())
     hub.dispatch([news(ItemKind.SUPERSEDED, queue.log[0])])
     with pytest.raises(Superseded):
@@ -346,7 +346,7 @@ async def test_a_stream_that_a_later_call_had_when_the_lease_ended_is_not_taken_
     queue = OneJobQueue(chained([tokens(65)], ItemKind.DONE), JobState.RUNNING, holder="")
     queue.has_later_call = True
     _, factory = factory_for(queue)
-    subscription = factory.listen(GENERATION_ID)
+    subscription = factory.listen(GENERATION_ID, TENANT)
     stream = factory.open(subscription, TENANT, pb.Accepted(generation_id=GENERATION_ID), LogPosition())
     with pytest.raises(Superseded):
         await asyncio.wait_for(collect(stream), 5)
@@ -417,7 +417,7 @@ async def test_an_end_that_the_server_lost_again_is_not_reported_as_an_end() -> 
 async def test_a_call_that_leaves_lets_go_of_its_generation() -> None:
     queue = OneJobQueue(chained([tokens(65)]), JobState.DONE)
     _, factory = factory_for(queue)
-    call = factory.listen(GENERATION_ID)
+    call = factory.listen(GENERATION_ID, TENANT)
     await factory.close(call, ended=False)
     assert queue.detached == [(GENERATION_ID, call.attach_id)]
 
@@ -435,7 +435,7 @@ async def test_a_least_grace_holds_although_the_server_was_away_at_first() -> No
 
     queue = Away(chained([tokens(65)]), JobState.DONE)
     _, factory = factory_for(queue)
-    await factory.close(factory.listen(GENERATION_ID), ended=False, least_grace_ms=30_000)
+    await factory.close(factory.listen(GENERATION_ID, TENANT), ended=False, least_grace_ms=30_000)
     await factory.detach_abandoned()
     await factory.detach_abandoned()
     assert graces == [30_000, 30_000]
@@ -444,7 +444,7 @@ async def test_a_least_grace_holds_although_the_server_was_away_at_first() -> No
 async def test_a_call_that_ended_leaves_nothing_behind() -> None:
     queue = OneJobQueue(chained([tokens(65)]), JobState.DONE)
     hub, factory = factory_for(queue)
-    await factory.close(factory.listen(GENERATION_ID), ended=True)
+    await factory.close(factory.listen(GENERATION_ID, TENANT), ended=True)
     await factory.detach_abandoned()
     assert queue.detached == []
     assert len(hub) == 0
@@ -455,7 +455,7 @@ async def test_a_refused_call_takes_nothing_from_the_one_that_has_the_stream() -
     queue = OneJobQueue(chained([tokens(65)], ItemKind.DONE), JobState.DONE)
     hub, factory = factory_for(queue, StreamTimes(60, 60))
     stream = open_stream(factory, num_outputs=1)
-    intruder = factory.listen(GENERATION_ID)
+    intruder = factory.listen(GENERATION_ID, TENANT)
     await factory.close(intruder, ended=True)
     queue.num_visible = 1
     hub.dispatch(map(item_of, queue.log))
@@ -465,7 +465,7 @@ async def test_a_refused_call_takes_nothing_from_the_one_that_has_the_stream() -
 async def test_a_generation_is_let_go_of_once_the_call_that_could_have_taken_it_is_refused() -> None:
     queue = OneJobQueue(chained([tokens(65)]), JobState.DONE)
     _, factory = factory_for(queue)
-    first, second = factory.listen(GENERATION_ID), factory.listen(GENERATION_ID)
+    first, second = factory.listen(GENERATION_ID, TENANT), factory.listen(GENERATION_ID, TENANT)
     await factory.close(first, ended=False)
     assert queue.detached == []
     await factory.close(second, ended=True)
@@ -476,10 +476,10 @@ async def test_a_generation_is_let_go_of_once_the_call_that_could_have_taken_it_
 async def test_the_latest_call_wins() -> None:
     queue = OneJobQueue(chained([tokens(65)]), JobState.DONE)
     hub, factory = factory_for(queue, StreamTimes(60, 60))
-    first = factory.listen(GENERATION_ID)
+    first = factory.listen(GENERATION_ID, TENANT)
     accepted = pb.Accepted(generation_id=GENERATION_ID)
     stream = factory.open(first, TENANT, accepted, LogPosition())
-    factory.open(factory.listen(GENERATION_ID), TENANT, accepted, LogPosition())
+    factory.open(factory.listen(GENERATION_ID, TENANT), TENANT, accepted, LogPosition())
     with pytest.raises(Superseded):
         await collect(stream)
     await factory.close(first, ended=False)

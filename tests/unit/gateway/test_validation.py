@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidRequest
+from common.grants import Caps
 from gateway import validation as check
 from gateway.tokenization import Message
 from torchrelay.v1 import generation_pb2 as pb
@@ -355,3 +356,40 @@ def test_a_conversation_has_at_least_one_message_and_not_too_many() -> None:
     many = pb.ChatInput(messages=[message(pb.ROLE_USER, "x")] * (check.MAX_MESSAGES + 1))
     with pytest.raises(InvalidRequest, match="at most 4096"):
         check.messages_of(many)
+
+
+def test_a_callers_caps_tighten_the_limits() -> None:
+    limits = LIMITS.within(Caps(max_tokens=7, max_outputs=2, max_context_tokens=30))
+    resolved = check.resolve_config(pb.GenerationConfig(), pb.GenerationConfig(), 10, limits, seed=1)
+    assert resolved.max_tokens == 7
+    resolved = check.resolve_config(pb.GenerationConfig(), pb.GenerationConfig(), 28, limits, seed=1)
+    assert resolved.max_tokens == 2, "what the context leaves"
+    for config, field, limit in (
+        (pb.GenerationConfig(max_tokens=8), "config.max_tokens", "7"),
+        (pb.GenerationConfig(max_length=18), "config.max_length", "7"),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            check.resolve_config(config, pb.GenerationConfig(), 10, limits, seed=1)
+        assert (refused.value.reason, refused.value.metadata["field"], refused.value.metadata["limit"]) == (
+            "FIELD_OUT_OF_RANGE",
+            field,
+            limit,
+        )
+    with pytest.raises(InvalidRequest) as refused:
+        check.resolve_config(pb.GenerationConfig(num_outputs=3), pb.GenerationConfig(), 10, limits, seed=1)
+    assert refused.value.metadata == {} or "num_outputs" in refused.value.message
+    with pytest.raises(InvalidRequest) as refused:
+        check.resolve_config(pb.GenerationConfig(), pb.GenerationConfig(), 30, limits, seed=1)
+    assert refused.value.reason == "CONTEXT_LENGTH_EXCEEDED"
+    assert LIMITS.within(Caps()) == LIMITS
+
+
+@pytest.mark.parametrize("size", [0, 128, 129])
+def test_a_cache_salt_is_bounded(size: int) -> None:
+    salt = b"s" * size
+    if size <= 128:
+        assert check.check_cache_salt(salt) == salt
+        return
+    with pytest.raises(InvalidRequest) as refused:
+        check.check_cache_salt(salt)
+    assert refused.value.metadata == {"field": "cache_salt", "limit": "128", "got": "129"}

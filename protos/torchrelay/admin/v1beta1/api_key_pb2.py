@@ -22,30 +22,40 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from torchrelay.admin.v1beta1 import grants_pb2 as torchrelay_dot_admin_dot_v1beta1_dot_grants__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&torchrelay/admin/v1beta1/api_key.proto\x12\x18torchrelay.admin.v1beta1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd1\x01\n\x06\x41piKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"l\n\x13\x43reateApiKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Y\n\x14\x43reateApiKeyResponse\x12\x31\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32 .torchrelay.admin.v1beta1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\"K\n\x12ListApiKeysRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"b\n\x13ListApiKeysResponse\x12\x32\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32 .torchrelay.admin.v1beta1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x13RevokeApiKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"I\n\x14RevokeApiKeyResponse\x12\x31\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32 .torchrelay.admin.v1beta1.ApiKey2\xd9\x02\n\rApiKeyService\x12m\n\x0c\x43reateApiKey\x12-.torchrelay.admin.v1beta1.CreateApiKeyRequest\x1a..torchrelay.admin.v1beta1.CreateApiKeyResponse\x12j\n\x0bListApiKeys\x12,.torchrelay.admin.v1beta1.ListApiKeysRequest\x1a-.torchrelay.admin.v1beta1.ListApiKeysResponse\x12m\n\x0cRevokeApiKey\x12-.torchrelay.admin.v1beta1.RevokeApiKeyRequest\x1a..torchrelay.admin.v1beta1.RevokeApiKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&torchrelay/admin/v1beta1/api_key.proto\x12\x18torchrelay.admin.v1beta1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%torchrelay/admin/v1beta1/grants.proto\"\x99\x02\n\x06\x41piKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x06grants\x18\x07 \x01(\x0b\x32 .torchrelay.admin.v1beta1.Grants\x12\x14\n\x0crotated_from\x18\x08 \x01(\t\"\x9e\x01\n\x13\x43reateApiKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x06grants\x18\x04 \x01(\x0b\x32 .torchrelay.admin.v1beta1.Grants\"Y\n\x14\x43reateApiKeyResponse\x12\x31\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32 .torchrelay.admin.v1beta1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\"K\n\x12ListApiKeysRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"b\n\x13ListApiKeysResponse\x12\x32\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32 .torchrelay.admin.v1beta1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x13RevokeApiKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"I\n\x14RevokeApiKeyResponse\x12\x31\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32 .torchrelay.admin.v1beta1.ApiKey\"\x82\x01\n\x13RotateApiKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12*\n\x07overlap\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8c\x01\n\x14RotateApiKeyResponse\x12\x31\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32 .torchrelay.admin.v1beta1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x31\n\x07rotated\x18\x03 \x01(\x0b\x32 .torchrelay.admin.v1beta1.ApiKey\"W\n\x13UpdateApiKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x30\n\x06grants\x18\x02 \x01(\x0b\x32 .torchrelay.admin.v1beta1.Grants\"I\n\x14UpdateApiKeyResponse\x12\x31\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32 .torchrelay.admin.v1beta1.ApiKey2\xb7\x04\n\rApiKeyService\x12m\n\x0c\x43reateApiKey\x12-.torchrelay.admin.v1beta1.CreateApiKeyRequest\x1a..torchrelay.admin.v1beta1.CreateApiKeyResponse\x12j\n\x0bListApiKeys\x12,.torchrelay.admin.v1beta1.ListApiKeysRequest\x1a-.torchrelay.admin.v1beta1.ListApiKeysResponse\x12m\n\x0cRevokeApiKey\x12-.torchrelay.admin.v1beta1.RevokeApiKeyRequest\x1a..torchrelay.admin.v1beta1.RevokeApiKeyResponse\x12m\n\x0cRotateApiKey\x12-.torchrelay.admin.v1beta1.RotateApiKeyRequest\x1a..torchrelay.admin.v1beta1.RotateApiKeyResponse\x12m\n\x0cUpdateApiKey\x12-.torchrelay.admin.v1beta1.UpdateApiKeyRequest\x1a..torchrelay.admin.v1beta1.UpdateApiKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'torchrelay.admin.v1beta1.api_key_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_APIKEY']._serialized_start=102
-  _globals['_APIKEY']._serialized_end=311
-  _globals['_CREATEAPIKEYREQUEST']._serialized_start=313
-  _globals['_CREATEAPIKEYREQUEST']._serialized_end=421
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=423
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=512
-  _globals['_LISTAPIKEYSREQUEST']._serialized_start=514
-  _globals['_LISTAPIKEYSREQUEST']._serialized_end=589
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=591
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=689
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=691
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=728
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=730
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=803
-  _globals['_APIKEYSERVICE']._serialized_start=806
-  _globals['_APIKEYSERVICE']._serialized_end=1151
+  _globals['_APIKEY']._serialized_start=173
+  _globals['_APIKEY']._serialized_end=454
+  _globals['_CREATEAPIKEYREQUEST']._serialized_start=457
+  _globals['_CREATEAPIKEYREQUEST']._serialized_end=615
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=617
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=706
+  _globals['_LISTAPIKEYSREQUEST']._serialized_start=708
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=783
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=785
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=883
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=885
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=922
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=924
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=997
+  _globals['_ROTATEAPIKEYREQUEST']._serialized_start=1000
+  _globals['_ROTATEAPIKEYREQUEST']._serialized_end=1130
+  _globals['_ROTATEAPIKEYRESPONSE']._serialized_start=1133
+  _globals['_ROTATEAPIKEYRESPONSE']._serialized_end=1273
+  _globals['_UPDATEAPIKEYREQUEST']._serialized_start=1275
+  _globals['_UPDATEAPIKEYREQUEST']._serialized_end=1362
+  _globals['_UPDATEAPIKEYRESPONSE']._serialized_start=1364
+  _globals['_UPDATEAPIKEYRESPONSE']._serialized_end=1437
+  _globals['_APIKEYSERVICE']._serialized_start=1440
+  _globals['_APIKEYSERVICE']._serialized_end=2007
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,16 @@ class ApiKeyServiceStub(object):
                 request_serializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RevokeApiKeyRequest.SerializeToString,
                 response_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RevokeApiKeyResponse.FromString,
                 _registered_method=True)
+        self.RotateApiKey = channel.unary_unary(
+                '/torchrelay.admin.v1beta1.ApiKeyService/RotateApiKey',
+                request_serializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RotateApiKeyRequest.SerializeToString,
+                response_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RotateApiKeyResponse.FromString,
+                _registered_method=True)
+        self.UpdateApiKey = channel.unary_unary(
+                '/torchrelay.admin.v1beta1.ApiKeyService/UpdateApiKey',
+                request_serializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.UpdateApiKeyRequest.SerializeToString,
+                response_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.UpdateApiKeyResponse.FromString,
+                _registered_method=True)
 
 
 class ApiKeyServiceServicer(object):
@@ -77,6 +87,22 @@ class ApiKeyServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateApiKey(self, request, context):
+        """Makes a key with the tenant, name and grants of another, which goes on working for a while, so that callers can be
+        moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key that
+        was revoked or has expired.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateApiKey(self, request, context):
+        """Replaces what a key may do; it holds on every gateway within 5 seconds. Generations that were accepted go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ApiKeyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +120,16 @@ def add_ApiKeyServiceServicer_to_server(servicer, server):
                     servicer.RevokeApiKey,
                     request_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RevokeApiKeyRequest.FromString,
                     response_serializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RevokeApiKeyResponse.SerializeToString,
+            ),
+            'RotateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateApiKey,
+                    request_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RotateApiKeyRequest.FromString,
+                    response_serializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RotateApiKeyResponse.SerializeToString,
+            ),
+            'UpdateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateApiKey,
+                    request_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.UpdateApiKeyRequest.FromString,
+                    response_serializer=torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.UpdateApiKeyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +214,60 @@ class ApiKeyService(object):
             '/torchrelay.admin.v1beta1.ApiKeyService/RevokeApiKey',
             torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RevokeApiKeyRequest.SerializeToString,
             torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RevokeApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchrelay.admin.v1beta1.ApiKeyService/RotateApiKey',
+            torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RotateApiKeyRequest.SerializeToString,
+            torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.RotateApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchrelay.admin.v1beta1.ApiKeyService/UpdateApiKey',
+            torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.UpdateApiKeyRequest.SerializeToString,
+            torchrelay_dot_admin_dot_v1beta1_dot_api__key__pb2.UpdateApiKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,13 @@ class ApiKeyServiceStub:
     """Lists keys, revoked ones included, by creation time."""
     RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_api_key_pb2.RevokeApiKeyRequest, _api_key_pb2.RevokeApiKeyResponse]
     """Revokes a key; every gateway refuses it within 5 seconds. Revoking twice is OK."""
+    RotateApiKey: _grpc.UnaryUnaryMultiCallable[_api_key_pb2.RotateApiKeyRequest, _api_key_pb2.RotateApiKeyResponse]
+    """Makes a key with the tenant, name and grants of another, which goes on working for a while, so that callers can be
+    moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key that
+    was revoked or has expired.
+    """
+    UpdateApiKey: _grpc.UnaryUnaryMultiCallable[_api_key_pb2.UpdateApiKeyRequest, _api_key_pb2.UpdateApiKeyResponse]
+    """Replaces what a key may do; it holds on every gateway within 5 seconds. Generations that were accepted go on."""
 
 @_typing.type_check_only
 class ApiKeyServiceAsyncStub(ApiKeyServiceStub):
@@ -51,6 +58,13 @@ class ApiKeyServiceAsyncStub(ApiKeyServiceStub):
     """Lists keys, revoked ones included, by creation time."""
     RevokeApiKey: _aio.UnaryUnaryMultiCallable[_api_key_pb2.RevokeApiKeyRequest, _api_key_pb2.RevokeApiKeyResponse]  # type: ignore[assignment]
     """Revokes a key; every gateway refuses it within 5 seconds. Revoking twice is OK."""
+    RotateApiKey: _aio.UnaryUnaryMultiCallable[_api_key_pb2.RotateApiKeyRequest, _api_key_pb2.RotateApiKeyResponse]  # type: ignore[assignment]
+    """Makes a key with the tenant, name and grants of another, which goes on working for a while, so that callers can be
+    moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key that
+    was revoked or has expired.
+    """
+    UpdateApiKey: _aio.UnaryUnaryMultiCallable[_api_key_pb2.UpdateApiKeyRequest, _api_key_pb2.UpdateApiKeyResponse]  # type: ignore[assignment]
+    """Replaces what a key may do; it holds on every gateway within 5 seconds. Generations that were accepted go on."""
 
 class ApiKeyServiceServicer(metaclass=_abc_1.ABCMeta):
     """API keys. Only a hash of a key is stored: the key itself is shown once, by CreateApiKey."""
@@ -78,5 +92,24 @@ class ApiKeyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_api_key_pb2.RevokeApiKeyResponse, _abc.Awaitable[_api_key_pb2.RevokeApiKeyResponse]]:
         """Revokes a key; every gateway refuses it within 5 seconds. Revoking twice is OK."""
+
+    @_abc_1.abstractmethod
+    def RotateApiKey(
+        self,
+        request: _api_key_pb2.RotateApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_api_key_pb2.RotateApiKeyResponse, _abc.Awaitable[_api_key_pb2.RotateApiKeyResponse]]:
+        """Makes a key with the tenant, name and grants of another, which goes on working for a while, so that callers can be
+        moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key that
+        was revoked or has expired.
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateApiKey(
+        self,
+        request: _api_key_pb2.UpdateApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_api_key_pb2.UpdateApiKeyResponse, _abc.Awaitable[_api_key_pb2.UpdateApiKeyResponse]]:
+        """Replaces what a key may do; it holds on every gateway within 5 seconds. Generations that were accepted go on."""
 
 def add_ApiKeyServiceServicer_to_server(servicer: ApiKeyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

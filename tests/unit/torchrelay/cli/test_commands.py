@@ -28,8 +28,9 @@ from torchrelay.v1 import model_pb2
 TEXT = "w0 w1 w2 w3 w4 "
 VERBS = (
     "generate", "chat", "models", "models list", "models show", "models check", "keys", "keys create", "keys list",
-    "keys revoke", "dead-letters", "dead-letters list", "dead-letters retry", "dead-letters purge", "ps", "cancel",
-    "bench", "version", "serve", "gateway", "worker",
+    "keys rotate", "keys revoke", "tenants", "tenants set", "tenants list", "tenants delete", "usage",
+    "dead-letters", "dead-letters list", "dead-letters retry", "dead-letters purge", "ps", "cancel", "erase",
+    "bench", "version", "serve", "gateway", "bootstrap", "worker",
 )  # fmt: skip
 
 
@@ -41,8 +42,8 @@ def app() -> typer.Typer:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Without the variables and files of whoever runs the tests."""
-    for name in ("TORCHRELAY_ADDRESS", "TORCHRELAY_ADMIN_ADDRESS", "TORCHRELAY_API_KEY", "TORCHRELAY_INSECURE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("ADDRESS", "ADMIN_ADDRESS", "API_KEY", "ADMIN_KEY", "TLS_CA", "INSECURE"):
+        monkeypatch.delenv(f"TORCHRELAY_{name}", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path

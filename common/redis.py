@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def block_ms(settings: RedisSettings, wanted_ms: int) -> int:
 
 def is_retryable(error: BaseException) -> bool:
     """Whether the same operation may succeed when sent again."""
-    if isinstance(error, redis_errors.AuthenticationError | redis_errors.NoPermissionError):
+    if isinstance(error, redis_errors.AuthenticationError | redis_errors.NoPermissionError) or is_untrusted(error):
         return False
     if isinstance(error, redis_errors.ConnectionError | redis_errors.TimeoutError | OSError):
         return True
@@ -110,10 +111,25 @@ def is_retryable(error: BaseException) -> bool:
     return isinstance(error, redis_errors.ResponseError) and str(error).startswith(_TRY_AGAIN)
 
 
+def is_untrusted(error: BaseException | None) -> bool:
+    """Whether a server's certificate was the reason: another authority's, another host's, or out of its time."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def domain_error(error: BaseException) -> ServingError:
     """The domain's name for a server or connection error."""
     if isinstance(error, redis_errors.OutOfMemoryError) or str(error).startswith("OOM"):
         return BackendFull("the queue's server is out of memory", retry_after_ms=_RETRY_AFTER_MS)
+    if is_untrusted(error):  # unavailable all the same: certificates are renewed, and nobody is to be restarted then
+        return BackendUnavailable(
+            "the queue's server shows a certificate that is not trusted",
+            reason="BACKEND_UNTRUSTED",
+            retry_after_ms=_RETRY_AFTER_MS,
+        )
     if is_retryable(error):
         return BackendUnavailable("the queue's server does not answer", retry_after_ms=_RETRY_AFTER_MS)
     if str(error).startswith("SCHEMA"):
@@ -138,7 +154,7 @@ class Retry:
         """Run `operation` until it succeeds. It must bear repetition: a try whose reply was lost may have taken effect.
 
         Raises BackendFull (out of memory: not repeated), BackendRefused (not repeated), or BackendUnavailable at the
-        deadline; the server's error is the cause.
+        deadline, or at once where the server's certificate is not trusted; the server's error is the cause.
         """
         end = time.monotonic() + self.deadline_ms / 1000
         attempt = 0

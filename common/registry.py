@@ -22,6 +22,7 @@ from common.redis import Redis, Retry, execute
 from common.scripts import ScriptRunner, as_list
 
 MAX_FILE_BYTES: Final = 64 << 20  # the largest public tokenizer.json files are about half of this
+MAX_TEMPLATE_BYTES: Final = 256 << 10  # of a chat template; the largest public ones are about a tenth of this
 # The names by which workers publish a model's text files and gateways look them up.
 TOKENIZER_FILE: Final = "tokenizer.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"

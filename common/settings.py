@@ -14,10 +14,23 @@ from common.logs import LogFormat
 from common.sentinel import is_sentinel_url, parse_sentinel_url
 
 PREFIX: Final = "TORCHRELAY_"
-ROLE_PREFIXES: Final = ("TORCHRELAY_GATEWAY_", "TORCHRELAY_WORKER_", "TORCHRELAY_ENGINE_")
+ROLE_PREFIXES: Final = (
+    "TORCHRELAY_GATEWAY_", "TORCHRELAY_AUTH_", "TORCHRELAY_TRUSTED_PROXIES", "TORCHRELAY_WORKER_", "TORCHRELAY_ENGINE_"
+)  # fmt: skip
 COMMAND_LINE_VARIABLES: Final = frozenset(
     f"TORCHRELAY_{name}"
-    for name in ("ADDRESS", "ADMIN_ADDRESS", "ADMIN_KEY", "API_KEY", "TLS_CA", "INSECURE", "TEST_SERVER")
+    for name in (
+        "ADDRESS",
+        "ADMIN_ADDRESS",
+        "ADMIN_KEY",
+        "API_KEY",
+        "TOKEN",
+        "TLS_CA",
+        "TLS_CERT",
+        "TLS_KEY",
+        "INSECURE",
+        "TEST_SERVER",
+    )
 )
 
 _SECOND: Final = 1000

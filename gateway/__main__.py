@@ -7,6 +7,7 @@ import contextlib
 import signal
 import sys
 from importlib.metadata import version
+from typing import TypeAlias
 
 import structlog
 
@@ -35,8 +36,8 @@ from gateway.admission import Admission
 from gateway.audit import Audit, AuditFile
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
-from gateway.identity.api_key import ApiKeyMethod
-from gateway.identity.authenticator import Authenticator
+from gateway.identity.assembly import build_authenticator, check_identity
+from gateway.identity.settings import IDENTITY_SETTINGS, IdentitySettings, ProxySettings
 from gateway.interceptors.guard import Guard
 from gateway.model_servicer import ModelServicer
 from gateway.rights import check_method
@@ -45,6 +46,7 @@ from gateway.server import GatewayServer, check_plaintext, is_admin_open
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.stream import StreamFactory, StreamTimes
+from gateway.tls import CertificateError
 from gateway.upkeep import Upkeep
 from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc, tenant_pb2_grpc, usage_pb2_grpc
 from torchrelay.v1 import generation_pb2_grpc, model_pb2_grpc
@@ -58,10 +60,11 @@ async def run(
     settings: GatewaySettings,
     redis_settings: RedisSettings,
     queue_settings: QueueSettings,
+    identity: tuple[IdentitySettings, ProxySettings],
     sealer: Sealer,
     stop: asyncio.Event,
 ) -> None:
-    """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound."""
+    """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound, and CertificateError."""
     retry = Retry.from_settings(redis_settings)
     redis, blocking_redis, waiting_redis = (connect(redis_settings) for _ in range(3))
     admin_url = settings.admin_redis_url or redis_settings.url
@@ -86,7 +89,7 @@ async def run(
     secret = SharedSecret(redis, admin_redis, retry)
 
     tenants = Tenants(redis, retry=retry)
-    authenticator = Authenticator([ApiKeyMethod(ApiKeys(redis, retry=retry))], tenants)
+    authenticator = build_authenticator(*identity, ApiKeys(redis, retry=retry), tenants)
     audit_file = AuditFile(settings.audit_file) if settings.audit_file is not None else None
     guard = Guard(
         authenticator.authenticate,
@@ -151,28 +154,32 @@ async def run(
     log.info("gateway.stopped")
 
 
-async def _main(
-    settings: GatewaySettings, redis_settings: RedisSettings, queue_settings: QueueSettings, sealer: Sealer
-) -> None:
+_Settings: TypeAlias = tuple[
+    GatewaySettings, RedisSettings, QueueSettings, tuple[IdentitySettings, ProxySettings], Sealer
+]
+
+
+async def _main(*settings: *_Settings) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await run(settings, redis_settings, queue_settings, sealer, stop)
+    await run(*settings, stop)
 
 
-def _settings() -> tuple[GatewaySettings, RedisSettings, QueueSettings, Sealer]:
-    settings = GatewaySettings()
+def _settings() -> _Settings:
+    settings, identity = GatewaySettings(), (IdentitySettings(), ProxySettings())
     check_plaintext(settings)
-    return settings, RedisSettings(), QueueSettings(), Sealer.from_settings(EncryptionSettings())
+    check_identity(*identity)
+    return settings, RedisSettings(), QueueSettings(), identity, Sealer.from_settings(EncryptionSettings())
 
 
 def main() -> int:
     """Run a gateway from the environment's settings; return the exit status."""
-    settings = read_settings(_settings, GatewaySettings)
+    settings = read_settings(_settings, GatewaySettings, *IDENTITY_SETTINGS)
     try:
         asyncio.run(_main(*settings))
-    except OSError as error:
+    except (OSError, CertificateError) as error:
         log.error("gateway.failed", error=str(error))
         return 1
     return 0

@@ -28,6 +28,7 @@ _T = TypeVar("_T")
 
 # A longer text is tokenized beside the event loop, since it would hold up every other call.
 _MAX_INLINE_CHARS = 2048
+_CHARS_PER_MESSAGE = 32  # what a message costs besides its text, in characters
 # No tokenizer makes less than one token of so many characters of ordinary text; a longer one cannot fit the context.
 _MAX_CHARS_PER_TOKEN = 64
 
@@ -71,7 +72,7 @@ class ServedModel:
         num_chars = sum(len(message.content) for message in messages)
         self._check_length(num_chars)
         try:
-            return await _beside(self.codec.encode_chat, messages, num_chars)
+            return await _beside(self.codec.encode_chat, messages, num_chars + _CHARS_PER_MESSAGE * len(messages))
         except TemplateError as error:
             raise InvalidRequest(
                 "the model's chat template refuses this conversation", reason="CHAT_REFUSED", field="input.chat"
@@ -167,9 +168,14 @@ class Catalog:
             raise ModelNotReady("the model was published without a tokenizer", retry_after_ms=5000)
         special = msgspec.json.decode(files.get(SPECIAL_TOKENS_FILE, b"{}"), type=dict[str, str])
         template = files.get(TEMPLATE_FILE)
-        codec = await asyncio.to_thread(
-            TextCodec, files[TOKENIZER_FILE], template.decode() if template is not None else None, special
-        )
+        try:
+            codec = await asyncio.to_thread(
+                TextCodec, files[TOKENIZER_FILE], template.decode() if template is not None else None, special
+            )
+        except ValueError as error:
+            raise ModelNotReady(
+                "the model was published with files that cannot be used", retry_after_ms=5000
+            ) from error
         return ServedModel(card, codec, default_config(card))
 
 

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from gateway.interceptors.guard import Guard
 from gateway.settings import GatewaySettings
+from gateway.tls import ServerCertificates
 from torchrelay.client.channel import is_loopback
 
 log = structlog.get_logger()
@@ -71,10 +72,13 @@ class GatewayServer:
         self.probes = grpc.aio.server(options=server_options(settings))
         self.address = ""
         self.admin_address = ""
+        self.mtls_address = ""
 
     async def start(self) -> None:
-        """Bind and serve. Raises OSError if an address is taken."""
+        """Bind and serve. Raises OSError if an address is taken, and CertificateError."""
         settings = self._settings
+        certificates = certificates_of(settings)
+        mutual = settings.client_certificates == "required"
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self.public)
         await self.health.set_ready(False)
         await self.health.set_alive()
@@ -83,10 +87,12 @@ class GatewayServer:
                 (*_PUBLIC, "grpc.health.v1.Health", reflection.SERVICE_NAME), self.public
             )
             reflection.enable_server_reflection((*_ADMIN, reflection.SERVICE_NAME), self.admin)
-        self.address = _bind(self.public, settings.address)
+        self.address = _bind(self.public, settings.address, certificates, mutual=mutual)
+        if settings.mtls_address:
+            self.mtls_address = _bind(self.public, settings.mtls_address, certificates, mutual=True)
         await self.public.start()
         if settings.admin_address:
-            self.admin_address = _bind(self.admin, settings.admin_address)
+            self.admin_address = _bind(self.admin, settings.admin_address, certificates, mutual=mutual)
             await self.admin.start()
         if settings.health_address:
             health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self.probes)
@@ -100,15 +106,28 @@ class GatewayServer:
         await self.probes.stop(0)
 
 
+def certificates_of(settings: GatewaySettings) -> ServerCertificates | None:
+    """Return the ports' certificates, None where there is no TLS. Raises CertificateError."""
+    if settings.tls_cert_file is None or settings.tls_key_file is None:
+        return None
+    return ServerCertificates(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
+
+
 def check_plaintext(settings: GatewaySettings) -> None:
-    """Raise ValueError if an address beyond loopback would be plaintext without the operator's word for it."""
+    """Raise ValueError if an address beyond loopback would be plaintext without the operator's word for it.
+
+    Also CertificateError, a ValueError, where there is TLS and its files are of no use.
+    """
+    if certificates_of(settings) is not None:
+        return
     for name in ("address", "admin_address"):
         address: str = getattr(settings, name)
         if address and not settings.insecure and not is_loopback(address):
             raise ValueError(
                 f"TORCHRELAY_GATEWAY_{name.upper()}={address} is beyond loopback and would be plaintext: API keys and "
-                "prompts could be read on the way. Bind to loopback, or allow it with --insecure "
-                "(TORCHRELAY_GATEWAY_INSECURE=true), as behind a mesh that encrypts."
+                "prompts could be read on the way. Bind to loopback, set TORCHRELAY_GATEWAY_TLS_CERT_FILE and "
+                "_TLS_KEY_FILE, or allow it with --insecure (TORCHRELAY_GATEWAY_INSECURE=true), as behind a mesh that "
+                "encrypts."
             )
 
 
@@ -117,9 +136,15 @@ def is_admin_open(settings: GatewaySettings) -> bool:
     return settings.admin_auth == "auto" and is_loopback(settings.admin_address)
 
 
-def _bind(server: grpc.aio.Server, address: str) -> str:
+def _bind(
+    server: grpc.aio.Server, address: str, certificates: ServerCertificates | None = None, *, mutual: bool = False
+) -> str:
     try:
-        port = server.add_insecure_port(address)
+        # Whoever may open a socket's file is on this machine, and has no host name to check.
+        if certificates is None or address.startswith("unix:"):
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, certificates.credentials(require_client=mutual))
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: the address is taken, or not this machine's") from error
     if port == 0:

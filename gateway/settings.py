@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -23,6 +23,18 @@ class GatewaySettings(BaseSettings):
     health_address: str = Field(default="", description="Plaintext port for probes only, host:port; empty is none.")
     admin_redis_url: str = Field(
         default="", description="As the Redis user that may write API keys; empty: the same as TORCHRELAY_REDIS_URL."
+    )
+    tls_cert_file: Path | None = Field(
+        default=None, description="Certificate chain of both ports, PEM; read again when it changes. Empty: plaintext."
+    )
+    tls_key_file: Path | None = Field(default=None, description="Its private key, PEM.")
+    tls_client_ca_file: Path | None = Field(default=None, description="Who signs clients' certificates, PEM.")
+    client_certificates: Literal["none", "optional", "required"] = Field(
+        default="none",
+        description="Whether clients show certificates: never; those that call mtls_address; all, operators too.",
+    )
+    mtls_address: str = Field(
+        default="", description="Where clients with certificates call, host:port, if these are optional."
     )
     insecure: bool = Field(default=False, description="Allow plaintext on addresses beyond loopback.")
     reflection: bool = Field(default=False, description="Serve gRPC reflection.")
@@ -70,3 +82,18 @@ class GatewaySettings(BaseSettings):
         default=10, ge=1, description="How long the answer may take before the connection counts as lost."
     )
     drain_s: float = Field(default=20, ge=0, description="How long running calls may go on after SIGTERM.")
+
+    @model_validator(mode="after")
+    def _certificates_are_whole(self) -> Self:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file belong together")
+        if self.client_certificates != "none" and (self.tls_cert_file is None or self.tls_client_ca_file is None):
+            raise ValueError("client_certificates need tls_cert_file, tls_key_file and tls_client_ca_file")
+        if self.client_certificates == "none" and self.tls_client_ca_file is not None:
+            raise ValueError(
+                "tls_client_ca_file is set, but client_certificates is none: nobody would be asked for one"
+            )
+        # The library either demands a client's certificate or does not ask for one, by port.
+        if (self.client_certificates == "optional") != bool(self.mtls_address):
+            raise ValueError("client_certificates=optional and mtls_address belong together")
+        return self

@@ -18,10 +18,12 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
-_MAX_TEMPLATE_BYTES = 256 * 1024
+from common.registry import MAX_TEMPLATE_BYTES
+from gateway.template_budget import Budget, BudgetedEnvironment, budget_of, spending
+
+_COMPILE_UNITS = 100_000_000  # constant expressions are computed then
 
 
 class TemplateError(Exception):
@@ -63,7 +65,10 @@ class TextCodec:
         # Where some are looked for in normalized text, other spellings of them count too.
         self._has_other_spellings = any(token.normalized for token in control.values())
         self._special_tokens = dict(special_tokens or {})
-        self._template = _compile(chat_template) if chat_template else None
+        self._template: jinja2.Template | None = None
+        self._num_nodes = 0
+        if chat_template:
+            self._template, self._num_nodes = _compile(chat_template)
 
     @property
     def has_chat_template(self) -> bool:
@@ -109,16 +114,25 @@ class TextCodec:
     def _render(self, messages: Sequence[Message]) -> str:
         assert self._template is not None
         try:
-            return self._template.render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
-                tools=None,  # templates tell "none" from "undefined"
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
+            with spending(budget_of(sum(len(m.content) for m in messages), len(messages), self._num_nodes)):
+                return self._template.render(
+                    messages=[{"role": m.role, "content": m.content} for m in messages],
+                    tools=None,  # templates tell "none" from "undefined"
+                    documents=None,
+                    add_generation_prompt=True,
+                    **self._special_tokens,
+                )
         except jinja2.TemplateError as error:
             raise TemplateError(str(error)) from error
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             # A template may trip over a conversation that its author did not foresee.
             raise TemplateError("the model's chat template does not accept this conversation") from error
 
@@ -165,20 +179,27 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _compile(source: str) -> jinja2.Template:
-    """Compile a chat template with the functions that transformers gives them, in a sandbox."""
-    if len(source.encode()) > _MAX_TEMPLATE_BYTES:
-        raise ValueError(f"the chat template is over {_MAX_TEMPLATE_BYTES} bytes")
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def _compile(source: str) -> tuple[jinja2.Template, int]:
+    """Compile a chat template with the functions that transformers gives them, in a sandbox; return its size too.
+
+    Raises ValueError.
+    """
+    if len(source.encode()) > MAX_TEMPLATE_BYTES:
+        raise ValueError(f"the chat template is over {MAX_TEMPLATE_BYTES} bytes")
+    environment = BudgetedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format_: datetime.now(tz=UTC).strftime(format_)
+    environment.seal()
     try:
-        return environment.from_string(source)
+        with spending(Budget(_COMPILE_UNITS)):
+            return environment.from_string(source), environment.num_nodes
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
+    except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
+        raise ValueError(f"the chat template does not compile: {type(error).__name__}") from error
 
 
 def _to_json(

@@ -91,6 +91,7 @@ async def refusal_of(client: AsyncClient, message: pb.StreamGenerateRequest, **o
 # -- credentials ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(1, 2)
 async def test_no_credentials_and_wrong_ones_are_told_apart_and_nothing_else_is(
     system: System, client: AsyncClient
 ) -> None:
@@ -117,6 +118,7 @@ async def test_no_credentials_and_wrong_ones_are_told_apart_and_nothing_else_is(
     assert (await Outcome(events_of(accepted)).read()).finished is not None
 
 
+@pytest.mark.row(3)
 async def test_revoked_and_expired_keys_read_like_unknown_ones(system: System, client: AsyncClient) -> None:
     async with grpc.aio.insecure_channel(system.gateways[0].admin_address) as channel:
         stub: api_key_pb2_grpc.ApiKeyServiceAsyncStub = api_key_pb2_grpc.ApiKeyServiceStub(channel)
@@ -234,6 +236,7 @@ BAD_FIELDS = {
 }
 
 
+@pytest.mark.row(10, 11, 13, 14, 15, 16, 17, 18, 19, 20, 22, 36, 39)
 async def test_every_bad_field_is_refused_by_name(client: AsyncClient) -> None:
     wrong = {}
     for name, bad in BAD_FIELDS.items():
@@ -251,6 +254,7 @@ async def test_all_bad_fields_are_named_at_once(client: AsyncClient) -> None:
     assert refusal.fields == ["config.temperature", "config.top_p", "config.num_outputs", "config.stop"]
 
 
+@pytest.mark.row(54, 55)
 async def test_odd_text_is_plain_text(client: AsyncClient) -> None:
     odd = ["nul \0 inside", "<eos><bos><|im_end|>", "\u202eright to left\u202c", "\ufffd\ufffe\uffff", "e\u0301" * 40]
     for text in odd:
@@ -294,6 +298,7 @@ async def raw(system: System, data: bytes, method: str = "GenerationService/Stre
     return refusal.error
 
 
+@pytest.mark.row(28, 29, 30)
 async def test_bytes_that_are_no_message_are_refused(system: System, client: AsyncClient) -> None:
     good = request().SerializeToString()
     rng = random.Random(1)
@@ -314,6 +319,7 @@ async def test_bytes_that_are_no_message_are_refused(system: System, client: Asy
         assert error.reason in ("MALFORMED_MESSAGE", "UNKNOWN_FIELD", REQUIRED, "MODEL_NOT_FOUND"), error
 
 
+@pytest.mark.row(21, 25, 26)
 async def test_unknown_fields_are_refused_by_number_wherever_they_stand(system: System, client: AsyncClient) -> None:
     good = request().SerializeToString()
     for data, path in (
@@ -327,6 +333,7 @@ async def test_unknown_fields_are_refused_by_number_wherever_they_stand(system: 
         assert [violation.field for violation in error.violations] == [path]
 
 
+@pytest.mark.row(12)
 async def test_of_two_inputs_the_last_counts_as_protobuf_has_it(system: System, client: AsyncClient) -> None:
     both = field(1, MODEL.encode()) + field(2, field(1, b"text") + field(2, field(1, varint(300))))
     error = await raw(system, both)
@@ -334,6 +341,7 @@ async def test_of_two_inputs_the_last_counts_as_protobuf_has_it(system: System, 
     assert [violation.field for violation in error.violations] == ["input.token_ids.ids"]
 
 
+@pytest.mark.row(27, 31)
 async def test_message_over_the_limit_is_refused_and_a_large_one_within_it_is_bounded(
     system: System, client: AsyncClient
 ) -> None:
@@ -354,11 +362,13 @@ def resident_bytes(pid: int) -> int:
     return pages * resource.getpagesize()
 
 
+@pytest.mark.row(35)
 async def test_unknown_methods_are_unimplemented(system: System, client: AsyncClient) -> None:
     for method in ("GenerationService/Nothing", "NoService/Generate"):
         assert (await raw(system, b"", method)).code is grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.row(60)
 async def test_other_protocols_are_hung_up_on(system: System, client: AsyncClient) -> None:
     host, port = system.gateways[0].address.split(":")
     for data in (
@@ -382,6 +392,7 @@ async def test_other_protocols_are_hung_up_on(system: System, client: AsyncClien
 # -- resume, cancel, get ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(40)
 async def test_generations_of_others_and_made_up_ones_do_not_exist(
     system: System, client: AsyncClient, other_key: str
 ) -> None:
@@ -423,6 +434,7 @@ async def test_generations_of_others_and_made_up_ones_do_not_exist(
         assert (refusal.code, refusal.reason, refusal.fields) == (INVALID, REQUIRED, ["generation_id"])
 
 
+@pytest.mark.row(41, 42)
 async def test_resume_outside_the_log_is_refused(client: AsyncClient) -> None:
     outcome = await Outcome(client.stream("mine", model=MODEL, max_tokens=2)).read()
 
@@ -448,6 +460,7 @@ async def test_resume_outside_the_log_is_refused(client: AsyncClient) -> None:
 # -- full queues, and no server ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(45, 46)
 async def test_full_queue_refuses_and_says_when_to_come_again(
     system: System, client: AsyncClient, other_key: str
 ) -> None:
@@ -473,6 +486,7 @@ async def test_full_queue_refuses_and_says_when_to_come_again(
                 assert await caller.cancel(generation_id) == pb.GENERATION_STATE_CANCELLED
 
 
+@pytest.mark.row(51)
 async def test_without_the_server_calls_are_unavailable_until_it_is_back(system: System) -> None:
     async with system.client() as client:
         system.server.kill()

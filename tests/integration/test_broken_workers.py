@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import grpc.aio
 import pytest
 
 from tests import reference
+from tests.builders_calls import Outcome, refused
 from tests.builders_models import write_tiny_model
 from tests.builders_system import Process, System, running_system, until
 from tests.integration.test_survival import Reader
@@ -68,6 +70,7 @@ async def test_a_hung_step_ends_the_process_and_its_job_moves_on(
     assert all(reader.finished is not None for reader in readers)
 
 
+@pytest.mark.row(52)
 async def test_a_prompt_that_kills_its_workers_becomes_a_dead_letter_and_its_neighbours_finish(
     system: System, folder: Path, expected: list[list[int]]
 ) -> None:
@@ -107,5 +110,8 @@ async def test_a_prompt_that_kills_its_workers_becomes_a_dead_letter_and_its_nei
             assert letter.generation_id == poison
             assert letter.reason == fleet_pb2.DEAD_LETTER_REASON_ATTEMPTS_EXHAUSTED
             assert (letter.num_attempts, letter.num_claims) == (3, 3)
+            with refused() as refusal:
+                await Outcome.resumed(client.resume(poison)).read()
+            assert refusal.summary[:2] == (grpc.StatusCode.INTERNAL, "WORKER_FAILED")
     finally:
         keeping.cancel()

@@ -100,6 +100,7 @@ def finish_reasons(generation: pb.Generation) -> list[int]:
     return [output.end.finish_reason for output in generation.outputs]
 
 
+@pytest.mark.row(43, 44)
 async def test_cancel_ends_the_stream_well_and_frees_the_blocks(system: System, client: AsyncClient) -> None:
     outcome = Outcome(client.stream(PROMPT, model=MODEL, max_tokens=1500, seed=3, temperature=1.0))
     reading = asyncio.create_task(outcome.read())
@@ -374,6 +375,7 @@ async def test_usage_is_counted_once_however_a_generation_ended(system: System, 
     }
 
 
+@pytest.mark.row(37, 50)
 async def test_time_limit_that_passes_in_the_queue_is_an_error(client: AsyncClient) -> None:
     request = stream_request(model=COLD, time_limit=seconds(0.5), idempotency_key="too-late")
     with refused() as refusal:

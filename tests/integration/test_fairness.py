@@ -41,9 +41,9 @@ async def test_a_caller_is_told_its_place_and_how_long_it_will_wait(tmp_path: Pa
             waiting = [await at.submit(fairness.TENANTS[0], 40) for _ in range(12)]
 
             async def has_begun() -> bool:
-                return (await at.queue.get(waiting[fairness.NUM_PLACES + 1], None)).started
+                return (await at.queue.get(waiting[2 * fairness.NUM_PLACES], None)).started
 
-            await until(has_begun, what="two claims one after another, while others wait")
+            await until(has_begun, what="two claims, each maybe for all places, while others wait")
             accepted = (await Outcome(client.stream((5, 6), model=fairness.MODEL, max_tokens=1)).read()).accepted
             assert accepted is not None
             assert accepted.expected_wait.ToMilliseconds() > 0

@@ -182,6 +182,7 @@ async def test_a_prompt_is_found_in_the_cache_by_its_own_tenant_alone(system: Sy
     assert await cached(client, second, ids) > 0
 
 
+@pytest.mark.row(56)
 async def test_a_salt_keeps_apart_and_never_brings_together(system: System, client: AsyncClient) -> None:
     first, second = as_tenant(system, "first"), as_tenant(system, "second")
     ids = [8, *PROMPT]

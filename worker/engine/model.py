@@ -23,7 +23,8 @@ from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.formats import Quantization
 from worker.engine.fuse import speed_up
 from worker.engine.loadcheck import UnsupportedFamilyError, check_config, context_length, install_attention
-from worker.engine.model_files import ModelError, TextFiles, find_model
+from worker.engine.model_dir import check_counts
+from worker.engine.model_files import ModelError, TextFiles, Weights, find_model
 from worker.engine.quantize import Narrow, num_bytes
 
 _log = structlog.get_logger(__name__)
@@ -99,17 +100,20 @@ def load_model(
     """
     started = time.monotonic()
     folder = find_model(source, revision)
-    quantization = formats.read_quantization(folder, model_files.check_config_file(folder))
+    settings = model_files.check_config_file(folder)
+    quantization = formats.read_quantization(folder, settings)
     if narrow is not None and quantization is not None:
         raise ModelError(
             f"{source} is quantized already ({quantization.name}); {narrow} weights are made of plain ones alone"
         )
-    weights = model_files.weight_files(folder)
+    weights = model_files.read_weights(folder)
+    check_counts(folder / "config.json", settings, weights.num_tensors)
     if quantization is None:
-        formats.check_plain(weights)
+        formats.check_plain(weights.headers)
     elif with_weights:
         formats.check_packages(folder, quantization)
     text = model_files.read_text_files(folder)
+    generation = model_files.read_json(folder / "generation_config.json")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         check_config(config)
@@ -118,12 +122,15 @@ def load_model(
         raise ModelError(f"{source}: {error}") from error
     except Exception as error:
         raise ModelError(f"{source}: transformers does not accept config.json: {error}") from error
+    skeleton = _skeleton(source, config, dtype)
+    if quantization is None:
+        _check_size(source, skeleton, weights)
     decoder, not_compiled, weight_bytes = None, None, 0
     if with_weights:
         read = partial(_load_weights, source, folder, config, dtype, device, quantization)
         module = read()
         # Files of a quantized model may pack several parameters into one number.
-        num_parameters = _num_parameters(module if quantization is None else _skeleton(config, dtype))
+        num_parameters = _num_parameters(module if quantization is None else skeleton)
         try:
             if compile_for is not None:
                 module, decoder, not_compiled = _compile(source, read, module, compile_for, limit, narrow)
@@ -139,9 +146,8 @@ def load_model(
         except UnsupportedFamilyError as error:
             raise ModelError(f"{source}: {error}") from error
     else:
-        module = _skeleton(config, dtype)
+        module = skeleton
         num_parameters = _num_parameters(module)
-    generation = model_files.read_json(folder / "generation_config.json")
     loaded = LoadedModel(
         source=source,
         folder=folder,
@@ -153,7 +159,7 @@ def load_model(
         eos_token_ids=_eos_token_ids(generation, config, text),
         context_length=limit,
         vocab_size=int(config.get_text_config().vocab_size),
-        revision=model_files.revision_of(folder, weights, text, cache_root),
+        revision=model_files.revision_of(folder, weights.files, text, cache_root),
         num_parameters=num_parameters,
         weight_format=_weight_format(dtype, quantization, narrow),
         weight_bytes=weight_bytes,
@@ -186,12 +192,25 @@ def speed_up_for_device(module: PreTrainedModel) -> tuple[str, ...]:
     return fuse_cuda.speed_up(module)
 
 
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without its weights."""
-    with torch.device("meta"):
-        from_config: Any = AutoModelForCausalLM.from_config
-        module: PreTrainedModel = from_config(config, dtype=dtype, attn_implementation="eager")
-        return module
+def _skeleton(source: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its weights. Raises ModelError."""
+    try:
+        with torch.device("meta"):
+            from_config: Any = AutoModelForCausalLM.from_config
+            module: PreTrainedModel = from_config(config, dtype=dtype, attn_implementation="eager")
+            return module
+    except Exception as error:
+        raise ModelError(f"{source}: transformers cannot build a model of config.json: {error}") from error
+
+
+def _check_size(source: str, skeleton: PreTrainedModel, weights: Weights) -> None:
+    """Refuse a configuration of another size than the files: memory would be filled with numbers that they do not hold.
+
+    Layers that share weights may count twice here.
+    """
+    described, stored = _num_parameters(skeleton), weights.num_elements
+    if described > 2 * stored:
+        raise ModelError(f"{source}: config.json describes {described} parameters; the files hold {stored}")
 
 
 def _num_parameters(module: PreTrainedModel) -> int:
@@ -271,7 +290,7 @@ def _load_weights(
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **extra,
         )
-    except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
+    except Exception as error:
         raise ModelError(f"{source}: transformers cannot load it: {error}") from error
     module, report = result
     for fault in faults:

@@ -13,28 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING
 
+from common.registry import MAX_TEMPLATE_BYTES
 from worker.cache import cache_dir, write_atomically
+from worker.engine import model_dir
 from worker.engine.demo import DemoModelError, demo_model_dir
+from worker.engine.model_dir import SLOW_TOKENIZERS, WEIGHTS_INDEX, ModelError, read_json
+from worker.engine.safetensors_header import Header, HeaderError, read_header
+
+__all__ = ["DEMO", "ModelError", "TextFiles", "Weights", "find_model", "read_json"]
 
 DEMO: Final = "demo"
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_SLOW_TOKENIZERS: Final = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "*.spm")
 _HUB_FILES: Final = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", *_SLOW_TOKENIZERS),
+    *("chat_template.jinja", "chat_template.json", *SLOW_TOKENIZERS),
 )
-_PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-_MAX_JSON_BYTES: Final = 64 << 20
+_HUB_CONFIGS: Final = ("config.json", "tokenizer_config.json", "adapter_config.json")
+_PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+_OTHER_FORMATS: Final = ("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.tflite")
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-
-
-class ModelError(Exception):
-    """A model cannot be served; the message names it, says why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,25 @@ class TextFiles:
     tokenizer_json: bytes  # complete: the tokenizer can be built from these bytes alone
     chat_template: str | None
     special_tokens: Mapping[str, str]  # by the names that chat templates use: bos_token, eos_token ...
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The safetensors files of a model, each header checked."""
+
+    headers: Mapping[Path, Header]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.headers)
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(len(header.tensors) for header in self.headers.values())
+
+    @property
+    def num_elements(self) -> int:
+        return sum(entry.num_elements for header in self.headers.values() for entry in header.tensors.values())
 
 
 def find_model(source: str, revision: str | None = None) -> Path:
@@ -74,9 +95,12 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*", "consolidated*"]
-        )
+        # What is refused by its configuration is refused before gigabytes are fetched.
+        for patterns in (_HUB_CONFIGS, _HUB_FILES):
+            folder = snapshot_download(
+                hub_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]
+            )
+            check_config_file(Path(folder))
     except GatedRepoError as error:
         raise ModelError(f"{hub_id} is gated: accept its licence on the Hub, then set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
@@ -88,72 +112,67 @@ def _download(hub_id: str, revision: str | None) -> Path:
     return Path(folder)
 
 
-def weight_files(folder: Path) -> tuple[Path, ...]:
+def read_weights(folder: Path) -> Weights:
     """Return the safetensors files of a model, each one's header checked.
 
     Raises ModelError for a model without them, for an index that leaves its directory, and for a file that is damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = _shard_names(index)
-    elif (folder / "model.safetensors").is_file():
+    index = folder / WEIGHTS_INDEX
+    # In transformers' order: what is checked here must be what is loaded.
+    if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
+    elif index.is_file():
+        names = _shard_names(index)
     else:
-        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"{folder} has its weights as {pickles[0]}: loading a pickle can run code, so only safetensors are "
-                "read; convert them with transformers' save_pretrained"
-            )
+        _refuse_pickles(folder)
         _refuse_gguf(folder)
-        raise ModelError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
-    files = tuple(folder / name for name in names)
-    for file in files:
+        raise ModelError(f"{folder} has neither model.safetensors nor {WEIGHTS_INDEX}")
+    headers: dict[Path, Header] = {}
+    for file in (folder / name for name in names):
         if not file.is_file():
             raise ModelError(f"{index} names {file.name}, which is missing; the download may be incomplete")
         try:
-            # Opening checks lengths, offsets and types against the file's size.
-            with safe_open(file, framework="pt") as content:
-                content.keys()
-        except (SafetensorError, OSError) as error:
+            headers[file] = read_header(file)
+        except (HeaderError, OSError) as error:
             raise ModelError(f"{file} is not a sound safetensors file ({error}); download it again") from error
-    return files
+    return Weights(headers)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    advice = "convert them with transformers' save_pretrained"
+    for patterns, reason in (
+        (_PICKLES, "loading a pickle can run code, so only safetensors are read"),
+        (_OTHER_FORMATS, "only safetensors are read"),
+    ):
+        found = sorted(file.name for pattern in patterns for file in folder.glob(pattern))
+        if found:
+            raise ModelError(f"{folder} has its weights as {found[0]}: {reason}; {advice}")
 
 
 def _shard_names(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise ModelError(f"{index} has no file name for {tensor}")
+        if Path(name).name != name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
             raise ModelError(f"{index} names {name!r}; shards must be safetensors files in the same directory")
-    return names
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file, or {} if the file does not exist. Raises ModelError for anything else."""
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ModelError(f"{path} is over {_MAX_JSON_BYTES >> 20} MiB")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} does not hold a JSON object")
-    return value
+    return sorted(set(weight_map.values()))
 
 
 def check_config_file(folder: Path) -> dict[str, Any]:
-    """Return config.json of a directory that holds a whole, plain model. Raises ModelError."""
+    """Return config.json of a directory that holds a whole model, whose files may be opened. Raises ModelError."""
+    model_dir.check_files(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} holds an adapter (adapter_config.json), not a model; merge it into its base model")
     config = read_json(folder / "config.json")
     if "model_type" not in config:
         _refuse_gguf(folder)
         raise ModelError(f"{folder} has no config.json with a model_type, so it is not a transformers model")
+    has_own = config["model_type"] in CONFIG_MAPPING
+    model_dir.refuse_remote_code(folder / "config.json", config, has_own=has_own)
+    model_dir.refuse_other_files(folder / "config.json", config)
     return config
 
 
@@ -171,28 +190,39 @@ def read_text_files(folder: Path) -> TextFiles:
     """Return the tokenizer, converted where there is no tokenizer.json, and the chat template. Raises ModelError."""
     settings = read_json(folder / "tokenizer_config.json")
     path = folder / "tokenizer.json"
-    try:
-        content = path.read_bytes() if path.is_file() else _converted_tokenizer(folder)
-        tokenizer = Tokenizer.from_buffer(content)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{path} cannot be loaded: {error}") from error
+    model_dir.refuse_remote_code(folder / "tokenizer_config.json", settings, has_own=path.is_file())
+    content = model_dir.read_limited(path) if path.is_file() else _converted_tokenizer(folder, settings)
+    tokenizer = _parse_tokenizer(path, content)
     if tokenizer.truncation is not None or tokenizer.padding is not None:
         # Left over from training; a prompt must arrive whole and alone.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         content = tokenizer.to_str().encode()
     named = {**read_json(folder / "special_tokens_map.json"), **settings}
-    special = {name: _token_text(named[name]) for name in _SPECIAL_TOKENS if named.get(name)}
+    special = {name: _token_text(folder, name, named[name]) for name in _SPECIAL_TOKENS if named.get(name)}
     return TextFiles(tokenizer, content, _chat_template(folder, settings), special)
 
 
-def _converted_tokenizer(folder: Path) -> bytes:
+def _parse_tokenizer(path: Path, content: bytes) -> Tokenizer:
+    try:
+        return Tokenizer.from_buffer(content)
+    except BaseException as error:
+        # A panic in the library is no Exception; its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{path} cannot be loaded: {error}") from error
+
+
+def _converted_tokenizer(folder: Path, settings: Mapping[str, Any]) -> bytes:
     from transformers import AutoTokenizer
 
+    for key, value in settings.items():
+        if key.endswith("_file") and isinstance(value, str) and Path(value).name != value:
+            raise ModelError(
+                f"{folder / 'tokenizer_config.json'} names a file elsewhere, {value!r}; remove the key {key}"
+            )
     advice = "save a fast tokenizer into it with transformers' save_pretrained"
-    if not any(file for pattern in _SLOW_TOKENIZERS for file in folder.glob(pattern)):
+    if not any(file for pattern in SLOW_TOKENIZERS for file in folder.glob(pattern)):
         # transformers would make an empty tokenizer of nothing for some families.
         raise ModelError(f"{folder} has no tokenizer.json, nor files to make one of; {advice}")
     try:
@@ -206,19 +236,34 @@ def _converted_tokenizer(folder: Path) -> bytes:
     return content.encode()
 
 
-def _token_text(token: Any) -> str:
+def _token_text(folder: Path, name: str, token: object) -> str:
     """Special tokens stand as text or as {"content": text, ...}."""
-    return str(token["content"]) if isinstance(token, dict) else str(token)
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ModelError(f"{folder}: {name} of the tokenizer's configuration is not a text")
+    return text
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
+    template: Any = None
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = read_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
+        try:
+            template = model_dir.read_limited(file).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file} cannot be read as UTF-8: {error}") from error
+    else:
+        template = read_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template if template is None else str(template)
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        raise ModelError(f"{folder}: the chat template is not a text")
+    if len(template.encode()) > MAX_TEMPLATE_BYTES:
+        raise ModelError(f"{folder}: the chat template has over {MAX_TEMPLATE_BYTES} bytes")
+    return template
 
 
 def revision_of(folder: Path, weights: tuple[Path, ...], text: TextFiles, cache_root: Path | None = None) -> str:

@@ -45,18 +45,18 @@ class _Details(grpc.ClientCallDetails):
 
 
 @contextmanager
-def admin_channel(address: str, key: str | None, tls_ca: str = "") -> Iterator[grpc.Channel]:
+def admin_channel(address: str, key: str | None, tls: Tls | None = None) -> Iterator[grpc.Channel]:
     """A channel to an admin port, on which failed calls become lines that say what to do, and exit code 1.
 
     A key is not sent in plaintext beyond loopback.
     """
-    if key and not tls_ca and not is_loopback(address):
+    if key and tls is None and not is_loopback(address):
         raise typer.BadParameter("a key is sent beyond loopback with --tls-ca only", param_hint="--admin-key")
-    with output.explained_errors(address, "--admin-address"), _open(address, tls_ca) as channel:
+    with output.explained_errors(address, "--admin-address"), _open(address, tls) as channel:
         yield grpc.intercept_channel(channel, _WithKey(key)) if key else channel
 
 
-def _open(address: str, tls_ca: str) -> grpc.Channel:
-    if tls_ca:
-        return grpc.secure_channel(address, Tls(ca_file=tls_ca).credentials())
+def _open(address: str, tls: Tls | None) -> grpc.Channel:
+    if tls is not None:
+        return grpc.secure_channel(address, tls.credentials())
     return grpc.insecure_channel(address)

@@ -131,7 +131,10 @@ def bench(
     as_json: at.JsonOption = False,
     address: at.AddressOption = at.DEFAULT_ADDRESS,
     api_key: at.ApiKeyOption = None,
+    token: at.TokenOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
     insecure: at.InsecureOption = False,
 ) -> None:
     """Measure TTFT, ITL, end-to-end latency and throughput in a closed loop."""
@@ -141,7 +144,8 @@ def bench(
         levels = []
     if not levels or min(levels) < 1:
         raise typer.BadParameter("takes positive numbers, such as 1,4,16", param_hint="--concurrency")
-    connection = at.Connection(address, api_key, tls_ca, insecure)
+    tls = at.tls_of(tls_ca, tls_cert, tls_key)
+    connection = at.Connection(address, api_key, tls, insecure, token)
     with output.explained_errors(address):
         with connection.client() as client:
             name = choose_model(client, model)

@@ -28,6 +28,13 @@ ApiKeyOption = Annotated[
     typer.Option("--api-key", envvar="TORCHRELAY_API_KEY", help="API key; on loopback, the one that serve made."),
 ]
 TlsCaOption = Annotated[str, typer.Option("--tls-ca", envvar="TORCHRELAY_TLS_CA", help="Certificate authority, PEM.")]
+TlsCertOption = Annotated[
+    str, typer.Option("--tls-cert", envvar="TORCHRELAY_TLS_CERT", help="Your certificate, PEM, for mutual TLS.")
+]
+TlsKeyOption = Annotated[str, typer.Option("--tls-key", envvar="TORCHRELAY_TLS_KEY", help="Its private key, PEM.")]
+TokenOption = Annotated[
+    str | None, typer.Option("--token", envvar="TORCHRELAY_TOKEN", help="JSON Web Token, instead of an API key.")
+]
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", envvar="TORCHRELAY_INSECURE", help="Plaintext beyond loopback.")
 ]
@@ -40,18 +47,35 @@ def credentials_file() -> Path:
     return Path(config) / "torchrelay" / "credentials"
 
 
+def tls_of(ca: str, cert: str, key: str) -> Tls | None:
+    """Return what the options say of TLS, None if nothing. Raises BadParameter."""
+    if bool(cert) != bool(key):
+        raise typer.BadParameter("--tls-cert and --tls-key belong together", param_hint="--tls-cert")
+    for option, path in (("--tls-ca", ca), ("--tls-cert", cert), ("--tls-key", key)):
+        if path and not os.access(path, os.R_OK):
+            raise typer.BadParameter(f"{path} cannot be read", param_hint=option)
+    return Tls(ca, cert, key) if ca or cert else None
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """Address and credentials of one command."""
 
     address: str
     api_key: str | None
-    tls_ca: str = ""
+    tls: Tls | None = None
     insecure: bool = False
+    token: str | None = None
 
     def key(self) -> str | None:
-        """Return the key given, or on loopback the development key: it must never be sent to another machine."""
-        if self.api_key or not is_loopback(self.address):
+        """Return the key given, or on loopback the development key: it must never be sent to another machine.
+
+        Nor is it needed beside another credential.
+        """
+        if self.api_key and self.token:
+            raise typer.BadParameter("give --api-key or --token, not both", param_hint="--token")
+        has_other = bool(self.token) or (self.tls is not None and bool(self.tls.cert_file))
+        if self.api_key or has_other or not is_loopback(self.address):
             return self.api_key
         try:
             return credentials_file().read_text().strip() or None
@@ -59,10 +83,21 @@ class Connection:
             return None
 
     def client(self) -> Client:
-        return Client(self.address, api_key=self.key(), tls=self._tls(), insecure=self.insecure, retry=_RETRY)
+        return Client(
+            self.address,
+            api_key=self.key(),
+            token=self.token,
+            tls=self.tls,
+            insecure=self.insecure,
+            retry=_RETRY,
+        )
 
     def aio_client(self) -> AsyncClient:
-        return AsyncClient(self.address, api_key=self.key(), tls=self._tls(), insecure=self.insecure, retry=_RETRY)
-
-    def _tls(self) -> Tls | None:
-        return Tls(ca_file=self.tls_ca) if self.tls_ca else None
+        return AsyncClient(
+            self.address,
+            api_key=self.key(),
+            token=self.token,
+            tls=self.tls,
+            insecure=self.insecure,
+            retry=_RETRY,
+        )

@@ -30,11 +30,13 @@ def list_letters(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """List generations that failed, newest first."""
     found: list[fleet_pb2.DeadLetter] = []
     token, total = "", 0
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         stub = fleet_pb2_grpc.FleetServiceStub(channel)
         while len(found) < limit:
             request = fleet_pb2.ListDeadLettersRequest(
@@ -75,10 +77,12 @@ def retry_letters(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """Queue them again, each as a new generation; exit status 1 if some could not be."""
     _check_choice(generation_ids, model)
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         request = fleet_pb2.RetryDeadLettersRequest(generation_ids=generation_ids, model=model)
         results = fleet_pb2_grpc.FleetServiceStub(channel).RetryDeadLetters(request).results
     _print_results(results, as_json=as_json)
@@ -92,10 +96,12 @@ def purge_letters(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """Delete them for good; exit status 1 if some were not there."""
     _check_choice(generation_ids, model)
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         request = fleet_pb2.PurgeDeadLettersRequest(generation_ids=generation_ids, model=model)
         results = fleet_pb2_grpc.FleetServiceStub(channel).PurgeDeadLetters(request).results
     _print_results(results, as_json=as_json)

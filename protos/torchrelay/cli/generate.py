@@ -161,7 +161,10 @@ def generate(
     as_json: at.JsonOption = False,
     address: at.AddressOption = at.DEFAULT_ADDRESS,
     api_key: at.ApiKeyOption = None,
+    token: at.TokenOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
     insecure: at.InsecureOption = False,
 ) -> None:
     """Generate text and stream it to stdout."""
@@ -179,7 +182,8 @@ def generate(
         stop=stop,
         logprobs=logprobs,
     )
-    with output.explained_errors(address), at.Connection(address, api_key, tls_ca, insecure).client() as client:
+    tls = at.tls_of(tls_ca, tls_cert, tls_key)
+    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
         name = choose_model(client, model)
         card = next((card for card in client.models() if card.name == name), None)
         as_chat = not raw and card is not None and card.has_chat_template
@@ -209,13 +213,17 @@ def chat(
     system: SystemOption = "",
     address: at.AddressOption = at.DEFAULT_ADDRESS,
     api_key: at.ApiKeyOption = None,
+    token: at.TokenOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
     insecure: at.InsecureOption = False,
 ) -> None:
     """Hold a conversation. Ctrl-C cancels an answer, Ctrl-D leaves."""
     options = make_options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     messages = [{"role": "system", "content": system}] if system else []
-    with output.explained_errors(address), at.Connection(address, api_key, tls_ca, insecure).client() as client:
+    tls = at.tls_of(tls_ca, tls_cert, tls_key)
+    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
         name = choose_model(client, model)
         output.stderr.print(f"{name}: Ctrl-C cancels an answer, Ctrl-D leaves", style="dim")
         while True:

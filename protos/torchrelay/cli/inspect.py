@@ -23,11 +23,15 @@ def list_models(
     as_json: at.JsonOption = False,
     address: at.AddressOption = at.DEFAULT_ADDRESS,
     api_key: at.ApiKeyOption = None,
+    token: at.TokenOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
     insecure: at.InsecureOption = False,
 ) -> None:
     """List the models that you may use."""
-    with output.explained_errors(address), at.Connection(address, api_key, tls_ca, insecure).client() as client:
+    tls = at.tls_of(tls_ca, tls_cert, tls_key)
+    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
         found = client.models()
     if as_json:
         for model in found:
@@ -57,12 +61,16 @@ def show_model(
     as_json: at.JsonOption = False,
     address: at.AddressOption = at.DEFAULT_ADDRESS,
     api_key: at.ApiKeyOption = None,
+    token: at.TokenOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
     insecure: at.InsecureOption = False,
 ) -> None:
     """Show one model with its defaults."""
+    tls = at.tls_of(tls_ca, tls_cert, tls_key)
     with output.explained_errors(address):
-        connection = at.Connection(address, api_key, tls_ca, insecure)
+        connection = at.Connection(address, api_key, tls, insecure, token)
         with connection.client() as client:
             request = model_pb2.GetModelRequest(model=name)
             model = client.model.GetModel(request, metadata=client.metadata).model
@@ -76,9 +84,11 @@ def ps(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """List generations in flight, or the workers."""
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         stub = fleet_pb2_grpc.FleetServiceStub(channel)
         if workers:
             _print_workers(stub.ListWorkers(fleet_pb2.ListWorkersRequest(model=model)), as_json=as_json)
@@ -92,11 +102,15 @@ def cancel(
     as_json: at.JsonOption = False,
     address: at.AddressOption = at.DEFAULT_ADDRESS,
     api_key: at.ApiKeyOption = None,
+    token: at.TokenOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
     insecure: at.InsecureOption = False,
 ) -> None:
     """End generations."""
-    with output.explained_errors(address), at.Connection(address, api_key, tls_ca, insecure).client() as client:
+    tls = at.tls_of(tls_ca, tls_cert, tls_key)
+    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
         for generation_id in generation_ids:
             state = _state(client.cancel(generation_id))
             if as_json:
@@ -109,11 +123,15 @@ def erase(
     generation_ids: Annotated[list[str], typer.Argument(help="Generations to end and erase.")],
     address: at.AddressOption = at.DEFAULT_ADDRESS,
     api_key: at.ApiKeyOption = None,
+    token: at.TokenOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
     insecure: at.InsecureOption = False,
 ) -> None:
     """Erase all that is stored of generations, input and output; those that run are ended."""
-    with output.explained_errors(address), at.Connection(address, api_key, tls_ca, insecure).client() as client:
+    tls = at.tls_of(tls_ca, tls_cert, tls_key)
+    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
         for generation_id in generation_ids:
             request = generation_pb2.DeleteGenerationRequest(generation_id=generation_id)
             client.generation.DeleteGeneration(request, metadata=client.metadata)

@@ -75,6 +75,8 @@ def create_key(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """Make a key and print it: it cannot be read again."""
     request = api_key_pb2.CreateApiKeyRequest(
@@ -96,7 +98,7 @@ def create_key(
     caps.MergeFrom(grants_pb2.Caps(max_tokens=max_tokens, max_outputs=max_outputs, max_context_tokens=max_context))
     if max_grace is not None:
         caps.max_disconnect_grace.FromMilliseconds(int(max_grace * 1000))
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         response = api_key_pb2_grpc.ApiKeyServiceStub(channel).CreateApiKey(request)
     output.print_json(response) if as_json else output.write(response.secret + "\n")
 
@@ -108,10 +110,12 @@ def list_keys(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """List keys, without their secrets."""
     found: list[api_key_pb2.ApiKey] = []
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         stub = api_key_pb2_grpc.ApiKeyServiceStub(channel)
         token = ""
         while True:
@@ -150,11 +154,13 @@ def rotate_key(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """Make a key that replaces another, with the same rights and quotas, and print it."""
     request = api_key_pb2.RotateApiKeyRequest(key_id=key_id, expire_time=_expiry(expires_in_days))
     request.overlap.FromMilliseconds(int(overlap_hours * 3_600_000))
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         response = api_key_pb2_grpc.ApiKeyServiceStub(channel).RotateApiKey(request)
     if as_json:
         output.print_json(response)
@@ -171,9 +177,11 @@ def revoke_key(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """Revoke a key; every gateway refuses it within 5 seconds."""
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         stub = api_key_pb2_grpc.ApiKeyServiceStub(channel)
         key = stub.RevokeApiKey(api_key_pb2.RevokeApiKeyRequest(key_id=key_id)).api_key
     output.print_json(key) if as_json else output.stderr.print(f"revoked {key.key_id} of {key.tenant}")

@@ -35,6 +35,8 @@ def set_tenant(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """Make or replace a tenant's record; what is not given takes its default."""
     message = tenant_pb2.Tenant(
@@ -51,7 +53,7 @@ def set_tenant(
     )
     if max_retention_s is not None:
         message.max_retention.FromMilliseconds(int(max_retention_s * 1000))
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         stored = tenant_pb2_grpc.TenantServiceStub(channel).SetTenant(tenant_pb2.SetTenantRequest(tenant=message))
     output.print_json(stored.tenant) if as_json else output.write(str(stored.tenant))
 
@@ -62,10 +64,12 @@ def list_tenants(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """List tenants that have a record."""
     found: list[tenant_pb2.Tenant] = []
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         stub = tenant_pb2_grpc.TenantServiceStub(channel)
         token = ""
         while True:
@@ -98,8 +102,10 @@ def delete_tenant(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """Delete a tenant's record: it has the defaults again. Its keys stay."""
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         tenant_pb2_grpc.TenantServiceStub(channel).DeleteTenant(tenant_pb2.DeleteTenantRequest(tenant=tenant))
     output.stderr.print(f"{tenant} has the defaults again", highlight=False)

@@ -27,6 +27,8 @@ def usage(
     admin_address: at.AdminAddressOption = at.DEFAULT_ADMIN_ADDRESS,
     admin_key: AdminKeyOption = None,
     tls_ca: at.TlsCaOption = "",
+    tls_cert: at.TlsCertOption = "",
+    tls_key: at.TlsKeyOption = "",
 ) -> None:
     """Sum what was used. Each generation counts once, in the hour in which it ended."""
     wanted = by or ["tenant"]
@@ -39,7 +41,7 @@ def usage(
         group_by=[_DIMENSIONS[name] for name in wanted],
     )
     request.start_time.FromDatetime(datetime.now(UTC) - timedelta(hours=hours - 1))
-    with admin_channel(admin_address, admin_key, tls_ca) as channel:
+    with admin_channel(admin_address, admin_key, at.tls_of(tls_ca, tls_cert, tls_key)) as channel:
         rows = usage_pb2_grpc.UsageServiceStub(channel).QueryUsage(request).rows
     if as_json:
         for row in rows:

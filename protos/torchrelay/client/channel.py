@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
+
+Token: TypeAlias = str | Callable[[], str]  # a JWT, or what returns one that is good now
 
 # Retries are the client's own: a retry inside the library would hide from it where the stream broke. Reconnecting is
 # capped so that a gateway that comes back is found within seconds. Servers accept a ping every 10 seconds.
@@ -35,6 +37,9 @@ class Tls:
     key_file: str = ""
 
     def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files. Raises ValueError for a certificate without its key, and OSError."""
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ValueError("cert_file and key_file belong together")
         return grpc.ssl_channel_credentials(_read(self.ca_file), _read(self.key_file), _read(self.cert_file))
 
 
@@ -53,8 +58,21 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def auth_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+class Bearer:
+    """What calls bear: an API key, or a token that may be another for every call. Raises ValueError for both."""
+
+    def __init__(self, api_key: str | None, token: Token | None = None) -> None:
+        if api_key and token:
+            raise ValueError("give an api_key or a token, not both")
+        self._secret = api_key or token or ""
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return the metadata of one call; raises what a token's function raises."""
+        return auth_metadata(self._secret() if callable(self._secret) else self._secret)
+
+
+def auth_metadata(secret: str | None) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {secret}"),) if secret else ()
 
 
 def _read(path: str) -> bytes | None:

@@ -83,6 +83,7 @@ class Client:
 
     `address` is host:port or any gRPC target, such as dns:///gateway:50051 or ipv4:10.0.0.1:50051,10.0.0.2:50051.
     Plaintext beyond loopback carries the key in the clear, so it needs `insecure=True`; otherwise `tls` is used there.
+    A `token` that is a function is asked at every call, and should return at once.
     """
 
     def __init__(
@@ -90,18 +91,20 @@ class Client:
         address: str = "127.0.0.1:50051",
         *,
         api_key: str | None = None,
+        token: channels.Token | None = None,
         tls: channels.Tls | None = None,
         insecure: bool = False,
         retry: RetryPolicy | None = None,
         disconnect_grace_s: float = 30.0,
     ) -> None:
+        bearer = channels.Bearer(api_key, token)
         plaintext = insecure or (tls is None and channels.is_loopback(address))
         if plaintext:
             self._channel = grpc.insecure_channel(address, options=channels.OPTIONS)
         else:
             credentials = (tls or channels.Tls()).credentials()
             self._channel = grpc.secure_channel(address, credentials, options=channels.OPTIONS)
-        self.metadata = channels.auth_metadata(api_key)
+        self._bearer = bearer
         self.generation = pb_grpc.GenerationServiceStub(self._channel)
         self.model = model_pb2_grpc.ModelServiceStub(self._channel)
         self._retry = retry or RetryPolicy()
@@ -113,6 +116,11 @@ class Client:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What the next call bears; to be given to calls of `generation` and `model`."""
+        return self._bearer.metadata()
 
     def close(self) -> None:
         """Close the channel; calls in flight end, and are not tried again."""
@@ -182,11 +190,14 @@ class Client:
         token = ""
         while True:
             request = model_pb2.ListModelsRequest(page_token=token)
-            page = self._retrying(partial(self.model.ListModels, request, metadata=self.metadata))
+            page = self._retrying(partial(self._list_models, request))
             models += page.models
             token = page.next_page_token
             if not token:
                 return models
+
+    def _list_models(self, request: model_pb2.ListModelsRequest) -> model_pb2.ListModelsResponse:
+        return self.model.ListModels(request, metadata=self.metadata)
 
     def _retrying(self, call: Callable[[], _T]) -> _T:
         """Run an idempotent call until it succeeds or trying again is useless."""

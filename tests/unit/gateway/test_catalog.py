@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import msgspec
 import pytest
@@ -10,11 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import keys
-from common.errors import FailedPrecondition, InvalidRequest
+from common.errors import FailedPrecondition, InvalidRequest, ModelNotReady
 from common.generation import SamplingParams
-from common.registry import GenerationDefaults, ModelCard
-from gateway.catalog import ServedModel, default_config
-from gateway.tokenization import TextCodec
+from common.registry import (
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    GenerationDefaults,
+    ModelCard,
+    ModelDirectory,
+    ModelEntry,
+    ModelRegistry,
+)
+from gateway.catalog import Catalog, ServedModel, default_config
+from gateway.tokenization import Message, TextCodec
 from torchrelay.v1 import generation_pb2 as pb
 from worker.engine.demo import demo_model_dir
 
@@ -128,3 +139,39 @@ def test_defaults_are_the_card_s(model: ServedModel) -> None:
         logprobs=False,
     )
     assert not model.defaults.HasField("max_tokens")
+
+
+async def test_a_model_whose_files_cannot_be_used_is_not_ready(model: ServedModel) -> None:
+    files = {TOKENIZER_FILE: (demo_model_dir() / "tokenizer.json").read_bytes(), TEMPLATE_FILE: b"{% if %}"}
+    card = msgspec.structs.replace(model.card, tokenizer_files={name: name for name in files})
+
+    class Registry:
+        async def file(self, digest: str) -> bytes:
+            return files[digest]
+
+    class Directory:
+        def resolve(self, name: str) -> ModelEntry:
+            return ModelEntry(card, 0)
+
+    catalog = Catalog(cast("ModelDirectory", Directory()), cast("ModelRegistry", Registry()))
+    with pytest.raises(ModelNotReady, match="files that cannot be used"):
+        await catalog.get("tiny")
+    files[TEMPLATE_FILE] = b"ok"
+    assert (await catalog.get("tiny")).codec.has_chat_template
+
+
+async def test_many_empty_messages_are_not_rendered_on_the_event_loop(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    encode = TextCodec.encode_chat
+
+    def noting(self: TextCodec, messages: Sequence[Message]) -> list[int]:
+        threads.append(threading.get_ident())
+        return encode(self, messages)
+
+    monkeypatch.setattr(TextCodec, "encode_chat", noting)
+    for number in (1, 1000):
+        await model.encode(chat(*["x"] * number))
+    here = threading.get_ident()
+    assert [thread == here for thread in threads] == [True, False]

@@ -211,6 +211,7 @@ class Unheard(Exception):
     """An error that no table knows."""
 
 
+@pytest.mark.row(53)
 @pytest.mark.parametrize(
     "error", [ValueError(SECRET), Unheard(SECRET), KeyError(SECRET), ExceptionGroup(SECRET, [OSError(SECRET)])]
 )

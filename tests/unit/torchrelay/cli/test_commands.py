@@ -21,7 +21,7 @@ from torchrelay.cli.bench import make_prompt, percentiles
 from torchrelay.cli.connection import Connection, credentials_file
 from torchrelay.cli.main import make_app
 from torchrelay.cli.output import explain, size
-from torchrelay.client import RelayError
+from torchrelay.client import RelayError, Tls
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import model_pb2
 
@@ -30,7 +30,7 @@ VERBS = (
     "generate", "chat", "models", "models list", "models show", "models check", "keys", "keys create", "keys list",
     "keys rotate", "keys revoke", "tenants", "tenants set", "tenants list", "tenants delete", "usage",
     "dead-letters", "dead-letters list", "dead-letters retry", "dead-letters purge", "ps", "cancel", "erase",
-    "bench", "version", "serve", "gateway", "bootstrap", "worker",
+    "bench", "version", "serve", "gateway", "bootstrap", "worker", "acl",
 )  # fmt: skip
 
 
@@ -42,7 +42,17 @@ def app() -> typer.Typer:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Without the variables and files of whoever runs the tests."""
-    for name in ("ADDRESS", "ADMIN_ADDRESS", "API_KEY", "ADMIN_KEY", "TLS_CA", "INSECURE"):
+    for name in (
+        "ADDRESS",
+        "ADMIN_ADDRESS",
+        "API_KEY",
+        "ADMIN_KEY",
+        "TOKEN",
+        "TLS_CA",
+        "TLS_CERT",
+        "TLS_KEY",
+        "INSECURE",
+    ):
         monkeypatch.delenv(f"TORCHRELAY_{name}", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
@@ -433,3 +443,26 @@ def test_the_development_key_is_used_on_loopback_alone(run: Command, home: Path)
         assert Connection(address, "tr_own").key() == "tr_own"
     credentials_file().write_text("\n")
     assert Connection("127.0.0.1:1", None).key() is None
+
+
+def test_a_token_is_sent_instead_of_a_key(run: Command, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    credentials_file().parent.mkdir()
+    credentials_file().write_text(f"{KEY}\n")
+    run("models", "list", "--token", "a.b.c")
+    assert run.toy.keys[-1] == "Bearer a.b.c"
+    monkeypatch.setenv("TORCHRELAY_TOKEN", "d.e.f")
+    run("generate", "hi")
+    assert run.toy.keys[-1] == "Bearer d.e.f"
+    assert "not both" in run("models", "list", "--api-key", "tr_own", status=2).stderr
+
+
+def test_the_development_key_is_not_sent_beside_a_certificate() -> None:
+    assert Connection("127.0.0.1:1", None, Tls(cert_file="c", key_file="k")).key() is None
+
+
+@pytest.mark.parametrize("verb", [("models", "list"), ("ps",), ("keys", "list")], ids=str)
+def test_certificates_of_callers_come_whole_and_can_be_read(run: Command, home: Path, verb: tuple[str, ...]) -> None:
+    assert "belong together" in run(*verb, "--tls-cert", "x.pem", status=2).stderr
+    (home / "x.pem").write_text("")
+    found = run(*verb, "--tls-cert", str(home / "x.pem"), "--tls-key", str(home / "absent"), status=2)
+    assert "cannot be read" in found.stderr

@@ -115,3 +115,15 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="no space left"):
         demo_model_dir(tmp_path)
     assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".lock"]
+
+
+def test_a_file_that_is_not_the_known_one_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, version = demo._find_gguf()
+    forged = tmp_path / source.name
+    content = bytearray(source.read_bytes())
+    content[20] ^= 1
+    forged.write_bytes(content)
+    monkeypatch.setattr(demo, "_find_gguf", lambda: (forged, version))
+    with pytest.raises(DemoModelError, match="is not the file that this version knows"):
+        demo_model_dir(tmp_path / "cache")
+    assert list((tmp_path / "cache" / "models").glob("*Instruct*/")) == []

@@ -157,6 +157,10 @@ bench-admission: install-dev  ## what it costs to know a caller, hold it to its 
 queue-memory: install-dev  ## what a generation costs in the server's memory; ARGS=/path/to/redis-server for another one
 	$(BIN)/python -m tests.benchmarks.queue_memory $(ARGS)
 
+.PHONY: fairness
+fairness: install-dev  ## tenants' shares of a real worker, and a flood beside an occasional request; minutes; ARGS=--mutant must fail
+	$(BIN)/python -m tests.benchmarks.fairness $(ARGS)
+
 .PHONY: mesh
 mesh: install-dev  ## two gateways behind a real Envoy: 1,000 keyed calls while gateways are killed; ARGS="--mutant no-keys" and so on
 	$(BIN)/python -m tests.mesh.run $(ARGS)

@@ -33,7 +33,7 @@ _JOB_KEYS: Final = tuple(
     "~{*}:" + name
     for name in (
         "meta", "j:*", "q:*", "alone:*", "act:*", "vtc", "len", "live", "bell", "dl", "dt", "wl", "w:*", "wc:*", "wi:*",
-        "gl", "g:*", "gw:*", "i:*", "usage:*", "failed", "kl", "kq", "settle",
+        "credit", "gl", "g:*", "gw:*", "i:*", "usage:*", "failed", "kl", "kq", "settle",
         "dead",  # written by programs of version 0.1 that still run beside ours
     )
 )  # fmt: skip

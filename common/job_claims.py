@@ -143,6 +143,7 @@ class JobClaims:
                 settings.deadline_slack_ms,
                 settings.expected_completion_tokens,
                 settings.bypass_kv_tokens,
+                settings.priority_floor,
             )
             self._claim_call = None
             found, *queued = as_list(reply)
@@ -277,17 +278,32 @@ class JobClaims:
 
     async def release(self, generation_ids: Iterable[str]) -> int:
         """Give held jobs back to the head of their queue; no attempt is counted. Returns how many were still ours."""
+        return await self._give_back("release", self._settings.max_claims, generation_ids)
+
+    async def preempt(self, generation_ids: Iterable[str], max_preemptions: int) -> int:
+        """As `release`, to make room for a higher class: neither an attempt nor a claim is counted.
+
+        Jobs that were preempted so often already, or handed out by their class's share, stay ours on the server: they
+        are found again as jobs that it counts as ours (see `owned`).
+        """
+        return await self._give_back("preempt", max_preemptions, generation_ids)
+
+    async def _give_back(self, script: str, limit: int, generation_ids: Iterable[str]) -> int:
         async with self._lock:
             await self._flush()
-            released = [name for name in generation_ids if name in self._held]
-            if not released:
+            given = [name for name in generation_ids if name in self._held]
+            if not given:
                 return 0
-            pairs = [part for name in released for part in (name, self._held[name].epoch)]
-            count = int(await self._run("release", self._settings.max_claims, *pairs))
+            pairs = [part for name in given for part in (name, self._held[name].epoch)]
+            count = int(await self._run(script, limit, *pairs))
             self._num_changes += 1
-            for name in released:
+            for name in given:
                 self._held.pop(name, None)
             return count
+
+    async def wanted(self, total_kv_tokens: int) -> int:
+        """KV slots to begin the first waiting job of the highest class that such a worker could hold; 0: none."""
+        return int(await self._run_on("wanted", self._shard, total_kv_tokens))
 
     async def heartbeat(self, info: WorkerInfo) -> CommitResult:
         """Renew the lease without a step, publish `info`, learn which held jobs were lost. Every fifth of a lease."""

@@ -157,8 +157,9 @@ class JobQueue:
             raise QueueFull(_REFUSALS[status], reason=status.decode(), retry_after_ms=_RETRY_AFTER_MS)
         if status == b"REUSED":
             raise IdempotencyKeyReused
-        stored_id, state, place = rest
-        return Enqueued(stored_id.decode(), status == b"DUPLICATE", place, JobState(state.decode()))
+        stored_id, state, place, wait_ms = rest
+        known_ms = records.known_ms(wait_ms)
+        return Enqueued(stored_id.decode(), status == b"DUPLICATE", place, JobState(state.decode()), known_ms)
 
     async def lookup_idempotency(
         self, shards: Iterable[str], tenant: str, idempotency_key: str, request_digest: bytes

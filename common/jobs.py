@@ -171,6 +171,7 @@ class Enqueued:
     duplicate: bool  # an earlier request with the same idempotency key made it
     place: int  # about how many jobs are served before it, plus one; 0 when it does not wait
     state: JobState
+    expected_wait_ms: int | None = None  # until a worker takes it; None when it does not wait, or nobody knows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +199,7 @@ class GenerationRecord:
     deadline_ms: int
     disconnect_grace_ms: int
     echo: bytes
+    expected_wait_ms: int | None = None  # as in Enqueued
 
     @property
     def started(self) -> bool:
@@ -231,6 +233,9 @@ class ClaimedJob:
     usage: Usage  # reported so far
     body: JobBody
     events: tuple[LogEvent, ...]
+    weight: float = 1.0  # as in NewJob
+    num_preemptions: int = 0  # times that it was given back to make room for a higher class
+    by_share: bool = False  # handed out for its class's share while a higher class waited: not to be preempted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {<shard>}:alone:<c>       zset    all      queued ids that may only run alone, by arrival          when empty
     {<shard>}:act:<c>         zset    all      tenants with queued jobs, by service so far             when empty
     {<shard>}:vtc             zset    all      service counter of each tenant         below the floor, or an hour
+    {<shard>}:credit          hash    all      service charged to a tenant and not used, for its next jobs   as vtc
     {<shard>}:len             hash    all      queued jobs of each class              never (3 fields)
     {<shard>}:live            hash    all      queued + running jobs of each tenant   field at zero
     {<shard>}:kl, kq          hash    all      live, and queued, jobs of each quota id with a cap   field at zero
@@ -53,6 +54,10 @@ Fields of {<shard>}:meta; times are the server's, in ms:
     schema                 version of keys, fields and scripts
     seq                    jobs that have arrived
     floor                  highest service counter at which a tenant's job was handed out: idling earns no credit
+    floor:<c>              where a class has come to, by service counter: newcomers begin there       when it empties
+    share:<c>              service that a class below the highest may claim before the others         when it empties
+    gap                    ms between two jobs handed out while others waited, an average over the last ones
+    handed                 when the last job was handed out, if others have waited ever since
     reaped, swept          time of the last reap and of the last sweep
     grace, sweep_grace     until when ended leases of workers, and of gateways, do not count
     alone                  "<worker> <until> <id or ->": the worker that is reserved for jobs to run alone

@@ -122,7 +122,7 @@ def record_from_reply(reply: Sequence[Any]) -> GenerationRecord:
     (
         generation_id, state, reason, tenant, key_id, priority, epoch, attempts, num_claims, sequence,
         prompt_tokens, cached_prompt_tokens, completion_tokens, place, worker_id, gateway_id,
-        created_ms, started_ms, first_token_ms, ended_ms, deadline_ms, disconnect_grace_ms, echo,
+        created_ms, started_ms, first_token_ms, ended_ms, deadline_ms, disconnect_grace_ms, echo, expected_wait_ms,
     ) = reply  # fmt: skip
     return GenerationRecord(
         generation_id=generation_id.decode(),
@@ -146,7 +146,13 @@ def record_from_reply(reply: Sequence[Any]) -> GenerationRecord:
         deadline_ms=deadline_ms,
         disconnect_grace_ms=disconnect_grace_ms,
         echo=echo,
+        expected_wait_ms=known_ms(expected_wait_ms),
     )
+
+
+def known_ms(value: int) -> int | None:
+    """A time that the scripts give as -1 when it is not known."""
+    return None if value < 0 else value
 
 
 class ClaimHead(msgspec.Struct, frozen=True):
@@ -184,6 +190,7 @@ def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> C
     (
         generation_id, epoch, sequence, chain_hash, remaining_ms, priority, attempts, tenant,
         prompt_tokens, cached_prompt_tokens, completion_tokens, _, _, body, log,
+        weight, num_preemptions, by_share,
     ) = reply  # fmt: skip
     entries = [event_from_fields(fields, sealer) for _, fields in log]
     return ClaimedJob(
@@ -198,6 +205,9 @@ def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> C
         usage=Usage(prompt_tokens, cached_prompt_tokens, completion_tokens),
         body=decode(_BODY_DECODER, sealer.open(body, _BODY_LABEL)),
         events=tuple(event for event in entries if event.kind is not ItemKind.STARTED),
+        weight=float(weight),
+        num_preemptions=num_preemptions,
+        by_share=by_share == 1,
     )
 
 

@@ -20,7 +20,7 @@ from common.redis import Argument, Redis, execute
 
 _INCLUDE: Final = "--@include "
 NAMES: Final = (
-    "enqueue", "attach", "detach", "cancel", "get", "claim", "commit", "release", "owned", "leave",
+    "enqueue", "attach", "detach", "cancel", "get", "claim", "commit", "release", "preempt", "wanted", "owned", "leave",
     "beat_worker", "beat_gateway", "reap", "sweep", "workers", "dead_letters", "retry", "purge", "publish", "unpublish",
     "delete", "quota_reserve", "quota_settle",
 )  # fmt: skip

@@ -151,6 +151,12 @@ class QueueSettings(BaseSettings):
         ge=0,
         description="Jobs up to this size may pass a higher class whose next job does not fit yet. 0: none.",
     )
+    priority_floor: float = Field(
+        default=0.05,
+        ge=0,
+        le=0.25,
+        description="Least share of the service of each priority class below the highest while it has jobs waiting.",
+    )
 
     @property
     def max_upkeep_pause_s(self) -> float:

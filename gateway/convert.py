@@ -34,6 +34,13 @@ def timestamp(milliseconds: int) -> Timestamp:
     return message
 
 
+def set_wait(message: pb.Accepted | pb.Progress, expected_wait_ms: int | None) -> None:
+    """Set or clear the expected wait of a generation in the queue."""
+    message.ClearField("expected_wait")
+    if expected_wait_ms is not None:
+        message.expected_wait.FromMilliseconds(expected_wait_ms)
+
+
 def delta_message(delta: OutputDelta) -> pb.Delta:
     return pb.Delta(
         output_index=delta.output_index,
@@ -134,6 +141,7 @@ def progress_event(record: GenerationRecord, position: LogPosition) -> pb.Genera
     progress = pb.Progress(state=state_of(record))
     if record.state is JobState.QUEUED:
         progress.place = max(0, record.place - 1)
+        set_wait(progress, record.expected_wait_ms)
     return pb.GenerationEvent(sequence=position.sequence, chain_hash=chain_hash(position), progress=progress)
 
 

@@ -98,6 +98,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         else:
             await self._queue.detach(enqueued.generation_id)
             accepted.place = max(0, enqueued.place - 1)
+            convert.set_wait(accepted, enqueued.expected_wait_ms)
         return pb.SubmitGenerationResponse(accepted=accepted)
 
     async def ResumeGeneration(  # noqa: N802
@@ -202,6 +203,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                         await self._streams.close(subscription, ended=True)
                         subscription = self._streams.listen(known, caller.tenant)
                     accepted.place = max(0, enqueued.place - 1)
+                    convert.set_wait(accepted, enqueued.expected_wait_ms)
                 if known is not None:
                     attachment = await self._queue.attach(known, caller.tenant, attach_id=subscription.attach_id)
                     accepted = accepted_of(attachment.record)

@@ -312,4 +312,5 @@ def accepted_of(record: GenerationRecord) -> pb.Accepted:
     accepted = pb.Accepted.FromString(record.echo)
     accepted.generation_id = record.generation_id
     accepted.place = max(0, record.place - 1)
+    convert.set_wait(accepted, record.expected_wait_ms)
     return accepted

@@ -2,7 +2,7 @@
 
 Four tasks share the worker's event loop and one engine thread:
 
-    claim    bell or queue length -> claim -> engine.submit
+    claim    bell or queue length -> claim -> engine.submit; preemption of lower classes for the highest
     commit   step results -> one commit for all held jobs -> engine.ack      one in flight; later steps join the next
     beat     lease and the worker's figures; ends the process when a step hangs
     tidy     reap and sweep while nothing else is to do
@@ -26,6 +26,7 @@ from common.jobs import ClaimedJob, CommitResult, WorkerInfo
 from worker.engine.thread import EngineStopped, EngineThread
 from worker.engine.types import StepResult
 from worker.holdings import Holdings
+from worker.preemption import HIGHEST_CLASS, MAX_PREEMPTIONS, choose_victims
 from worker.settings import WorkerSettings
 
 log = structlog.get_logger()
@@ -33,6 +34,7 @@ log = structlog.get_logger()
 _RETRY_S: Final = 0.5
 _TIDY_S: Final = 1.0
 _LOG_AFTER_S: Final = 0.002
+_PREEMPT_PAUSE_S: Final = 0.5
 
 
 class StepHungError(Exception):
@@ -68,6 +70,8 @@ class Agent:
         self._stopping = asyncio.Event()
         self._drained = False
         self._has_unknown_jobs = False
+        self._num_urgent = 0  # of the highest class, in the queue
+        self._preempts_at = 0.0  # time.monotonic() before which nothing gives way
 
     def stop(self) -> None:
         """Begin to drain: no new jobs, and at the end of the grace the rest goes back to the queue."""
@@ -99,18 +103,25 @@ class Agent:
             self._may_claim.clear()
             if self._has_room() and not self._stopping.is_set():
                 await self._guarded(self._claim_once())
+            if self._must_make_room() and not self._stopping.is_set():
+                await self._guarded(self._make_room())
 
     def _has_room(self) -> bool:
-        return len(self._holdings) < min(self._settings.max_jobs, self._max_num_seqs) and self._free_kv_tokens() > 0
+        return self._free_places() > 0 and self._free_kv_tokens() > 0
+
+    def _free_places(self) -> int:
+        return min(self._settings.max_jobs, self._max_num_seqs) - len(self._holdings)
+
+    def _total_kv_tokens(self) -> int:
+        return self._engine.stats.num_blocks * self._engine.stats.block_size
 
     def _free_kv_tokens(self) -> int:
         return self._engine.stats.free_kv_tokens - self._holdings.reserved_kv_tokens
 
-    async def _claim_once(self) -> None:
-        stats = self._engine.stats
-        room = min(self._settings.max_jobs, self._max_num_seqs) - len(self._holdings)
-        jobs = await self._claims.claim(room, self._free_kv_tokens(), stats.num_blocks * stats.block_size)
+    async def _claim_once(self) -> list[ClaimedJob]:
+        jobs = await self._claims.claim(self._free_places(), self._free_kv_tokens(), self._total_kv_tokens())
         self._take(jobs)
+        return jobs
 
     def _take(self, jobs: Iterable[ClaimedJob]) -> None:
         for job in jobs:
@@ -120,6 +131,41 @@ class Agent:
             asyncio.get_running_loop().call_later(_LOG_AFTER_S, _log_claimed, job)
         if self._holdings:
             self._emptied.clear()
+
+    # -- preemption -----------------------------------------------------------------------------------------------
+
+    def _must_make_room(self) -> bool:
+        """Whether the highest class waits, as far as the last commit told, and others may give way to it."""
+        return (
+            self._settings.preempt
+            and self._num_urgent > 0
+            and time.monotonic() >= self._preempts_at
+            and any(runner.may_give_way for runner in self._holdings.runners())
+        )
+
+    async def _make_room(self) -> None:
+        """Give back just enough for the first waiting generation of the highest class, then claim it.
+
+        One round at a time: while its claim has not brought any of that class, or where giving everything back would
+        not make room, nothing more gives way for a while.
+        """
+        self._preempts_at = time.monotonic() + _PREEMPT_PAUSE_S
+        wanted = await self._claims.wanted(self._total_kv_tokens())
+        victims = self._victims(wanted) if wanted else []
+        if not victims:
+            return
+        await self._claims.preempt(victims, MAX_PREEMPTIONS)
+        for generation_id in victims:
+            self._stop_computing(generation_id)
+            log.info("job.preempted", generation_id=generation_id)
+        await self._engine.settled()
+        if any(job.priority == HIGHEST_CLASS for job in await self._claim_once()):
+            self._preempts_at = 0.0
+
+    def _victims(self, wanted: int) -> list[str]:
+        stats = self._engine.stats
+        missing = wanted + stats.num_running * stats.block_size - self._free_kv_tokens()  # a block of each stays free
+        return choose_victims(self._holdings.runners(), places=1 - self._free_places(), kv_tokens=missing)
 
     # -- commit ---------------------------------------------------------------------------------------------------
 
@@ -157,6 +203,7 @@ class Agent:
         for generation_id, reason in result.lost.items():
             if self._stop_computing(generation_id):
                 log.info("job.lost", generation_id=generation_id, reason=str(reason))
+        self._num_urgent = result.queued[HIGHEST_CLASS]
         if any(result.queued):
             self._may_claim.set()
         if not self._holdings:

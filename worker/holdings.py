@@ -9,6 +9,7 @@ from common.deltas import merge_deltas
 from common.generation import EventBody, OutputDelta
 from common.jobs import ClaimedJob, JobState, NewEvent, Reason
 from worker.engine.types import GenerationRequest, RequestOutput, StepResult
+from worker.preemption import HIGHEST_CLASS, Runner
 
 
 @dataclass(slots=True)
@@ -17,6 +18,11 @@ class _Held:
     kv_tokens: int  # slots that it still needs before its first token
     completion_tokens: int
     cached_prompt_tokens: int
+    prompt_kv_tokens: int  # slots of its prompt
+    priority: int
+    age: int  # counts claims
+    num_preemptions: int
+    by_share: bool
 
 
 @dataclass(slots=True)
@@ -34,6 +40,7 @@ class Holdings:
         self._block_size = block_size
         self._held: dict[str, _Held] = {}
         self._generation_ids: dict[str, str] = {}  # by request id
+        self._num_claims = 0
 
     def __len__(self) -> int:
         return len(self._held)
@@ -50,6 +57,23 @@ class Holdings:
         """Slots that held generations still need before their first token; the engine's free blocks include them."""
         return sum(held.kv_tokens for held in self._held.values())
 
+    def runners(self) -> list[Runner]:
+        """Return all held generations as candidates for preemption. What one would free is its slots so far."""
+        return [
+            Runner(
+                generation_id=generation_id,
+                priority=held.priority,
+                age=held.age,
+                kv_tokens=held.prompt_kv_tokens + self._round_up(held.completion_tokens),
+                num_preemptions=held.num_preemptions,
+                by_share=held.by_share,
+            )
+            for generation_id, held in self._held.items()
+        ]
+
+    def _round_up(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size) * self._block_size
+
     def add(self, job: ClaimedJob, now: float) -> GenerationRequest:
         """Hold a job and return what the engine is to do. `now` is time.monotonic()."""
         sampling = job.body.sampling
@@ -61,15 +85,21 @@ class Holdings:
                 if delta.finish_reason is not None:
                     finished.add(delta.output_index)
         completion_tokens = sum(map(len, emitted))
-        prompt_blocks = -(-len(job.body.prompt_token_ids) // self._block_size)
+        prompt_kv_tokens = self._round_up(len(job.body.prompt_token_ids))
         emitted_blocks = sum(1 + len(ids) // self._block_size for ids in emitted)
+        self._num_claims += 1
         request_id = f"{job.generation_id}@{job.epoch}"
         self._generation_ids[request_id] = job.generation_id
         self._held[job.generation_id] = _Held(
             request_id=request_id,
-            kv_tokens=(prompt_blocks + emitted_blocks) * self._block_size,
+            kv_tokens=prompt_kv_tokens + emitted_blocks * self._block_size,
             completion_tokens=completion_tokens,
             cached_prompt_tokens=job.usage.cached_prompt_tokens,
+            prompt_kv_tokens=prompt_kv_tokens,
+            priority=job.priority,
+            age=self._num_claims,
+            num_preemptions=job.num_preemptions,
+            by_share=job.by_share,
         )
         return GenerationRequest(
             request_id=request_id,
@@ -78,7 +108,10 @@ class Holdings:
             emitted=tuple(map(tuple, emitted)) if completion_tokens or finished else (),
             finished_outputs=frozenset(finished),
             cache_salt=job.body.cache_salt,
-            priority=job.priority,
+            # Where its class's share is due, those of a higher class must not starve it here either.
+            priority=HIGHEST_CLASS if job.by_share else job.priority,
+            tenant=job.tenant,
+            weight=job.weight,
             deadline=now + job.remaining_ms / 1000,
         )
 

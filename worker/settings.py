@@ -30,3 +30,6 @@ class WorkerSettings(BaseSettings):
         default=20, ge=0, description="After SIGTERM, how long held generations may still finish here."
     )
     hang_s: float = Field(default=120, gt=0, description="A step that takes longer than this ends the process.")
+    preempt: bool = Field(
+        default=True, description="Give lower classes' generations back where one of the highest class finds no room."
+    )

@@ -7,18 +7,23 @@
 --       18 most queued  19 most queued of the tenant  20 most live of the tenant  21 gateway lease ms  22 reply TTL ms
 --       23 attach id  24 retention ms of a dead letter  25 '1' if replicas are waited for
 --       26 '1' if quota was reserved, or ''  27 quota id of a key with caps, or ''  28 most queued of it  29 most live
--- Reply {OK | DUPLICATE, id, state, place} or {QUEUE_FULL | TENANT_QUEUE_FULL | TENANT_CONCURRENCY | KEY_QUEUE_FULL |
--- KEY_CONCURRENCY | REUSED}
+-- Reply {OK | DUPLICATE, id, state, place, expected wait ms or -1} or {QUEUE_FULL | TENANT_QUEUE_FULL |
+-- TENANT_CONCURRENCY | KEY_QUEUE_FULL | KEY_CONCURRENCY | REUSED}
 --@include base
 --@include jobs
 local id, tenant, class, gid = ARGV[1], ARGV[2], tonumber(ARGV[4]), ARGV[6]
 set_schema()
 local now = now_ms()
 
+local function line(j)
+  local position = place(j)
+  return position, expected_wait(position)
+end
+
 -- A wait for replicas covers what its connection wrote. A repeat, on another one, waits for what was written before it.
 if ARGV[25] == '1' then call('HSET', KEYS[1], 'waited', int(now)) end
 local known = load(id) -- our own earlier try, whose reply was lost
-if known then return { 'OK', id, known.st, place(known) } end
+if known then return { 'OK', id, known.st, line(known) } end
 local digest_key = P .. 'i:' .. ARGV[14]
 if ARGV[14] ~= '' then
   local other = call('GET', digest_key)
@@ -26,7 +31,7 @@ if ARGV[14] ~= '' then
     local other_id, digest = string.match(other, '^(%S+) (.*)$')
     local j = load(other_id)
     if j and digest ~= ARGV[15] then return { 'REUSED' } end
-    if j then return { 'DUPLICATE', other_id, j.st, place(j) } end
+    if j then return { 'DUPLICATE', other_id, j.st, line(j) } end
   end
 end
 local full = refusal(tenant, tonumber(ARGV[18]), tonumber(ARGV[19]), tonumber(ARGV[20]), ARGV[27], tonumber(ARGV[28]),
@@ -47,4 +52,4 @@ call('HINCRBY', P .. 'live', tenant, 1)
 local j = load(id)
 count_of_key('kl', j, 1)
 queue(j, arrival)
-return { 'OK', id, 'Q', place(j) }
+return { 'OK', id, 'Q', line(j) }

@@ -10,7 +10,8 @@
 --   es "<epoch>:<events before it>," of each epoch that wrote to the log, at fruitless attempts in a row, nc claims,
 --   w worker, gw gateway or '', ai attach id (the call that has the stream), sc first claim, en end,
 --   ch tokens charged at the first claim, ct / cp completion / cached prompt tokens, lb log bytes,
---   nx the generation that a retry of this dead letter made
+--   nx the generation that a retry of this dead letter made, pe times preempted,
+--   fl '1' once it was handed out by its class's share, while a higher class waited: it is preempted no more
 --
 -- {s}:w:<wid>, hash: id -> run record. While a job runs, n, ct, cp and lb live here and not in the job's hash, so that a
 -- commit reads and writes one key for all its jobs (half the server's time per token of a hash per job). The record is
@@ -27,11 +28,12 @@ local MAX_DEAD_LETTERS = 1000
 local MAX_SETTLEMENTS = 10000 -- that wait for a gateway
 local USAGE_TTL_S = 35 * 86400
 local IDLE_TENANT_TTL_S = 3600
+local AHEAD_OF_TIES = 0.001
 local INPUT_COST, OUTPUT_COST = 1, 2 -- service in token units (VTC, arXiv:2401.00588)
 local FIELDS = {
   'st', 't', 'k', 'y', 'w', 'gw', 'ik', 'es', 'eo', 'ai', 'rq', 'kc',
   'c', 'wt', 's', 'cr', 'dl', 'gr', 'rt', 'rf', 'pt', 'mx', 'kv', 'pk',
-  'ep', 'n', 'at', 'nc', 'sc', 'en', 'ch', 'ct', 'cp', 'lb', 'ft',
+  'ep', 'n', 'at', 'nc', 'sc', 'en', 'ch', 'ct', 'cp', 'lb', 'ft', 'pe', 'fl',
 }
 local NUM_TEXT_FIELDS = 12
 
@@ -126,34 +128,79 @@ local function num_queued()
   return total
 end
 
--- Service counters. A tenant that becomes active is lifted to the least active counter: idling earns no credit.
-local function floor_counter()
-  local least
+-- Service counters (VTC, arXiv:2401.00588), in token units over the weight; the tenant with the least is served first. One
+-- that becomes active begins where its class has come to, {s}:meta floor:<class>: idling earns no credit. That is the
+-- counter at which the last job was handed out (start-time fair queueing), not the least of those who wait: their next
+-- turn comes after that of a newcomer, who so waits for one slot. Once a newcomer has had its turn, later ones begin
+-- behind the next tenant in line: any number of them keeps nobody from his turn.
+local function counter_of(tenant)
+  local counter, active = call('ZSCORE', P .. 'vtc', tenant), false
   for c = 0, CLASSES - 1 do
-    local first = call('ZRANGE', P .. 'act:' .. c, 0, 0, 'WITHSCORES')
-    if first[1] and (not least or tonumber(first[2]) < least) then least = tonumber(first[2]) end
+    local score = call('ZSCORE', P .. 'act:' .. c, tenant)
+    if score then
+      active, counter = true, counter or score -- counters expire, but queued jobs may wait for a worker for longer
+    end
   end
-  return least or tonumber(call('HGET', KEYS[1], 'floor') or 0)
+  return tonumber(counter or 0), active
+end
+
+local function set_counter(tenant, counter)
+  call('ZADD', P .. 'vtc', counter, tenant)
+  for c = 0, CLASSES - 1 do call('ZADD', P .. 'act:' .. c, 'XX', counter, tenant) end
+end
+
+local function start_level(class)
+  local reached = call('HGET', KEYS[1], 'floor:' .. class)
+  if reached then return reached - AHEAD_OF_TIES end -- credit may cover a whole charge: then the turns do not move
+  local least = call('ZRANGE', P .. 'act:' .. class, 0, 0, 'WITHSCORES')[2]
+  return tonumber(least or call('HGET', KEYS[1], 'floor') or 0)
 end
 
 local function activate(tenant, class)
-  local active = false
-  for c = 0, CLASSES - 1 do
-    if call('ZSCORE', P .. 'act:' .. c, tenant) then active = true end
-  end
-  local counter = tonumber(call('ZSCORE', P .. 'vtc', tenant) or 0)
+  local counter, active = counter_of(tenant)
   if not active then
-    local floor = floor_counter()
-    if counter < floor then counter = floor end
+    counter = counter - (call('HGET', P .. 'credit', tenant) or 0)
+    call('HDEL', P .. 'credit', tenant)
+    counter = math.max(counter, start_level(class)) -- mutant: lift
   end
   call('ZADD', P .. 'vtc', counter, tenant)
   call('ZADD', P .. 'act:' .. class, counter, tenant)
 end
 
+-- The counter of a tenant with queued jobs never falls: what its jobs used less than they were charged is credited to its
+-- next ones. With a counter that fell at every end of a job, it would pass a newcomer again and again.
 local function charge(tenant, amount)
-  local counter = call('ZINCRBY', P .. 'vtc', amount, tenant)
+  local counter, active = counter_of(tenant)
+  local credit = tonumber(call('HGET', P .. 'credit', tenant) or 0)
+  if active and amount < 0 then
+    credit, amount = credit - amount, 0
+  elseif credit > 0 and amount > 0 then
+    local used = math.min(credit, amount)
+    credit, amount = credit - used, amount - used
+  end
+  if credit > 0 then
+    call('HSET', P .. 'credit', tenant, string.format('%.17g', credit))
+    call('EXPIRE', P .. 'credit', IDLE_TENANT_TTL_S)
+  else
+    call('HDEL', P .. 'credit', tenant)
+  end
+  set_counter(tenant, counter + amount)
   call('EXPIRE', P .. 'vtc', IDLE_TENANT_TTL_S)
-  for c = 0, CLASSES - 1 do call('ZADD', P .. 'act:' .. c, 'XX', counter, tenant) end
+end
+
+-- A class has come to where its last job was handed out, or behind the next turn where that was a newcomer's; see above.
+local function move_floor(class, counter)
+  local key = 'floor:' .. class
+  local marks = call('HMGET', KEYS[1], 'floor', key)
+  local reached = tonumber(marks[2] or -math.huge)
+  if counter > reached then
+    reached = counter
+  elseif math.abs(reached - counter - AHEAD_OF_TIES) < AHEAD_OF_TIES / 2 then
+    local next_turn = call('ZRANGEBYSCORE', P .. 'act:' .. class, marks[2], '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
+    reached = next_turn and next_turn + 2 * AHEAD_OF_TIES or reached -- 2: the tenant whose turn it is is no newcomer
+  end
+  call('HSET', KEYS[1], key, string.format('%.17g', reached))
+  if counter > tonumber(marks[1] or 0) then call('HSET', KEYS[1], 'floor', string.format('%.17g', counter)) end
 end
 
 -- Jobs of a credential that has caps in number are counted by its quota id.
@@ -190,10 +237,15 @@ end
 local function unqueue(j)
   local q = P .. 'q:' .. j.c .. ':' .. j.t
   if call('ZREM', q, j.id) == 0 and call('ZREM', P .. 'alone:' .. j.c, j.id) == 0 then return end
-  call('HINCRBY', P .. 'len', j.c, -1)
+  local left = call('HINCRBY', P .. 'len', j.c, -1)
   count_of_key('kq', j, -1)
   if call('EXISTS', q) == 0 then call('ZREM', P .. 'act:' .. j.c, j.t) end
-  if num_queued() == 0 then call('DEL', P .. 'bell') end
+  if left > 0 then return end
+  call('HDEL', KEYS[1], 'share:' .. j.c, 'floor:' .. j.c) -- an empty class saves nothing up
+  if num_queued() == 0 then
+    call('DEL', P .. 'bell')
+    call('HDEL', KEYS[1], 'handed')
+  end
 end
 
 -- About how many jobs are served before this one, plus one: higher classes, and its tenant's turns in its own class.
@@ -204,6 +256,16 @@ local function place(j)
   local rank = call('ZRANK', P .. 'q:' .. j.c .. ':' .. j.t, j.id) or 0
   local own = (call('HGET', P .. 'len', j.c) or 1) - 1
   return ahead + math.min(own, rank * math.max(1, call('ZCARD', P .. 'act:' .. j.c))) + 1
+end
+
+-- About how many ms a job waits at this place, -1 if it does not wait or that is not known: no worker is alive, or none
+-- has taken a job while others waited.
+local function expected_wait(position)
+  local gap = position > 0 and call('HGET', KEYS[1], 'gap')
+  if not gap then return -1 end
+  local latest_lease = call('ZREVRANGE', P .. 'wl', 0, 0, 'WITHSCORES')[2]
+  if tonumber(latest_lease or 0) < now_ms() then return -1 end
+  return math.ceil(position * gap)
 end
 
 -- Takes the job off its worker; a worker that still computes it learns it from its next commit.
@@ -361,8 +423,9 @@ end
 
 -- A job as the library reads it (GenerationRecord), in this order.
 local function describe(j)
+  local position = place(j)
   return {
-    j.id, j.st, j.y, j.t, j.k, j.c, j.ep, j.at, j.nc, j.n, prompt_tokens(j), j.cp, j.ct, place(j), j.w, j.gw,
-    j.cr, j.sc, j.ft, j.en, j.dl, j.gr, j.eo,
+    j.id, j.st, j.y, j.t, j.k, j.c, j.ep, j.at, j.nc, j.n, prompt_tokens(j), j.cp, j.ct, position, j.w, j.gw,
+    j.cr, j.sc, j.ft, j.en, j.dl, j.gr, j.eo, expected_wait(position),
   }
 end

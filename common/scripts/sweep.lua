@@ -43,8 +43,15 @@ for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'dt', '-inf', int(now), 'LIMIT', 
     call('ZREM', P .. 'dt', id)
   end
 end
-local floor = call('HGET', KEYS[1], 'floor') or 0
-for _, tenant in ipairs(call('ZRANGEBYSCORE', P .. 'vtc', '-inf', floor, 'LIMIT', 0, most)) do
-  if not call('HGET', P .. 'live', tenant) then call('ZREM', P .. 'vtc', tenant) end
+local floor = math.huge
+for _, mark in ipairs(call('HMGET', KEYS[1], 'floor', 'floor:0', 'floor:1', 'floor:2')) do
+  if mark then floor = math.min(floor, tonumber(mark)) end
+end
+if floor == math.huge then floor = 0 end
+for _, tenant in ipairs(call('ZRANGEBYSCORE', P .. 'vtc', '-inf', string.format('%.17g', floor), 'LIMIT', 0, most)) do
+  if not call('HGET', P .. 'live', tenant) then
+    call('ZREM', P .. 'vtc', tenant)
+    call('HDEL', P .. 'credit', tenant)
+  end
 end
 return { expired, cancelled, detached }

@@ -5,11 +5,12 @@ that nothing here can rest on clocks. Method by method this follows the Lua text
 
 - what only chooses which job is next: tenants, classes, sizes, the bell, and the isolation of jobs that ended their
   workers. Here a claim takes the queue's first jobs, a suspect like any other;
+- preemption: a release that leaves out what may not give way, and counts no claim;
 - dead letters: a failed job stays as it is; nobody lists it, sends it again (a new job without a gateway) or purges it;
 - graces, of leases after a pause of the server and of jobs: one that is not over is a lease or grace that ends later;
 - bounds, usage, memory, confirmations of replicas, and the end of retention.
 
-The state machine in tests/integration/common does the first two on a real server.
+The state machine in tests/integration/common does the first three on a real server.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""In which order waiting sequences are tried for admission: by age, but a cached prefix first, within a bound. Pure.
+"""In which order waiting sequences are tried for admission: by turns, but a cached prefix first, within a bound. Pure.
 
 A sequence whose prefix is in the cache is cheap now and dear once that prefix has been evicted, so it may go before
-older ones of its priority. Each sequence lets at most `max_overtakings` younger ones pass in its life, however many
-keep coming: then none behind it is tried before it. So what it waits for is bounded as without the cache, plus the work
-of that many others; and priorities are never crossed.
+those of its priority whose turn comes first (see `fairness.py`). Each sequence lets at most `max_overtakings` pass in
+its life that were behind it, however many keep coming: then none behind it is tried before it. So what it waits for is
+bounded as without the cache, plus the work of that many others; and priorities are never crossed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class _Candidate:
 def admission_order(
     waiting: Iterable[Sequence], num_cached_blocks: Mapping[Sequence, int], max_overtakings: int
 ) -> list[Sequence]:
-    """Return `waiting`, which is in scheduling order, in the order in which to try admission.
+    """Return `waiting`, which is in the order of turns, in the order in which to try admission.
 
-    Of each priority the one with the most cached blocks comes first, then the oldest; but nobody passes one that has
-    been overtaken `max_overtakings` times already, were those before admitted as well.
+    Of each priority the one with the most cached blocks comes first, then the first in order; but nobody passes one
+    that has been overtaken `max_overtakings` times already, were those before admitted as well.
     """
     order: list[Sequence] = []
     for _, group in groupby(waiting, key=lambda sequence: sequence.priority):

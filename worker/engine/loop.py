@@ -165,6 +165,8 @@ class Engine:
             priority=request.priority,
             arrival=self._num_arrivals,
             deadline=request.deadline,
+            tenant=request.tenant,
+            weight=request.weight,
         )
         state.first = state.first or sequence
         state.outputs[output_index] = _Output(sequence, stop)

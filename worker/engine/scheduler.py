@@ -3,10 +3,11 @@
 Pure: it knows token counts and block ids, no tensors and no clock. One step is `plan`, the forward pass, then
 `finish_step` (or `fail_step`).
 
-Nothing starves: every choice follows one order (priority, arrival), but for a bounded number of times that a sequence
-with a cached prefix is admitted before older ones (see `admission.py`). The first running sequence in that order can
-always preempt all others, a sequence alone always fits (the engine refuses longer ones), so it runs to its end; and a
-sequence that waits is never overtaken for want of blocks by one behind it.
+Nothing starves. What runs follows one static order (priority, arrival): the first in it can always preempt all others,
+a sequence alone always fits (the engine refuses longer ones), so it runs to its end. What waits is admitted by
+priority, in it the tenants by turns (see `fairness.py`: nobody's turn is put off for ever), but for a bounded number
+of times that a sequence with a cached prefix goes before its turn (see `admission.py`); and one that waits is never
+overtaken for want of blocks by one behind it in that order.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from common.generation import SamplingParams
 from worker.engine.admission import admission_order
 from worker.engine.blocks import BlockPool, PrefixMatch
 from worker.engine.cost import StepBudget
+from worker.engine.fairness import TenantService, fair_order
 from worker.engine.sequence import OrderKey, Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator
@@ -108,6 +110,7 @@ class Scheduler:
         self._speculator = speculator
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
+        self._service = TenantService()
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of all sequences ever admitted
         self.num_cached_prompt_tokens = 0  # of these, found in the prefix cache
@@ -126,6 +129,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. It must fit the pool when alone, or it would wait for ever."""
         assert self._pool.num_blocks_for(sequence.num_tokens) <= self._pool.num_usable_blocks, sequence
+        self._service.enter(sequence, self._waiting)
         insort(self._waiting, sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
@@ -135,6 +139,7 @@ class Scheduler:
             self._release(sequence)
         else:
             self._waiting.remove(sequence)
+        self._service.leave(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it is recomputed from its token ids when there is room again."""
@@ -192,13 +197,17 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         """Start waiting sequences while tokens, places and blocks last."""
+        if budget == 0 or not self._waiting or len(self._running) == self._settings.max_num_seqs:
+            return
         pool = self._pool
+        turns = fair_order(self._waiting, self._service.counters)
+        rank = {sequence: place for place, sequence in enumerate(turns)}
         first_unfit: Sequence | None = None
-        for sequence in self._admission_order():
+        for sequence in self._admission_order(turns):
             if budget == 0 or len(self._running) == self._settings.max_num_seqs:
                 return
-            if first_unfit is not None and sequence.order > first_unfit.order:
-                continue  # it may want the blocks that the older one waits for
+            if first_unfit is not None and rank[sequence] > rank[first_unfit]:
+                continue  # it may want the blocks that the one before it waits for
             match = self._match(sequence)
             if match.is_pending:
                 continue  # this very step computes the next block: cheaper to wait for it than to do it twice
@@ -213,18 +222,20 @@ class Scheduler:
             sequence.block_ids.extend(match.block_ids)
             sequence.block_ids.extend(pool.allocate(num_new))
             sequence.num_computed_tokens = len(match.block_ids) * pool.block_size
-            self._count_prompt(sequence)
-            self._count_overtaken(sequence)
             self._waiting.remove(sequence)
+            if sequence.num_hit_tokens is None:
+                self._service.admit(sequence, sequence.num_uncomputed_tokens, self._waiting)
+            self._count_prompt(sequence)
+            self._count_overtaken(sequence, turns)
             insort(self._running, sequence, key=_order)
             chunks.append(self._chunk(sequence, budget))
             budget -= chunks[-1].num_tokens
 
-    def _admission_order(self) -> list[Sequence]:
-        if len(self._waiting) < 2 or self._settings.max_overtakings == 0:
-            return list(self._waiting)
-        num_cached_blocks = {s: len(self._match(s).block_ids) for s in self._waiting[:_LOOKAHEAD]}
-        return admission_order(self._waiting, num_cached_blocks, self._settings.max_overtakings)
+    def _admission_order(self, turns: list[Sequence]) -> list[Sequence]:
+        if len(turns) < 2 or self._settings.max_overtakings == 0:
+            return turns
+        num_cached_blocks = {s: len(self._match(s).block_ids) for s in turns[:_LOOKAHEAD]}
+        return admission_order(turns, num_cached_blocks, self._settings.max_overtakings)
 
     def _match(self, sequence: Sequence) -> PrefixMatch:
         """The blocks that it need not compute. The last token always is: its logits are what it came for."""
@@ -232,12 +243,13 @@ class Scheduler:
         self._pool.extend_hashes(sequence.block_hashes, sequence.token_ids, num_sharable, sequence.cache_salt)
         return self._pool.match(sequence.block_hashes[:num_sharable])
 
-    def _count_overtaken(self, admitted: Sequence) -> None:
+    def _count_overtaken(self, admitted: Sequence, turns: list[Sequence]) -> None:
         """Those that wait for a block of this very step are not overtaken: they would not be admitted anyway."""
-        for sequence in self._waiting:
-            if sequence.order >= admitted.order:
+        for sequence in turns:
+            if sequence is admitted:
                 break
-            if sequence.priority == admitted.priority and not self._match(sequence).is_pending:
+            is_before = sequence.priority == admitted.priority and not sequence.block_ids
+            if is_before and not self._match(sequence).is_pending:
                 sequence.num_overtaken += 1
 
     def _add_drafts(self, chunks: list[Chunk], num_decodes: int, speculator: Speculator) -> None:
@@ -284,6 +296,8 @@ class Scheduler:
         """The plan was computed: its keys and values are in the cache. Those of drafts count from `accept_drafts`."""
         for chunk in plan.chunks:
             chunk.sequence.num_computed_tokens += chunk.num_tokens - len(chunk.drafts)
+            if chunk.is_last:
+                self._service.generate(chunk.sequence, 1)
         self._pool.settle()
 
     def accept_drafts(self, sequence: Sequence, num_drafts: int) -> None:
@@ -292,6 +306,7 @@ class Scheduler:
         Call it once the tokens are appended, for each sequence that had drafts.
         """
         self._register(sequence, num_drafts)
+        self._service.generate(sequence, num_drafts)
         sequence.num_computed_tokens += num_drafts
         self._pool.settle()
         self._give_back_spare(sequence)

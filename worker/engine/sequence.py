@@ -42,7 +42,9 @@ class Sequence:
         "priority",
         "request_id",
         "sampling",
+        "tenant",
         "token_ids",
+        "weight",
     )
 
     def __init__(
@@ -57,6 +59,8 @@ class Sequence:
         priority: int = 0,
         arrival: int = 0,
         deadline: float | None = None,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> None:
         self.request_id: Final = request_id
         self.output_index: Final = output_index
@@ -65,6 +69,8 @@ class Sequence:
         self.priority: Final = priority
         self.arrival: Final = arrival
         self.deadline: Final = deadline
+        self.tenant: Final = tenant
+        self.weight: Final = weight
         self.order: Final[OrderKey] = (priority, arrival, output_index)
         # Arrays of C ints: a slice is hashed and copied into a batch without touching single Python ints.
         self.token_ids: array[int] = array("i", prompt_token_ids)
@@ -80,7 +86,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_hit_tokens: int | None = None  # found in the prefix cache when first admitted; None before
         self.num_memory_failures = 0
-        self.num_overtaken = 0  # younger ones of the same priority that were admitted while this one waited
+        self.num_overtaken = 0  # behind it in its priority's order, and admitted while this one waited
 
     def append(self, token_id: int) -> None:
         """Take the next output token."""

@@ -72,6 +72,21 @@ class EngineThread:
         """Cancel a request; does nothing when it is over already."""
         self._command(lambda: self._engine.abort(request_id))
 
+    async def settled(self) -> None:
+        """Wait until every command so far has taken effect, and `stats` shows it: at most until the step's end.
+
+        For the event loop that `start` was given. Never returns once the engine has ended.
+        """
+        assert self._loop is not None, "not started"
+        loop, done = self._loop, asyncio.Event()
+
+        def tell() -> None:
+            self._stats = self._engine.stats()
+            loop.call_soon_threadsafe(done.set)
+
+        self._command(tell)
+        await done.wait()
+
     def ack(self, step: int) -> None:
         """Results up to this step are committed."""
         with self._changed:

@@ -33,6 +33,8 @@ class GenerationRequest:
     cache_salt: bytes = b""
     priority: int = 0  # lower runs first and is preempted last
     deadline: float | None = None  # time.monotonic() seconds; the outputs then end with TIME_LIMIT
+    tenant: str = ""  # among waiting requests of one priority, tenants take turns by service over weight
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -483,6 +483,7 @@ class Accepted(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     PLACE_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Opaque id, to resume, get or cancel."""
     model: _builtins.str
@@ -499,6 +500,12 @@ class Accepted(_message.Message):
     def config(self) -> Global___GenerationConfig:
         """Every parameter in force, defaults and the drawn seed included; max_tokens is always set, max_length never."""
 
+    @_builtins.property
+    def expected_wait(self) -> _duration_pb2.Duration:
+        """About how long until a worker takes it, by how fast others were taken lately. Unset when it no longer waits, and when
+        that is not known: no worker serves the model, or none has taken a generation while others waited.
+        """
+
     def __init__(
         self,
         *,
@@ -509,10 +516,11 @@ class Accepted(_message.Message):
         prompt_tokens: _builtins.int = ...,
         place: _builtins.int = ...,
         replayed: _builtins.bool = ...,
+        expected_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "expected_wait", b"expected_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "generation_id", b"generation_id", "model", b"model", "model_revision", b"model_revision", "place", b"place", "prompt_tokens", b"prompt_tokens", "replayed", b"replayed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "expected_wait", b"expected_wait", "generation_id", b"generation_id", "model", b"model", "model_revision", b"model_revision", "place", b"place", "prompt_tokens", b"prompt_tokens", "replayed", b"replayed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -526,19 +534,25 @@ class Progress(_message.Message):
 
     STATE_FIELD_NUMBER: _builtins.int
     PLACE_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
     state: Global___GenerationState.ValueType
     """The state now: queued, running or recovering."""
     place: _builtins.int
     """Generations in the queue before this one; set while queued or recovering."""
+    @_builtins.property
+    def expected_wait(self) -> _duration_pb2.Duration:
+        """About how long until a worker takes it; see Accepted.expected_wait."""
+
     def __init__(
         self,
         *,
         state: Global___GenerationState.ValueType = ...,
         place: _builtins.int | None = ...,
+        expected_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_place", b"_place", "place", b"place"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_place", b"_place", "expected_wait", b"expected_wait", "place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_place", b"_place", "place", b"place", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_place", b"_place", "expected_wait", b"expected_wait", "place", b"place", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__place: _TypeAlias = _typing.Literal["place"]  # noqa: Y015
     _WhichOneofArgType__place: _TypeAlias = _typing.Literal["_place", b"_place"]  # noqa: Y015

@@ -16,6 +16,7 @@ from common.chain import GENESIS, next_hash
 from common.jobs import FINAL_STATES, ItemKind, JobState, LogEvent
 from common.settings import QueueSettings
 
+MAX_PREEMPTIONS = 1  # of a job, in the state machine
 ATTEMPTS_IN_COMPANY = 2  # without progress, in a row; then a job runs alone
 
 
@@ -193,7 +194,8 @@ def i7_attempts_are_bounded(snapshot: Snapshot, settings: QueueSettings) -> None
     for job in snapshot.jobs.values():
         assert job.number("at") <= settings.max_fruitless_attempts
         assert job.number("nc") <= settings.max_claims
-        assert job.number("ep") <= 2 * settings.max_claims + 1
+        assert job.number("pe") <= MAX_PREEMPTIONS
+        assert job.number("ep") <= 2 * (settings.max_claims + MAX_PREEMPTIONS) + 1
 
 
 def i8_a_job_is_in_exactly_one_place(snapshot: Snapshot) -> None:

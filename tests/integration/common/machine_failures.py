@@ -1,4 +1,4 @@
-"""The state machine of the protocol tests, with jobs that end their workers, and failed ones that are sent again."""
+"""The state machine of the protocol tests, with jobs that end their workers or give way, and failed ones sent again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common import keys
 from common.errors import BackendUnavailable
 from common.scripts import ScriptRunner
 from tests.integration.common.conftest import SHARD
-from tests.integration.common.invariants import Seen
+from tests.integration.common.invariants import MAX_PREEMPTIONS, Seen
 from tests.integration.common.machine import MAX_JOBS, SLOTS, ProtocolMachine
 from tests.integration.common.parties import QUEUE
 
@@ -28,6 +28,18 @@ class FailuresMachine(ProtocolMachine):
             self._no_grace()
             self.workers[slot] = self._new_worker()
             self._run(self.gateways[slot].queue.reap(SHARD))
+
+    @rule(slot=SLOTS, times=st.integers(1, 3), is_lost=st.booleans())
+    def preempt(self, slot: int, times: int, is_lost: bool) -> None:
+        """A worker makes room for a higher class, again and again. What may not give way, it finds again as its own."""
+        worker = self.workers[slot]
+        for _ in range(times):
+            self._get_work(worker)
+            held = sorted(worker.tokens)
+            self._maybe_lost(is_lost, lambda held=held: worker.claims.preempt(held, MAX_PREEMPTIONS))  # type: ignore[misc]
+            worker.tokens.clear()
+            self._learn(worker, self._run(worker.claims.commit()))
+            self._take_up(worker, self._run(worker.claims.owned()))
 
     @precondition(lambda self: len(self.tenant_of) < MAX_JOBS)
     @rule(data=st.data(), is_lost=st.booleans())

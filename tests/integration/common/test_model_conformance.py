@@ -128,7 +128,7 @@ class Both:
         worker, most = self.rng.randrange(2), self.rng.randrange(1, 3)
         call = self.rng.randrange(3)
         jobs = self.protocol.claim(self.shard, worker, call, most)
-        reply = self.script("claim", wid(worker), f"call{call}", FOREVER, most, 999, 999, 9999, 0, 9, 0)
+        reply = self.script("claim", wid(worker), f"call{call}", FOREVER, most, 999, 999, 9999, 0, 9, 0, 0.05)
         return self._claimed(jobs), self._claimed_really(reply[0])
 
     def _claimed(self, jobs: list[Job]) -> list[tuple[Any, ...]]:

@@ -83,6 +83,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "a claim beside what must run alone": ("claim", "if running then return holder == wid end", ""),
     "a retry of a dead letter that was retried": ("retry", "if made then return { 'OK', made } end", ""),
     "a retry that leaves the letter listed": ("retry", "call('ZREM', P .. 'failed', id)", ""),
+    "preemption without a bound": ("preempt", "j.pe < tonumber(ARGV[2])", "true"),
     "settling twice": ("lib_jobs", "'generations' .. owner, 1", "'generations' .. owner, 2"),
 }
 

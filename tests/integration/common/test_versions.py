@@ -243,9 +243,11 @@ ASKED: dict[str, tuple[Any, ...]] = {
     "detach": (NAME, GID, "an attach id"),
     "cancel": (NAME, "acme", 0),
     "get": ("acme", 0, 0, NAME),
-    "claim": (WID, "call", 90_000, 9, 999, 999, 9999, 0, 9, 0),
+    "claim": (WID, "call", 90_000, 9, 999, 999, 9999, 0, 9, 0, 0.05),
     "commit": (WID, 90_000, 0, 0, NAME, "1-"),
     "release": (WID, 9, NAME, 1),
+    "preempt": (WID, 9, NAME, 1),
+    "wanted": (999,),
     "owned": (WID, 9, 999),
     "leave": (WID,),
     "beat_worker": (WID, 90_000, b"info"),
@@ -302,7 +304,7 @@ async def test_another_schema_version_is_refused_and_changes_nothing(
             await theirs.run(name, meta, *ASKED[name])
         assert everything(superuser) == before, runs
     await ours.run(name, meta, *ASKED[name])
-    if name not in ("get", "owned", "workers", "dead_letters"):
+    if name not in ("get", "owned", "wanted", "workers", "dead_letters"):
         assert everything(superuser) != before, "the question would not have changed anything in any case"
 
 

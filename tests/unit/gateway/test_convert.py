@@ -11,6 +11,7 @@ from common.generation import EventBody, FinishReason, OutputDelta, Usage
 from common.jobs import ItemKind, JobState, Reason
 from gateway import convert
 from gateway.progress import LogPosition, Verdict
+from gateway.stream import accepted_of
 from tests.builders_gateway import chained, item_of, make_record, news
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -121,6 +122,16 @@ def test_a_place_counts_those_before() -> None:
     waiting = make_record(JobState.QUEUED, place=3)
     assert convert.progress_event(waiting, LogPosition()).progress.place == 2
     assert not convert.progress_event(make_record(), LogPosition()).progress.HasField("place")
+
+
+def test_an_expected_wait_is_set_where_it_is_known() -> None:
+    waiting = make_record(JobState.QUEUED, place=3, expected_wait_ms=1500)
+    assert convert.progress_event(waiting, LogPosition()).progress.expected_wait.ToMilliseconds() == 1500
+    unknown = make_record(JobState.QUEUED, place=3)
+    assert not convert.progress_event(unknown, LogPosition()).progress.HasField("expected_wait")
+    accepted = accepted_of(waiting)
+    assert (accepted.place, accepted.expected_wait.ToMilliseconds()) == (2, 1500)
+    assert not accepted_of(make_record()).HasField("expected_wait")
 
 
 def test_a_generation_shows_all_that_its_log_holds() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
@@ -14,12 +15,18 @@ from common.jobs import ClaimedJob, CommitResult, Swept, WorkerInfo
 from tests.builders_system import until
 from worker.agent import Agent, StepHungError
 from worker.engine.types import EngineStats, GenerationRequest, StepResult
+from worker.holdings import Holdings
 from worker.settings import WorkerSettings
 
 BEAT_S = 0.01
 
 
-def make_claimed(generation_id: str) -> ClaimedJob:
+def make_claimed(generation_id: str, **fields: Any) -> ClaimedJob:
+    job = _claimed(generation_id)
+    return replace(job, **fields)
+
+
+def _claimed(generation_id: str) -> ClaimedJob:
     return ClaimedJob(
         generation_id=generation_id,
         epoch=1,
@@ -159,3 +166,105 @@ async def test_an_engine_that_steps_or_idles_is_left_alone() -> None:
     agent.stop()
     await asyncio.wait_for(running, 10)
     assert (claims.released, engine.submitted, engine.is_stopped) == (["a"], [], True)
+
+
+# -- preemption
+
+
+@dataclass
+class Crowded(Claims):
+    """A queue in which the highest class always waits, for more room than there may be."""
+
+    wants: int = 16
+    asked: int = 0
+    preempted: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+
+    async def claim(self, max_jobs: int, free: int, total: int) -> list[ClaimedJob]:
+        self.calls.append("claim")
+        taken, self.jobs = self.jobs[:max_jobs], self.jobs[max_jobs:]
+        return taken
+
+    async def heartbeat(self, info: WorkerInfo) -> CommitResult:
+        self.renewals.append(time.monotonic())
+        return CommitResult(queued=(1, 0, 0))
+
+    async def wanted(self, total: int) -> int:
+        self.asked += 1
+        return self.wants
+
+    async def preempt(self, generation_ids: list[str], max_preemptions: int) -> int:
+        self.calls.append("preempt")
+        self.preempted += generation_ids
+        return len(generation_ids)
+
+
+class Idle(Engine):
+    """An engine that computes nothing, and does at once what it is told."""
+
+    async def settled(self) -> None:
+        return
+
+
+async def run_crowded(claims: Crowded, num_beats: int = 30, **settings: Any) -> None:
+    engine = Idle(hangs=False)
+    agent = Agent(
+        cast(Any, claims),
+        cast(Any, engine),
+        WorkerSettings(drain_s=0, **settings),
+        WorkerInfo,
+        max_num_seqs=2,
+        beat_interval_s=BEAT_S,
+    )
+    running = asyncio.create_task(agent.run())
+
+    async def has_beaten() -> bool:
+        return len(claims.renewals) > num_beats
+
+    await until(has_beaten, what="beats")
+    agent.stop()
+    await asyncio.wait_for(running, 10)
+
+
+LOW = [make_claimed("old", priority=2), make_claimed("young", priority=2)]
+
+
+async def test_one_gives_way_and_then_its_place_is_claimed() -> None:
+    claims = Crowded(jobs=[*LOW, make_claimed("urgent", priority=0), make_claimed("urgent too", priority=0)])
+    await run_crowded(claims)
+    assert claims.preempted == ["young", "old"]  # a round for each
+    assert claims.calls[-2:] != ["preempt", "preempt"]
+    assert all(after == "claim" for before, after in pairwise(claims.calls) if before == "preempt")
+
+
+async def test_what_was_made_room_for_and_did_not_come_stops_preemption_for_a_while() -> None:
+    claims = Crowded(jobs=[*LOW, make_claimed("other", priority=1)])
+    await run_crowded(claims)
+    assert claims.preempted == ["young"]
+    assert claims.asked == 1
+
+
+async def test_nothing_is_asked_again_and_again_where_no_room_can_be_made() -> None:
+    claims = Crowded(jobs=LOW, wants=10**6)
+    await run_crowded(claims)
+    assert (claims.preempted, claims.asked) == ([], 1)
+
+
+@pytest.mark.parametrize("fields", [{"priority": 0}, {"priority": 2, "by_share": True}, {"num_preemptions": 4}])
+async def test_where_nobody_may_give_way_nothing_is_asked(fields: dict[str, Any]) -> None:
+    claims = Crowded(jobs=[make_claimed(name, **fields) for name in "ab"])
+    await run_crowded(claims)
+    assert claims.asked == 0
+
+
+async def test_preemption_can_be_switched_off() -> None:
+    claims = Crowded(jobs=LOW)
+    await run_crowded(claims, preempt=False)
+    assert claims.asked == 0
+
+
+def test_a_job_of_a_due_share_is_not_starved_by_higher_classes_in_the_engine() -> None:
+    holdings = Holdings(16)
+    assert holdings.add(make_claimed("a", priority=2, by_share=True), 0.0).priority == 0
+    request = holdings.add(make_claimed("b", priority=2, weight=3.0), 0.0)
+    assert (request.priority, request.tenant, request.weight) == (2, "acme", 3.0)

@@ -50,6 +50,22 @@ async def start() -> AsyncIterator[StartThread]:
         await thread.join(timeout=10)
 
 
+async def test_settled_is_when_commands_have_taken_effect(start: StartThread) -> None:
+    runner = GatedRunner()
+    thread = start(runner)
+    thread.submit(make_request("a", max_tokens=5))
+    await asyncio.to_thread(runner.is_in_step.wait, 10)
+    thread.abort("a")
+    settled = asyncio.create_task(thread.settled())
+    await asyncio.sleep(0.05)
+    assert not settled.done(), "a step is in progress"
+    assert thread.stats.held_request_ids == ("a",)
+    runner.gate.release(10)
+    await asyncio.wait_for(settled, 10)
+    assert thread.stats.held_request_ids == ()
+    assert thread.stats.num_free_blocks == thread.stats.num_blocks
+
+
 async def collect(thread: EngineThread, *requests_left: str) -> dict[str, Collected]:
     """Take and acknowledge results until these requests are over."""
     results = {request_id: Collected.of(make_request(request_id)) for request_id in requests_left}

@@ -16,7 +16,6 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from google.rpc import error_details_pb2, status_pb2
 
 from tests.builders_calls import Outcome, Refusal, events_of, refused
 from tests.builders_models import write_tiny_model
@@ -45,7 +44,6 @@ def system(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[S
         system.add_gateway(
             TORCHRELAY_QUEUE_MAX_QUEUED="3",
             TORCHRELAY_QUEUE_MAX_QUEUED_PER_TENANT="2",
-            TORCHRELAY_REDIS_RETRY_DEADLINE_MS="1500",
         )
         system.add_worker(folder, MODEL)
         cold = system.add_worker(folder, COLD)
@@ -457,7 +455,7 @@ async def test_resume_outside_the_log_is_refused(client: AsyncClient) -> None:
     assert (short.code, short.reason, short.fields) == (INVALID, WRONG, ["chain_hash"])
 
 
-# -- full queues, and no server ---------------------------------------------------------------------------------------
+# -- full queues ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.row(45, 46)
@@ -484,30 +482,3 @@ async def test_full_queue_refuses_and_says_when_to_come_again(
         for caller, generation_ids in ((client, mine), (other, others)):
             for generation_id in generation_ids:
                 assert await caller.cancel(generation_id) == pb.GENERATION_STATE_CANCELLED
-
-
-@pytest.mark.row(51)
-async def test_without_the_server_calls_are_unavailable_until_it_is_back(system: System) -> None:
-    async with system.client() as client:
-        system.server.kill()
-        try:
-            # A key that the gateway has just verified, and one that it does not know.
-            for metadata in (client.metadata, [("x-api-key", system.key)]):
-                call = client.generation.StreamGenerate(request(), metadata=metadata, timeout=60)
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    async for _ in call:
-                        pass
-                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-                details = dict(caught.value.trailing_metadata() or ())["grpc-status-details-bin"]
-                names = {
-                    detail.TypeName(): detail
-                    for detail in status_pb2.Status.FromString(details).details  # type: ignore[arg-type]
-                }
-                info = error_details_pb2.ErrorInfo()
-                names["google.rpc.ErrorInfo"].Unpack(info)
-                assert (info.reason, info.domain) == ("BACKEND_UNAVAILABLE", "torchrelay")
-                assert "google.rpc.RetryInfo" in names
-        finally:
-            system.server.start()
-        outcome = await Outcome(client.stream("back again", model=MODEL, max_tokens=3)).read()
-        assert outcome.finished is not None

@@ -350,40 +350,6 @@ async def test_details_say_which_fields_when_to_come_back_and_what_it_cost(chann
     assert (failed.code, failed.usage) == (grpc.StatusCode.INTERNAL, usage)
 
 
-@pytest.mark.parametrize(
-    ("error", "pushback"),
-    [
-        (errors.RateLimited("a", subject="key:requests_per_minute", limit=3, retry_after_ms=20), "20"),
-        (errors.QuotaExceeded("a", subject="tenant:tokens_per_day", limit=3), "-1"),
-        (errors.InvalidRequest("a"), None),
-    ],
-    ids=["rate", "day", "other"],
-)
-async def test_a_spent_quota_names_itself_and_tells_grpc_when_to_try_again(
-    channel: grpc.aio.Channel, toy: Toy, error: errors.ServingError, pushback: str | None
-) -> None:
-    fail_with(toy, error)
-    with pytest.raises(grpc.aio.AioRpcError) as limited:
-        await get(channel)
-    trailers: dict[str, Any] = dict(limited.value.trailing_metadata())
-    assert trailers.get("grpc-retry-pushback-ms") == pushback
-    status, quota = status_pb2.Status.FromString(trailers["grpc-status-details-bin"]), error_details_pb2.QuotaFailure()
-    found = [detail for detail in status.details if detail.Unpack(quota)]
-    assert [v.subject for v in quota.violations] == ([error.subject] if isinstance(error, errors.Limited) else [])
-    assert bool(found) == isinstance(error, errors.Limited)
-
-
-async def test_a_method_outside_the_caller_s_scopes_is_not_called(toy: Toy) -> None:
-    def forbid(method: str, caller: Caller) -> None:
-        assert (method, caller.tenant) == (_GET, "acme")
-        raise errors.PermissionDenied("not this")
-
-    async with serving(toy, Guard(authenticate, authorize=forbid)) as channel:
-        refused = await refusal(get(channel))
-    assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "METHOD_NOT_ALLOWED")
-    assert toy.calls == []
-
-
 async def test_a_handler_s_own_abort_passes(channel: grpc.aio.Channel, toy: Toy) -> None:
     async def abort(request: Any, context: Any) -> pb.GetGenerationResponse:
         await context.abort(grpc.StatusCode.DATA_LOSS, "mine")

@@ -232,6 +232,16 @@ async def test_a_tenants_own_caps_are_tighter_than_the_queues(queue: JobQueue) -
     assert full.value.reason == "TENANT_CONCURRENCY"
 
 
+async def test_a_tenants_results_are_kept_for_less_time_if_it_says_so_and_never_for_more(
+    queue: JobQueue, superuser: redis_sync.Redis
+) -> None:
+    for wanted_ms, most_ms in ((60_000, 60_000), (None, 3_600_000), (10**9, 3_600_000)):
+        accepted = await queue.enqueue(SHARD, make_job(retention_ms=wanted_ms))
+        await queue.cancel(accepted.generation_id, "acme")
+        for key in (keys.job(SHARD, accepted.generation_id), keys.job_log(SHARD, accepted.generation_id)):
+            assert most_ms - 10_000 < superuser.pttl(key) <= most_ms  # type: ignore[operator]
+
+
 # -- erasing
 
 

@@ -23,7 +23,7 @@ _CONNECTION: Final = ("auth", "hello", "ping", "select", "client|setname", "time
 _SCRIPTS: Final = ("eval", "evalsha")
 _JOB_SCRIPTS: Final = (
     "del", "exists", "expire", "pexpire", "get", "set",
-    "hdel", "hget", "hincrby", "hkeys", "hlen", "hmget", "hrandfield", "hset", "hstrlen",
+    "hdel", "hexists", "hget", "hincrby", "hkeys", "hlen", "hmget", "hrandfield", "hset", "hstrlen",
     "llen", "lpush", "ltrim",
     "sadd", "srandmember", "srem",
     "xadd", "xrange", "xrevrange", "xtrim",
@@ -44,7 +44,7 @@ _REGISTRY: Final = ("exists", "get", "hdel", "hget", "hgetall", "hset", "hsetnx"
 REPLICA_COMMANDS: Final = ("wait", "waitaof")
 
 _COMMANDS: Final = {
-    Role.GATEWAY: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "xread", "hgetall", "hexists", "info"),
+    Role.GATEWAY: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "xread", "hgetall", "info"),
     Role.WORKER: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "blpop", *_REGISTRY),
     Role.ADMIN: (*_CONNECTION, *_SCRIPTS, *_REGISTRY, "sadd", "smembers", "info"),
 }

@@ -140,7 +140,7 @@ class ApiKeys:
 
         Both draw on the same quotas. Raises ApiKeyNotFound, and FailedPrecondition for a key that has ended already.
         """
-        old = await self._known(key_id)
+        old = await self.get(key_id)
         now_ms = await self._now_ms()
         if not old.is_valid(now_ms):
             raise FailedPrecondition("the key was revoked or has expired", reason="API_KEY_ENDED")
@@ -149,14 +149,14 @@ class ApiKeys:
         if old.expires_ms is None or ends_ms < old.expires_ms:
             await self._execute("HSET", keys.api_key(key_id), "expires_ms", ends_ms)
         self._cache.clear()
-        return made, await self._known(key_id)
+        return made, await self.get(key_id)
 
     async def update(self, key_id: str, grants: Grants) -> ApiKey:
         """Replace what a key may do; it holds everywhere within CACHE_MS. Raises ApiKeyNotFound."""
-        await self._known(key_id)
+        await self.get(key_id)
         await self._execute("HSET", keys.api_key(key_id), "grants", _GRANTS_ENCODER.encode(grants))
         self._cache.clear()
-        return await self._known(key_id)
+        return await self.get(key_id)
 
     async def _make(
         self, tenant: str, name: str, ttl_ms: int | None, grants: Grants, rotated_from: ApiKey | None = None
@@ -239,12 +239,13 @@ class ApiKeys:
 
     async def revoke(self, key_id: str) -> ApiKey:
         """End a key; it is refused everywhere within CACHE_MS. Again changes nothing. Raises ApiKeyNotFound."""
-        await self._known(key_id)
+        await self.get(key_id)
         await self._execute("HSETNX", keys.api_key(key_id), "revoked_ms", await self._now_ms())
         self._cache.clear()
-        return await self._known(key_id)
+        return await self.get(key_id)
 
-    async def _known(self, key_id: str) -> ApiKey:
+    async def get(self, key_id: str) -> ApiKey:
+        """A key's record. Raises ApiKeyNotFound."""
         stored = await self._read(key_id)
         if stored is None:
             raise ApiKeyNotFound("no such API key")

@@ -294,7 +294,7 @@ class JobQueue:
         """Ended generations whose reservation is to be settled, the oldest first; all gateways see the same ones."""
         key = keys.settlements(shard)
         found = await self._retry.call(lambda: execute(self._redis, "ZRANGE", key, 0, limit - 1))
-        return [Settlement.from_member(member) for member in found]
+        return [Settlement.from_member(member) for member in found if member.count(b" ") >= 2]
 
     async def forget_settlements(self, shard: str, settled: Iterable[Settlement]) -> None:
         """Take settled ones off the list."""

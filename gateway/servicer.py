@@ -34,7 +34,6 @@ GENERATION_ID_METADATA = "torchrelay-generation-id"
 _MIN_TIME_LIMIT_MS = 1
 _DEADLINE_SLACK_MS = 100  # so that the call's own deadline is what its caller hears of
 _RETRY_AFTER_MS = 500
-_MAX_NOTED_ID = 128
 _REPEAT_GRACE_MS = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
@@ -301,9 +300,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     def _check_access(self, generation_id: str, caller: Caller) -> None:
         """Refuse an empty id, and ids of models that the caller may not use: existing or not, and whosever they are."""
-        audit.note(generation_id=generation_id[:_MAX_NOTED_ID])
         if not generation_id:
             raise errors.InvalidRequest("generation_id is required", reason="FIELD_REQUIRED", field="generation_id")
+        keys.shard_of(generation_id)  # anything that is no id of ours is not found, and not noted
+        audit.note(generation_id=generation_id)
         if not caller.grants.models:
             return
         model = self._catalog.name_of(keys.shard_of(generation_id))
@@ -340,7 +340,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     @staticmethod
     def _digest(secret: bytes, request: NewGeneration) -> bytes:
-        """Return what must be equal when an idempotency key is used again: all but times and the key itself.
+        """Return what must be equal when an idempotency key is used again: model, input and config.
 
         Keyed, so that what is stored says nothing about a guessed prompt.
         """

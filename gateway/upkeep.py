@@ -105,7 +105,6 @@ class Upkeep:
         for shard in lapsed:
             self._cursors[shard] = START_CURSOR
         await self._streams.detach_abandoned()
-        await self._admission.settle(shards)
         for shard in shards:
             reaped, swept = await asyncio.gather(self._queue.reap(shard), self._queue.sweep(shard))
             if reaped.requeued or reaped.dead_lettered or swept.expired or swept.cancelled or swept.detached:
@@ -118,3 +117,4 @@ class Upkeep:
                     cancelled=swept.cancelled,
                     detached=swept.detached,
                 )
+        await self._admission.settle(shards)

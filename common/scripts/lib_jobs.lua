@@ -25,7 +25,7 @@ local MAX_ATTEMPTS_IN_COMPANY = 2 -- a job that took as many workers with it in 
 local MAX_REPLY_ENTRIES = 1000
 local MAX_REPLY_ITEM_BYTES = 4096
 local MAX_DEAD_LETTERS = 1000
-local MAX_SETTLEMENTS = 10000 -- that wait for a gateway
+local MAX_SETTLEMENTS = 100000 -- that wait for a gateway: more only where there is none
 local USAGE_TTL_S = 35 * 86400
 local IDLE_TENANT_TTL_S = 3600
 local AHEAD_OF_TIES = 0.001
@@ -230,6 +230,11 @@ local function refusal(tenant, max_queued, max_queued_of_tenant, max_live_of_ten
   if queued >= max_queued_of_tenant then return 'TENANT_QUEUE_FULL' end
   if tonumber(call('HGET', P .. 'live', tenant) or 0) >= max_live_of_tenant then return 'TENANT_CONCURRENCY' end
   if kc == '' then return end
+  -- Programs of version 0.1 that run beside ours do not count these: an idle tenant's begin anew.
+  if call('HEXISTS', P .. 'live', tenant) == 0 then
+    call('HDEL', P .. 'kl', kc)
+    call('HDEL', P .. 'kq', kc)
+  end
   if tonumber(call('HGET', P .. 'kq', kc) or 0) >= max_queued_of_key then return 'KEY_QUEUE_FULL' end
   if tonumber(call('HGET', P .. 'kl', kc) or 0) >= max_live_of_key then return 'KEY_CONCURRENCY' end
 end
@@ -329,11 +334,6 @@ local function settle(j, state, reason, now)
   count_of_key('kl', j, -1)
   if call('HINCRBY', P .. 'live', j.t, -1) <= 0 then
     call('HDEL', P .. 'live', j.t)
-    -- Programs of version 0.1 that ran beside ours do not count these: an idle tenant's begin anew.
-    if j.kc ~= '' then
-      call('HDEL', P .. 'kl', j.kc)
-      call('HDEL', P .. 'kq', j.kc)
-    end
   end
   if j.rq ~= '' then owe(j, now) end
   if j.sc > 0 then charge(j.t, (INPUT_COST * j.pt + OUTPUT_COST * j.ct - j.ch) / j.wt) end

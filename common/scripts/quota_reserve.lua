@@ -9,7 +9,9 @@
 --       5 quota id of the credential  6 its limits likewise
 -- Reply {OK} | {TOO_LARGE | QUOTA_EXCEEDED, owner, limit's name, limit} | {RATE_LIMITED, owner, limit's name, limit, ms
 --       after which this very request is admitted, if no other is}. A repeat of a reservation id changes nothing.
--- The reservation, {t:<tenant>}:r:<id>: "tokens day <quota id or -> limits ...", for quota_settle.
+-- The reservation, {t:<tenant>}:r:<id>, for quota_settle: "tokens day <quota id or ->", the six limits, and of each of the
+-- rates r, t, r:<id>, t:<id> when its share will have drained and what had been given back of the rate by then ("g" and the
+-- rate's field): what is given back later is no more than what has not drained yet.
 local call = redis.call
 local P = string.sub(KEYS[1], 1, -6)
 local WINDOW_MS, DAY_MS = 60000, 86400000
@@ -21,13 +23,16 @@ if call('EXISTS', reservation) == 1 then return { 'OK' } end
 
 local day = string.format('%d', math.floor(now / DAY_MS))
 local day_key = P .. 'd:' .. day
-local writes, spent = {}, {}
+local writes, spent, shares = {}, {}, {}
 local worst, wait = nil, 0
 
 -- Adds `amount` to a rate; notes the longest wait among those that do not admit it.
 local function take(field, owner, name, limit, amount)
   local interval = WINDOW_MS / limit
-  local drained = math.max(now, tonumber(call('HGET', KEYS[1], field) or 0)) + amount * interval
+  local stored, given = unpack(call('HMGET', KEYS[1], field, 'g' .. field))
+  -- Never more than a minute ahead: it was stored before the server's clock went back.
+  local drained = math.max(now, math.min(tonumber(stored or 0), now + WINDOW_MS)) + amount * interval
+  shares[field] = string.format('%.3f', drained) .. ' ' .. (given or '0')
   writes[#writes + 1] = field
   writes[#writes + 1] = string.format('%.3f', drained)
   local late = drained - now - WINDOW_MS
@@ -63,5 +68,6 @@ for _, field in ipairs(spent) do call('HINCRBY', day_key, field, tokens) end
 if #spent > 0 then call('PEXPIRE', day_key, 2 * DAY_MS) end
 local quota_id = ARGV[5] == '' and '-' or ARGV[5]
 local record = { ARGV[2], day, quota_id, ARGV[4], ARGV[6] }
+for i, field in ipairs({ 'r', 't', 'r:' .. ARGV[5], 't:' .. ARGV[5] }) do record[5 + i] = shares[field] or '0 0' end
 call('SET', reservation, table.concat(record, ' '), 'PX', ARGV[3])
 return { 'OK' }

@@ -9,9 +9,9 @@ from typing import Any, Final
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from common.api_keys import ApiKey, ApiKeys
-from common.errors import InvalidRequest, PermissionDenied
-from common.grants import ADMIN_SCOPES, Grants
+from common.api_keys import ApiKey, ApiKeys, id_of
+from common.errors import InvalidRequest
+from common.grants import Grants
 from gateway import audit, convert
 from gateway.admin import messages
 from gateway.identity.caller import current_caller
@@ -22,7 +22,6 @@ from torchrelay.admin.v1beta1 import api_key_pb2_grpc as pb_grpc
 from torchrelay.admin.v1beta1 import grants_pb2
 
 _MAX_DISPLAY_NAME: Final = 128
-_MAX_NOTED_ID: Final = 64
 _MAX_OVERLAP_MS: Final = 30 * 86_400_000
 
 
@@ -69,7 +68,7 @@ class ApiKeyServicer(pb_grpc.ApiKeyServiceServicer):
     async def RevokeApiKey(  # noqa: N802
         self, request: pb.RevokeApiKeyRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.RevokeApiKeyResponse:
-        revoked = await self._api_keys.revoke(_key_id(request.key_id))
+        revoked = await self._api_keys.revoke(await self._changeable(request.key_id))
         return pb.RevokeApiKeyResponse(api_key=_api_key(revoked))
 
     async def RotateApiKey(  # noqa: N802
@@ -85,40 +84,41 @@ class ApiKeyServicer(pb_grpc.ApiKeyServiceServicer):
                 got=overlap_ms,
             )
         ttl_ms = self._ttl_ms(request.expire_time) if request.HasField("expire_time") else None
-        made, rotated = await self._api_keys.rotate(_key_id(request.key_id), overlap_ms, ttl_ms)
+        key_id = await self._changeable(request.key_id)
+        made, rotated = await self._api_keys.rotate(key_id, overlap_ms, ttl_ms)
         audit.note(target_tenant=rotated.tenant, new_key=made.api_key.key_id)
         return pb.RotateApiKeyResponse(api_key=_api_key(made.api_key), secret=made.secret, rotated=_api_key(rotated))
 
     async def UpdateApiKey(  # noqa: N802
         self, request: pb.UpdateApiKeyRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.UpdateApiKeyResponse:
-        updated = await self._api_keys.update(_key_id(request.key_id), _grantable(request.grants))
+        updated = await self._api_keys.update(await self._changeable(request.key_id), _grantable(request.grants))
         return pb.UpdateApiKeyResponse(api_key=_api_key(updated))
 
     def _ttl_ms(self, expire_time: Timestamp) -> int:
-        ttl_ms = expire_time.ToMilliseconds() - int(self._wall_clock() * 1000)
+        ttl_ms = messages.milliseconds_of(expire_time, "expire_time") - int(self._wall_clock() * 1000)
         if ttl_ms <= 0:
             raise InvalidRequest("must be in the future", reason="FIELD_OUT_OF_RANGE", field="expire_time")
         return ttl_ms
 
+    async def _changeable(self, given: str) -> str:
+        """Return the id of a key that the caller may change; a whole key names itself. Raises ApiKeyNotFound too.
 
-def _key_id(key_id: str) -> str:
-    if not key_id:
-        raise InvalidRequest("key_id is required", reason="FIELD_REQUIRED", field="key_id")
-    audit.note(target_key=key_id[:_MAX_NOTED_ID])
-    return key_id
+        Who could change a key that may do more would have its rights by rotating it.
+        """
+        if not given:
+            raise InvalidRequest("key_id is required", reason="FIELD_REQUIRED", field="key_id")
+        key_id = id_of(given) or given
+        stored = await self._api_keys.get(key_id)
+        audit.note(target_tenant=stored.tenant, target_key=stored.key_id)  # what is no id is not noted: it may be a key
+        messages.check_scopes(stored.grants.scopes, current_caller().grants.scopes)
+        return stored.key_id
 
 
 def _grantable(message: grants_pb2.Grants) -> Grants:
     """Return what is granted. Nobody makes a key that may administer more than its maker may."""
     grants = messages.grants_of(message)
-    own = current_caller().grants.scopes
-    if any(scope in ADMIN_SCOPES and scope not in own for scope in grants.scopes):
-        raise PermissionDenied(
-            "an administrative scope can be granted by those who have it",
-            reason="SCOPE_NOT_ALLOWED",
-            metadata={"field": "grants.scopes"},
-        )
+    messages.check_scopes(grants.scopes, current_caller().grants.scopes)
     return grants
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
-from common.errors import InvalidRequest
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from common.errors import InvalidRequest, PermissionDenied
 from common.grants import (
+    ADMIN_SCOPES,
     NO_GRANTS_GIVEN,
     PRIORITY_HIGH,
     PRIORITY_LOW,
@@ -31,6 +34,7 @@ _MAX_MODEL_NAME: Final = 256
 _MAX_COUNT: Final = 1 << 40  # beyond any use, and exact in the server's arithmetic
 _MAX_WEIGHT: Final = 1000.0
 _MIN_WEIGHT: Final = 0.001
+_LATEST_MS: Final = 7_258_118_400_000  # 2200-01-01; far below what a timestamp can hold
 
 _SCOPES: Final[Mapping[int, str]] = {
     grants_pb2.SCOPE_GENERATE: Scope.GENERATE.value,
@@ -145,6 +149,26 @@ def tenant_message(tenant: Tenant) -> tenant_pb2.Tenant:
     if policy.retention_ms is not None:
         message.max_retention.CopyFrom(convert.duration(policy.retention_ms))
     return message
+
+
+def check_scopes(scopes: Iterable[str], own: Collection[str]) -> None:
+    """Raise PermissionDenied for an administrative scope that the caller does not have itself."""
+    if any(scope in ADMIN_SCOPES and scope not in own for scope in scopes):
+        raise PermissionDenied(
+            "an administrative scope can be given, and keys that have it changed, by those who have it",
+            reason="SCOPE_NOT_ALLOWED",
+        )
+
+
+def milliseconds_of(moment: Timestamp, field: str) -> int:
+    """Return a time in ms since the epoch. Raises InvalidRequest for one that is none, or a hundred years away."""
+    try:
+        value = moment.ToMilliseconds()
+    except ValueError:
+        value = -1
+    if not 0 <= value <= _LATEST_MS or not 0 <= moment.nanos < 1_000_000_000:
+        raise InvalidRequest("must be a valid time before the year 2200", reason="FIELD_OUT_OF_RANGE", field=field)
+    return value
 
 
 def page_start(token: str, names: Sequence[str]) -> int:

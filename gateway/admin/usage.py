@@ -9,6 +9,7 @@ import grpc.aio
 
 from common.errors import InvalidRequest
 from common.usage import KEPT_HOURS, Counts, UsageKey, UsageReader
+from gateway.admin import messages
 from gateway.catalog import Catalog
 from torchrelay.admin.v1beta1 import usage_pb2 as pb
 from torchrelay.admin.v1beta1 import usage_pb2_grpc as pb_grpc
@@ -59,10 +60,14 @@ class UsageServicer(pb_grpc.UsageServiceServicer):
 
 
 def _hours(request: pb.QueryUsageRequest, now_hour: int) -> range:
-    last = min(now_hour, request.end_time.ToSeconds() // 3600) if request.HasField("end_time") else now_hour
+    last = (
+        min(now_hour, messages.milliseconds_of(request.end_time, "end_time") // 3_600_000)
+        if request.HasField("end_time")
+        else now_hour
+    )
     first = last - _DEFAULT_HOURS + 1
     if request.HasField("start_time"):
-        first = request.start_time.ToSeconds() // 3600
+        first = messages.milliseconds_of(request.start_time, "start_time") // 3_600_000
         if first > last:
             raise InvalidRequest("must not be after end_time", reason="FIELD_OUT_OF_RANGE", field="start_time")
     return range(max(first, now_hour - KEPT_HOURS), last + 1)

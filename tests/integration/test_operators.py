@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 import typer
+from google.protobuf.timestamp_pb2 import Timestamp
 from typer.testing import CliRunner
 
 from common import keys
@@ -128,6 +129,53 @@ async def test_nobody_grants_more_administration_than_it_has(system: System, adm
         with refused() as refusal:
             await call
         assert refusal.summary[:2] == (DENIED, "SCOPE_NOT_ALLOWED")
+
+
+@pytest.mark.parametrize("method", ["RotateApiKey", "UpdateApiKey", "RevokeApiKey"])
+async def test_a_key_that_may_do_more_is_not_changed(method: str, system: System, admin: grpc.aio.Channel) -> None:
+    """Else who may make keys would have every right, by rotating the administrator's."""
+    stub: Any = api_key_pb2_grpc.ApiKeyServiceStub(admin)
+    own = with_key(system.create_key("ops", scopes=("admin.keys",)))
+    stronger, equal = (system.create_key("ops", scopes=scopes) for scopes in (ADMIN_SCOPES, ("admin.keys",)))
+    request: Any = getattr(api_key_pb2, f"{method}Request")
+    with refused() as refusal:
+        await getattr(stub, method)(request(key_id=stronger.split("_")[1]), **own)
+    assert refusal.summary[:2] == (DENIED, "SCOPE_NOT_ALLOWED")
+    await CALLS["admin.fleet"](admin, **with_key(stronger))
+    await getattr(stub, method)(request(key_id=equal.split("_")[1]), **own)
+
+
+async def test_a_whole_key_names_itself_and_is_written_nowhere(system: System, admin: grpc.aio.Channel) -> None:
+    stub: api_key_pb2_grpc.ApiKeyServiceAsyncStub = api_key_pb2_grpc.ApiKeyServiceStub(admin)
+    own = with_key(system.create_key("ops", scopes=("admin.keys",)))
+    whole, mistyped = system.create_key("brief"), system.create_key("brief")[:-1] + "!"
+    revoked = await stub.RevokeApiKey(api_key_pb2.RevokeApiKeyRequest(key_id=whole), **own)
+    assert revoked.api_key.key_id == whole.split("_")[1]
+    with refused() as refusal:
+        await stub.RevokeApiKey(api_key_pb2.RevokeApiKeyRequest(key_id=mistyped), **own)
+    assert refusal.reason == "API_KEY_NOT_FOUND"
+    log = system.gateways[0].log()
+    assert "RevokeApiKey" in log
+    assert not any(key.split("_")[2] in log for key in (whole, mistyped))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "nanos"), [(253_402_300_799, 999_999_999), (10**15, 0), (-5, 0), (7_300_000_000, 0), (2**33, -1)]
+)
+async def test_a_time_that_is_none_is_refused_and_the_list_stays(
+    seconds: int, nanos: int, system: System, admin: grpc.aio.Channel
+) -> None:
+    stub: api_key_pb2_grpc.ApiKeyServiceAsyncStub = api_key_pb2_grpc.ApiKeyServiceStub(admin)
+    usage: usage_pb2_grpc.UsageServiceAsyncStub = usage_pb2_grpc.UsageServiceStub(admin)
+    own = with_key(system.create_key("ops", scopes=("admin.keys", "admin.usage")))
+    moment = Timestamp(seconds=seconds, nanos=nanos)
+    with refused() as refusal:
+        await stub.CreateApiKey(api_key_pb2.CreateApiKeyRequest(tenant="a", expire_time=moment), **own)
+    assert (refusal.code, refusal.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["expire_time"])
+    with refused() as refusal:
+        await usage.QueryUsage(usage_pb2.QueryUsageRequest(end_time=moment), **own)
+    assert (refusal.code, refusal.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["end_time"])
+    assert (await stub.ListApiKeys(api_key_pb2.ListApiKeysRequest(), **own)).api_keys
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import redis as redis_sync
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from common import keys
+from common.dead_letters import DeadLetters
+from common.embedded import EmbeddedServer
 from common.errors import InvalidRequest, QueueFull, QuotaExceeded, RateLimited
 from common.grants import Quotas
 from common.job_claims import JobClaims
 from common.job_queue import JobQueue
-from common.jobs import JobState
+from common.jobs import JobState, Reason
 from common.quotas import QuotaMeter, Reservation
-from common.scripts import ScriptRunner
+from common.redis import connect
+from common.scripts import Script, ScriptRunner
+from common.settings import QueueSettings, RedisSettings
 from tests.builders_common import FlakyRedis, make_event, make_job, mutate
 from tests.integration.common.calls import ROOM
 from tests.integration.common.conftest import FAST_RETRY, SHARD
@@ -141,6 +148,103 @@ async def test_giving_back_never_earns_more_than_a_minutes_worth(
     assert await admitted(meter, range(2, 40), NONE, quotas) == 10
 
 
+async def test_what_has_drained_is_not_given_back(meter: QuotaMeter, superuser: redis_sync.Redis) -> None:
+    """Long-queued generations that are cancelled one after another between new ones must not open the gate."""
+    quotas = Quotas(tokens_per_minute=100)
+    for number in range(5):
+        await meter.reserve(wanted(number, 100), NONE, quotas)
+        later_by(superuser, 65_000)
+    total = 0
+    for number in range(5):
+        total += 10 * await admitted(meter, range(100 + 20 * number, 120 + 20 * number), NONE, quotas)
+        await meter.settle("acme", [(f"g{number}", 0)])
+    total += 10 * await admitted(meter, range(300, 320), NONE, quotas)
+    assert total == 100
+
+
+def later_by(superuser: redis_sync.Redis, milliseconds: float) -> None:
+    """As if so much time had passed for a tenant's rates and for what it has reserved."""
+    later(superuser, milliseconds)
+    for key in superuser.keys("{t:acme}:r:*"):  # type: ignore[union-attr]
+        words = superuser.get(key).split()  # type: ignore[union-attr]
+        for at in range(9, len(words), 2):
+            if words[at] != b"0":
+                words[at] = b"%.3f" % (float(words[at]) - milliseconds)
+        superuser.set(key, b" ".join(words), keepttl=True)
+
+
+@given(data=st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_no_order_of_asking_and_giving_back_admits_more_than_drains(
+    server: EmbeddedServer, data: st.DataObject
+) -> None:
+    """Admitted in any time and not given back: at most a minute's worth, and what drains in that time."""
+    assert asyncio.run(_most_over_the_law(server, data, None)) <= 0
+
+
+def test_an_order_that_is_given_back_what_has_drained_breaks_the_law(server: EmbeddedServer) -> None:
+    mutant = mutate(
+        "quota_settle", "math.min(amount * WINDOW_MS / limit, drains_at - moved - now)", "amount * WINDOW_MS / limit"
+    )
+
+    @given(data=st.data())
+    @settings(max_examples=300, deadline=None, database=None)
+    def search(data: st.DataObject) -> None:
+        assert asyncio.run(_most_over_the_law(server, data, mutant)) <= 0
+
+    with pytest.raises(AssertionError):
+        search()
+
+
+async def _most_over_the_law(server: EmbeddedServer, data: st.DataObject, overrides: dict[str, Script] | None) -> float:
+    """Ask and give back at random; return by how many tokens a window's law is broken, at most 0 if none is."""
+    redis = connect(RedisSettings(url=server.url))
+    superuser = redis_sync.Redis(unix_socket_path=str(server.socket_path))
+    try:
+        superuser.flushall()
+        scripts = ScriptRunner(redis, overrides)
+        meter, quotas = QuotaMeter(redis, LIFETIME_MS, retry=FAST_RETRY, scripts=scripts), Quotas(tokens_per_minute=600)
+        admitted_at: dict[int, float] = {}
+        counted: dict[int, int] = {}  # by reservation: what it reserves, or what it has used
+        open_ones: set[int] = set()
+        now_ms, worst = 0.0, -600.0
+        for number in range(data.draw(st.integers(3, 12))):
+            match data.draw(st.sampled_from(("ask", "ask", "give", "wait"))):
+                case "ask":
+                    tokens = data.draw(st.sampled_from((100, 300, 600)))
+                    with contextlib.suppress(RateLimited):
+                        await meter.reserve(wanted(number, tokens), NONE, quotas)
+                        admitted_at[number], counted[number] = now_ms, tokens
+                        open_ones.add(number)
+                case "give" if open_ones:
+                    chosen = data.draw(st.sampled_from(sorted(open_ones)))
+                    open_ones.remove(chosen)
+                    counted[chosen] = data.draw(st.sampled_from((0, counted[chosen] // 2, counted[chosen])))
+                    await meter.settle("acme", [(f"g{chosen}", counted[chosen])])
+                case _:
+                    wait_ms = data.draw(st.sampled_from((5000, 20_000, 70_000)))
+                    later_by(superuser, wait_ms)
+                    now_ms += wait_ms
+            for start in set(admitted_at.values()):
+                inside = sum(counted[one] for one, at in admitted_at.items() if at >= start)
+                # Real time passes too, seconds in all at most: fifty tokens.
+                worst = max(worst, inside - 600 - (now_ms - start) / 100 - 50)
+        return worst
+    finally:
+        superuser.close()
+        await redis.aclose()
+
+
+async def test_a_server_s_clock_that_goes_back_locks_nobody_out(meter: QuotaMeter, superuser: redis_sync.Redis) -> None:
+    quotas = Quotas(tokens_per_minute=100)
+    await meter.reserve(wanted(1, 100), NONE, quotas)
+    later(superuser, -3_600_000)
+    with pytest.raises(RateLimited) as limited:
+        await meter.reserve(wanted(2, 100), NONE, quotas)
+    assert limited.value.retry_after_ms is not None
+    assert limited.value.retry_after_ms <= 60_000
+
+
 async def test_the_days_tokens_end_and_no_wait_is_named(meter: QuotaMeter) -> None:
     quotas = Quotas(tokens_per_day=25)
     await meter.reserve(wanted(1), quotas, NONE)
@@ -242,7 +346,31 @@ async def test_a_tenants_results_are_kept_for_less_time_if_it_says_so_and_never_
             assert most_ms - 10_000 < superuser.pttl(key) <= most_ms  # type: ignore[operator]
 
 
+async def test_counts_that_no_job_stands_behind_lock_no_key_out(queue: JobQueue, superuser: redis_sync.Redis) -> None:
+    """Programs that do not know of them end jobs without counting down."""
+    superuser.hset(f"{{{SHARD}}}:kl", "k1", 2)
+    superuser.hset(f"{{{SHARD}}}:kq", "k1", 2)
+    capped = {"quota_id": "k1", "max_queued_of_key": 1, "max_live_of_key": 2}
+    await queue.enqueue(SHARD, make_job(**capped))
+    with pytest.raises(QueueFull):
+        await queue.enqueue(SHARD, make_job(**capped))
+
+
 # -- erasing
+
+
+async def test_erasing_a_dead_letter_erases_what_a_retry_made_of_it(
+    queue: JobQueue, claims: JobClaims, gateway_redis: FlakyRedis, superuser: redis_sync.Redis
+) -> None:
+    accepted = await queue.enqueue(SHARD, make_job())
+    await claims.claim(1, ROOM, ROOM)
+    failed = make_event(accepted.generation_id, (), terminal=JobState.FAILED, reason=Reason.WORKER_FAILED)
+    await claims.commit([failed])
+    (retried,) = await DeadLetters(gateway_redis, QueueSettings(), retry=FAST_RETRY).retry([accepted.generation_id])
+    await queue.delete(accepted.generation_id, "acme")
+    for name in (accepted.generation_id, retried.new_generation_id):
+        assert not [key for key in superuser.keys("*") if name.encode() in key]  # type: ignore[union-attr]
+    assert await queue.list_inflight(SHARD) == []
 
 
 async def test_erasing_leaves_nothing_but_what_was_used(

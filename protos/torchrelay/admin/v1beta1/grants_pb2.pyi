@@ -131,7 +131,9 @@ class Caps(_message.Message):
     """Most tokens of prompt and one output together."""
     @_builtins.property
     def max_disconnect_grace(self) -> _duration_pb2.Duration:
-        """Longest disconnect grace; a longer one is cut to it."""
+        """Longest disconnect grace; a longer one is cut to it. SubmitGeneration has none: it runs without a caller, to its time
+        limit.
+        """
 
     def __init__(
         self,

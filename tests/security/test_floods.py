@@ -12,7 +12,7 @@ from tests.builders_system import System, running_system
 from tests.security.attacks import ATTACKS
 from tests.security.flood import suffer
 
-FRAMES = 3000
+FRAMES = 1000
 MOST_MB = 120
 
 

@@ -164,7 +164,8 @@ def _claim(data: bytes) -> None:
     """A job body and one log entry, as a script answers a claim: both are bytes that other processes wrote."""
     cut = data[0] if data else 0
     body, entry = data[1 : 1 + cut], data[1 + cut :]
-    reply = [b"m.id", 1, 0, bytes(8), 1000, 1, 0, b"tenant", 0, 0, 0, 0, 0, body, [[b"1-1", [b"e", entry]]]]
+    log = [[b"1-1", [b"e", entry]]]
+    reply = [b"m.id", 1, 0, bytes(8), 1000, 1, 0, b"tenant", 0, 0, 0, 0, 0, body, log, b"1", 0, 0]
     assert records.claim_head(reply).generation_id == "m.id"
     assert records.job_from_reply(reply).generation_id == "m.id"
 

@@ -146,3 +146,83 @@ async def test_what_is_plain_is_not_believed(
     assert await claims.claim(1, ROOM, ROOM) == []
     with pytest.raises(SealBroken):
         await queue.get(accepted.generation_id, "acme")
+    assert (await queue.list_inflight(SHARD))[0].state is JobState.QUEUED
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def worker(redis: FlakyRedis, sealer: Sealer, clock: Clock | None = None) -> JobClaims:
+    settings = QueueSettings(max_claims=2)
+    return JobClaims(
+        redis, SHARD, keys.random_id(), settings, retry=FAST_RETRY, sealer=sealer, monotonic=clock or Clock()
+    )
+
+
+@pytest.mark.parametrize(
+    "keyless",
+    [Sealer(), Sealer(lambda: MasterKeys({"k0": bytes(32)}), accept_plaintext=True)],
+    ids=["no keys", "another key"],
+)
+async def test_a_worker_without_the_key_gives_every_job_back_and_pauses(
+    queue: JobQueue, claims: JobClaims, worker_redis: FlakyRedis, keyless: Sealer, superuser: redis_sync.Redis
+) -> None:
+    accepted = {(await queue.enqueue(SHARD, sealed_job())).generation_id for _ in range(3)}
+    clock = Clock()
+    unable = worker(worker_redis, keyless, clock)
+    for pause_s in (5.0, 10.0, 20.0, 40.0, 60.0, 60.0):  # more often than a job may be claimed
+        assert await unable.claim(3, ROOM, ROOM) == []
+        assert (unable.held, unable.is_paused) == (frozenset(), True)
+        before = superuser.info("commandstats")["cmdstat_evalsha"]["calls"]  # type: ignore[index]
+        clock.now_s += pause_s - 1
+        assert await unable.claim(3, ROOM, ROOM) == []
+        assert superuser.info("commandstats")["cmdstat_evalsha"]["calls"] == before  # type: ignore[index]
+        clock.now_s += 1
+        assert not unable.is_paused
+    for generation_id in accepted:
+        record = await queue.get(generation_id, "acme")
+        assert (record.state, record.attempts, record.num_claims) == (JobState.QUEUED, 0, 0)
+    assert superuser.llen(keys.bell(SHARD))  # another worker is rung for
+    assert {job.generation_id for job in await claims.claim(3, ROOM, ROOM)} == accepted
+
+
+async def test_a_worker_that_takes_no_plain_records_leaves_them_to_one_that_does(
+    gateway_redis: FlakyRedis, claims: JobClaims, worker_redis: FlakyRedis
+) -> None:
+    plain = JobQueue(gateway_redis, keys.random_id(), SETTINGS, retry=FAST_RETRY)
+    accepted = await plain.enqueue(SHARD, sealed_job())
+    assert await claims.claim(1, ROOM, ROOM) == []
+    able = worker(worker_redis, Sealer(lambda: KEYS, accept_plaintext=True))
+    assert [job.generation_id for job in await able.claim(1, ROOM, ROOM)] == [accepted.generation_id]
+
+
+async def test_what_opens_is_computed_while_the_rest_goes_back(
+    queue: JobQueue, gateway_redis: FlakyRedis, worker_redis: FlakyRedis
+) -> None:
+    plain = JobQueue(gateway_redis, keys.random_id(), SETTINGS, retry=FAST_RETRY)
+    sealed = await queue.enqueue(SHARD, sealed_job())
+    readable = await plain.enqueue(SHARD, sealed_job())
+    unable = worker(worker_redis, Sealer())
+    assert [job.generation_id for job in await unable.claim(2, ROOM, ROOM)] == [readable.generation_id]
+    assert (unable.held, unable.is_paused) == ({readable.generation_id}, True)
+    await unable.commit([make_event(readable.generation_id, (), terminal=JobState.DONE)])
+    assert (await queue.get(sealed.generation_id, "acme")).state is JobState.QUEUED
+
+
+async def test_a_job_that_could_not_be_given_back_is_found_again_and_given_back(
+    queue: JobQueue, worker_redis: FlakyRedis, gateway_redis: FlakyRedis, sealer: Sealer
+) -> None:
+    accepted = await queue.enqueue(SHARD, sealed_job())
+    # The keyless worker's claim took effect, its reply was lost.
+    taker = worker(worker_redis, sealer)
+    await taker.claim(1, ROOM, ROOM)
+    again = JobClaims(worker_redis, SHARD, taker.worker_id, SETTINGS, retry=FAST_RETRY, sealer=Sealer())
+    assert await again.owned() == []
+    assert (again.held, again.is_paused) == (frozenset(), True)
+    record = await queue.get(accepted.generation_id, "acme")
+    assert (record.state, record.num_claims) == (JobState.QUEUED, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import redis as redis_sync
 
@@ -226,3 +228,80 @@ async def test_a_job_that_could_not_be_given_back_is_found_again_and_given_back(
     assert (again.held, again.is_paused) == (frozenset(), True)
     record = await queue.get(accepted.generation_id, "acme")
     assert (record.state, record.num_claims) == (JobState.QUEUED, 0)
+
+
+# -- encryption is switched on while the fleet runs: at each step some processes are still at the one before
+
+STEPS = {
+    "no keys": Sealer,
+    "keys, seal=false": lambda: Sealer(lambda: KEYS, seal=False, accept_plaintext=True),
+    "seal=true": lambda: Sealer(lambda: KEYS, accept_plaintext=True),
+    "accept_plaintext=false": lambda: Sealer(lambda: KEYS, accept_plaintext=False),
+}
+NEXT_TO_EACH_OTHER = [pair for one, two in pairwise(STEPS) for pair in ((one, two), (two, one))]
+
+
+@pytest.mark.parametrize(("gateway_step", "worker_step"), NEXT_TO_EACH_OTHER)
+async def test_processes_a_step_apart_serve_each_other(
+    gateway_redis: FlakyRedis, worker_redis: FlakyRedis, gateway_step: str, worker_step: str
+) -> None:
+    here, there = STEPS[gateway_step](), STEPS[worker_step]()
+    queue, other = (
+        JobQueue(gateway_redis, keys.random_id(), SETTINGS, retry=FAST_RETRY, sealer=sealer) for sealer in (here, there)
+    )
+    first = await queue.enqueue(SHARD, sealed_job())
+    claims, successor = worker(worker_redis, there), worker(worker_redis, here)
+    (job,) = await claims.claim(1, ROOM, ROOM)
+    assert job.body.sampling.stop_strings == (CANARY,)
+    await claims.commit([make_event(first.generation_id, (1, 2), text=CANARY)])
+    await claims.release([first.generation_id])
+    (job,) = await successor.claim(1, ROOM, ROOM)
+    body = EventBody((OutputDelta(0, 0, (1, 2), CANARY),))
+    assert [event.body for event in job.events] == [body]
+    await successor.commit([make_event(first.generation_id, (), terminal=JobState.FAILED, reason=Reason.WORKER_FAILED)])
+    for reader in (queue, other):
+        found = await reader.attach(first.generation_id, "acme")
+        assert (found.events[0].body, found.record.echo) == (body, CANARY.encode())
+        assert (await reader.get(first.generation_id, "acme")).echo == CANARY.encode()
+    letters = DeadLetters(gateway_redis, SETTINGS, retry=FAST_RETRY, sealer=there)
+    (result,) = await letters.retry([first.generation_id])
+    assert result.outcome is Outcome.RETRIED
+    (job,) = await worker(worker_redis, here).claim(1, ROOM, ROOM)
+    assert job.body.sampling.stop_strings == (CANARY,)
+    assert (await queue.get(result.new_generation_id, "acme")).echo == CANARY.encode()
+
+
+async def test_nothing_is_sealed_before_sealing_is_switched_on(
+    gateway_redis: FlakyRedis, superuser: redis_sync.Redis
+) -> None:
+    for step, sealer in STEPS.items():
+        superuser.flushdb()
+        queue = JobQueue(gateway_redis, keys.random_id(), SETTINGS, retry=FAST_RETRY, sealer=sealer())
+        await queue.enqueue(SHARD, sealed_job())
+        assert (CANARY.encode() in everything(superuser)) == (step in ("no keys", "keys, seal=false"))
+
+
+async def test_letters_that_do_not_open_stay_and_hold_no_other_up(
+    queue: JobQueue, gateway_redis: FlakyRedis, claims: JobClaims, superuser: redis_sync.Redis
+) -> None:
+    ids = [(await queue.enqueue(SHARD, sealed_job())).generation_id for _ in range(3)]
+    await claims.claim(3, ROOM, ROOM)
+    failed = {"terminal": JobState.FAILED, "reason": Reason.WORKER_FAILED}
+    await claims.commit([make_event(name, (), **failed) for name in ids])  # type: ignore[arg-type]
+    superuser.hset(keys.job(SHARD, ids[1]), "b", b"\xc1nothing")
+    letters = DeadLetters(
+        gateway_redis, SETTINGS, retry=FAST_RETRY, sealer=Sealer(lambda: KEYS, accept_plaintext=False)
+    )
+    outcomes = [result.outcome for result in await letters.retry(ids)]
+    assert outcomes == [Outcome.RETRIED, Outcome.UNREADABLE, Outcome.RETRIED]
+    assert [record.generation_id for record in (await letters.newest([SHARD], 9))[0]] == [ids[1]]
+    keyless = DeadLetters(gateway_redis, SETTINGS, retry=FAST_RETRY)
+    assert [result.outcome for result in await keyless.retry(ids[1:2])] == [Outcome.UNREADABLE]
+
+
+async def test_a_gateway_without_the_key_says_so(queue: JobQueue, gateway_redis: FlakyRedis) -> None:
+    accepted = await queue.enqueue(SHARD, sealed_job())
+    keyless = JobQueue(gateway_redis, keys.random_id(), SETTINGS, retry=FAST_RETRY)
+    with pytest.raises(SealBroken) as missing:
+        await keyless.get(accepted.generation_id, "acme")
+    assert missing.value.reason == "ENCRYPTION_KEY_MISSING"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import structlog
 
 from common.api_keys import ApiKeys
@@ -19,6 +21,13 @@ from gateway.identity.proxies import TrustedProxies
 from gateway.identity.settings import IdentitySettings, ProxySettings
 
 log = structlog.get_logger()
+
+_WANTED: Final = {
+    "api_key": "an API key in `authorization: Bearer` or `x-api-key`",
+    "jwt": "a token in `authorization: Bearer`",
+    "certificate": "a client certificate",
+    "mesh": "a client certificate",  # that a trusted proxy forwards: which are trusted is nobody's business
+}
 
 
 def build_authenticator(
@@ -38,7 +47,8 @@ def build_authenticator(
         known["mesh"] = ForwardedCertificateMethod(patterns, grants, peers, proxies)
     methods = {name: known[name] for name in settings.methods if name in known}
     log.info("identity.methods", methods=list(methods), strict=settings.strict)
-    return Authenticator(list(methods.values()), tenants, strict=settings.strict)
+    wanted = " or ".join(dict.fromkeys(_WANTED[name] for name in methods))
+    return Authenticator(list(methods.values()), tenants, strict=settings.strict, wanted=wanted)
 
 
 def check_identity(settings: IdentitySettings, proxy_settings: ProxySettings) -> None:

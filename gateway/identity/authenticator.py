@@ -24,19 +24,28 @@ class CredentialMethod(Protocol):
 class Authenticator:
     """Turns calls into callers. `methods` are tried in order, and the first that finds its credential decides.
 
-    With `strict`, a call that bears two credentials in its metadata is refused, whatever they are worth.
+    With `strict`, a call that bears two credentials in its metadata is refused, whatever they are worth: values under
+    both names, or different ones under one. `wanted` says which credentials there are, for whoever brings none.
     """
 
-    def __init__(self, methods: Sequence[CredentialMethod], tenants: Tenants, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        methods: Sequence[CredentialMethod],
+        tenants: Tenants,
+        *,
+        strict: bool = False,
+        wanted: str = "",
+    ) -> None:
         self._methods = methods
         self._tenants = tenants
         self._strict = strict
+        self._missing = f"credentials are required: {wanted}" if wanted else "credentials are required"
 
     async def authenticate(self, call: CallInfo) -> Caller:
         """Return whose call this is. Raises Unauthenticated, and the errors of `Retry` when the store is away."""
-        bearer = bearer_of(call)
-        if self._strict and bearer and call.values("x-api-key"):
+        if self._strict and _num_credentials(call) > 1:
             raise Unauthenticated("the call bears two credentials; send one", reason="CREDENTIALS_AMBIGUOUS")
+        bearer = bearer_of(call)
         for method in self._methods:
             principal = await method.identify(call)
             if principal is not None:
@@ -51,6 +60,9 @@ class Authenticator:
                 )
         if bearer:
             raise Unauthenticated("the credentials are not valid")
-        raise Unauthenticated(
-            "an API key is required in `authorization: Bearer` or `x-api-key`", reason="CREDENTIALS_MISSING"
-        )
+        raise Unauthenticated(self._missing, reason="CREDENTIALS_MISSING")
+
+
+def _num_credentials(call: CallInfo) -> int:
+    """How many credentials a call's metadata bears; the same value twice under one name is one."""
+    return sum(len(set(call.values(name))) for name in ("authorization", "x-api-key"))

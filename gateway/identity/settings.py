@@ -44,7 +44,7 @@ class IdentitySettings(BaseSettings):
         description="Kinds of credentials in the order in which they are looked for, by commas: api_key, jwt, "
         "certificate, mesh. Those that are not set up are left out.",
     )
-    strict: bool = Field(default=False, description="Refuse a call that bears both a bearer token and x-api-key.")
+    strict: bool = Field(default=False, description="Refuse a call that bears two credentials, by one name or by two.")
     default_scopes: Annotated[tuple[str, ...], NoDecode] = Field(
         default=DATA_SCOPES, description="Scopes of certificates, and of tokens that name none, by commas."
     )

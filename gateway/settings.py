@@ -103,4 +103,12 @@ class GatewaySettings(BaseSettings):
         # The library either demands a client's certificate or does not ask for one, by port.
         if (self.client_certificates == "optional") != bool(self.mtls_address):
             raise ValueError("client_certificates=optional and mtls_address belong together")
+        # Nothing is encrypted at a socket's file, and nobody there shows a certificate.
+        need_one = ("mtls_address", *(("address", "admin_address") if self.client_certificates == "required" else ()))
+        for name in need_one:
+            if (address := getattr(self, name)).startswith("unix:"):
+                raise ValueError(
+                    f"{name}={address} is a socket without TLS, where no client shows a certificate: give host:port, "
+                    "or ask for certificates at mtls_address only (client_certificates=optional)"
+                )
         return self

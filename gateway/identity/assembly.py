@@ -39,8 +39,9 @@ def build_authenticator(
     grants = Grants(scopes=settings.default_scopes)
     peers = PeerNames()
     known: dict[str, CredentialMethod] = {"api_key": ApiKeyMethod(api_keys)}
-    if settings.jwt_issuer:
-        known["jwt"] = _jwt_method(settings)
+    tokens = _jwt_method(settings) if settings.jwt_issuer else None
+    if tokens is not None:
+        known["jwt"] = tokens
     if patterns:
         known["certificate"] = CertificateMethod(patterns, grants, peers, proxies)
     if patterns and proxies:
@@ -48,7 +49,8 @@ def build_authenticator(
     methods = {name: known[name] for name in settings.methods if name in known}
     log.info("identity.methods", methods=list(methods), strict=settings.strict)
     wanted = " or ".join(dict.fromkeys(_WANTED[name] for name in methods))
-    return Authenticator(list(methods.values()), tenants, strict=settings.strict, wanted=wanted)
+    closing = tokens.aclose if tokens is not None else None
+    return Authenticator(list(methods.values()), tenants, strict=settings.strict, wanted=wanted, closing=closing)
 
 
 def check_identity(settings: IdentitySettings, proxy_settings: ProxySettings) -> None:
@@ -82,5 +84,6 @@ def _jwt_method(settings: IdentitySettings) -> JwtMethod:
         scopes_claim=settings.jwt_scopes_claim,
         models_claim=settings.jwt_models_claim,
         default_scopes=settings.default_scopes,
+        admin_scopes=settings.jwt_admin_scopes,
     )
     return JwtMethod(KeySet(source, times), rules)

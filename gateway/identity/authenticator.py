@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from common.errors import Unauthenticated
@@ -25,7 +25,8 @@ class Authenticator:
     """Turns calls into callers. `methods` are tried in order, and the first that finds its credential decides.
 
     With `strict`, a call that bears two credentials in its metadata is refused, whatever they are worth: values under
-    both names, or different ones under one. `wanted` says which credentials there are, for whoever brings none.
+    both names, or different ones under one. `wanted` says which credentials there are, for whoever brings none;
+    `closing` ends what the methods do in the background.
     """
 
     def __init__(
@@ -35,11 +36,18 @@ class Authenticator:
         *,
         strict: bool = False,
         wanted: str = "",
+        closing: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._methods = methods
         self._tenants = tenants
         self._strict = strict
+        self._closing = closing
         self._missing = f"credentials are required: {wanted}" if wanted else "credentials are required"
+
+    async def aclose(self) -> None:
+        """End what runs in the background; to be called when no calls are left."""
+        if self._closing is not None:
+            await self._closing()
 
     async def authenticate(self, call: CallInfo) -> Caller:
         """Return whose call this is. Raises Unauthenticated, and the errors of `Retry` when the store is away."""

@@ -61,6 +61,10 @@ class IdentitySettings(BaseSettings):
     jwt_scopes_claim: str = Field(
         default="scope", description="Claim with scopes, by spaces or as a list; empty: all have the default scopes."
     )
+    jwt_admin_scopes: bool = Field(
+        default=False,
+        description="Whether admin.* scopes in a token count: its issuer then makes operators of this deployment.",
+    )
     jwt_models_claim: str = Field(
         default="models", description="Claim with the models allowed, a list; tokens without it may use all."
     )

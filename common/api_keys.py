@@ -191,7 +191,10 @@ class ApiKeys:
         return CreatedApiKey(api_key, key)
 
     async def verify(self, key: str) -> ApiKey:
-        """The key's record. Raises Unauthenticated, with one text for every cause, after the same work for each new one."""
+        """The key's record. Raises Unauthenticated, with one text for every cause, after the same work for each.
+
+        A key that was refused within REFUSED_MS is refused without asking.
+        """
         digest = digest_of(key)
         cached = self._cache.get(digest)
         if cached is not None and self._monotonic_ms() < cached[0]:

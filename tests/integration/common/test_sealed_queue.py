@@ -203,6 +203,36 @@ async def test_a_worker_that_takes_no_plain_records_leaves_them_to_one_that_does
     assert [job.generation_id for job in await able.claim(1, ROOM, ROOM)] == [accepted.generation_id]
 
 
+async def test_what_was_only_given_back_counts_as_never_started_and_costs_its_tenant_nothing(
+    queue: JobQueue, worker_redis: FlakyRedis, superuser: redis_sync.Redis
+) -> None:
+    accepted = await queue.enqueue(SHARD, sealed_job())
+    charged = superuser.zscore(f"{{{SHARD}}}:vtc", "acme")
+    assert await worker(worker_redis, Sealer()).claim(1, ROOM, ROOM) == []
+    assert (await queue.get(accepted.generation_id, "acme")).started_ms in (None, 0)
+    credit = float(superuser.hget(f"{{{SHARD}}}:credit", "acme") or 0)  # type: ignore[arg-type]
+    assert superuser.zscore(f"{{{SHARD}}}:vtc", "acme") - credit == charged  # type: ignore[operator]
+    superuser.hset(keys.job(SHARD, accepted.generation_id), "dl", 1)
+    superuser.zadd(f"{{{SHARD}}}:dl", {accepted.generation_id: 1})
+    await queue.sweep(SHARD)
+    record = await queue.get(accepted.generation_id, "acme")
+    assert (record.state, record.reason, record.usage.prompt_tokens) == (JobState.EXPIRED, Reason.NEVER_STARTED, 0)
+
+
+async def test_a_claim_that_goes_back_leaves_the_earlier_ones_counted(
+    queue: JobQueue, claims: JobClaims, worker_redis: FlakyRedis
+) -> None:
+    accepted = await queue.enqueue(SHARD, sealed_job())
+    await claims.claim(1, ROOM, ROOM)
+    await claims.commit([make_event(accepted.generation_id, (1, 2), text=CANARY)])
+    await claims.release([accepted.generation_id])
+    before = await queue.get(accepted.generation_id, "acme")
+    assert await worker(worker_redis, Sealer()).claim(1, ROOM, ROOM) == []
+    after = await queue.get(accepted.generation_id, "acme")
+    assert (after.num_claims, after.attempts, after.started_ms) == (1, 0, before.started_ms)
+    assert after.started_ms
+
+
 async def test_what_opens_is_computed_while_the_rest_goes_back(
     queue: JobQueue, gateway_redis: FlakyRedis, worker_redis: FlakyRedis
 ) -> None:

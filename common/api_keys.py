@@ -27,6 +27,7 @@ from common.redis import Redis, Retry, execute
 
 PREFIX: Final = "tr"
 CACHE_MS: Final = 5000  # a revoked key works no longer than this
+REFUSED_MS: Final = 1000  # a key that was refused is refused again without asking for no longer than this
 _ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _ID_LENGTH: Final = 12
 _SECRET_LENGTH: Final = 43  # 62**43 > 2**256
@@ -104,7 +105,7 @@ def digest_of(key: str) -> str:
 class ApiKeys:
     """Creates, verifies, lists and revokes keys. Methods raise the errors of `Retry` besides what they name.
 
-    `verify` remembers an answer for CACHE_MS; `monotonic_ms` is the clock of that memory.
+    `verify` remembers an answer for CACHE_MS, a refusal for REFUSED_MS; `monotonic_ms` is the clock of that memory.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class ApiKeys:
         self._retry = retry or Retry()
         self._monotonic_ms = monotonic_ms
         self._cache: dict[str, tuple[float, ApiKey]] = {}  # digest -> good until, key
+        self._refused: dict[str, float] = {}  # digest -> refused until, the oldest first
 
     async def _execute(self, *command: str | bytes | int) -> Any:
         return await self._retry.call(lambda: execute(self._redis, *command))
@@ -189,7 +191,10 @@ class ApiKeys:
         return CreatedApiKey(api_key, key)
 
     async def verify(self, key: str) -> ApiKey:
-        """The key's record. Raises Unauthenticated, with one text for every cause, after the same work for each."""
+        """The key's record. Raises Unauthenticated, with one text for every cause, after the same work for each.
+
+        A key that was refused within REFUSED_MS is refused without asking.
+        """
         digest = digest_of(key)
         cached = self._cache.get(digest)
         if cached is not None and self._monotonic_ms() < cached[0]:
@@ -197,7 +202,7 @@ class ApiKeys:
         self._cache.pop(digest, None)
         asked = self._monotonic_ms()
         key_id = id_of(key)
-        if key_id is not None:
+        if key_id is not None and asked >= self._refused.get(digest, asked):
             stored, now_ms = await asyncio.gather(self._read(key_id), self._now_ms())
             api_key, stored_digest = stored or (None, _NO_DIGEST)
             if hmac.compare_digest(digest, stored_digest) and api_key is not None and api_key.is_valid(now_ms):
@@ -206,6 +211,10 @@ class ApiKeys:
                     self._cache.clear()
                 self._cache[digest] = (asked + left, api_key)
                 return api_key
+            self._refused.pop(digest, None)  # it moves to the end
+            if len(self._refused) >= _MAX_CACHED:
+                del self._refused[next(iter(self._refused))]
+            self._refused[digest] = asked + REFUSED_MS
         raise Unauthenticated("the credentials are not valid")
 
     async def _read(self, key_id: str) -> tuple[ApiKey, str] | None:

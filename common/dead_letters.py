@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
+import structlog
+
 from common import keys, records
-from common.errors import GenerationNotFound
+from common.errors import GenerationNotFound, SealBroken
 from common.headroom import Headroom
 from common.jobs import GenerationRecord
 from common.redis import Argument, Redis, Retry, execute
 from common.scripts import ScriptRunner, as_list
 from common.sealing import PLAIN, Sealer
 from common.settings import QueueSettings
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -38,6 +42,7 @@ class Outcome(StrEnum):
     QUEUE_FULL = "QUEUE_FULL"
     TENANT_QUEUE_FULL = "TENANT_QUEUE_FULL"
     TENANT_CONCURRENCY = "TENANT_CONCURRENCY"
+    UNREADABLE = "UNREADABLE"  # its record does not open here
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +108,8 @@ class DeadLetters:
     async def retry(self, generation_ids: Sequence[str]) -> list[LetterResult]:
         """Queue letters again, each as a new generation that nobody listens to; the letter is listed no more.
 
-        Raises SealBroken for one that cannot be read, and BackendFull, also while the headroom is short; letters before
-        it may have been queued then, and a repeat answers with the same new ones.
+        One that this process cannot read stays a letter. Raises BackendFull, also while the headroom is short; letters
+        before it may have been queued then, and a repeat answers with the same new ones.
         """
         return await _each(generation_ids, self._retry_one)
 
@@ -117,6 +122,11 @@ class DeadLetters:
         except GenerationNotFound:
             return LetterResult(generation_id, Outcome.NOT_FOUND)
         new_id = keys.new_generation_id(shard)
+        try:
+            body, echo = await self._resealed(shard, generation_id, new_id)
+        except SealBroken as error:
+            log.error("letter.unreadable", generation_id=generation_id, reason=error.reason)
+            return LetterResult(generation_id, Outcome.UNREADABLE)
         reply = await self._run(
             "retry",
             shard,
@@ -126,7 +136,8 @@ class DeadLetters:
             settings.max_queued,
             settings.max_queued_per_tenant,
             settings.max_live_per_tenant,
-            *await self._resealed(shard, generation_id, new_id),
+            body,
+            echo,
         )
         if reply is None:
             return LetterResult(generation_id, Outcome.NOT_FOUND)
@@ -136,9 +147,7 @@ class DeadLetters:
         return LetterResult(generation_id, Outcome(status.decode()))
 
     async def _resealed(self, shard: str, old_id: str, new_id: str) -> tuple[bytes, bytes]:
-        """Body and echo of a letter, sealed for the generation that a retry makes; empty: as they are."""
-        if not self._sealer.is_on:
-            return b"", b""
+        """Body and echo of a letter for the generation that a retry makes, sealed if records are. Raises SealBroken."""
         key = keys.job(shard, old_id)
         tenant, body, echo = await self._retry.call(lambda: execute(self._redis, "HMGET", key, "t", "b", "eo"))
         if tenant is None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ import structlog
 
 from common import keys, records
 from common.chain import next_hash
+from common.claim_pause import ClaimPause
 from common.errors import SealBroken, ServingError
 from common.generation import EventBody
 from common.jobs import ClaimedJob, CommitResult, JobState, LostReason, NewEvent, Reason, Swept, WorkerInfo
@@ -34,6 +36,7 @@ _BELL_S: Final = 1  # backstop: a wake-up that was lost costs no more than this
 _MAX_PAUSE_S: Final = 0.5
 _ID_WIDTH: Final = 20  # of the run record, see scripts/lib_jobs.lua
 _COUNTERS_WIDTH: Final = 40
+_OWN_FAULT: Final = frozenset({"ENCRYPTION_KEY_MISSING", "NOT_SEALED"})  # another worker may open such a record
 
 
 @dataclass(slots=True)
@@ -77,6 +80,7 @@ class JobClaims:
         retry: Retry | None = None,
         scripts: ScriptRunner | None = None,
         sealer: Sealer = PLAIN,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._redis = redis
         self._shard = keys.check_shard(shard)
@@ -94,6 +98,7 @@ class JobClaims:
         self._num_changes = 0
         self._claim_call: str | None = None
         self._pause_s = 0.0
+        self._pause = ClaimPause(monotonic)
 
     @property
     def worker_id(self) -> str:
@@ -103,6 +108,11 @@ class JobClaims:
     def held(self) -> frozenset[str]:
         """The generations that this worker holds, as far as it knows."""
         return frozenset(self._held)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is claimed for a while, since this worker could not open what it was given."""
+        return self._pause.left_s > 0
 
     async def _run_on(self, name: str, shard: str, *args: Argument) -> Any:
         return await self._retry.call(lambda: self._scripts.run(name, keys.meta(shard), *args))
@@ -114,10 +124,10 @@ class JobClaims:
         """Wait until a job may be there for an idle worker: rung, or after at most a second.
 
         When the last claim found only jobs that this worker cannot take, the bell rings at once; so it pauses first,
-        longer each time up to half a second.
+        longer each time up to half a second. While claiming is paused, the bell is left to other workers.
         """
-        if self._pause_s:
-            await asyncio.sleep(self._pause_s)
+        if pause_s := max(self._pause_s, self._pause.left_s):
+            await asyncio.sleep(pause_s)
         bell = keys.bell(self._shard)
         await self._retry.call(lambda: execute(self._redis, "BLPOP", bell, _BELL_S))
 
@@ -126,11 +136,14 @@ class JobClaims:
 
         When the reply is lost for good (BackendUnavailable), the next call gets the same jobs. `events` of a job that
         another worker began holds its log; `remaining_ms` is the time to its deadline. A job that this worker still
-        computes may be among them, at a higher epoch: it was lost meanwhile, and begins anew from its log.
+        computes may be among them, at a higher epoch: it was lost meanwhile, and begins anew from its log. Jobs that
+        this worker cannot open for a fault of its own go back, and nothing is claimed for a while (`is_paused`).
         """
         settings = self._settings
         async with self._lock:
             await self._flush()
+            if self.is_paused:
+                return []
             call_id = self._claim_call = self._claim_call or keys.random_id()
             reply = await self._run(
                 "claim",
@@ -165,9 +178,12 @@ class JobClaims:
         """Hold what the server says is ours, and return what can be computed of it.
 
         A job that cannot be read ends as failed: it would come back to worker after worker. As a dead letter it can be
-        sent again once it can be read.
+        sent again once it can be read. Where this worker lacks the key, or takes no plain records, the job goes back.
         """
-        jobs, unreadable = [], []
+        jobs: list[ClaimedJob] = []
+        unreadable: list[tuple[int, NewEvent]] = []
+        unopened: list[Argument] = []  # id, epoch, id, epoch ...
+        fault = ""
         self._num_changes += 1
         for reply in found:
             head = records.claim_head(reply)
@@ -175,23 +191,40 @@ class JobClaims:
             if known is not None and known.epoch >= head.epoch:
                 continue
             sealer = self._sealer.of(head.tenant, head.generation_id)
+            reason, job = "MALFORMED", None
+            try:
+                job = records.job_from_reply(reply, sealer)
+            except SealBroken as error:
+                reason = error.reason
+            except msgspec.DecodeError:
+                pass
+            if job is None and reason in _OWN_FAULT:
+                # Not held: what was computed of it at an older epoch, the next commit's answer calls lost.
+                fault = reason
+                unopened += (head.generation_id, head.epoch)
+                continue
             self._held[head.generation_id] = _Held(
                 head.epoch, head.sequence, head.chain_hash, head.log_bytes, head.progress, sealer
             )
             self._unreported.pop(head.generation_id, None)
-            try:
-                jobs.append(records.job_from_reply(reply, sealer))
-            except (SealBroken, msgspec.DecodeError) as error:
-                reason = error.reason if isinstance(error, SealBroken) else "MALFORMED"
-                log.error("job.unreadable", generation_id=head.generation_id, reason=reason)
-                failed = NewEvent(
-                    generation_id=head.generation_id,
-                    body=EventBody(),
-                    completion_tokens=head.completion_tokens,
-                    terminal=JobState.FAILED,
-                    reason=Reason.WORKER_FAILED,
-                )
-                unreadable.append((head.epoch, failed))
+            if job is not None:
+                jobs.append(job)
+                continue
+            log.error("job.unreadable", generation_id=head.generation_id, reason=reason)
+            failed = NewEvent(
+                generation_id=head.generation_id,
+                body=EventBody(),
+                completion_tokens=head.completion_tokens,
+                terminal=JobState.FAILED,
+                reason=Reason.WORKER_FAILED,
+            )
+            unreadable.append((head.epoch, failed))
+        if unopened:
+            log.error("claims.paused", reason=fault, jobs=len(unopened) // 2, pause_s=self._pause.begin())
+            with contextlib.suppress(ServingError):  # then they are found again as jobs that are counted as ours
+                await self._run("release", 0, *unopened)
+        elif jobs:
+            self._pause.succeeded()
         if unreadable:
             self._pending = self._prepare(unreadable)
             with contextlib.suppress(ServingError):  # it stays pending then, and the readable ones are still to be done

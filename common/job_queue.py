@@ -249,8 +249,6 @@ class JobQueue:
         return Attachment(record, events, more == 1)
 
     def _opened(self, record: GenerationRecord) -> GenerationRecord:
-        if not self._sealer.is_on:
-            return record
         opener = self._sealer.of(record.tenant, record.generation_id)
         return replace(record, echo=records.open_echo(record.echo, opener))
 

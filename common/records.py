@@ -68,7 +68,7 @@ def encode_entry(
     A sealed body is a bin in the place of the body.
     """
     stored: EventBody | bytes = body
-    if sealer.is_on:
+    if sealer.seals:
         stored = sealer.seal(_BODY_ENCODER.encode(body), _event_label(epoch, sequence))
     return _BODY_ENCODER.encode((chain_hash, epoch, sequence, stored))[1:]
 

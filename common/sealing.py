@@ -20,16 +20,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
+import structlog
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from common.errors import SealBroken
+
+log = structlog.get_logger()
 
 KEY_BYTES: Final = 32
 _MAGIC: Final = b"\xc1\x01"
@@ -48,9 +51,20 @@ class EncryptionSettings(BaseSettings):
         description="Master keys, one a line: id, space, 32 bytes in base64 (openssl rand -base64 32). The first "
         "seals, all of them open. Read again when it changes. Unset: nothing is encrypted.",
     )
+    seal: bool = Field(
+        default=True,
+        description="Encrypt what is written. false: encrypted records are read, plain ones written, until every "
+        "process has the keys.",
+    )
     accept_plaintext: bool = Field(
         default=False, description="Read records that are not encrypted too, while encryption is being introduced."
     )
+
+    @model_validator(mode="after")
+    def _reads_what_it_writes(self) -> Self:
+        if self.keys_file is not None and not self.seal and not self.accept_plaintext:
+            raise ValueError("seal=false writes plain records: it needs accept_plaintext=true, to read them again")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +100,27 @@ def parse_keys(text: str) -> MasterKeys:
     return MasterKeys(found)
 
 
+def _read_keys(path: Path) -> MasterKeys:
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError:  # whose own text shows a byte of it
+        raise ValueError("the file of encryption keys is not a text in UTF-8") from None
+    return parse_keys(text)
+
+
 class KeyFile:
-    """Master keys in a file that an operator may change while we run: to rotate, a key is added, then put first."""
+    """Master keys in a file that an operator may change while we run: to rotate, a key is added, then put first.
+
+    A file that is broken is not taken: the keys before it serve on, and the log says so once.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises OSError or ValueError for a file that cannot be read or understood."""
         self._path = path
         self._clock = clock
         self._version = self._look()
-        self._keys = parse_keys(path.read_text())
+        self._keys = _read_keys(path)
+        self._refused: str | None = None  # what was said of the file as it is
         self._looked_at = clock()
 
     def keys(self) -> MasterKeys:
@@ -102,13 +128,25 @@ class KeyFile:
         if self._clock() - self._looked_at >= _LOOK_AGAIN_S:
             self._looked_at = self._clock()
             try:
-                version = self._look()
-                if version != self._version:
-                    self._keys = parse_keys(self._path.read_text())
-                    self._version = version
-            except (OSError, ValueError):
-                pass  # half-written: the next look finds it whole
+                self._take()
+            except OSError as error:
+                self._refuse(error.strerror or type(error).__name__)
+            except ValueError as error:
+                self._refuse(str(error))
         return self._keys
+
+    def _take(self) -> None:
+        version = self._look()
+        if version != self._version:
+            self._keys = _read_keys(self._path)
+            self._version = version
+            log.info("encryption.keys_loaded", num_keys=len(self._keys.by_id), active=self._keys.active_id)
+        self._refused = None
+
+    def _refuse(self, why: str) -> None:
+        if why != self._refused:  # it may be half-written only: the next look finds it whole
+            self._refused = why
+            log.error("encryption.keys_refused", file=str(self._path), error=why, kept=list(self._keys.by_id))
 
     def _look(self) -> tuple[int, int, int]:
         status = os.stat(self._path)
@@ -116,10 +154,16 @@ class KeyFile:
 
 
 class Sealer:
-    """Seals and opens records. Without keys it leaves them as they are."""
+    """Seals and opens records. Without keys it leaves plain ones as they are, and opens no others.
 
-    def __init__(self, keys: Callable[[], MasterKeys] | None = None, *, accept_plaintext: bool = True) -> None:
+    With `seal` false it opens what others seal, and writes plain records.
+    """
+
+    def __init__(
+        self, keys: Callable[[], MasterKeys] | None = None, *, seal: bool = True, accept_plaintext: bool = True
+    ) -> None:
         self._keys = keys
+        self._seals = seal and keys is not None
         self._accept_plaintext = accept_plaintext or keys is None
         self._tenant_key = lru_cache(maxsize=1024)(_tenant_key)
 
@@ -129,7 +173,8 @@ class Sealer:
         if settings.keys_file is None:
             return cls()
         try:
-            return cls(KeyFile(settings.keys_file).keys, accept_plaintext=settings.accept_plaintext)
+            keys = KeyFile(settings.keys_file).keys
+            return cls(keys, seal=settings.seal, accept_plaintext=settings.accept_plaintext)
         except OSError as error:
             raise ValueError(f"TORCHRELAY_ENCRYPTION_KEYS_FILE cannot be read: {error.strerror}") from error
 
@@ -138,9 +183,9 @@ class Sealer:
         return GenerationSealer(self, tenant, generation_id)
 
     @property
-    def is_on(self) -> bool:
-        """Whether records are sealed."""
-        return self._keys is not None
+    def seals(self) -> bool:
+        """Whether what is written is sealed."""
+        return self._seals
 
     @property
     def accepts_plaintext(self) -> bool:
@@ -171,12 +216,12 @@ class GenerationSealer:
         self._cipher: AESGCM | None = None
 
     @property
-    def is_on(self) -> bool:
-        return self._sealer.is_on
+    def seals(self) -> bool:
+        return self._sealer.seals
 
     def seal(self, data: bytes, label: bytes) -> bytes:
         """Return the record of some data; `label` says which record of the generation it is."""
-        if not self._sealer.is_on:
+        if not self._sealer.seals:
             return data
         key_id = self._sealer.active_id()
         nonce = os.urandom(_NONCE_BYTES)

@@ -147,6 +147,7 @@ async def run(
         stopping.cancel()
         upkeep.stop()
         await running
+        await authenticator.aclose()
         with contextlib.suppress(ServingError):
             await queue.leave(catalog.shards())
         for client in (redis, blocking_redis, waiting_redis, admin_redis):

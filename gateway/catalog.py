@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
@@ -22,6 +22,7 @@ from common.registry import (
 )
 from gateway import validation as check
 from gateway.tokenization import TemplateError, TextCodec
+from gateway.turns import TenantTurns
 from torchrelay.v1 import generation_pb2 as pb
 
 _T = TypeVar("_T")
@@ -40,9 +41,13 @@ class ServedModel:
     card: ModelCard
     codec: TextCodec
     defaults: pb.GenerationConfig
+    turns: TenantTurns = field(default_factory=TenantTurns)  # at what takes long, of all models
 
-    async def encode(self, source: pb.GenerationInput) -> list[int]:
-        """Return the ids of a request's input. Raises InvalidRequest, or FailedPrecondition without a chat template."""
+    async def encode(self, source: pb.GenerationInput, tenant: str = "") -> list[int]:
+        """Return the ids of a request's input; a long one waits for the tenant's turn.
+
+        Raises InvalidRequest, or FailedPrecondition without a chat template.
+        """
         kind = source.WhichOneof("input")
         if kind is None:
             raise InvalidRequest("one of text, token_ids and chat is required", reason="FIELD_REQUIRED", field="input")
@@ -56,14 +61,14 @@ class ServedModel:
             if not source.text:
                 raise InvalidRequest("must not be empty", reason="FIELD_REQUIRED", field="input.text")
             self._check_length(len(source.text))
-            ids = await _beside(self.codec.encode_text, source.text, len(source.text))
+            ids = await self._beside(tenant, self.codec.encode_text, source.text, len(source.text))
         else:
-            ids = await self._encode_chat(source.chat)
+            ids = await self._encode_chat(source.chat, tenant)
         if not ids:
             raise InvalidRequest("the input has no tokens", reason="FIELD_REQUIRED", field="input")
         return ids
 
-    async def _encode_chat(self, chat: pb.ChatInput) -> list[int]:
+    async def _encode_chat(self, chat: pb.ChatInput, tenant: str) -> list[int]:
         messages = check.messages_of(chat)
         if not self.codec.has_chat_template:
             raise FailedPrecondition(
@@ -72,11 +77,17 @@ class ServedModel:
         num_chars = sum(len(message.content) for message in messages)
         self._check_length(num_chars)
         try:
-            return await _beside(self.codec.encode_chat, messages, num_chars + _CHARS_PER_MESSAGE * len(messages))
+            size = num_chars + _CHARS_PER_MESSAGE * len(messages)
+            return await self._beside(tenant, self.codec.encode_chat, messages, size)
         except TemplateError as error:
             raise InvalidRequest(
                 "the model's chat template refuses this conversation", reason="CHAT_REFUSED", field="input.chat"
             ) from error
+
+    async def _beside(self, tenant: str, encode: Callable[[_T], list[int]], value: _T, num_chars: int) -> list[int]:
+        if num_chars <= _MAX_INLINE_CHARS:
+            return encode(value)
+        return await self.turns.run(tenant, lambda: encode(value))
 
     def _check_length(self, num_chars: int) -> None:
         """Refuse what cannot fit before its tokens are counted: tokenizing takes time that others need."""
@@ -117,6 +128,7 @@ class Catalog:
         self._registry = registry
         self._served: dict[str, ServedModel] = {}  # by shard
         self._loading = asyncio.Lock()
+        self._turns = TenantTurns()
 
     async def refresh(self) -> None:
         """Learn of new models and workers. Raises BackendUnavailable."""
@@ -176,7 +188,7 @@ class Catalog:
             raise ModelNotReady(
                 "the model was published with files that cannot be used", retry_after_ms=5000
             ) from error
-        return ServedModel(card, codec, default_config(card))
+        return ServedModel(card, codec, default_config(card), self._turns)
 
 
 def default_config(card: ModelCard) -> pb.GenerationConfig:
@@ -195,9 +207,3 @@ def default_config(card: ModelCard) -> pb.GenerationConfig:
     if defaults.max_tokens is not None:
         config.max_tokens = defaults.max_tokens
     return config
-
-
-async def _beside(encode: Callable[[_T], list[int]], value: _T, num_chars: int) -> list[int]:
-    if num_chars <= _MAX_INLINE_CHARS:
-        return encode(value)
-    return await asyncio.to_thread(encode, value)

@@ -61,18 +61,20 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.TokenizeResponse:
-        check_model(current_caller(), check.check_model_name(request.model), reveal=self._reveal)
+        caller = current_caller()
+        check_model(caller, check.check_model_name(request.model), reveal=self._reveal)
         model = await self._catalog.get(request.model)
         if request.input.WhichOneof("input") == "token_ids":
             raise errors.InvalidRequest(
                 "token ids are tokenized already", reason="FIELD_INVALID", field="input.token_ids"
             )
-        return pb.TokenizeResponse(token_ids=await model.encode(request.input))
+        return pb.TokenizeResponse(token_ids=await model.encode(request.input, caller.tenant))
 
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.DetokenizeResponse:
-        check_model(current_caller(), check.check_model_name(request.model), reveal=self._reveal)
+        caller = current_caller()
+        check_model(caller, check.check_model_name(request.model), reveal=self._reveal)
         model = await self._catalog.get(request.model)
         if len(request.token_ids) > _MAX_DETOKENIZE_IDS:
             raise errors.InvalidRequest(
@@ -83,9 +85,8 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
                 got=len(request.token_ids),
             )
         check.check_token_ids(request.token_ids, model.card.vocab_size, "token_ids")
-        text = await asyncio.to_thread(
-            model.codec.decode, list(request.token_ids), keep_special_tokens=request.keep_special_tokens
-        )
+        ids, keep = list(request.token_ids), request.keep_special_tokens
+        text = await model.turns.run(caller.tenant, lambda: model.codec.decode(ids, keep_special_tokens=keep))
         return pb.DetokenizeResponse(text=text)
 
     async def _message(self, entry: ModelEntry) -> pb.Model:

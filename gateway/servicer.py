@@ -6,7 +6,7 @@ import hmac
 import random
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -22,6 +22,7 @@ from gateway import validation as check
 from gateway.admission import Admission
 from gateway.catalog import Catalog
 from gateway.identity.caller import Caller, current_caller
+from gateway.places import Places
 from gateway.progress import LogPosition
 from gateway.rights import check_model, priority_of
 from gateway.secret import SharedSecret
@@ -60,7 +61,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self._catalog = catalog
         self._settings = settings
         self._secret = secret
-        self._num_calls = 0
+        self._places = Places(settings.max_calls, settings.max_calls_per_tenant_share)
 
     async def Generate(  # noqa: N802 - the method's name in the contract
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
@@ -112,7 +113,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         position = LogPosition(request.after_sequence, request.chain_hash or None)
         if not request.after_sequence:
             position = LogPosition()
-        with self._one_more_call():
+        with self._place(caller):
             subscription = self._streams.listen(request.generation_id, caller.tenant)
             stream: EventStream | None = None
             held = True
@@ -180,7 +181,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[tuple[EventStream, pb.Accepted]]:
         """Queue a generation and listen to it; at the end let go of it, however the call ended."""
-        with self._one_more_call():
+        with self._place(caller):
             job, accepted = await self._job(request, caller, context.time_remaining())
             known = await self._known(request.model, job)
             subscription = self._streams.listen(known or accepted.generation_id, caller.tenant)
@@ -224,7 +225,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         check_model(caller, check.check_model_name(request.model), reveal=settings.reveal_models)
         priority = priority_of(request.priority, grants.priorities)
         model = await self._catalog.get(request.model)
-        prompt = await model.encode(request.input)
+        prompt = await model.encode(request.input, caller.tenant)
         card = model.card
         limits = check.ConfigLimits(
             card.context_tokens, card.vocab_size, settings.max_outputs, settings.max_stop_strings
@@ -352,32 +353,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         """Tell the caller at once that its generation exists: from here on the call can be resumed."""
         await context.send_initial_metadata(((GENERATION_ID_METADATA, generation_id),))
 
-    def _one_more_call(self) -> _CallCount:
-        if self._num_calls >= self._settings.max_calls:
-            raise errors.ResourceExhausted(
-                "this gateway serves as many calls as it may",
-                reason="GATEWAY_FULL",
-                metadata={"limit": str(self._settings.max_calls)},
-                retry_after_ms=random.randint(_RETRY_AFTER_MS, 3 * _RETRY_AFTER_MS),  # not all at the same moment
-            )
-        return _CallCount(self)
-
-    def count(self, change: int) -> None:
-        """Count calls in progress."""
-        self._num_calls += change
-
-
-class _CallCount:
-    """Counts a call while it lasts."""
-
-    def __init__(self, servicer: GenerationServicer) -> None:
-        self._servicer = servicer
-
-    def __enter__(self) -> None:
-        self._servicer.count(1)
-
-    def __exit__(self, *_: object) -> None:
-        self._servicer.count(-1)
+    def _place(self, caller: Caller) -> AbstractContextManager[None]:
+        """Count a call while it lasts. Raises ResourceExhausted."""
+        delay_ms = random.randint(_RETRY_AFTER_MS, 3 * _RETRY_AFTER_MS)  # not all come back at the same moment
+        return self._places.take(caller.tenant, retry_after_ms=delay_ms)
 
 
 def _note_accepted(enqueued: Enqueued, job: NewJob, accepted: pb.Accepted) -> None:

@@ -56,6 +56,13 @@ class GatewaySettings(BaseSettings):
     max_message_bytes: int = Field(default=4 * 1024 * 1024, gt=0, description="Largest request.")
     max_concurrent_streams: int = Field(default=256, gt=0, description="Most calls at a time on one connection.")
     max_calls: int = Field(default=4096, gt=0, description="Most generation calls at a time in this process.")
+    max_calls_per_tenant_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Most of these that one tenant has, of those that other tenants leave free; 1 where there is one "
+        "tenant only.",
+    )
     max_stop_strings: int = Field(default=16, ge=0, description="Most stop strings of one request.")
     max_outputs: int = Field(default=16, ge=1, description="Most outputs of one request.")
 
@@ -96,4 +103,12 @@ class GatewaySettings(BaseSettings):
         # The library either demands a client's certificate or does not ask for one, by port.
         if (self.client_certificates == "optional") != bool(self.mtls_address):
             raise ValueError("client_certificates=optional and mtls_address belong together")
+        # Nothing is encrypted at a socket's file, and nobody there shows a certificate.
+        need_one = ("mtls_address", *(("address", "admin_address") if self.client_certificates == "required" else ()))
+        for name in need_one:
+            if (address := getattr(self, name)).startswith("unix:"):
+                raise ValueError(
+                    f"{name}={address} is a socket without TLS, where no client shows a certificate: give host:port, "
+                    "or ask for certificates at mtls_address only (client_certificates=optional)"
+                )
         return self

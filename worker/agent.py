@@ -139,6 +139,7 @@ class Agent:
         return (
             self._settings.preempt
             and self._num_urgent > 0
+            and not self._claims.is_paused
             and time.monotonic() >= self._preempts_at
             and any(runner.may_give_way for runner in self._holdings.runners())
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import structlog
 
 from common.api_keys import ApiKeys
@@ -20,6 +22,13 @@ from gateway.identity.settings import IdentitySettings, ProxySettings
 
 log = structlog.get_logger()
 
+_WANTED: Final = {
+    "api_key": "an API key in `authorization: Bearer` or `x-api-key`",
+    "jwt": "a token in `authorization: Bearer`",
+    "certificate": "a client certificate",
+    "mesh": "a client certificate",  # that a trusted proxy forwards: which are trusted is nobody's business
+}
+
 
 def build_authenticator(
     settings: IdentitySettings, proxy_settings: ProxySettings, api_keys: ApiKeys, tenants: Tenants
@@ -30,15 +39,18 @@ def build_authenticator(
     grants = Grants(scopes=settings.default_scopes)
     peers = PeerNames()
     known: dict[str, CredentialMethod] = {"api_key": ApiKeyMethod(api_keys)}
-    if settings.jwt_issuer:
-        known["jwt"] = _jwt_method(settings)
+    tokens = _jwt_method(settings) if settings.jwt_issuer else None
+    if tokens is not None:
+        known["jwt"] = tokens
     if patterns:
         known["certificate"] = CertificateMethod(patterns, grants, peers, proxies)
     if patterns and proxies:
         known["mesh"] = ForwardedCertificateMethod(patterns, grants, peers, proxies)
     methods = {name: known[name] for name in settings.methods if name in known}
     log.info("identity.methods", methods=list(methods), strict=settings.strict)
-    return Authenticator(list(methods.values()), tenants, strict=settings.strict)
+    wanted = " or ".join(dict.fromkeys(_WANTED[name] for name in methods))
+    closing = tokens.aclose if tokens is not None else None
+    return Authenticator(list(methods.values()), tenants, strict=settings.strict, wanted=wanted, closing=closing)
 
 
 def check_identity(settings: IdentitySettings, proxy_settings: ProxySettings) -> None:
@@ -72,5 +84,6 @@ def _jwt_method(settings: IdentitySettings) -> JwtMethod:
         scopes_claim=settings.jwt_scopes_claim,
         models_claim=settings.jwt_models_claim,
         default_scopes=settings.default_scopes,
+        admin_scopes=settings.jwt_admin_scopes,
     )
     return JwtMethod(KeySet(source, times), rules)

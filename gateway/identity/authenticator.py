@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from common.errors import Unauthenticated
@@ -24,19 +24,36 @@ class CredentialMethod(Protocol):
 class Authenticator:
     """Turns calls into callers. `methods` are tried in order, and the first that finds its credential decides.
 
-    With `strict`, a call that bears two credentials in its metadata is refused, whatever they are worth.
+    With `strict`, a call that bears two credentials in its metadata is refused, whatever they are worth: values under
+    both names, or different ones under one. `wanted` says which credentials there are, for whoever brings none;
+    `closing` ends what the methods do in the background.
     """
 
-    def __init__(self, methods: Sequence[CredentialMethod], tenants: Tenants, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        methods: Sequence[CredentialMethod],
+        tenants: Tenants,
+        *,
+        strict: bool = False,
+        wanted: str = "",
+        closing: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._methods = methods
         self._tenants = tenants
         self._strict = strict
+        self._closing = closing
+        self._missing = f"credentials are required: {wanted}" if wanted else "credentials are required"
+
+    async def aclose(self) -> None:
+        """End what runs in the background; to be called when no calls are left."""
+        if self._closing is not None:
+            await self._closing()
 
     async def authenticate(self, call: CallInfo) -> Caller:
         """Return whose call this is. Raises Unauthenticated, and the errors of `Retry` when the store is away."""
-        bearer = bearer_of(call)
-        if self._strict and bearer and call.values("x-api-key"):
+        if self._strict and _num_credentials(call) > 1:
             raise Unauthenticated("the call bears two credentials; send one", reason="CREDENTIALS_AMBIGUOUS")
+        bearer = bearer_of(call)
         for method in self._methods:
             principal = await method.identify(call)
             if principal is not None:
@@ -51,6 +68,9 @@ class Authenticator:
                 )
         if bearer:
             raise Unauthenticated("the credentials are not valid")
-        raise Unauthenticated(
-            "an API key is required in `authorization: Bearer` or `x-api-key`", reason="CREDENTIALS_MISSING"
-        )
+        raise Unauthenticated(self._missing, reason="CREDENTIALS_MISSING")
+
+
+def _num_credentials(call: CallInfo) -> int:
+    """How many credentials a call's metadata bears; the same value twice under one name is one."""
+    return sum(len(set(call.values(name))) for name in ("authorization", "x-api-key"))

@@ -81,7 +81,8 @@ def _key(member: dict[str, Any]) -> VerificationKey | None:
 class KeySet:
     """Keys by id, from a blocking `fetch` that runs in a thread and raises FetchError.
 
-    Fetches are at least `refetch_s` apart, whoever asks for whatever. `monotonic` is the clock, in seconds.
+    Fetches are at least `refetch_s` apart, whoever asks for whatever. `monotonic` is the clock, in seconds. It owns the
+    task that fetches: `aclose` ends it.
     """
 
     def __init__(
@@ -94,6 +95,15 @@ class KeySet:
         self._fetched = float("-inf")
         self._asked = float("-inf")
         self._fetching: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def aclose(self) -> None:
+        """Fetch no more, and end a fetch that runs; its thread goes on to the fetch's own time-out."""
+        self._closed = True
+        fetching = self._fetching
+        if fetching is not None:
+            fetching.cancel()
+            await asyncio.wait([fetching])
 
     async def find(self, key_id: str) -> VerificationKey | None:
         """The key of an id; None if there is none, as far as one may ask just now.
@@ -113,7 +123,7 @@ class KeySet:
 
     def _refresh(self) -> None:
         now = self._monotonic()
-        if self._fetching is None and now - self._asked >= self._times.refetch_s:
+        if self._fetching is None and not self._closed and now - self._asked >= self._times.refetch_s:
             self._asked = now
             self._fetching = asyncio.create_task(self._load())
 

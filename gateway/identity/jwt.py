@@ -13,7 +13,7 @@ from jwt.exceptions import PyJWTError
 
 from common.api_keys import PREFIX
 from common.errors import Unauthenticated
-from common.grants import Grants, Scope
+from common.grants import ADMIN_SCOPES, Grants, Scope
 from gateway.identity.api_key import bearer_of
 from gateway.identity.caller import CallInfo, Principal
 from gateway.identity.jwks import MAX_KEY_ID_CHARS, KeySet
@@ -24,6 +24,7 @@ _MAX_CACHED: Final = 10_000
 _MAX_MODELS: Final = 64
 _MAX_MODEL_CHARS: Final = 128
 _SCOPES: Final = frozenset(scope.value for scope in Scope)
+_NO_ADMIN_SCOPES: Final = _SCOPES - frozenset(ADMIN_SCOPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class TokenRules:
     scopes_claim: str
     models_claim: str
     default_scopes: tuple[str, ...]
+    admin_scopes: bool = False  # whether a token's own may be administrative
 
 
 class _Refused(Exception):
@@ -52,6 +54,10 @@ class JwtMethod:
         self._rules = rules
         self._monotonic = monotonic
         self._cache: dict[bytes, tuple[float, Principal]] = {}  # digest -> good until, whose
+
+    async def aclose(self) -> None:
+        """Stop fetching keys."""
+        await self._keys.aclose()
 
     async def identify(self, call: CallInfo) -> Principal | None:
         """Return whose token the call bears, None if it bears none. Raises Unauthenticated, with one text."""
@@ -109,7 +115,8 @@ def principal_of(claims: dict[str, Any], rules: TokenRules) -> Principal:
     scopes = rules.default_scopes
     if rules.scopes_claim and rules.scopes_claim in claims:
         # Also where none of them is known: a token made for other things has no rights here.
-        scopes = tuple(scope for scope in dict.fromkeys(_words(claims[rules.scopes_claim])) if scope in _SCOPES)
+        allowed = _SCOPES if rules.admin_scopes else _NO_ADMIN_SCOPES
+        scopes = tuple(scope for scope in dict.fromkeys(_words(claims[rules.scopes_claim])) if scope in allowed)
     models: tuple[str, ...] = ()
     if rules.models_claim and rules.models_claim in claims:
         models = tuple(_words(claims[rules.models_claim]))

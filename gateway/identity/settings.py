@@ -44,7 +44,7 @@ class IdentitySettings(BaseSettings):
         description="Kinds of credentials in the order in which they are looked for, by commas: api_key, jwt, "
         "certificate, mesh. Those that are not set up are left out.",
     )
-    strict: bool = Field(default=False, description="Refuse a call that bears both a bearer token and x-api-key.")
+    strict: bool = Field(default=False, description="Refuse a call that bears two credentials, by one name or by two.")
     default_scopes: Annotated[tuple[str, ...], NoDecode] = Field(
         default=DATA_SCOPES, description="Scopes of certificates, and of tokens that name none, by commas."
     )
@@ -60,6 +60,10 @@ class IdentitySettings(BaseSettings):
     jwt_tenant_claim: str = Field(default="tenant", min_length=1, description="Claim that names the tenant.")
     jwt_scopes_claim: str = Field(
         default="scope", description="Claim with scopes, by spaces or as a list; empty: all have the default scopes."
+    )
+    jwt_admin_scopes: bool = Field(
+        default=False,
+        description="Whether admin.* scopes in a token count: its issuer then makes operators of this deployment.",
     )
     jwt_models_claim: str = Field(
         default="models", description="Claim with the models allowed, a list; tokens without it may use all."

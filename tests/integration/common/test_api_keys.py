@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import redis as redis_sync
 
-from common import keys
-from common.api_keys import CACHE_MS, ApiKeys, generate_key
+from common import api_keys, keys
+from common.api_keys import CACHE_MS, REFUSED_MS, ApiKeys, digest_of, generate_key
 from common.errors import ApiKeyNotFound, BackendRefused, InvalidRequest, Unauthenticated
 from tests.builders_common import FlakyRedis
 
@@ -97,6 +97,51 @@ async def test_a_cached_key_costs_no_command(
     for _ in range(50):
         await gateway.verify(created.secret)
     assert superuser.info("stats")["total_commands_processed"] - before <= 1  # the INFO itself
+
+
+async def test_a_false_key_costs_two_commands_a_second(
+    gateway: ApiKeys, superuser: redis_sync.Redis, clock: Clock
+) -> None:
+    false_key, _ = generate_key()
+
+    async def commands(tries: int) -> int:
+        before = superuser.info("stats")["total_commands_processed"]  # type: ignore[index]
+        for _ in range(tries):
+            with pytest.raises(Unauthenticated):
+                await gateway.verify(false_key)
+        return superuser.info("stats")["total_commands_processed"] - before - 1  # type: ignore[index,no-any-return]
+
+    with pytest.raises(Unauthenticated):
+        await gateway.verify(generate_key()[0])  # opens the connections
+    assert await commands(50) == 2
+    clock.now_ms += REFUSED_MS
+    assert await commands(50) == 2
+
+
+async def test_a_key_that_was_refused_is_accepted_a_second_after_it_became_good(
+    admin: ApiKeys, gateway: ApiKeys, superuser: redis_sync.Redis, clock: Clock
+) -> None:
+    created = await admin.create("acme", "laptop")
+    record = keys.api_key(created.api_key.key_id)
+    digest = superuser.hget(record, "digest")
+    superuser.hdel(record, "digest")
+    with pytest.raises(Unauthenticated):
+        await gateway.verify(created.secret)
+    superuser.hset(record, "digest", digest)  # type: ignore[arg-type]
+    clock.now_ms += REFUSED_MS - 1
+    with pytest.raises(Unauthenticated):
+        await gateway.verify(created.secret)
+    clock.now_ms += 1
+    assert (await gateway.verify(created.secret)) == created.api_key
+
+
+async def test_refusals_that_are_remembered_are_bounded(gateway: ApiKeys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_keys, "_MAX_CACHED", 3)
+    refused = [generate_key()[0] for _ in range(5)]
+    for key in refused:
+        with pytest.raises(Unauthenticated):
+            await gateway.verify(key)
+    assert list(gateway._refused) == [digest_of(key) for key in refused[2:]]
 
 
 async def test_keys_are_listed_by_tenant_and_revoked_once(admin: ApiKeys) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from common import records
 from common.errors import SealBroken
@@ -159,10 +160,53 @@ def test_keys_are_read_again_when_their_file_changes(tmp_path: Path) -> None:
     assert keys.keys().active_id == "two"
 
 
+def test_a_broken_file_of_keys_is_logged_once_a_change_without_a_word_of_it(tmp_path: Path) -> None:
+    path, now = tmp_path / "keys", [0.0]
+
+    def look() -> list[dict[str, object]]:
+        now[0] += 6
+        with capture_logs() as lines:
+            assert keys.keys().active_id == "one"
+        return [{name: line[name] for name in ("event", "error") if name in line} for line in lines]
+
+    path.write_text(key_line("one", OLD))
+    keys = KeyFile(path, lambda: now[0])
+    path.write_text(key_line("one", OLD) + "two c2VjcmV0\n")
+    wrong = "the key in line 2 of the encryption keys is not 32 bytes in base64"
+    assert look() == [{"event": "encryption.keys_refused", "error": wrong}]
+    assert look() == []
+    path.write_bytes(b"one \xff\xfe")
+    assert look() == [
+        {"event": "encryption.keys_refused", "error": "the file of encryption keys is not a text in UTF-8"}
+    ]
+    path.unlink()
+    assert look() == [{"event": "encryption.keys_refused", "error": "No such file or directory"}]
+    assert look() == []
+    path.write_text(key_line("one", OLD) + key_line("two", NEW))
+    assert look() == [{"event": "encryption.keys_loaded"}]
+    path.unlink()
+    assert look() == [{"event": "encryption.keys_refused", "error": "No such file or directory"}]
+
+
+def test_a_sealer_that_does_not_seal_opens_what_others_sealed(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(key_line("new", NEW))
+    reader = Sealer.from_settings(EncryptionSettings(keys_file=path, seal=False, accept_plaintext=True))
+    assert not reader.seals
+    assert reader.of("a", "g1").seal(TEXT, b"body") == TEXT
+    assert reader.of("a", "g1").open(SEALER.of("a", "g1").seal(TEXT, b"body"), b"body") == TEXT
+    assert reader.of("a", "g1").open(TEXT, b"body") == TEXT
+
+
+def test_a_process_that_could_not_read_what_it_writes_does_not_start(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="accept_plaintext=true"):
+        EncryptionSettings(keys_file=tmp_path / "keys", seal=False)
+
+
 def test_settings_that_name_no_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="TORCHRELAY_ENCRYPTION_KEYS_FILE"):
         Sealer.from_settings(EncryptionSettings(keys_file=tmp_path / "none"))
-    assert not Sealer.from_settings(EncryptionSettings()).is_on
+    assert not Sealer.from_settings(EncryptionSettings()).seals
     path = tmp_path / "keys"
     path.write_text(key_line("one", OLD))
-    assert Sealer.from_settings(EncryptionSettings(keys_file=path)).is_on
+    assert Sealer.from_settings(EncryptionSettings(keys_file=path)).seals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -175,3 +176,25 @@ async def test_many_empty_messages_are_not_rendered_on_the_event_loop(
         await model.encode(chat(*["x"] * number))
     here = threading.get_ident()
     assert [thread == here for thread in threads] == [True, False]
+
+
+async def test_long_texts_of_one_tenant_wait_for_each_other_and_hold_up_no_other(model: ServedModel) -> None:
+    go_on = threading.Event()
+
+    class Slow:
+        """A codec whose work takes until it is let go, unless it is asked for a short while."""
+
+        has_chat_template = True
+
+        def encode_text(self, text: str) -> list[int]:
+            if text[0] == "s":
+                go_on.wait(20)
+            return [1]
+
+    slow = replace(model, codec=cast("TextCodec", Slow()))
+    flood = [asyncio.create_task(slow.encode(pb.GenerationInput(text="s" * 3000), "a")) for _ in range(100)]
+    try:
+        assert await asyncio.wait_for(slow.encode(pb.GenerationInput(text="x" * 3000), "b"), 10) == [1]
+    finally:
+        go_on.set()
+        await asyncio.gather(*flood)

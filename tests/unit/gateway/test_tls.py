@@ -127,9 +127,20 @@ def test_a_directory_that_is_swapped_whole_is_noticed(tmp_path: Path) -> None:
             },
             "mtls_address belong together",
         ),
+        *(
+            (
+                {"tls_cert_file": "x", "tls_key_file": "y", "tls_client_ca_file": "z", **fields},
+                f"{name}=unix:/run/relay.sock is a socket without TLS",
+            )
+            for name, fields in {
+                "address": {"client_certificates": "required", "address": "unix:/run/relay.sock"},
+                "admin_address": {"client_certificates": "required", "admin_address": "unix:/run/relay.sock"},
+                "mtls_address": {"client_certificates": "optional", "mtls_address": "unix:/run/relay.sock"},
+            }.items()
+        ),
         ({"mtls_address": "127.0.0.1:1"}, "mtls_address belong together"),
     ],
-    ids=range(6),
+    ids=range(9),
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -82,6 +82,7 @@ class Claims:
     released: list[str] = field(default_factory=list)
     swallows: bool = False  # the first cancellation of a blocking wait, as the Redis client can
     held: int = 0
+    is_paused: bool = False
 
     async def wait_bell(self) -> None:
         while not self.jobs:
@@ -255,6 +256,12 @@ async def test_where_nobody_may_give_way_nothing_is_asked(fields: dict[str, Any]
     claims = Crowded(jobs=[make_claimed(name, **fields) for name in "ab"])
     await run_crowded(claims)
     assert claims.asked == 0
+
+
+async def test_nothing_gives_way_while_the_worker_may_not_claim() -> None:
+    claims = Crowded(jobs=list(LOW), is_paused=True)
+    await run_crowded(claims)
+    assert (claims.preempted, claims.asked) == ([], 0)
 
 
 async def test_preemption_can_be_switched_off() -> None:

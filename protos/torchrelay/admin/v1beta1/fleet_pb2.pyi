@@ -70,6 +70,10 @@ class _DeadLetterOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dea
     """The model's queue is full: try again later."""
     DEAD_LETTER_OUTCOME_TENANT_FULL: _DeadLetterOutcome.ValueType  # 5
     """The tenant's share of the queue is full, or it has too many generations in flight: try again later."""
+    DEAD_LETTER_OUTCOME_UNREADABLE: _DeadLetterOutcome.ValueType  # 6
+    """What is stored of it does not open: its encryption key is not configured, or it was changed. It stays a dead
+    letter.
+    """
 
 class DeadLetterOutcome(_DeadLetterOutcome, metaclass=_DeadLetterOutcomeEnumTypeWrapper):
     """What became of one dead letter."""
@@ -88,6 +92,10 @@ DEAD_LETTER_OUTCOME_QUEUE_FULL: DeadLetterOutcome.ValueType  # 4
 """The model's queue is full: try again later."""
 DEAD_LETTER_OUTCOME_TENANT_FULL: DeadLetterOutcome.ValueType  # 5
 """The tenant's share of the queue is full, or it has too many generations in flight: try again later."""
+DEAD_LETTER_OUTCOME_UNREADABLE: DeadLetterOutcome.ValueType  # 6
+"""What is stored of it does not open: its encryption key is not configured, or it was changed. It stays a dead
+letter.
+"""
 Global___DeadLetterOutcome: _TypeAlias = DeadLetterOutcome  # noqa: Y015
 
 @_typing.final

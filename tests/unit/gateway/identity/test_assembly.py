@@ -62,6 +62,28 @@ async def test_certificates_name_tenants_where_patterns_are_set() -> None:
         assert raised.value.reason == "CREDENTIALS_MISSING"
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "credentials are required: an API key in `authorization: Bearer` or `x-api-key`"),
+        (
+            {"methods": "certificate,mesh", "certificate_tenants": PATTERN},
+            "credentials are required: a client certificate",
+        ),
+        (
+            {"methods": "jwt,api_key", "jwt_issuer": "https://issuer.example", "jwt_audience": "x"},
+            "credentials are required: a token in `authorization: Bearer` or an API key in `authorization: Bearer` or "
+            "`x-api-key`",
+        ),
+    ],
+    ids=["keys", "certificates", "tokens"],
+)
+async def test_who_brings_nothing_is_told_what_counts_here(settings: dict[str, str], text: str) -> None:
+    with pytest.raises(Unauthenticated) as raised:
+        await tenant_of(CallInfo([], "ipv4:192.0.2.1:1"), **settings)
+    assert (raised.value.reason, raised.value.message) == ("CREDENTIALS_MISSING", text)
+
+
 async def test_the_order_is_the_operator_s() -> None:
     with pytest.raises(Unauthenticated, match="not valid"):
         await tenant_of(proxied(key=True), certificate_tenants=PATTERN)

@@ -73,3 +73,17 @@ async def test_two_credentials_are_ambiguous_only_where_that_is_asked_for() -> N
     with pytest.raises(Unauthenticated) as raised:
         await authenticator(Method("first"), strict=True).authenticate(call)
     assert raised.value.reason == "CREDENTIALS_AMBIGUOUS"
+
+
+@pytest.mark.parametrize("name", ["authorization", "x-api-key"])
+async def test_two_values_of_one_name_are_ambiguous_too_unless_they_are_the_same(name: str) -> None:
+    values = ("Bearer a.b.c", "Bearer a.b.d")
+    own = [("first", "acme")]
+    twice: list[tuple[str, str | bytes]] = [*((name, value) for value in values), *own]
+    strict, lax = authenticator(Method("first"), strict=True), authenticator(Method("first"))
+    with pytest.raises(Unauthenticated) as raised:
+        await strict.authenticate(CallInfo(twice))
+    assert raised.value.reason == "CREDENTIALS_AMBIGUOUS"
+    assert (await lax.authenticate(CallInfo(twice))).tenant == "acme"
+    same: list[tuple[str, str | bytes]] = [(name, values[0]), (name, values[0]), *own]
+    assert (await strict.authenticate(CallInfo(same))).tenant == "acme"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,28 @@ async def test_keys_are_fetched_once_for_all_who_ask_at_the_same_time() -> None:
     found = await asyncio.gather(*(keys.find(key_id) for key_id in ("rsa", "ec", "ed") * 20))
     assert all(key is not None for key in found)
     assert source.num_fetches == 1
+
+
+async def test_a_fetch_that_runs_ends_with_its_owner_and_none_begins_afterwards() -> None:
+    go_on = threading.Event()
+    began = threading.Event()
+
+    def hanging() -> Any:
+        began.set()
+        go_on.wait(20)
+        return ISSUING.key_set()
+
+    keys = KeySet(hanging, TIMES)
+    asking = asyncio.create_task(keys.find("ec"))
+    await asyncio.to_thread(began.wait, 20)
+    asking.cancel()  # the fetch goes on, for whoever else asks
+    await asyncio.wait([asking])
+    assert len(asyncio.all_tasks()) == 2
+    await keys.aclose()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert await keys.find("ec") is None
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    go_on.set()
 
 
 async def test_unknown_ids_cause_at_most_one_fetch_in_30_seconds() -> None:

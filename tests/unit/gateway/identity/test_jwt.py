@@ -69,7 +69,8 @@ async def test_other_credentials_are_left_to_others(metadata: list[tuple[str, st
     ("claims", "scopes", "models"),
     [
         ({"scope": "generate openid generate tasks"}, ("generate", "tasks"), ()),
-        ({"scope": ["batch", "admin.usage"]}, ("batch", "admin.usage"), ()),
+        ({"scope": ["batch", "admin.usage"]}, ("batch",), ()),
+        ({"scope": "admin.keys"}, (), ()),
         ({"scope": "openid profile"}, (), ()),
         ({"scope": ""}, (), ()),
         ({"models": ["tiny", "llama-*"]}, DATA_SCOPES, ("tiny", "llama-*")),
@@ -81,6 +82,14 @@ async def test_claims_become_rights(claims: dict[str, Any], scopes: tuple[str, .
     principal = await method().identify(call(ISSUING.token(**claims)))
     assert principal is not None
     assert (principal.grants.scopes, principal.grants.models) == (scopes, models)
+
+
+async def test_a_token_makes_operators_only_where_that_is_set() -> None:
+    token = ISSUING.token(scope="generate admin.keys admin.fleet")
+    for allowed, scopes in ((False, ("generate",)), (True, ("generate", "admin.keys", "admin.fleet"))):
+        principal = await method(changed(admin_scopes=allowed)).identify(call(token))
+        assert principal is not None
+        assert principal.grants.scopes == scopes
 
 
 async def test_which_claims_count_is_set() -> None:

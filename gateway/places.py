@@ -1,0 +1,61 @@
+"""Places for calls in one process, of which no tenant takes all. Pure.
+
+The rule is that of dynamic thresholds for shared buffers (Choudhury and Hahne, 1998): a tenant may have at most a share
+of what the others leave free. Alone it comes to that share of all places; n tenants that want as many as they can get
+come to equal parts, and with a share of a half to 1/(n+1) each, so that one part is left for whoever comes next.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from common.errors import ResourceExhausted
+
+FEW: Final = 4  # that a tenant may always have, while any are free
+
+
+class Places:
+    """At most `num_places` in all, and of a tenant at most `share` of those that the others leave free."""
+
+    def __init__(self, num_places: int, share: float) -> None:
+        self._num_places = num_places
+        self._share = share
+        self._of_tenant: Counter[str] = Counter()
+        self._num_taken = 0
+
+    @property
+    def num_taken(self) -> int:
+        """Places that are taken now, by all tenants."""
+        return self._num_taken
+
+    def limit_of(self, tenant: str) -> int:
+        """How many places the tenant may have now; those that it has beyond that it keeps."""
+        left = self._num_places - (self._num_taken - self._of_tenant[tenant])
+        return min(left, max(FEW, int(left * self._share)))
+
+    @contextmanager
+    def take(self, tenant: str, *, retry_after_ms: int) -> Iterator[None]:
+        """Hold a place. Raises ResourceExhausted with the reason GATEWAY_FULL."""
+        limit = self.limit_of(tenant)
+        if self._of_tenant[tenant] >= limit:
+            is_full = self._num_taken >= self._num_places
+            raise ResourceExhausted(
+                "this gateway serves as many calls as it may"
+                if is_full
+                else f"the tenant has its share of this gateway's calls, {limit} at present",
+                reason="GATEWAY_FULL",
+                metadata={"limit": str(self._num_places), "tenant_limit": str(limit)},
+                retry_after_ms=retry_after_ms,
+            )
+        self._of_tenant[tenant] += 1
+        self._num_taken += 1
+        try:
+            yield
+        finally:
+            self._num_taken -= 1
+            self._of_tenant[tenant] -= 1
+            if not self._of_tenant[tenant]:
+                del self._of_tenant[tenant]

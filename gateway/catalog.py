@@ -21,13 +21,11 @@ from common.registry import (
     ModelRegistry,
 )
 from gateway import validation as check
-from gateway.tokenization import TemplateError, TextCodec
+from gateway.tokenization import MAX_INLINE_CHARS, TemplateError, TextCodec
 from torchrelay.v1 import generation_pb2 as pb
 
 _T = TypeVar("_T")
 
-# A longer text is tokenized beside the event loop, since it would hold up every other call.
-_MAX_INLINE_CHARS = 2048
 _CHARS_PER_MESSAGE = 32  # what a message costs besides its text, in characters
 # No tokenizer makes less than one token of so many characters of ordinary text; a longer one cannot fit the context.
 _MAX_CHARS_PER_TOKEN = 64
@@ -72,6 +70,9 @@ class ServedModel:
         num_chars = sum(len(message.content) for message in messages)
         self._check_length(num_chars)
         try:
+            # What comes with a model is not trusted with the event loop before it has shown what it takes.
+            if not self.codec.is_quick:
+                return await asyncio.to_thread(self.codec.encode_chat, messages)
             return await _beside(self.codec.encode_chat, messages, num_chars + _CHARS_PER_MESSAGE * len(messages))
         except TemplateError as error:
             raise InvalidRequest(
@@ -198,6 +199,6 @@ def default_config(card: ModelCard) -> pb.GenerationConfig:
 
 
 async def _beside(encode: Callable[[_T], list[int]], value: _T, num_chars: int) -> list[int]:
-    if num_chars <= _MAX_INLINE_CHARS:
+    if num_chars <= MAX_INLINE_CHARS:
         return encode(value)
     return await asyncio.to_thread(encode, value)

@@ -27,15 +27,19 @@ $(VENV)/.locked: $(VENV)/.venv-made requirements.lock
 	$(PIP) $(LOCKED) -r requirements.lock
 	touch $@
 
-# PyTorch's index of CPU wheels is another than the one whose hashes are in the locks: there its exact version must do. What torch
-# needs stands in requirements.lock; what it needs for GPUs in requirements-cuda.lock, with itself. Where the CPU index cannot be
-# reached, the default index gives what it has.
+# PyTorch's index of CPU wheels is another than the one whose hashes are in the locks, and its files' hashes are not among them: there
+# its exact version, over TLS, must do. What torch needs stands in requirements.lock; what it needs for GPUs in requirements-cuda.lock,
+# with itself. Where the CPU index cannot be reached, in this order: a wheel in a folder that pip is set up with (find-links); the
+# hashed lock, gigabytes on Linux; that version alone, without a hash, from wherever pip is set up to look.
 $(VENV)/.torch: $(VENV)/.locked requirements-cuda.lock
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
 		$(PIP) $(LOCKED) -r requirements-cuda.lock; \
 	else \
 		$(PIP) install -q --timeout 5 --retries 0 --no-deps --index-url '$(TORCH_CPU_INDEX)' 'torch==$(TORCH_VERSION)' 2>/dev/null \
-		|| $(PIP) install -q 'torch==$(TORCH_VERSION)'; \
+		|| $(PIP) install -q --no-deps --only-binary :all: --no-index 'torch==$(TORCH_VERSION)' 2>/dev/null \
+		|| $(PIP) $(LOCKED) -r requirements-cuda.lock \
+		|| { echo 'No file of torch has a hash of requirements-cuda.lock; taking $(TORCH_VERSION) without one.'; \
+			$(PIP) install -q --no-deps --only-binary :all: 'torch==$(TORCH_VERSION)'; }; \
 	fi
 	touch $@
 

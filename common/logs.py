@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import threading
 import traceback
 from collections.abc import MutableMapping
 from enum import StrEnum
@@ -15,6 +17,7 @@ from common.log_sink import LineSink, writer_of
 
 _OWN_PACKAGES: Final = ("common", "gateway", "worker", "torchrelay")
 _TENSOR_LIBRARIES: Final = ("torch", "triton")
+_AFTER_MESSAGE: Final = re.compile(r"[<(\n]")
 
 
 class LogFormat(StrEnum):
@@ -60,6 +63,16 @@ def name_exception(_logger: Any, _method: str, event: MutableMapping[str, Any]) 
     return event
 
 
+def cut_foreign_message(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Keep of asyncio's own messages what happened, not the objects: it writes exceptions and tasks out, text and all.
+
+    `Task exception was never retrieved\\nfuture: <Task ... exception=ValueError('what a caller wrote')>` is one.
+    """
+    if str(event.get("logger", "")).partition(".")[0] == "asyncio":
+        event["event"] = _AFTER_MESSAGE.split(str(event.get("event", "")), maxsplit=1)[0].strip()
+    return event
+
+
 def describe_exception(error: BaseException) -> str:
     """The name of an exception, with its text if that can only come from us, the machine or the tensor library."""
     trace = traceback.extract_tb(error.__traceback__, limit=-1)
@@ -84,6 +97,35 @@ def log_uncaught(kind: type[BaseException], error: BaseException, trace: Any) ->
         sys.__excepthook__(kind, error, trace)
         return
     structlog.get_logger().critical("process.crashed", exc_info=error.with_traceback(trace))
+
+
+def log_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """As threading.excepthook: what ends a thread is named like everything else."""
+    if failure.exc_type is SystemExit:
+        return
+    name = failure.thread.name if failure.thread is not None else ""
+    structlog.get_logger().error("thread.crashed", thread=name, exc_info=_raised(failure))
+
+
+def log_unraisable(failure: sys.UnraisableHookArgs) -> None:
+    """As sys.unraisablehook: what is raised where nothing can be, such as in a finalizer.
+
+    The object that it happened in is not shown, since it may hold what a caller wrote.
+    """
+    kind = type(failure.object).__qualname__
+    structlog.get_logger().error("exception.unraisable", object=kind, exc_info=_raised(failure))
+
+
+def _raised(failure: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> BaseException:
+    error = failure.exc_value or failure.exc_type()
+    return error.with_traceback(failure.exc_traceback)
+
+
+def set_hooks() -> None:
+    """Name every exception that nobody catches in the log, instead of printing it with its text."""
+    sys.excepthook = log_uncaught
+    sys.unraisablehook = log_unraisable
+    threading.excepthook = log_thread_failure
 
 
 def set_up_logs(level: str = "INFO", log_format: LogFormat = LogFormat.AUTO, stream: TextIO | None = None) -> None:
@@ -112,7 +154,7 @@ def set_up_logs(level: str = "INFO", log_format: LogFormat = LogFormat.AUTO, str
     handler = _handler(target)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, cut_foreign_message, *shared],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )

@@ -12,7 +12,7 @@ import structlog
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from common.logs import log_uncaught, set_up_logs
+from common.logs import set_hooks, set_up_logs
 from common.sealing import EncryptionSettings
 from common.settings import LogSettings, QueueSettings, RedisSettings, describe_errors, unknown_variables
 
@@ -37,7 +37,7 @@ def read_settings(read: Callable[[], _T], *own: type[BaseSettings]) -> _T:
     try:
         log_settings = LogSettings()
         set_up_logs(log_settings.level, log_settings.format)
-        sys.excepthook = log_uncaught
+        set_hooks()
         if not log_settings.core_dumps:
             _leave_no_core()
         settings = read()

@@ -21,14 +21,12 @@ from common.registry import (
     ModelRegistry,
 )
 from gateway import validation as check
-from gateway.tokenization import TemplateError, TextCodec
+from gateway.tokenization import MAX_INLINE_CHARS, TemplateError, TextCodec
 from gateway.turns import TenantTurns
 from torchrelay.v1 import generation_pb2 as pb
 
 _T = TypeVar("_T")
 
-# A longer text is tokenized beside the event loop, since it would hold up every other call.
-_MAX_INLINE_CHARS = 2048
 _CHARS_PER_MESSAGE = 32  # what a message costs besides its text, in characters
 # No tokenizer makes less than one token of so many characters of ordinary text; a longer one cannot fit the context.
 _MAX_CHARS_PER_TOKEN = 64
@@ -77,6 +75,9 @@ class ServedModel:
         num_chars = sum(len(message.content) for message in messages)
         self._check_length(num_chars)
         try:
+            # What comes with a model is not trusted with the event loop before it has shown what it takes.
+            if not self.codec.is_quick:
+                return await self.turns.run(tenant, lambda: self.codec.encode_chat(messages))
             size = num_chars + _CHARS_PER_MESSAGE * len(messages)
             return await self._beside(tenant, self.codec.encode_chat, messages, size)
         except TemplateError as error:
@@ -85,7 +86,7 @@ class ServedModel:
             ) from error
 
     async def _beside(self, tenant: str, encode: Callable[[_T], list[int]], value: _T, num_chars: int) -> list[int]:
-        if num_chars <= _MAX_INLINE_CHARS:
+        if num_chars <= MAX_INLINE_CHARS:
             return encode(value)
         return await self.turns.run(tenant, lambda: encode(value))
 

@@ -18,7 +18,11 @@ def gateway(
     reflection: Annotated[bool | None, typer.Option("--reflection/--no-reflection", help="gRPC reflection.")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Allow plaintext beyond loopback.")] = None,
 ) -> None:
-    """Run one gateway. Everything else is set by TORCHRELAY_GATEWAY_*, _REDIS_*, _QUEUE_* and _LOG_* variables."""
+    """Run one gateway.
+
+    Everything else is set by TORCHRELAY_GATEWAY_*, _AUTH_*, _REDIS_*, _QUEUE_*, _ENCRYPTION_* and _LOG_* variables and
+    TORCHRELAY_TRUSTED_PROXIES.
+    """
     given = {
         "TORCHRELAY_GATEWAY_ADDRESS": address,
         "TORCHRELAY_GATEWAY_ADMIN_ADDRESS": admin_address,

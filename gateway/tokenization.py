@@ -21,9 +21,15 @@ import jinja2.parser
 from tokenizers import Tokenizer
 
 from common.registry import MAX_TEMPLATE_BYTES
-from gateway.template_budget import Budget, BudgetedEnvironment, budget_of, spending
+from gateway.template_budget import BudgetedEnvironment
+from gateway.template_units import Budget, budget_of, spending
 
 _COMPILE_UNITS = 100_000_000  # constant expressions are computed then
+_QUICK_UNITS = 500_000  # of a rendering: some milliseconds, at most some twenty
+
+
+# A longer text is tokenized beside the event loop, since it would hold up every other call.
+MAX_INLINE_CHARS = 2048
 
 
 class TemplateError(Exception):
@@ -39,7 +45,7 @@ class Message:
 
 
 class TextCodec:
-    """Tokenizer and chat template of one model revision. Thread-safe: it is never changed after construction."""
+    """Tokenizer and chat template of one model revision. Thread-safe: only what renderings took is noted."""
 
     def __init__(
         self, tokenizer_json: bytes, chat_template: str | None, special_tokens: dict[str, str] | None = None
@@ -67,12 +73,18 @@ class TextCodec:
         self._special_tokens = dict(special_tokens or {})
         self._template: jinja2.Template | None = None
         self._num_nodes = 0
+        self._most_units: int | None = None  # of one rendering
         if chat_template:
             self._template, self._num_nodes = _compile(chat_template)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the chat template has rendered conversations, each in a few milliseconds."""
+        return self._most_units is not None and self._most_units <= _QUICK_UNITS
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text, control tokens in it as plain text, with what the tokenizer adds around a text."""
@@ -113,8 +125,9 @@ class TextCodec:
 
     def _render(self, messages: Sequence[Message]) -> str:
         assert self._template is not None
+        budget = budget_of(sum(len(m.content) for m in messages), len(messages), self._num_nodes)
         try:
-            with spending(budget_of(sum(len(m.content) for m in messages), len(messages), self._num_nodes)):
+            with spending(budget):
                 return self._template.render(
                     messages=[{"role": m.role, "content": m.content} for m in messages],
                     tools=None,  # templates tell "none" from "undefined"
@@ -135,6 +148,12 @@ class TextCodec:
         ) as error:
             # A template may trip over a conversation that its author did not foresee.
             raise TemplateError("the model's chat template does not accept this conversation") from error
+        finally:
+            self._note(budget, sum(len(m.content) for m in messages))
+
+    def _note(self, budget: Budget, num_chars: int) -> None:
+        if num_chars <= MAX_INLINE_CHARS:  # of others, nobody asks whether they are quick
+            self._most_units = max(self._most_units or 0, budget.spent)
 
 
 class _Shield:

@@ -226,9 +226,13 @@ class System:
         return AsyncClient(address, api_key=key or self.key, insecure=True, **options)
 
     async def ready(self, *models: str, num_workers: int = 1) -> None:
-        """Wait until the first gateway answers and each model has its workers. Raises AssertionError with the logs."""
+        """Wait until every gateway that runs knows the models with their workers. Raises AssertionError with the logs."""
         end = time.monotonic() + START_S
-        gateway = self.gateways[0]
+        for gateway in self.gateways:
+            if gateway.process is not None:
+                await self._ready(gateway, models, num_workers, end)
+
+    async def _ready(self, gateway: Gateway, models: tuple[str, ...], num_workers: int, end: float) -> None:
         async with self.client(gateway) as client:
             while True:
                 with contextlib.suppress(grpc.aio.AioRpcError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeAlias, cast
 
@@ -21,6 +20,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import error_details_pb2
 
 from common.errors import ClientTooSlow, InvalidRequest, ServingError
+from common.logs import frames_of
 from gateway.audit import Audit
 from gateway.identity.caller import CALLER, Caller, CallInfo
 from gateway.status import DOMAIN, GenerationEndedError, code_of, status_of, to_status
@@ -199,7 +199,6 @@ async def _abort(error: BaseException, context: Context, method: str) -> None:
         raise error  # KeyboardInterrupt, SystemExit
     incident = secrets.token_hex(8)
     # Where, not what: the text of an exception may hold what a caller wrote.
-    frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-    log.error("call.failed", method=method, incident=incident, error=type(error).__name__, frames=frames)
+    log.error("call.failed", method=method, incident=incident, error=type(error).__name__, frames=frames_of(error))
     info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"incident": incident})
     await context.abort_with_status(to_status(grpc.StatusCode.INTERNAL, f"internal error {incident}", [info]))

@@ -170,6 +170,8 @@ def check_config_file(folder: Path) -> dict[str, Any]:
     if "model_type" not in config:
         _refuse_gguf(folder)
         raise ModelError(f"{folder} has no config.json with a model_type, so it is not a transformers model")
+    if not isinstance(config["model_type"], str):
+        raise ModelError(f"{folder / 'config.json'}: model_type is not a text")
     has_own = config["model_type"] in CONFIG_MAPPING
     model_dir.refuse_remote_code(folder / "config.json", config, has_own=has_own)
     model_dir.refuse_other_files(folder / "config.json", config)
@@ -241,7 +243,14 @@ def _token_text(folder: Path, name: str, token: object) -> str:
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
         raise ModelError(f"{folder}: {name} of the tokenizer's configuration is not a text")
+    if not _is_unicode(text):
+        raise ModelError(f"{folder}: {name} of the tokenizer's configuration holds half a character (a lone surrogate)")
     return text
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can write halves of a surrogate pair, which no encoding takes."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -255,12 +264,14 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     else:
         template = read_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if template is None:
         return None
     if not isinstance(template, str):
         raise ModelError(f"{folder}: the chat template is not a text")
+    if not _is_unicode(template):
+        raise ModelError(f"{folder}: the chat template holds half a character (a lone surrogate)")
     if len(template.encode()) > MAX_TEMPLATE_BYTES:
         raise ModelError(f"{folder}: the chat template has over {MAX_TEMPLATE_BYTES} bytes")
     return template

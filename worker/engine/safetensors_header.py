@@ -104,8 +104,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Readers differ in which of two entries of a name they take."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise HeaderError(f"its header names {next(n for n in names if names.count(n) > 1)!r} twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise HeaderError(f"its header names {name!r:.200} twice")
+            seen.add(name)
     return value
 
 

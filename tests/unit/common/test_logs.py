@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import asyncio
+import gc
 import io
 import json
 import logging
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any
 
 import pytest
 import structlog
 import torch
 
 from common.errors import InvalidRequest
-from common.logs import LogFormat, describe_exception, log_uncaught, set_up_logs
+from common.logs import LogFormat, describe_exception, log_uncaught, set_hooks, set_up_logs
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +87,103 @@ def test_what_ends_the_process_is_named_too() -> None:
     line = json.loads(stream.getvalue())
     assert (line["event"], line["error"]) == ("process.crashed", "KeyError")
     assert "wrote" not in stream.getvalue()
+
+
+CANARY = "what a caller wrote"
+
+
+@pytest.fixture
+def hooks() -> Iterator[None]:
+    before = sys.excepthook, sys.unraisablehook, threading.excepthook
+    set_hooks()
+    yield
+    sys.excepthook, sys.unraisablehook, threading.excepthook = before
+
+
+def fail() -> None:
+    raise ValueError(CANARY)
+
+
+async def leave_a_task() -> None:
+    async def failing() -> None:
+        fail()
+
+    task = asyncio.create_task(failing(), name=CANARY)
+    await asyncio.wait([task])
+    del task
+    gc.collect()
+
+
+async def fail_in_a_callback() -> None:
+    loop = asyncio.get_running_loop()
+    loop.call_soon(lambda _: fail(), CANARY)
+    loop.call_exception_handler({"message": f"Unhandled (({CANARY}))", "exception": ValueError(CANARY)})
+    await asyncio.sleep(0)
+
+
+async def leave_a_generator() -> None:
+    async def failing() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            fail()
+
+    generator = failing()
+    await anext(generator)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+@pytest.mark.parametrize("log_format", [LogFormat.JSON, LogFormat.TEXT])
+@pytest.mark.parametrize("program", [leave_a_task, fail_in_a_callback, leave_a_generator])
+def test_what_asyncio_says_of_an_exception_nobody_awaits_holds_no_text(
+    program: Callable[[], Coroutine[Any, Any, None]], log_format: LogFormat
+) -> None:
+    stream = io.StringIO()
+    set_up_logs("DEBUG", log_format, stream)
+    asyncio.run(program())
+    written = stream.getvalue()
+    assert CANARY not in written
+    assert "ValueError" in written
+    assert "test_logs.py" in written or program is fail_in_a_callback
+
+
+def test_what_asyncio_says_without_an_object_is_kept() -> None:
+    stream = io.StringIO()
+    set_up_logs("DEBUG", LogFormat.JSON, stream)
+    logging.getLogger("asyncio").error("Task was destroyed but it is pending!\ntask: <Task name=%r>", CANARY)
+    logging.getLogger("theirs").error("a list <1> (2)")
+    first, second = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (first["event"], second["event"]) == ("Task was destroyed but it is pending!", "a list <1> (2)")
+
+
+@pytest.mark.usefixtures("hooks")
+def test_what_ends_a_thread_is_named_without_its_text(capfd: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    set_up_logs("INFO", LogFormat.JSON, stream)
+    for target in (fail, sys.exit):
+        thread = threading.Thread(target=target, name="the-thread")
+        thread.start()
+        thread.join()
+    line = json.loads(stream.getvalue())
+    assert (line["event"], line["error"], line["thread"]) == ("thread.crashed", "ValueError", "the-thread")
+    assert line["frames"][-1].startswith("test_logs.py")
+    assert CANARY not in stream.getvalue() + "".join(capfd.readouterr())
+
+
+@pytest.mark.usefixtures("hooks")
+def test_what_a_finalizer_raises_is_named_without_its_text(capfd: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    set_up_logs("INFO", LogFormat.JSON, stream)
+
+    class Failing:
+        def __del__(self) -> None:
+            fail()
+
+    Failing()
+    gc.collect()
+    line = json.loads(stream.getvalue())
+    assert (line["event"], line["error"]) == ("exception.unraisable", "ValueError")
+    assert CANARY not in stream.getvalue() + "".join(capfd.readouterr())
 
 
 def test_text_is_for_people_and_json_for_a_pipe() -> None:

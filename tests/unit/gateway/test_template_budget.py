@@ -13,8 +13,8 @@ import jinja2
 import pytest
 from tokenizers import Tokenizer, models
 
-from gateway import template_budget
-from gateway.template_budget import Budget, TemplateTooCostlyError
+from gateway import template_budget, template_charges, template_units
+from gateway.template_units import Budget, TemplateTooCostlyError
 from gateway.tokenization import Message, TemplateError, TextCodec
 
 pytestmark = pytest.mark.timeout(60)
@@ -28,6 +28,7 @@ def render(template: str, messages: list[Message] = HELLO) -> str:
 
 
 R = "range(90000)"
+P = 2**61 - 1  # Python's hash of a whole number is its remainder by it
 
 
 def doubled(first: str, step: str, then: str = "") -> str:
@@ -95,6 +96,23 @@ HOSTILE = {
     "many slices": f"{{% set t = 'x' * 500000 %}}{{% for a in {R} %}}{{% set u = t[1:] %}}{{% endfor %}}",
     "many texts": f"{{% set t = [1] * 50000 %}}{{% for a in {R} %}}{{% if t is lower %}}{{% endif %}}{{% endfor %}}",
     "sums of lists": "{{ ([[1] * 1000] * 1000) | sum(start=[]) }}",
+    "sorting by a long attribute": "{% set a = 'real' ~ '.real' * 99 %}{{ range(30000) | list | sort(attribute=a) }}",
+    "sorting by many attributes": "{{ range(10000) | list | sort(attribute='real' ~ ',real' * 99) | length }}",
+    "sorting by many long attributes": (
+        "{% set x = [{'x': [1] * 3000}, {'x': [1] * 3000}] %}{{ x | sort(attribute='x' ~ ',x' * 1000) }}"
+    ),
+    "mapping to a long attribute": "{{ range(3000) | map(attribute='real' ~ '.real' * 999) | list | length }}",
+    "grouping by a long attribute": "{{ range(30000) | list | groupby('real' ~ '.real' * 99) | length }}",
+    "the least by a long attribute": "{{ range(30000) | list | min(attribute='real' ~ '.real' * 99) }}",
+    "a sum of a long attribute": "{{ range(30000) | list | sum(attribute='real' ~ '.real' * 99) }}",
+    "a join of a long attribute": "{{ range(9000) | list | join(attribute='real' ~ '.real' * 99) }}",
+    "different by a long attribute": "{{ range(30000) | list | unique(attribute='real' ~ '.real' * 99) | list }}",
+    "selecting by a long attribute": "{{ range(30000) | selectattr('real' ~ '.real' * 99) | list }}",
+    "rejecting by a long attribute": "{{ range(30000) | rejectattr('real' ~ '.real' * 99) | list }}",
+    "numbers of one hash": f"{{{{ [{', '.join(f'{i} * {P}' for i in range(9000))}] | unique | list }}}}",
+    "a map of numbers of one hash": f"{{{{ dict([{', '.join(f'({i} * {P}, 1)' for i in range(7000))}]) }}}}",
+    "a map of batches": "{{ dict(range(90000) | batch(2)) }}",
+    "marked texts": "{% for a in range(9000) %}{{ (('<a>' * 900) | safe).striptags() }}{% endfor %}",
     "output": f"{{% for a in {R} %}}{{{{ 'x' * 1000 }}}}{{% endfor %}}",
 }
 
@@ -145,8 +163,9 @@ def test_what_was_used_up_for_one_rendering_is_there_for_the_next() -> None:
         "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
         "{{ x | nothing }}",
         "{{ 'x' | urlize }}",
+        f"{{% set x = {{{', '.join(f'{i * P}: 1' for i in range(1, 5000))}}} %}}",
     ],
-    ids=["parentheses", "blocks", "an unknown filter", "a filter that is not there"],
+    ids=["parentheses", "blocks", "an unknown filter", "a filter that is not there", "a map of numbers of one hash"],
 )
 def test_a_template_that_cannot_be_compiled_is_a_value_error(template: str) -> None:
     with pytest.raises(ValueError, match="does not compile"):
@@ -225,23 +244,35 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], object], str]] = {
         "{% for a in range(90000) %}{% endfor %}",
     ),
     "widths": (
-        lambda patch: patch.setattr(template_budget, "_check_widths", lambda values: None),
+        lambda patch: patch.setattr(template_charges, "_check_widths", lambda values: None),
         "{{ 'x'.ljust(5000) }}",
     ),
     "formats": (
-        lambda patch: patch.setattr(template_budget, "_check_format", lambda *values: None),
+        lambda patch: patch.setattr(template_charges, "_check_format", lambda *values: None),
         "{{ '%5000d' % messages | length }}",
     ),
     "powers": (
-        lambda patch: patch.setattr(template_budget, "_check_power", lambda base, exponent: None),
+        lambda patch: patch.setattr(template_budget, "check_power", lambda base, exponent: None),
         "{{ 3 ** (100000 * messages | length) > 0 }}",
     ),
     "replacements": (
-        lambda patch: patch.setattr(template_budget, "_check_replacement", lambda *values: None),
+        lambda patch: patch.setattr(template_charges, "_check_replacement", lambda *values: None),
         "{% if ('x' * 3000).replace('z', 'y' * 800) %}{% endif %}",
     ),
+    "look-ups": (
+        lambda patch: patch.delattr(template_budget.BudgetedEnvironment, "getitem"),
+        "{{ range(200) | map(attribute='real' ~ '.real' * 99) | list | length }}",
+    ),
+    "comparisons": (
+        lambda patch: patch.setattr(template_charges, "_comparisons", lambda *values: 0),
+        "{{ range(20000) | list | sort | length }}",
+    ),
+    "pairs": (
+        lambda patch: patch.setattr(template_budget, "before_function", lambda *values: None),
+        "{{ dict([[1, 2]] * 2000) | length }}",
+    ),
     "methods": (
-        lambda patch: patch.setattr(template_budget, "_before_method", lambda *values: True),
+        lambda patch: patch.setattr(template_budget, "before_method", lambda *values: True),
         "{{ (5).to_bytes(8, 'big') }}",
     ),
 }
@@ -260,11 +291,41 @@ def test_each_bound_is_needed(
 def test_a_weight_counts_what_is_held_twice_twice_and_stops_where_nothing_is_left() -> None:
     budget = Budget(10_000)
     once: Any = ["x" * 10]
-    assert budget.weigh([once, once]) == 2 * budget.weigh(once) + 1 + 2 * template_budget._ITEM
+    assert budget.weigh([once, once]) == 2 * budget.weigh(once) + 1 + 2 * template_units.ITEM
     for _ in range(64):
         once = [once, once]
     with pytest.raises(TemplateTooCostlyError):
         budget.weigh(once)
+
+
+def test_what_a_look_up_costs_is_taken_from_the_budget_for_each_part_of_each_item() -> None:
+    environment = template_budget.BudgetedEnvironment()
+    environment.seal()
+    template = environment.from_string("{{ items | sort(attribute=name) | length }}")
+
+    def spent(name: str) -> int:
+        with template_units.spending(Budget(10**9)) as _:
+            budget = template_units.BUDGET.get()
+            template.render(items=list(range(100)), name=name)
+            return budget.spent
+
+    assert spent("real" + ".real" * 9) - spent("real") >= 9 * 100 * template_units.STEP
+    assert spent("real" + ",real" * 9) - spent("real") >= 9 * 100 * template_units.STEP
+
+
+def test_a_template_is_quick_once_it_has_rendered_and_until_it_has_taken_long() -> None:
+    codec = TextCodec(
+        TOKENIZER,
+        "{% for m in messages %}{{ m.role }}{{ m['content'] }}{% endfor %}"
+        "{% if messages | length > 1 %}{% for a in range(9000) %}{% endfor %}{% endif %}",
+    )
+    assert not codec.is_quick
+    codec.encode_chat(HELLO)
+    assert codec.is_quick
+    codec.encode_chat(HELLO * 2)
+    assert not codec.is_quick
+    codec.encode_chat(HELLO)
+    assert not codec.is_quick
 
 
 def test_it_is_jinjas_immutable_sandbox() -> None:

@@ -19,6 +19,7 @@ from tests.builders_models import tiny_module, write_tiny_model, write_tokenizer
 from worker.engine import model
 from worker.engine import model_dir as limits
 from worker.engine.model import ModelError, load_model
+from worker.engine.model_files import read_text_files
 
 CPU = torch.device("cpu")
 
@@ -178,6 +179,36 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change(f / "tokenizer_config.json", bos_token={"special": True}),
         "bos_token of the tokenizer's configuration is not a text",
     ),
+    "half a character as special token": (
+        lambda f: change(f / "tokenizer_config.json", bos_token="\ud800"),
+        "bos_token of the tokenizer's configuration holds half a character",
+    ),
+    "half a character in the template": (
+        lambda f: ((f / "chat_template.jinja").unlink(), change(f / "tokenizer_config.json", chat_template="\ud800")),
+        "the chat template holds half a character",
+    ),
+    "a default template that is no text": (
+        lambda f: (
+            (f / "chat_template.jinja").unlink(),
+            change(f / "tokenizer_config.json", chat_template=[{"name": "default", "template": []}]),
+        ),
+        "the chat template is not a text",
+    ),
+    "a model type as a list": (lambda f: change(f / "config.json", model_type=["llama"]), "model_type is not a text"),
+    "a model type as a map": (lambda f: change(f / "config.json", model_type={}), "model_type is not a text"),
+    "a vocabulary that is no number": (
+        lambda f: change(f / "config.json", vocab_size=["1"]),
+        "transformers (cannot build a model|does not accept)",
+    ),
+    "layers that are no number": (
+        lambda f: change(f / "config.json", num_hidden_layers="2", layer_types=[["full_attention"]]),
+        "transformers (cannot build a model|does not accept)",
+    ),
+    "a quantization by a list": (
+        lambda f: change(f / "config.json", quantization_config={"quant_method": ["fp8"]}),
+        "and this format is not served",
+    ),
+    "shards by numbers": (lambda f: shards(f, {"w": 1}), "has no file name for w"),
     "endless layers": (
         lambda f: change(f / "config.json", num_hidden_layers=10**12),
         r"config\.json names 1000000000000 layers \(num_hidden_layers\), but the files hold",
@@ -207,6 +238,13 @@ def test_it_is_refused_in_words(
     with pytest.raises(ModelError, match=message) as refusal:
         load(folder, with_weights=with_weights)
     assert str(folder) in str(refusal.value)
+
+
+def test_templates_by_names_that_are_no_texts_are_passed_over(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    templates = [{"name": [], "template": "a"}, 1, {"template": {}}, {"name": "default", "template": "b"}]
+    change(folder / "tokenizer_config.json", chat_template=templates)
+    assert read_text_files(folder).chat_template == "b"
 
 
 MUTANTS: dict[str, tuple[str, str]] = {

@@ -265,3 +265,25 @@ def test_the_law_sees_a_reader_that_takes_other_bytes(
     monkeypatch.setitem(check_law.__globals__, "read_header", lambda path: shifted)
     with pytest.raises(AssertionError):
         check_law(path)
+
+
+def test_a_name_that_stands_twice_is_found_in_one_pass() -> None:
+    """Comparing each of these names with each other would take a minute."""
+    names = [f"t{index}" for index in range(40_000)]
+    content = "{" + ",".join(f'"{name}":0' for name in [*names, names[-1]]) + "}"
+    compared = 0
+
+    class Counted(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    with pytest.raises(HeaderError, match="names 't39999' twice"):
+        parse_header(content.encode(), 1 << 30)
+    with pytest.raises(HeaderError, match="names 't39999' twice"):
+        safetensors_header._unique([(Counted(name), 0) for name in [*names[-2000:], names[-1]]])
+    assert compared < 10 * 2000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -56,3 +57,9 @@ def _leave_no_core() -> None:
     """A crash leaves no image of our memory, which holds what callers wrote."""
     _, most = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, most))
+
+
+def ignore_signals() -> None:
+    """From now on SIGTERM and SIGINT do nothing: all is done, and who asks again must not be told of a violent end."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

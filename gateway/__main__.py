@@ -24,7 +24,7 @@ from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
 from common.sealing import EncryptionSettings, Sealer
 from common.settings import QueueSettings, RedisSettings
-from common.startup import read_settings
+from common.startup import ignore_signals, read_settings
 from common.tenants import Tenants
 from common.usage import UsageReader
 from gateway.admin.access import operator_authenticator
@@ -180,6 +180,7 @@ def main() -> int:
     settings = read_settings(_settings, GatewaySettings, *IDENTITY_SETTINGS)
     try:
         asyncio.run(_main(*settings))
+        ignore_signals()
     except (OSError, CertificateError) as error:
         log.error("gateway.failed", error=str(error))
         return 1

@@ -226,7 +226,7 @@ class System:
         return AsyncClient(address, api_key=key or self.key, insecure=True, **options)
 
     async def ready(self, *models: str, num_workers: int = 1) -> None:
-        """Wait until every gateway that runs knows the models with their workers. Raises AssertionError with the logs."""
+        """Wait until each running gateway knows the models with their workers. Raises AssertionError with the logs."""
         end = time.monotonic() + START_S
         for gateway in self.gateways:
             if gateway.process is not None:

@@ -20,7 +20,7 @@ from common.redis import Redis, Retry, connect
 from common.registry import ModelRegistry
 from common.sealing import Sealer
 from common.settings import QueueSettings, RedisSettings
-from common.startup import CANNOT_START
+from common.startup import CANNOT_START, ignore_signals
 from worker.agent import Agent, StepHungError
 from worker.assembly import Assembly, assemble
 from worker.engine.settings import EngineSettings
@@ -136,6 +136,7 @@ def run_process(
 
     try:
         asyncio.run(until_signal())
+        ignore_signals()
     except BaseExceptionGroup as group:
         for failure in group.exceptions:
             log.error("worker.failed", exc_info=failure)

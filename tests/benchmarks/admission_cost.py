@@ -54,6 +54,8 @@ async def measure(redis: Redis, num_calls: int) -> dict[str, float]:
         config=pb.GenerationConfig(max_tokens=256, temperature=0.7, top_p=0.9, stop=["\n\n"]),
     )
 
+    reservation_ids = iter([keys.random_id() for _ in range(num_calls + 10)])  # a call's id exists in any case
+
     async def authenticate() -> None:
         caller = await authenticator.authenticate(call)
         check_method(METHOD, caller)
@@ -61,12 +63,12 @@ async def measure(redis: Redis, num_calls: int) -> dict[str, float]:
         priority_of(request.priority, caller.grants.priorities)
 
     async def validate() -> None:
-        validation.check_token_ids(request.input.token_ids.ids, limits.vocab_size, "input.token_ids.ids")
+        validation.check_token_ids(list(request.input.token_ids.ids), limits.vocab_size, "input.token_ids.ids")
         config = validation.resolve_config(request.config, defaults, len(_PROMPT), limits, seed=1)
         validation.sampling_params(config, (2,))
 
     async def reserve() -> None:
-        await meter.reserve(Reservation("acme", "k1", keys.random_id(), 768), _RATES, _RATES)
+        await meter.reserve(Reservation("acme", "k1", next(reservation_ids), 768), _RATES, _RATES)
 
     stages: dict[str, Callable[[], Awaitable[None]]] = {
         "authenticate": authenticate,

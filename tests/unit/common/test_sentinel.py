@@ -65,7 +65,7 @@ async def test_tls_holds_for_sentinels_and_servers() -> None:
     client = connect(RedisSettings(url="rediss+sentinel://u:p@a/m", tls_check_hostname=False))
     pool = client.connection_pool
     kinds = {
-        pool.connection_class.__name__,
+        pool.connection_class.__name__.removeprefix("Lean"),
         pool.sentinel_manager.sentinels[0].connection_pool.connection_class.__name__,
     }
     assert kinds == {"SentinelManagedSSLConnection", "SSLConnection"}

@@ -129,7 +129,7 @@ pytest: install-dev
 
 test-redis7: install-dev  ## the queue's tests once more on Debian's Redis 7
 	@command -v redis-server >/dev/null || { echo "test-redis7 needs redis-server 7 on PATH (Debian: apt-get install redis-server)"; exit 1; }
-	TORCHRELAY_TEST_SERVER=$$(command -v redis-server) $(BIN)/pytest tests/integration/common
+	TORCHRELAY_TEST_SERVER=$$(command -v redis-server) $(BIN)/pytest tests/integration/common -n 2 --dist loadfile
 
 protocol: install-dev  ## every law of the job protocol in some million states, and 20,000 operations of the real scripts; minutes
 	$(BIN)/python -m tests.protocol.run $(ARGS)

@@ -14,7 +14,7 @@ from typing import Any, Final
 from common import keys
 from common.errors import InvalidRequest, QuotaExceeded, RateLimited
 from common.grants import Quotas
-from common.redis import Argument, Redis, Retry
+from common.redis import Argument, Executor, Redis, Retry
 from common.scripts import ScriptRunner, as_list
 
 _NOT_BEGUN: Final = -1
@@ -39,7 +39,12 @@ class QuotaMeter:
     """Reserves and settles. Every method is one script call and raises the errors of `Retry` besides what it names."""
 
     def __init__(
-        self, redis: Redis, lifetime_ms: int, *, retry: Retry | None = None, scripts: ScriptRunner | None = None
+        self,
+        redis: Redis | Executor,
+        lifetime_ms: int,
+        *,
+        retry: Retry | None = None,
+        scripts: ScriptRunner | None = None,
     ) -> None:
         """`lifetime_ms`: a reservation that nobody settles is kept for so long; longer than any generation lives."""
         self._retry = retry or Retry()

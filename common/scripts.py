@@ -16,7 +16,7 @@ from typing import Any, Final
 from redis.exceptions import NoScriptError
 
 from common import keys
-from common.redis import Argument, Redis, execute
+from common.redis import Argument, Executor, Redis, execute
 
 _INCLUDE: Final = "--@include "
 NAMES: Final = (
@@ -66,7 +66,7 @@ def load(name: str) -> Script:
 class ScriptRunner:
     """Runs scripts on a server. `overrides` replaces texts, for tests that break a script on purpose."""
 
-    def __init__(self, redis: Redis, overrides: dict[str, Script] | None = None) -> None:
+    def __init__(self, redis: Redis | Executor, overrides: dict[str, Script] | None = None) -> None:
         self._redis = redis
         self._overrides = overrides or {}
 

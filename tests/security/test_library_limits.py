@@ -19,6 +19,7 @@ from tests.builders_calls import Outcome, events_of, refused
 from tests.builders_models import write_tiny_model
 from tests.builders_system import System, running_system, until
 from tests.security import wire
+from torchrelay.admin.v1beta1 import usage_pb2, usage_pb2_grpc
 from torchrelay.client import AsyncClient
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import model_pb2
@@ -69,12 +70,14 @@ async def test_metadata_over_the_limit_is_refused_and_below_it_never(client: Asy
             assert taken == is_taken, size
 
 
-async def raw_call(system: System, path: str, payload: bytes, *extra: tuple[str, str]) -> dict[str, str]:
+async def raw_call(system: System, path: str, payload: bytes, *extra: tuple[str, str], key: str = "") -> dict[str, str]:
     """Send a message's bytes as they are, and return the trailers."""
 
     def call() -> dict[str, str]:
         with wire.Attacker(system.gateways[0].address) as attacker:
-            block = wire.grpc_headers(path, attacker.authority, ("authorization", f"Bearer {system.key}"), *extra)
+            block = wire.grpc_headers(
+                path, attacker.authority, ("authorization", f"Bearer {key or system.key}"), *extra
+            )
             attacker.send(wire.frame(wire.HEADERS, block, flags=wire.END_HEADERS, stream=1))
             for start in range(0, len(payload), 16384):
                 part = payload[start : start + 16384]
@@ -115,17 +118,21 @@ async def test_an_encoding_that_nobody_knows_is_refused(system: System, client: 
 
 @pytest.mark.row(36)
 async def test_a_deadline_that_has_passed_starts_nothing(system: System, client: AsyncClient) -> None:
-    fleet = (await system.fleet())[0].prompt_tokens
+    key = system.create_key("late")
+    metadata = [("authorization", f"Bearer {key}")]
     for timeout in (0.0, 1e-6, -1.0):
         with pytest.raises(grpc.aio.AioRpcError) as late:
             await Outcome(
-                events_of(client.generation.StreamGenerate(wanted(), metadata=client.metadata, timeout=timeout))
+                events_of(client.generation.StreamGenerate(wanted(), metadata=metadata, timeout=timeout))
             ).read()
         assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     payload = struct.pack(">BI", 0, wanted().ByteSize()) + wanted().SerializeToString()
-    trailers = await raw_call(system, _STREAM, payload, ("grpc-timeout", "1n"))
+    trailers = await raw_call(system, _STREAM, payload, ("grpc-timeout", "1n"), key=key)
     assert trailers.get("grpc-status", "4") == "4"
-    assert (await system.fleet())[0].prompt_tokens == fleet
+    async with grpc.aio.insecure_channel(system.gateways[0].admin_address) as channel:
+        usage: usage_pb2_grpc.UsageServiceAsyncStub = usage_pb2_grpc.UsageServiceStub(channel)
+        rows = (await usage.QueryUsage(usage_pb2.QueryUsageRequest(tenant="late"))).rows
+    assert sum(row.prompt_tokens + row.completion_tokens for row in rows) == 0
 
 
 @pytest.mark.row(55)

@@ -6,10 +6,13 @@ not know a scope or a field leaves it alone.
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Final
 
 import msgspec
+
+TENANT_NAME: Final = re.compile(r"[a-z0-9_.-]{1,64}")  # of tenants and their trust groups
 
 PRIORITY_HIGH: Final = 0
 PRIORITY_NORMAL: Final = 1

@@ -7,15 +7,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-import structlog
-
 from common import errors
 from common.job_queue import JobQueue
 from common.jobs import Enqueued, JobState, NewJob, Settlement
 from common.quotas import QuotaMeter, Reservation
 from gateway.identity.caller import Caller
-
-log = structlog.get_logger()
 
 # After these nothing was queued. After any other failure it may have been: then the job's end settles the reservation,
 # or a later look finds that there is no such job.

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import grpc
 import grpc.aio
-import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
@@ -17,8 +16,6 @@ from gateway.interceptors.guard import Guard
 from gateway.settings import GatewaySettings
 from gateway.tls import ServerCertificates
 from torchrelay.client.channel import is_loopback
-
-log = structlog.get_logger()
 
 _PUBLIC: Final = ("torchrelay.v1.GenerationService", "torchrelay.v1.ModelService")
 _ADMIN: Final = tuple(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -16,6 +15,7 @@ from common.grants import (
     PRIORITY_HIGH,
     PRIORITY_LOW,
     PRIORITY_NORMAL,
+    TENANT_NAME,
     Caps,
     Grants,
     Quotas,
@@ -28,7 +28,6 @@ from gateway.validation import Violations, milliseconds
 from torchrelay.admin.v1beta1 import grants_pb2, tenant_pb2
 from torchrelay.v1 import generation_pb2
 
-_NAME: Final = re.compile(r"[a-z0-9_.-]{1,64}")
 _MAX_MODELS: Final = 256
 _MAX_MODEL_NAME: Final = 256
 _MAX_COUNT: Final = 1 << 40  # beyond any use, and exact in the server's arithmetic
@@ -58,7 +57,7 @@ _CAPS: Final = ("max_tokens", "max_outputs", "max_context_tokens")
 
 def check_tenant_name(name: str, field: str = "tenant") -> str:
     """Return the name. Raises InvalidRequest."""
-    if not _NAME.fullmatch(name):
+    if not TENANT_NAME.fullmatch(name):
         raise InvalidRequest(
             "must be 1 to 64 of a-z, 0-9, '-', '_' and '.'",
             reason="FIELD_INVALID" if name else "FIELD_REQUIRED",
@@ -127,7 +126,7 @@ def policy_of(message: tenant_pb2.Tenant) -> TenantPolicy:
     weight = message.weight if message.HasField("weight") else 1.0
     if not math.isfinite(weight) or not _MIN_WEIGHT <= weight <= _MAX_WEIGHT:
         bad.add("tenant.weight", f"must be {_MIN_WEIGHT:g} to {_MAX_WEIGHT:g}")
-    if message.trust_group and not _NAME.fullmatch(message.trust_group):
+    if message.trust_group and not TENANT_NAME.fullmatch(message.trust_group):
         bad.add("tenant.trust_group", "must be at most 64 of a-z, 0-9, '-', '_' and '.'", "FIELD_INVALID")
     quotas = _quotas_of(message.quotas, "tenant.quotas", bad)
     bad.raise_if_any()

@@ -13,11 +13,10 @@ from jwt.exceptions import PyJWTError
 
 from common.api_keys import PREFIX
 from common.errors import Unauthenticated
-from common.grants import ADMIN_SCOPES, Grants, Scope
+from common.grants import ADMIN_SCOPES, TENANT_NAME, Grants, Scope
 from gateway.identity.api_key import bearer_of
 from gateway.identity.caller import CallInfo, Principal
 from gateway.identity.jwks import MAX_KEY_ID_CHARS, KeySet
-from gateway.identity.patterns import TENANT
 
 _CACHE_S: Final = 60.0  # longest time that a token counts as verified
 _MAX_CACHED: Final = 10_000
@@ -108,7 +107,7 @@ class JwtMethod:
 def principal_of(claims: dict[str, Any], rules: TokenRules) -> Principal:
     """What a verified token's claims say. Raises ValueError for claims of another form."""
     tenant, subject = claims.get(rules.tenant_claim), claims.get("sub")
-    if not isinstance(tenant, str) or TENANT.fullmatch(tenant) is None:
+    if not isinstance(tenant, str) or TENANT_NAME.fullmatch(tenant) is None:
         raise ValueError("no tenant")
     if not isinstance(subject, str) or not subject:
         raise ValueError("no subject")

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-TENANT: Final = re.compile(r"[a-z0-9_.-]{1,64}")  # what an identity that is not ours may name
-_PLACEHOLDER: Final = "{tenant}"
+from common.grants import TENANT_NAME
+
+_VARIABLE: Final = "{tenant}"
 _SEGMENT: Final = r"[A-Za-z0-9_.-]+"  # of a SPIFFE id's path, by the SPIFFE ID standard, section 2
 _LITERAL: Final = re.compile(r"[A-Za-z0-9_.-]*")
 _TRUST_DOMAIN: Final = re.compile(r"[a-z0-9_.-]{1,255}")
@@ -61,8 +62,8 @@ class TenantPattern:
     """
 
     def __init__(self, pattern: str) -> None:
-        if pattern.count(_PLACEHOLDER) != 1:
-            raise ValueError(f"{pattern}: must hold {_PLACEHOLDER} once")
+        if pattern.count(_VARIABLE) != 1:
+            raise ValueError(f"{pattern}: must hold {_VARIABLE} once")
         self._of_common_name = pattern.startswith("CN=")
         if self._of_common_name:
             self._regex = re.compile(_segment(pattern, pattern.removeprefix("CN=")))
@@ -88,7 +89,7 @@ def holder_of(names: CertificateNames, patterns: Iterable[TenantPattern]) -> Hol
 
 
 def _segment(pattern: str, part: str) -> str:
-    before, placeholder, behind = part.partition(_PLACEHOLDER)
+    before, variable, behind = part.partition(_VARIABLE)
     if not part or not _LITERAL.fullmatch(before) or not _LITERAL.fullmatch(behind):
         raise ValueError(f"{pattern}: a part is empty, or holds what no name may (* stands alone)")
-    return re.escape(before) + (f"({TENANT.pattern})" if placeholder else "") + re.escape(behind)
+    return re.escape(before) + (f"({TENANT_NAME.pattern})" if variable else "") + re.escape(behind)

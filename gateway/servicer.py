@@ -34,6 +34,7 @@ from torchrelay.v1 import generation_pb2_grpc as pb_grpc
 GENERATION_ID_METADATA = "torchrelay-generation-id"
 _MIN_TIME_LIMIT_MS = 1
 _DEADLINE_SLACK_MS = 100  # so that the call's own deadline is what its caller hears of
+_LEAST_CALL_MS = 5  # no first token comes sooner: a caller with less time has given up before it is queued
 _RETRY_AFTER_MS = 500
 _REPEAT_GRACE_MS = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
@@ -88,7 +89,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         context: grpc.aio.ServicerContext[pb.SubmitGenerationRequest, pb.SubmitGenerationResponse],
     ) -> pb.SubmitGenerationResponse:
         caller = current_caller()
+        _check_time_left(context)
         job, accepted = await self._job(request, caller, None)
+        _check_time_left(context)
         enqueued = await self._admission.enqueue(keys.shard_of(accepted.generation_id), job, caller)
         _note_accepted(enqueued, job, accepted)
         if enqueued.duplicate:
@@ -182,7 +185,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[tuple[EventStream, pb.Accepted]]:
         """Queue a generation and listen to it; at the end let go of it, however the call ended."""
         with self._place(caller):
+            _check_time_left(context)
             job, accepted = await self._job(request, caller, context.time_remaining())
+            _check_time_left(context)  # what came before may have taken long, as a prompt of a megabyte does
             known = await self._known(request.model, job)
             subscription = self._streams.listen(known or accepted.generation_id, caller.tenant)
             stream: EventStream | None = None
@@ -357,6 +362,14 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         """Count a call while it lasts. Raises ResourceExhausted."""
         delay_ms = random.randint(_RETRY_AFTER_MS, 3 * _RETRY_AFTER_MS)  # not all come back at the same moment
         return self._places.take(caller.tenant, retry_after_ms=delay_ms)
+
+
+def _check_time_left(context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """Refuse a call that ends before it could be answered. Raises DeadlineExceeded."""
+    remaining_s = context.time_remaining()
+    if remaining_s is not None and remaining_s * 1000 < _LEAST_CALL_MS:
+        message = f"the call's deadline leaves less than {_LEAST_CALL_MS} ms"
+        raise errors.DeadlineExceeded(message, reason="DEADLINE_TOO_SHORT")
 
 
 def _note_accepted(enqueued: Enqueued, job: NewJob, accepted: pb.Accepted) -> None:

@@ -127,6 +127,10 @@ pytest: install-dev
 	$(BIN)/pytest --ignore tests/unit -n 2 --dist loadfile; others=$$?; wait $$unit; unit=$$?; \
 	echo 'The unit tests, which ran beside these:'; cat build/unit-tests.log; exit $$((others | unit))
 
+.PHONY: reference
+reference: install-dev  ## records anew what transformers answers to the requests of test_exactness.py; minutes
+	TORCHRELAY_TEST_RECORD=1 $(BIN)/pytest tests/integration/test_exactness.py -n 2
+
 test-redis7: install-dev  ## the queue's tests once more on Debian's Redis 7
 	@command -v redis-server >/dev/null || { echo "test-redis7 needs redis-server 7 on PATH (Debian: apt-get install redis-server)"; exit 1; }
 	TORCHRELAY_TEST_SERVER=$$(command -v redis-server) $(BIN)/pytest tests/integration/common -n 2 --dist loadfile

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from tests.builders_calls import Outcome, idle_fleet
 from tests.builders_engine import TokenNames
 from tests.builders_models import write_tiny_model, write_tokenizer
 from tests.builders_system import System, running_system
+from tests.recorded import Recorded
 from torchrelay.client import AsyncClient
 from torchrelay.v1 import generation_pb2 as pb
 from worker.assembly import choose_backend
@@ -44,11 +43,6 @@ class Case:
     prompt: tuple[int, ...]
     options: dict[str, int] = field(default_factory=dict)
     leaves_after: int | None = None
-
-    def reference(self, model: PreTrainedModel, eos_token_ids: Sequence[int]) -> list[int]:
-        options: dict[str, Any] = dict(self.options)
-        max_tokens = options.pop("max_tokens", None)
-        return reference.generate(model, self.prompt, max_tokens, eos_token_ids, **options)
 
 
 class Crowd:
@@ -127,6 +121,7 @@ def logit_difference(folder: Path, plain: PreTrainedModel, prompts: Sequence[Seq
 
 
 def compare(
+    name: str,
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     eos_token_ids: Sequence[int],
@@ -134,14 +129,10 @@ def compare(
     outcomes: Sequence[Outcome],
     difference: float,
 ) -> None:
-    """Hold every outcome to the reference: ids, text, and how it ended."""
+    """Hold every outcome to the reference, of which the named file has records: ids, text, and how it ended."""
     comparison = reference.Comparison(difference)
-    requests = list({(case.prompt, tuple(case.options.items())): case for case in cases}.items())
-    with ThreadPoolExecutor(2) as pool:  # each computes on one thread (conftest); the requests stay alone
-        found = pool.map(lambda item: item[1].reference(model, eos_token_ids), requests)
-        expected = dict(zip((key for key, _ in requests), found, strict=True))
-    for case, outcome in zip(cases, outcomes, strict=True):
-        ids = expected[case.prompt, tuple(case.options.items())]
+    expected = Recorded(name, model, eos_token_ids).outputs([(case.prompt, case.options) for case in cases])
+    for case, outcome, ids in zip(cases, outcomes, expected, strict=True):
         output = outcome.output
         if outcome.finished is None:
             comparison.add(model, case.prompt, ids[: len(output.token_ids)], output.token_ids)
@@ -232,7 +223,7 @@ async def test_smollm2_answers_64_streams_as_one_at_a_time(system: System) -> No
     plain = reference.load_reference(folder)
     assert len({tuple(outcome.token_ids) for outcome in outcomes if len(outcome.token_ids) > 8}) > 30, "degenerate"
     difference = logit_difference(folder, plain, [case.prompt for case in waves[1][:3]])
-    compare(plain, tokenizer, [2], cases, outcomes, difference)
+    compare("smollm2", plain, tokenizer, [2], cases, outcomes, difference)
 
 
 # -- every family -----------------------------------------------------------------------------------------------------
@@ -302,5 +293,4 @@ async def test_every_family_answers_a_crowd_as_one_at_a_time(
         tokenizer = Tokenizer.from_file(str(folders[family] / "tokenizer.json"))
         eos = [50256] if family == REAL_GPT2 else [2]
         difference = logit_difference(folders[family], plain, [case.prompt for case in waves[family][2]])
-        print(family, end=": ")  # noqa: T201
-        compare(plain, tokenizer, eos, cases, outcomes[family], difference)
+        compare(family, plain, tokenizer, eos, cases, outcomes[family], difference)

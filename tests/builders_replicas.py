@@ -51,13 +51,15 @@ class Node:
         self.client.execute_command("REPLICAOF", "127.0.0.1", through or primary.port)
         wait_until(lambda: self.info().get("master_link_status") == "up", "the replica's link")
         wait_until(lambda: self.offset == primary.offset, "the replica's offset")
-        # The primary counts it from its first acknowledgement on, up to a second later.
-        wait_until(lambda: primary.counts(self), "the primary's knowledge of the replica")
+        # An older primary sends nothing more before the replica's first acknowledgement, up to a second later.
+        primary.client.publish("followed", "")
+        wait_until(lambda: primary.is_acknowledged_by(self), "the replica's acknowledgement")
 
-    def counts(self, replica: Node) -> bool:
-        """Whether it takes the other for a replica that has all it was sent."""
-        known = (value for key, value in self.info().items() if key.startswith("slave") and isinstance(value, dict))
-        return any(int(one["port"]) == replica.port and one["state"] == "online" for one in known)
+    def is_acknowledged_by(self, replica: Node) -> bool:
+        """Whether the other has acknowledged all that it was sent."""
+        info = self.info()
+        known = [value for key, value in info.items() if key.startswith("slave") and isinstance(value, dict)]
+        return any(int(one["port"]) == replica.port and one["offset"] == info["master_repl_offset"] for one in known)
 
     @property
     def offset(self) -> int:

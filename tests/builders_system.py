@@ -281,3 +281,13 @@ def running_system(folder: Path, **env: str) -> Iterator[System]:
     short = {"TORCHRELAY_QUEUE_WORKER_LEASE_MS": "2500", "TORCHRELAY_QUEUE_GATEWAY_LEASE_MS": "2500"}
     with System(folder, {**short, **env}) as system:
         yield system
+
+
+@contextlib.contextmanager
+def gateway_and_worker(folder: Path, model: Path, name: str) -> Iterator[System]:
+    """One of each, ready to serve the model of this directory under this name."""
+    with running_system(folder) as system:
+        system.add_gateway()
+        system.add_worker(model, name)
+        asyncio.run(system.ready(name))
+        yield system

@@ -16,7 +16,7 @@ import pytest
 from tests.builders_calls import Outcome, events_of
 from tests.builders_identity import Authority, Pair
 from tests.builders_models import write_tiny_model
-from tests.builders_system import Gateway, System, running_system, until
+from tests.builders_system import Gateway, System, gateway_and_worker, until
 from torchrelay.client.requests import make_stream_request
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
@@ -160,10 +160,7 @@ class Load:
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), "llama", max_position_embeddings=2048, eos_token_id=None)
-    with running_system(tmp_path_factory.mktemp("system")) as system:
-        system.add_gateway()
-        system.add_worker(folder, MODEL)
-        asyncio.run(system.ready(MODEL))
+    with gateway_and_worker(tmp_path_factory.mktemp("system"), folder, MODEL) as system:
         yield system
 
 

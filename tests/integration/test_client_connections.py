@@ -13,7 +13,7 @@ from tests import reference
 from tests.builders_calls import idle_fleet
 from tests.builders_link import Link
 from tests.builders_models import write_tiny_model
-from tests.builders_system import System, running_system
+from tests.builders_system import System, gateway_and_worker
 from torchrelay.client import AsyncClient, Client, RetryPolicy
 from torchrelay.client import channel as channels
 from torchrelay.v1 import generation_pb2 as pb
@@ -36,10 +36,7 @@ def expected(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[System]:
-    with running_system(tmp_path_factory.mktemp("system")) as system:
-        system.add_gateway()
-        system.add_worker(folder, MODEL)
-        asyncio.run(system.ready(MODEL))
+    with gateway_and_worker(tmp_path_factory.mktemp("system"), folder, MODEL) as system:
         yield system
 
 

@@ -13,7 +13,7 @@ import pytest
 from common import keys
 from tests.builders_calls import Outcome, events_of, refused
 from tests.builders_models import write_tiny_model
-from tests.builders_system import System, running_system, until
+from tests.builders_system import System, gateway_and_worker, until
 from torchrelay.admin.v1beta1 import tenant_pb2, tenant_pb2_grpc
 from torchrelay.client import AsyncClient
 from torchrelay.v1 import generation_pb2 as pb
@@ -27,10 +27,7 @@ Call: TypeAlias = Callable[[AsyncClient, str, dict[str, Any]], Awaitable[Any]]
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), "llama", max_position_embeddings=2048, eos_token_id=None)
-    with running_system(tmp_path_factory.mktemp("system")) as system:
-        system.add_gateway()
-        system.add_worker(folder, MODEL)
-        asyncio.run(system.ready(MODEL))
+    with gateway_and_worker(tmp_path_factory.mktemp("system"), folder, MODEL) as system:
         yield system
 
 

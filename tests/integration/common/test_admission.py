@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
@@ -68,21 +69,39 @@ async def test_a_repeat_finds_its_generation_when_the_quota_is_spent(
         await admission.enqueue(SHARD, job(), caller(tokens_per_day=COST - 1))
 
 
+async def leave_after(
+    enqueue: Callable[..., Awaitable[object]],
+    admission: Admission,
+    queue: JobQueue,
+    who: Caller,
+    patch: pytest.MonkeyPatch,
+) -> None:
+    """A caller that goes away after the queue has done this, and before its answer has come."""
+    is_done = asyncio.Event()
+
+    async def without_an_answer(*args: object, **options: object) -> None:
+        await enqueue(*args, **options)
+        is_done.set()
+        await asyncio.sleep(3600)
+
+    patch.setattr(queue, "enqueue", without_an_answer)
+    task = asyncio.create_task(admission.enqueue(SHARD, job(), who))
+    await is_done.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_what_was_reserved_for_a_job_that_never_came_is_given_back(
     admission: Admission, queue: JobQueue, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     who = caller(tokens_per_day=2 * COST)
 
-    async def hang(*args: object, **options: object) -> None:
-        await asyncio.sleep(3600)
+    async def nothing(*args: object, **options: object) -> None:
+        pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(queue, "enqueue", hang)
-        task = asyncio.create_task(admission.enqueue(SHARD, job(), who))
-        await asyncio.sleep(0.2)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await leave_after(nothing, admission, queue, who, patch)
     kept = await admission.enqueue(SHARD, job(), who)
     with pytest.raises(QuotaExceeded):
         await admission.enqueue(SHARD, job(), who)
@@ -101,19 +120,8 @@ async def test_a_job_that_did_come_keeps_its_reservation(
     admission: Admission, queue: JobQueue, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     who = caller(tokens_per_day=COST)
-    enqueue = queue.enqueue
-
-    async def then_hang(*args: object, **options: object) -> None:
-        await enqueue(*args, **options)  # type: ignore[arg-type]
-        await asyncio.sleep(3600)
-
     with monkeypatch.context() as patch:
-        patch.setattr(queue, "enqueue", then_hang)
-        task = asyncio.create_task(admission.enqueue(SHARD, job(), who))
-        await asyncio.sleep(0.2)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await leave_after(queue.enqueue, admission, queue, who, patch)
     clock.now = 6
     await admission.settle([SHARD])
     with pytest.raises(QuotaExceeded):

@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels of all instruction sets while tests before those that want them run on the other core."""
+"""Models for the engine's tests; and the CPU kernels of all instruction sets, compiled while other tests run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.builders_models import write_tiny_model
 
 ROOT = Path(__file__).parents[4]
 BUILD = """
@@ -38,3 +40,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     building = session.config.stash.get(BUILDING, None)
     if building is not None:
         building.wait()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a model, not to be changed."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def model_dir(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy that the test may change."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder

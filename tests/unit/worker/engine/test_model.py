@@ -9,25 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.builders_models import VOCAB_SIZE, tiny_module, write_tiny_model, write_tokenizer
+from tests.builders_models import VOCAB_SIZE, tiny_module, write_tokenizer
 from worker.engine.model import LoadedModel, ModelError, load_model
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def model_dir(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy that the test may change."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in tiny_model.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, *, fast: bool = True) -> LoadedModel:

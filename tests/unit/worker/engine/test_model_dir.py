@@ -24,19 +24,9 @@ from worker.engine.model_files import read_text_files
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 @pytest.fixture
-def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy that the test may change."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in tiny_model.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+def folder(model_dir: Path) -> Path:
+    return model_dir
 
 
 def load(folder: Path, *, with_weights: bool = True) -> str:

@@ -15,11 +15,10 @@ import jinja2.runtime
 import jinja2.utils
 from markupsafe import Markup
 
-from gateway.template_units import BUDGET, ITEM, STEP, Budget, refuse, shallow
+from gateway.template_units import BUDGET, ITEM, MAX_BITS, STEP, Budget, refuse, shallow
 
 _MAX_WIDTH: Final = 4096
 _MAX_PRECISION: Final = 32
-MAX_BITS: Final = 4096  # of a whole number
 # They hand on references, or look at one end.
 _FILTERS_OF_ONE_STEP: Final = frozenset({"length", "count", "first", "last", "default", "d", "attr"})
 _SHALLOW_FILTERS: Final = frozenset(

@@ -22,6 +22,7 @@ _MAX_NODES: Final = 5_000  # templates of use have a few hundred to two thousand
 STEP: Final = 100  # an iteration or a call
 ITEM: Final = 16  # an element of a list
 NODE: Final = 10  # an expression or statement in a loop's body, of which not all are charged when they run
+MAX_BITS: Final = 4096  # of a whole number: to divide large ones takes the square of their size
 _FLOAT: Final = 48  # its shortest decimal text is looked for
 # Unions are built anew each time that they are written out.
 _TEXTS: Final = (str, bytes)
@@ -62,6 +63,8 @@ class Budget:
             if isinstance(item, _TEXTS):
                 weight += 1 + len(item)
             elif isinstance(item, int):
+                if item.bit_length() > MAX_BITS:
+                    refuse("a whole number of the chat template has too many digits")
                 weight += 1 + (item.bit_length() >> 3)
             elif isinstance(item, float):
                 weight += _FLOAT

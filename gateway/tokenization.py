@@ -28,8 +28,9 @@ _COMPILE_UNITS = 100_000_000  # constant expressions are computed then
 _QUICK_UNITS = 500_000  # of a rendering: some milliseconds, at most some twenty
 
 
-# A longer text is tokenized beside the event loop, since it would hold up every other call.
+# What is longer is tokenized beside the event loop, since it would hold up every other call.
 MAX_INLINE_CHARS = 2048
+_CHARS_PER_MESSAGE = 32  # what a message costs besides its text, in characters
 
 
 class TemplateError(Exception):
@@ -44,6 +45,11 @@ class Message:
     content: str
 
 
+def size_of(messages: Sequence[Message]) -> int:
+    """Return what a conversation costs, in characters of a text."""
+    return sum(len(message.content) for message in messages) + _CHARS_PER_MESSAGE * len(messages)
+
+
 class TextCodec:
     """Tokenizer and chat template of one model revision. Thread-safe: only what renderings took is noted."""
 
@@ -53,12 +59,10 @@ class TextCodec:
         """Parse the files.
 
         `special_tokens` maps the names that templates use (bos_token, eos_token ...) to their text.
-        Raises ValueError if the template is over 256 KiB or does not compile.
+        Raises ValueError if the tokenizer cannot be used, or the template is over 256 KiB or does not compile.
         """
-        text = tokenizer_json.decode()
         # Two copies, since what text may contain is a property of the tokenizer, not an argument of a call.
-        self._with_control = Tokenizer.from_str(text)
-        self._plain = Tokenizer.from_str(text)
+        self._with_control, self._plain = (_tokenizer(tokenizer_json) for _ in range(2))
         self._plain.encode_special_tokens = True
         for tokenizer in (self._with_control, self._plain):
             tokenizer.no_truncation()
@@ -149,11 +153,18 @@ class TextCodec:
             # A template may trip over a conversation that its author did not foresee.
             raise TemplateError("the model's chat template does not accept this conversation") from error
         finally:
-            self._note(budget, sum(len(m.content) for m in messages))
+            if size_of(messages) <= MAX_INLINE_CHARS:  # of others, nobody asks whether they are quick
+                self._most_units = max(self._most_units or 0, budget.spent)
 
-    def _note(self, budget: Budget, num_chars: int) -> None:
-        if num_chars <= MAX_INLINE_CHARS:  # of others, nobody asks whether they are quick
-            self._most_units = max(self._most_units or 0, budget.spent)
+
+def _tokenizer(content: bytes) -> Tokenizer:
+    try:
+        return Tokenizer.from_buffer(content)
+    except BaseException as error:
+        # A panic in the library is no Exception; its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError("the tokenizer cannot be loaded") from error
 
 
 class _Shield:

@@ -113,6 +113,9 @@ HOSTILE = {
     "a map of numbers of one hash": f"{{{{ dict([{', '.join(f'({i} * {P}, 1)' for i in range(7000))}]) }}}}",
     "a map of batches": "{{ dict(range(90000) | batch(2)) }}",
     "marked texts": "{% for a in range(9000) %}{{ (('<a>' * 900) | safe).striptags() }}{% endfor %}",
+    "division of a number without end": "{{ (('7' * 5000) | int(0, 16)) // 3 }}",
+    "a rest of a number without end": "{{ 3 % (('7' * 5000) | int(0, 16)) }}",
+    "divisible by a number without end": "{{ 3 is divisibleby(('7' * 5000) | int(0, 16)) }}",
     "output": f"{{% for a in {R} %}}{{{{ 'x' * 1000 }}}}{{% endfor %}}",
 }
 
@@ -322,6 +325,9 @@ def test_a_template_is_quick_once_it_has_rendered_and_until_it_has_taken_long() 
     assert not codec.is_quick
     codec.encode_chat(HELLO)
     assert codec.is_quick
+    codec.encode_chat([Message("user", "x" * 3000)] * 2)
+    codec.encode_chat([Message("user", "")] * 100)
+    assert codec.is_quick, "such conversations are rendered aside in any case"
     codec.encode_chat(HELLO * 2)
     assert not codec.is_quick
     codec.encode_chat(HELLO)

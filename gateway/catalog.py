@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -21,13 +22,13 @@ from common.registry import (
     ModelRegistry,
 )
 from gateway import validation as check
-from gateway.tokenization import MAX_INLINE_CHARS, TemplateError, TextCodec
+from gateway.tokenization import MAX_INLINE_CHARS, TemplateError, TextCodec, size_of
 from gateway.turns import TenantTurns
 from torchrelay.v1 import generation_pb2 as pb
 
 _T = TypeVar("_T")
 
-_CHARS_PER_MESSAGE = 32  # what a message costs besides its text, in characters
+_AGAIN_MS: Final = 5000  # when files that could not be used are looked at again
 # No tokenizer makes less than one token of so many characters of ordinary text; a longer one cannot fit the context.
 _MAX_CHARS_PER_TOKEN = 64
 
@@ -78,8 +79,7 @@ class ServedModel:
             # What comes with a model is not trusted with the event loop before it has shown what it takes.
             if not self.codec.is_quick:
                 return await self.turns.run(tenant, lambda: self.codec.encode_chat(messages))
-            size = num_chars + _CHARS_PER_MESSAGE * len(messages)
-            return await self._beside(tenant, self.codec.encode_chat, messages, size)
+            return await self._beside(tenant, self.codec.encode_chat, messages, size_of(messages))
         except TemplateError as error:
             raise InvalidRequest(
                 "the model's chat template refuses this conversation", reason="CHAT_REFUSED", field="input.chat"
@@ -121,13 +121,26 @@ class ServedModel:
         return min(begin, peak), peak
 
 
+class _Failed(NamedTuple):
+    """A model whose files were of no use: nobody tries again before."""
+
+    card: ModelCard
+    message: str
+    until: float  # on the clock
+
+
 class Catalog:
     """Models by name, as of the last `refresh`, which is called each second; a lookup never causes one."""
 
-    def __init__(self, directory: ModelDirectory, registry: ModelRegistry) -> None:
+    def __init__(
+        self, directory: ModelDirectory, registry: ModelRegistry, *, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`monotonic` is the clock, in seconds."""
+        self._monotonic = monotonic
         self._directory = directory
         self._registry = registry
         self._served: dict[str, ServedModel] = {}  # by shard
+        self._failed: dict[str, _Failed] = {}  # likewise
         self._loading = asyncio.Lock()
         self._turns = TenantTurns()
 
@@ -136,6 +149,8 @@ class Catalog:
         await self._directory.refresh()
         for shard in self._served.keys() - self.shards():
             del self._served[shard]
+        for shard in self._failed.keys() - self.shards():
+            del self._failed[shard]
 
     def shards(self) -> set[str]:
         """Return the shards of all revisions of all models."""
@@ -170,26 +185,41 @@ class Catalog:
         card = self._directory.resolve(name).card
         served = self._served.get(card.shard)
         if served is None or served.card != card:
-            async with self._loading:
-                served = await self._load(card)
-                self._served[card.shard] = served
+            async with self._loading:  # those that waited find what the first one has loaded
+                served = self._served.get(card.shard)
+                if served is None or served.card != card:
+                    served = await self._load(card)
+                    self._served[card.shard] = served
         return served
 
     async def _load(self, card: ModelCard) -> ServedModel:
+        failed = self._failed.get(card.shard)
+        if failed is not None and failed.card == card and self._monotonic() < failed.until:
+            raise _not_ready(failed.message)
+        try:
+            codec = await self._codec(card)
+        except ValueError as error:
+            self._failed[card.shard] = _Failed(card, str(error), self._monotonic() + _AGAIN_MS / 1000)
+            raise _not_ready(str(error)) from error
+        self._failed.pop(card.shard, None)
+        return ServedModel(card, codec, default_config(card), self._turns)
+
+    async def _codec(self, card: ModelCard) -> TextCodec:
+        """Make it of the files that were published. Raises ValueError."""
         files = {name: await self._registry.file(digest) for name, digest in card.tokenizer_files.items()}
         if TOKENIZER_FILE not in files:
-            raise ModelNotReady("the model was published without a tokenizer", retry_after_ms=5000)
-        special = msgspec.json.decode(files.get(SPECIAL_TOKENS_FILE, b"{}"), type=dict[str, str])
+            raise ValueError("the model was published without a tokenizer")
         template = files.get(TEMPLATE_FILE)
         try:
-            codec = await asyncio.to_thread(
-                TextCodec, files[TOKENIZER_FILE], template.decode() if template is not None else None, special
-            )
-        except ValueError as error:
-            raise ModelNotReady(
-                "the model was published with files that cannot be used", retry_after_ms=5000
-            ) from error
-        return ServedModel(card, codec, default_config(card), self._turns)
+            special = msgspec.json.decode(files.get(SPECIAL_TOKENS_FILE, b"{}"), type=dict[str, str])
+            text = template.decode() if template is not None else None
+            return await asyncio.to_thread(TextCodec, files[TOKENIZER_FILE], text, special)
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise ValueError("the model was published with files that cannot be used") from error
+
+
+def _not_ready(message: str) -> ModelNotReady:
+    return ModelNotReady(message, retry_after_ms=_AGAIN_MS)
 
 
 def default_config(card: ModelCard) -> pb.GenerationConfig:

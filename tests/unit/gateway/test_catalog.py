@@ -17,6 +17,7 @@ from common import keys
 from common.errors import FailedPrecondition, InvalidRequest, ModelNotReady
 from common.generation import SamplingParams
 from common.registry import (
+    SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     GenerationDefaults,
@@ -142,23 +143,60 @@ def test_defaults_are_the_card_s(model: ServedModel) -> None:
     assert not model.defaults.HasField("max_tokens")
 
 
-async def test_a_model_whose_files_cannot_be_used_is_not_ready(model: ServedModel) -> None:
-    files = {TOKENIZER_FILE: (demo_model_dir() / "tokenizer.json").read_bytes(), TEMPLATE_FILE: b"{% if %}"}
-    card = msgspec.structs.replace(model.card, tokenizer_files={name: name for name in files})
+class Published:
+    """The directory and the registry of one model, whose files may change; a clock; and how often files were read."""
 
-    class Registry:
-        async def file(self, digest: str) -> bytes:
-            return files[digest]
+    def __init__(self, card: ModelCard) -> None:
+        self.files = {TOKENIZER_FILE: (demo_model_dir() / "tokenizer.json").read_bytes(), TEMPLATE_FILE: b"ok"}
+        names = (*self.files, SPECIAL_TOKENS_FILE)
+        self.card = msgspec.structs.replace(card, tokenizer_files={name: name for name in names})
+        self.files[SPECIAL_TOKENS_FILE] = b"{}"
+        self.now = 0.0
+        self.num_read = 0
 
-    class Directory:
-        def resolve(self, name: str) -> ModelEntry:
-            return ModelEntry(card, 0)
+    async def file(self, digest: str) -> bytes:
+        self.num_read += digest == TOKENIZER_FILE
+        await asyncio.sleep(0)
+        return self.files[digest]
 
-    catalog = Catalog(cast("ModelDirectory", Directory()), cast("ModelRegistry", Registry()))
-    with pytest.raises(ModelNotReady, match="files that cannot be used"):
-        await catalog.get("tiny")
-    files[TEMPLATE_FILE] = b"ok"
+    def resolve(self, name: str) -> ModelEntry:
+        return ModelEntry(self.card, 0)
+
+    def catalog(self) -> Catalog:
+        return Catalog(cast("ModelDirectory", self), cast("ModelRegistry", self), monotonic=lambda: self.now)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (TEMPLATE_FILE, b"{% if %}"),
+        (TEMPLATE_FILE, b"\xff"),
+        (TOKENIZER_FILE, b"{}"),
+        (TOKENIZER_FILE, b"no JSON"),
+        (SPECIAL_TOKENS_FILE, b"[1]"),
+        (SPECIAL_TOKENS_FILE, b"no JSON"),
+    ],
+)
+async def test_a_model_whose_files_cannot_be_used_is_not_ready(model: ServedModel, file: str, content: bytes) -> None:
+    published = Published(model.card)
+    good, published.files[file] = published.files[file], content
+    catalog = published.catalog()
+    for published.now in (0.0, 4.9):
+        with pytest.raises(ModelNotReady, match="files that cannot be used") as caught:
+            await catalog.get("tiny")
+        assert caught.value.retry_after_ms == 5000
+    assert published.num_read == 1, "read again before anything can have changed"
+    published.files[file] = good
+    published.now = 5.0
     assert (await catalog.get("tiny")).codec.has_chat_template
+
+
+async def test_a_model_is_loaded_once_for_all_that_want_it(model: ServedModel) -> None:
+    published = Published(model.card)
+    catalog = published.catalog()
+    found = await asyncio.gather(*(catalog.get("tiny") for _ in range(5)))
+    assert published.num_read == 1
+    assert all(served is found[0] for served in found)
 
 
 async def test_many_empty_messages_are_not_rendered_on_the_event_loop(

@@ -25,7 +25,8 @@ _LOST: Final = "the connection was lost"
 class _Replies(asyncio.Protocol):
     """Gives replies to those who wait, in order. A caller that left has its reply thrown away, so none is mistaken."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
         self._reader = hiredis.Reader(protocolError=InvalidResponse, replyError=BaseParser.parse_error)
         self._waiting: deque[asyncio.Future[Any]] = deque()
         self.is_open = True
@@ -45,8 +46,9 @@ class _Replies(asyncio.Protocol):
         self.end(RedisConnectionError(_LOST))
 
     def end(self, error: Exception) -> None:
-        """Nothing comes any more: all who wait get the error."""
+        """Nothing is to come any more: all who wait get the error."""
         self.is_open = False
+        self._transport.abort()
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
@@ -86,10 +88,11 @@ class PipelinedConnection:
         replies = self._replies
         if replies is None or not replies.is_open:
             replies = await self._connect()
+        packed = hiredis.pack_command(command)  # type: ignore[arg-type]
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        replies.wait(future)
-        self._transport.write(hiredis.pack_command(command))  # type: ignore[arg-type]
+        replies.wait(future)  # from here on a reply must come, or later ones would go to the wrong callers
+        self._transport.write(packed)
         timer = loop.call_later(self._timeout_s, self._give_up, replies)
         try:
             return await future
@@ -109,8 +112,8 @@ class PipelinedConnection:
             await self._drop()
             connection: Any = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
             await connection.connect()
-            replies = _Replies()
             self._connection, self._transport = connection, connection._writer.transport
+            replies = _Replies(self._transport)
             self._transport.set_protocol(replies)
             self._replies = replies
             return replies
@@ -118,9 +121,7 @@ class PipelinedConnection:
     async def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._transport.abort()
             await connection.disconnect(nowait=True)
 
     def _give_up(self, replies: _Replies) -> None:
         replies.end(RedisTimeoutError("the server does not answer in time"))
-        self._transport.abort()

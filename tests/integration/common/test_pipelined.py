@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis as redis_sync
@@ -65,12 +66,21 @@ async def test_a_caller_that_leaves_mixes_nothing_up(pipelined: PipelinedConnect
         assert await staying == str(number).encode()
 
 
+@pytest.mark.parametrize("value", [None, True, "\ud800"], ids=ascii)
+async def test_a_command_that_cannot_be_sent_mixes_nothing_up(pipelined: PipelinedConnection, value: Any) -> None:
+    await pipelined.execute_command("PING")
+    with pytest.raises((TypeError, ValueError)):
+        await pipelined.execute_command("ECHO", value)
+    assert await pipelined.execute_command("ECHO", "mine") == b"mine"
+
+
 async def test_a_lost_connection_ends_what_waits_and_the_next_command_makes_another(
     pipelined: PipelinedConnection, superuser: redis_sync.Redis
 ) -> None:
     number = await pipelined.execute_command("CLIENT", "ID")
     waiting = asyncio.create_task(pipelined.execute_command("BLPOP", "nothing", 5))
-    await asyncio.sleep(0.1)
+    while "cmd=blpop" not in superuser.execute_command("CLIENT", "LIST", "ID", number).decode():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
     superuser.client_kill_filter(_id=str(number))
     with pytest.raises(RedisConnectionError):
         await waiting
@@ -81,7 +91,7 @@ async def test_a_server_that_stops_is_given_up(tmp_path: Path) -> None:
     with EmbeddedServer(tmp_path, program=server_under_test()) as running:
         client = connect(RedisSettings(url=running.url))
         pid = int((await client.info("server"))["process_id"])
-        connection = PipelinedConnection(client, 0.3)
+        connection = PipelinedConnection(client, 2)
         await connection.execute_command("PING")
         os.kill(pid, signal.SIGSTOP)
         try:

@@ -12,12 +12,14 @@ import structlog
 from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 
+from common.errors import Unavailable
 from gateway.identity.fetching import FetchError
 
 log = structlog.get_logger()
 
 MAX_KEY_ID_CHARS: Final = 256
 _MAX_KEYS: Final = 256
+_RETRY_AFTER_MS: Final = 1000
 _MIN_RSA_BITS: Final = 2048
 _ALGORITHMS: Final = {("RSA", None): "RS256", ("EC", "P-256"): "ES256", ("OKP", "Ed25519"): "EdDSA"}
 _PRIVATE: Final = ("d", "k")  # members of a private or a shared key
@@ -108,7 +110,8 @@ class KeySet:
     async def find(self, key_id: str) -> VerificationKey | None:
         """The key of an id; None if there is none, as far as one may ask just now.
 
-        A known key is never waited for: it is fetched again beside the calls that it serves.
+        A known key is never waited for: it is fetched again beside the calls that it serves. Raises Unavailable while
+        there are no keys at all, or only keys that are too old: nobody can tell then whether a token is good.
         """
         age = self._monotonic() - self._fetched
         key = self._keys.get(key_id) if age < self._times.max_stale_s else None
@@ -119,7 +122,11 @@ class KeySet:
             return key
         if self._fetching is not None:
             await asyncio.shield(self._fetching)  # a caller that leaves ends its own waiting alone
-        return self._keys.get(key_id) if self._monotonic() - self._fetched < self._times.max_stale_s else None
+        if self._monotonic() - self._fetched >= self._times.max_stale_s:
+            raise Unavailable(
+                "the issuer's keys are not to be had", reason="IDENTITY_UNAVAILABLE", retry_after_ms=_RETRY_AFTER_MS
+            )
+        return self._keys.get(key_id)
 
     def _refresh(self) -> None:
         now = self._monotonic()

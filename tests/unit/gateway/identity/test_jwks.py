@@ -6,11 +6,13 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.errors import Unavailable
 from gateway.identity.fetching import FetchError, discover, fetch_json, source_of_keys
 from gateway.identity.jwks import KeySet, KeySetTimes
 from tests.builders_identity import Authority, Issuer, KeyServer, running_key_server
@@ -68,7 +70,8 @@ async def test_a_fetch_that_runs_ends_with_its_owner_and_none_begins_afterwards(
     assert len(asyncio.all_tasks()) == 2
     await keys.aclose()
     assert asyncio.all_tasks() == {asyncio.current_task()}
-    assert await keys.find("ec") is None
+    with pytest.raises(Unavailable):
+        await keys.find("ec")
     assert asyncio.all_tasks() == {asyncio.current_task()}
     go_on.set()
 
@@ -124,7 +127,8 @@ async def test_while_the_issuer_fails_known_keys_serve_until_they_are_too_old(br
         assert await keys.find("other") is None
         await settle()
     source.now = TIMES.max_stale_s
-    assert await keys.find("ec") is None
+    with pytest.raises(Unavailable):
+        await keys.find("ec")
     source.keys = ISSUING.key_set()
     source.now += 30
     assert await keys.find("ec") is not None
@@ -136,7 +140,9 @@ async def test_without_any_keys_the_issuer_is_asked_as_rarely() -> None:
     keys = source.key_set()
     for second in range(60):
         source.now = float(second)
-        assert await keys.find("ec") is None
+        with pytest.raises(Unavailable) as caught:
+            await keys.find("ec")
+        assert (caught.value.reason, caught.value.retry_after_ms) == ("IDENTITY_UNAVAILABLE", 1000)
     assert source.num_fetches == 2
 
 
@@ -158,10 +164,12 @@ def server() -> Iterator[KeyServer]:
 
 
 async def test_keys_come_over_http_from_loopback_without_stopping_the_loop(server: KeyServer) -> None:
-    keys = KeySet(source_of_keys(issuer="x", url=f"{server.url}/keys"), TIMES)
+    keys = KeySet(source_of_keys(issuer="x", url=f"{server.url}/keys"), replace(TIMES, refetch_s=0))
     assert await keys.find("ec") is not None
     server.status = 500
     assert await keys.find("unknown") is None
+    assert len(server.paths) == 2
+    assert await keys.find("ec") is not None
 
 
 def test_an_issuer_says_where_its_keys_are(server: KeyServer) -> None:

@@ -243,14 +243,11 @@ class JobQueue:
         if status == b"OUT_OF_RANGE":
             raise SequenceOutOfRange(after_sequence, rest[0])
         described, more, entries = rest
-        record = self._opened(records.record_from_reply(described))
+        record = records.record_from_reply(described)
         opener = self._sealer.of(record.tenant, record.generation_id)
+        record = replace(record, echo=records.open_echo(record.echo, opener))
         events = tuple(records.event_from_fields(fields, opener) for fields in entries)
         return Attachment(record, events, more == 1)
-
-    def _opened(self, record: GenerationRecord) -> GenerationRecord:
-        opener = self._sealer.of(record.tenant, record.generation_id)
-        return replace(record, echo=records.open_echo(record.echo, opener))
 
     async def detach(self, generation_id: str, *, attach_id: str = "", least_grace_ms: int = 0) -> JobState | None:
         """The client of this gateway's stream is gone: begin the job's own disconnect grace (0: it is cancelled now).
@@ -281,7 +278,9 @@ class JobQueue:
         found = as_list(reply)
         if not found:
             raise GenerationNotFound
-        return self._opened(records.record_from_reply(found[0]))
+        record = records.record_from_reply(found[0])
+        opener = self._sealer.of(record.tenant, record.generation_id)
+        return replace(record, echo=records.open_echo(record.echo, opener))
 
     async def delete(self, generation_id: str, tenant: str) -> None:
         """End a generation if it runs, and erase all that is stored of it. Raises GenerationNotFound."""
@@ -292,7 +291,7 @@ class JobQueue:
         """Ended generations whose reservation is to be settled, the oldest first; all gateways see the same ones."""
         key = keys.settlements(shard)
         found = await self._retry.call(lambda: execute(self._redis, "ZRANGE", key, 0, limit - 1))
-        return [Settlement.from_member(member) for member in found if member.count(b" ") >= 2]
+        return [Settlement.from_member(member) for member in found]
 
     async def forget_settlements(self, shard: str, settled: Iterable[Settlement]) -> None:
         """Take settled ones off the list."""

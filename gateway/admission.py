@@ -97,8 +97,9 @@ class Admission:
         Part of every gateway's upkeep; returns how many generations there were. Two gateways may take the same ones: a
         reservation is settled once.
         """
+        num_settled = sum(await asyncio.gather(*map(self._settle, shards)))
         await self._release_unknown()
-        return sum(await asyncio.gather(*map(self._settle, shards)))
+        return num_settled
 
     async def _release_unknown(self) -> None:
         """A call that ended, or lost the store, between reserving and queueing: its job may have come into being."""
@@ -110,6 +111,8 @@ class Admission:
                 await self._queue.get(generation_id, tenant)
             except errors.GenerationNotFound:
                 await self._quotas.release(tenant, generation_id)
+            except errors.SealBroken:
+                pass  # it exists; what it says is of no interest here
             self._unknown.pop(generation_id, None)
 
     async def _settle(self, shard: str) -> int:

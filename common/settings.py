@@ -30,6 +30,7 @@ COMMAND_LINE_VARIABLES: Final = frozenset(
         "TLS_KEY",
         "INSECURE",
         "TEST_SERVER",
+        "TEST_RECORD",
     )
 )
 

@@ -308,11 +308,11 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         """Refuse an empty id, and ids of models that the caller may not use: existing or not, and whosever they are."""
         if not generation_id:
             raise errors.InvalidRequest("generation_id is required", reason="FIELD_REQUIRED", field="generation_id")
-        keys.shard_of(generation_id)  # anything that is no id of ours is not found, and not noted
+        shard = keys.shard_of(generation_id)  # anything that is no id of ours is not found, and not noted
         audit.note(generation_id=generation_id)
         if not caller.grants.models:
             return
-        model = self._catalog.name_of(keys.shard_of(generation_id))
+        model = self._catalog.name_of(shard)
         if model is None or not caller.grants.allows_model(model):
             raise errors.GenerationNotFound
 

@@ -217,10 +217,13 @@ async def test_certificates_are_renewed_under_64_streams_and_no_call_fails(syste
         short = secrets.issue(valid_for_s=SHORT_S)
         secrets.install(short)  # takes the expired one's place
         assert await shows(secrets.newest)
-        secrets.change_authority()
-        secrets.install(secrets.issue())
-        assert await shows(secrets.newest)
-        await asyncio.sleep(SHORT_S)  # connections that were made under it outlive it
+        async with load.channel() as old:
+            await load.list_models(old)
+            secrets.change_authority()
+            secrets.install(secrets.issue())
+            assert await shows(secrets.newest)
+            await asyncio.sleep(SHORT_S)
+            await load.list_models(old)  # a connection that was made under it outlives it
         await load.have_all_moved()
 
         both = secrets.authorities[0].pem + secrets.newest.pem
@@ -241,4 +244,5 @@ async def test_a_gateway_that_does_not_look_at_its_certificates_again_is_seen(sy
     secrets.change_authority()
     secrets.install(secrets.issue())
     assert not await load.shows(secrets.newest)
+    assert await load.shows(secrets.authorities[0])
     gateway.kill()

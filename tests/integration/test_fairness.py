@@ -27,16 +27,16 @@ async def test_three_tenants_get_shares_by_their_weights(
         arrival_order.scripts.load.cache_clear()
     wish = {"a": 0.2, "b": 0.2, "c": 0.6}
     assert sum(found["completion_tokens"].values()) > 500
+    assert is_mutant or found["all_had_requests_waiting"], "the queue ran dry: shares would say nothing"
     is_met = all(abs(found["shares"][name] - share) < 0.12 for name, share in wish.items())
     assert is_met != is_mutant, found
 
 
-async def test_a_caller_is_told_its_place_and_how_long_it_will_wait(tmp_path: Path) -> None:
+async def test_a_caller_is_told_how_long_it_will_wait(tmp_path: Path) -> None:
     with fairness.running(tmp_path) as system:
         async with fairness.deployed(system) as at, system.client() as client:
             first = (await Outcome(client.stream((5, 6), model=fairness.MODEL, max_tokens=1)).read()).accepted
             assert first is not None
-            assert first.place == 0
             assert not first.HasField("expected_wait"), "nothing has been measured yet"
             waiting = [await at.submit(fairness.TENANTS[0], 40) for _ in range(12)]
 

@@ -22,7 +22,7 @@ class Damage:
     """Figures of one attack. Memory is what the gateway keeps afterwards."""
 
     attack: str
-    frames: int
+    sent_kb: int  # that the gateway took, headers of frames included
     seconds: float
     gateway_cpu_s: float
     rss_growth_mb: float
@@ -61,13 +61,13 @@ async def suffer(system: System, name: str, num_frames: int) -> Damage:
         while not attack.done():
             await probe()
             await asyncio.wait({attack}, timeout=_PROBE_S)
-        await attack
+        num_sent = await attack
         seconds = time.perf_counter() - began
         during = failed
         await probe()
         return Damage(
             attack=name,
-            frames=num_frames,
+            sent_kb=round(num_sent / 1000),
             seconds=round(seconds, 2),
             gateway_cpu_s=round(_cpu_s(pid) - cpu, 2),
             rss_growth_mb=round(_resident_mb(pid) - memory, 1),

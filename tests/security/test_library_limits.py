@@ -156,15 +156,19 @@ async def test_a_megabyte_of_one_letter_holds_nobody_up(client: AsyncClient) -> 
 @pytest.mark.row(57)
 async def test_one_stream_too_many_waits_at_its_client(system: System) -> None:
     async with system.client(system.gateways[0]) as client:
-        running = [
-            asyncio.create_task(Outcome(client.stream("hello", model=MODEL, max_tokens=600)).read())
-            for _ in range(MAX_STREAMS)
-        ]
-        await asyncio.sleep(0.5)
-        assert not any(task.done() for task in running)
+        outcomes = [Outcome(client.stream("hello", model=MODEL, max_tokens=1500)) for _ in range(MAX_STREAMS)]
+        running = [asyncio.create_task(outcome.read()) for outcome in outcomes]
+
+        async def have_begun() -> bool:
+            return all(outcome.accepted is not None for outcome in outcomes)
+
+        await until(have_begun)
         waiting = client.model.ListModels(model_pb2.ListModelsRequest(), metadata=client.metadata)
-        outcomes = await asyncio.gather(*running)
-        assert all(outcome.finished is not None for outcome in outcomes)
+        done, _ = await asyncio.wait([asyncio.ensure_future(waiting.code()), *running], timeout=0.3)
+        assert not done, "it did not wait, or the streams were too short"
+        async with system.client(system.gateways[0]) as other:  # over a connection of its own
+            await asyncio.gather(*(other.cancel(outcome.generation_id) for outcome in outcomes))
+        await asyncio.gather(*running)
         assert (await waiting).models
 
 

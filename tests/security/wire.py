@@ -39,13 +39,14 @@ def grpc_headers(path: str, authority: str, *extra: tuple[str, str]) -> bytes:
 
 
 class Attacker:
-    """One connection. `send` says how many bytes went before the gateway hung up or stopped reading."""
+    """A connection. `send` says how many bytes went before the gateway hung up or stopped reading."""
 
     def __init__(self, address: str, *, preface: bool = True) -> None:
         host, _, port = address.rpartition(":")
         self.authority = address
         self.socket = socket.create_connection((host, int(port)), timeout=10)
         self.received = b""
+        self.num_sent = 0  # bytes, in all
         if preface:
             self.send(PREFACE + frame(SETTINGS))
 
@@ -56,7 +57,9 @@ class Attacker:
         view = memoryview(data)
         while sent < len(data) and time.monotonic() < end:
             try:
-                sent += self.socket.send(view[sent : sent + 65536])
+                step = self.socket.send(view[sent : sent + 65536])
+                sent += step
+                self.num_sent += step
             except TimeoutError:
                 pass
             except OSError:

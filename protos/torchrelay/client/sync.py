@@ -97,14 +97,13 @@ class Client:
         retry: RetryPolicy | None = None,
         disconnect_grace_s: float = 30.0,
     ) -> None:
-        bearer = channels.Bearer(api_key, token)
+        self._bearer = channels.Bearer(api_key, token)
         plaintext = insecure or (tls is None and channels.is_loopback(address))
         if plaintext:
             self._channel = grpc.insecure_channel(address, options=channels.OPTIONS)
         else:
             credentials = (tls or channels.Tls()).credentials()
             self._channel = grpc.secure_channel(address, credentials, options=channels.OPTIONS)
-        self._bearer = bearer
         self.generation = pb_grpc.GenerationServiceStub(self._channel)
         self.model = model_pb2_grpc.ModelServiceStub(self._channel)
         self._retry = retry or RetryPolicy()

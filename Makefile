@@ -10,12 +10,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGES := common gateway worker
 SOURCES := $(PACKAGES) protos tests
+.DEFAULT_GOAL := help
 PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*/*/*.proto))
 
-.PHONY: install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality bench-gpu bench-slow-clients pytest test-redis7 protocol chaos chaos-mutants takeovers soak clean
+.PHONY: help install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality bench-gpu bench-slow-clients pytest test-redis7 protocol chaos chaos-mutants takeovers soak clean
 
 # Nothing is built here but what has no wheel at all, and nothing is fetched that no hash names.
 LOCKED := install -q --no-deps --require-hashes --only-binary :all:
+
+help:  ## these targets
+	@sed -nE 's/^([a-z][a-z0-9-]*):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r target text; do \
+		printf '%-20s %s\n' "$$target" "$$text"; done
 
 $(VENV)/.venv-made:
 	@test -n "$(PYTHON)" || { echo "torchrelay needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3"; exit 1; }
@@ -64,29 +69,29 @@ $(VENV)/.tools: $(VENV)/.venv-made requirements-tools.lock
 	$(VENV)/tools/bin/python -m pip --disable-pip-version-check $(LOCKED) -r requirements-tools.lock
 	touch $@
 
-install: $(VENV)/.installed
-install-dev: $(VENV)/.installed-dev
+install: $(VENV)/.installed  ## what is needed to serve
+install-dev: $(VENV)/.installed-dev  ## what is needed to test besides
 
 serve: install  ## gateway, worker and embedded Valkey on this machine; ARGS="--model DIR" and so on
 	$(BIN)/torchrelay serve $(ARGS)
 
-test: lint types check-stubs pytest
+test: lint types check-stubs pytest  ## all that has to pass: format, lint, types, stubs and tests
 
-lint: install-dev
+lint: install-dev  ## format and lint of Python and protos, changing nothing
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	cd protos && ../$(BIN)/buf lint
 	cd protos && ../$(BIN)/buf format -d --exit-code
 
-types: install-dev
+types: install-dev  ## mypy, strict
 	$(BIN)/mypy
 
-format: install-dev
+format: install-dev  ## formats Python and protos
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 	cd protos && ../$(BIN)/buf format -w
 
-protos: $(VENV)/.protoc
+protos: $(VENV)/.protoc  ## the stubs again, from the .proto files
 	$(call generate,protos)
 
 define generate
@@ -121,7 +126,7 @@ bench-gpu: install-dev  ## correctness and speed on an NVIDIA GPU, ten minutes; 
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
 # Side by side: most tests use one core, and those that run whole systems often wait for leases. Unit tests give way to them.
-pytest: install-dev
+pytest: install-dev  ## the tests alone
 	@mkdir -p build
 	@nice -n 5 $(BIN)/pytest tests/unit > build/unit-tests.log 2>&1 & unit=$$!; trap 'kill $$unit 2>/dev/null' INT TERM; \
 	$(BIN)/pytest --ignore tests/unit -n 2 --dist loadfile; others=$$?; wait $$unit; unit=$$?; \
@@ -226,5 +231,5 @@ audit: $(VENV)/.tools  ## known vulnerabilities in what the locks pin; needs the
 fuzz: install-dev $(VENV)/.tools  ## coverage-guided fuzzing of what reads foreign bytes, one process each; DURATION=600, in seconds
 	$(BIN)/python -m tests.security.fuzz.run --python $(VENV)/tools/bin/python --duration $(or $(DURATION),600) $(ARGS)
 
-clean:
+clean:  ## removes .venv and what was built
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -65,7 +65,7 @@ async def measure(redis: Redis, num_calls: int) -> dict[str, float]:
         priority_of(request.priority, caller.grants.priorities)
 
     async def validate() -> None:
-        validation.check_token_ids(list(request.input.token_ids.ids), limits.vocab_size, "input.token_ids.ids")
+        validation.check_token_ids(request.input.token_ids.ids[:], limits.vocab_size, "input.token_ids.ids")
         config = validation.resolve_config(request.config, defaults, len(_PROMPT), limits, seed=1)
         validation.sampling_params(config, (2,))
 

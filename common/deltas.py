@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from common.generation import OutputDelta
+from common.generation import OutputDelta, ToolCallDelta
 
 
 def merge_deltas(deltas: Iterable[OutputDelta]) -> list[OutputDelta]:
@@ -28,4 +28,19 @@ def _joined(parts: list[OutputDelta]) -> OutputDelta:
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
         finish_reason=last.finish_reason,
         stop_match=last.stop_match,
+        reasoning_text="".join(part.reasoning_text for part in parts),
+        tool_calls=merge_tool_calls(call for part in parts for call in part.tool_calls),
     )
+
+
+def merge_tool_calls(pieces: Iterable[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
+    """Join the pieces of each call, in the order of their first."""
+    calls: dict[int, ToolCallDelta] = {}
+    for piece in pieces:
+        before = calls.get(piece.index)
+        calls[piece.index] = (
+            piece
+            if before is None
+            else ToolCallDelta(piece.index, before.name or piece.name, before.arguments + piece.arguments)
+        )
+    return tuple(calls.values())

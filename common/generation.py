@@ -19,6 +19,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens, or the model's context
     TIME_LIMIT = "time_limit"
     CANCELLED = "cancelled"
+    TOOL_CALLS = "tool_calls"  # the model calls tools and waits for what they answer
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -49,6 +50,24 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     completion_tokens: int = 0  # over all outputs
 
 
+class ToolCallDelta(msgspec.Struct, frozen=True, array_like=True):
+    """A piece of a tool call. The name comes whole in the first one; the pieces of the arguments are to be joined."""
+
+    index: int  # of the call in its output
+    name: str = ""
+    arguments: str = ""  # JSON text of an object
+
+
+class ChatParsing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an output's text is taken apart into, besides plain text; see `common/chat_formats.py` for the formats."""
+
+    reasoning_format: str = ""  # empty: none is looked for
+    in_reasoning: bool = False  # the prompt ends inside the model's reasoning
+    tool_format: str = ""  # empty: none is looked for
+    tool_names: tuple[str, ...] = ()  # the tools offered
+    max_tool_calls: int = 0  # after so many the output ends; 0 is as many as the model makes
+
+
 class OutputDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one output, or its end.
 
@@ -65,6 +84,8 @@ class OutputDelta(msgspec.Struct, frozen=True, array_like=True):
     ] = ()  # one per token id when asked for, of the distribution before temperature and filters
     finish_reason: FinishReason | None = None  # set once, in the output's last delta
     stop_match: str | int | None = None  # the stop string or token id that ended it
+    reasoning_text: str = ""  # of chats, where the model's format sets it apart
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class EventBody(msgspec.Struct, frozen=True, array_like=True):
@@ -80,4 +101,5 @@ class JobBody(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     cache_salt: bytes = b""  # enters the first block hash of the prefix cache, so that tenants do not share blocks
+    chat: ChatParsing | None = None  # None: text is text
     version: int = 1

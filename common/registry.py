@@ -71,6 +71,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     bos_token_id: int | None = None
     defaults: GenerationDefaults = GenerationDefaults()
     has_chat_template: bool = False
+    tool_format: str = ""  # of common/chat_formats.py; "" is none: tools are refused
+    reasoning_format: str = ""  # likewise; "" is none: all text is the answer's
     block_tokens: int = 16  # KV slots of one block
     kv_tokens: int = 0  # KV slots of one worker: a longer request fits nowhere
     tokenizer_files: dict[str, str] = {}  # file name -> SHA-256 in hex

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 
 from common.errors import FailedPrecondition, InvalidRequest, ModelNotReady
-from common.generation import SamplingParams
+from common.generation import ChatParsing, SamplingParams
 from common.registry import (
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
@@ -22,7 +22,10 @@ from common.registry import (
     ModelRegistry,
 )
 from gateway import validation as check
-from gateway.tokenization import MAX_INLINE_CHARS, TemplateError, TextCodec, size_of
+from gateway.chat_template import TemplateError
+from gateway.conversation import Conversation, conversation_of
+from gateway.tokenization import MAX_INLINE_CHARS, EncodedChat, TextCodec
+from gateway.tool_calls import GENERIC, as_plain, parsing_of
 from gateway.turns import TenantTurns
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -31,6 +34,14 @@ _T = TypeVar("_T")
 _AGAIN_MS: Final = 5000  # when files that could not be used are looked at again
 # No tokenizer makes less than one token of so many characters of ordinary text; a longer one cannot fit the context.
 _MAX_CHARS_PER_TOKEN = 64
+
+
+class EncodedInput(NamedTuple):
+    """What a request's input comes to."""
+
+    token_ids: list[int]
+    chat: ChatParsing | None = None  # what is looked for in the answer; None: nothing
+    conversation: Conversation | None = None  # None: it is no chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +53,10 @@ class ServedModel:
     defaults: pb.GenerationConfig
     turns: TenantTurns = field(default_factory=TenantTurns)  # at what takes long, of all models
 
-    async def encode(self, source: pb.GenerationInput, tenant: str = "") -> list[int]:
-        """Return the ids of a request's input; a long one waits for the tenant's turn.
+    async def encode(self, source: pb.GenerationInput, tenant: str = "") -> EncodedInput:
+        """Tokenize a request's input; a long one waits for the tenant's turn.
 
-        Raises InvalidRequest, or FailedPrecondition without a chat template.
+        Raises InvalidRequest, or FailedPrecondition for a chat without a chat template, or tools where none are served.
         """
         kind = source.WhichOneof("input")
         if kind is None:
@@ -55,40 +66,56 @@ class ServedModel:
             if not ids:
                 raise InvalidRequest("must not be empty", reason="FIELD_REQUIRED", field="input.token_ids.ids")
             check.check_token_ids(ids, self.card.vocab_size, "input.token_ids.ids")
-            return ids
+            return EncodedInput(ids)
         if kind == "text":
             if not source.text:
                 raise InvalidRequest("must not be empty", reason="FIELD_REQUIRED", field="input.text")
             self._check_length(len(source.text))
-            ids = await self._beside(tenant, self.codec.encode_text, source.text, len(source.text))
+            encoded = EncodedInput(
+                await self._beside(tenant, lambda: self.codec.encode_text(source.text), len(source.text))
+            )
         else:
-            ids = await self._encode_chat(source.chat, tenant)
-        if not ids:
+            encoded = await self._encode_chat(source.chat, tenant)
+        if not encoded.token_ids:
             raise InvalidRequest("the input has no tokens", reason="FIELD_REQUIRED", field="input")
-        return ids
+        return encoded
 
-    async def _encode_chat(self, chat: pb.ChatInput, tenant: str) -> list[int]:
-        messages = check.messages_of(chat)
+    async def _encode_chat(self, chat: pb.ChatInput, tenant: str) -> EncodedInput:
+        conversation = conversation_of(chat)
         if not self.codec.has_chat_template:
             raise FailedPrecondition(
                 "the model has no chat template; send text or token ids", reason="NO_CHAT_TEMPLATE"
             )
-        num_chars = sum(len(message.content) for message in messages)
-        self._check_length(num_chars)
+        if conversation.tools and not self.card.tool_format:
+            raise FailedPrecondition("tools are not served with this model", reason="TOOLS_NOT_SERVED")
+        self._check_length(conversation.num_chars)
         try:
             # What comes with a model is not trusted with the event loop before it has shown what it takes.
             if not self.codec.is_quick:
-                return await self.turns.run(tenant, lambda: self.codec.encode_chat(messages))
-            return await self._beside(tenant, self.codec.encode_chat, messages, size_of(messages))
+                encoded = await self.turns.run(tenant, lambda: self._render(conversation))
+            else:
+                encoded = await self._beside(tenant, lambda: self._render(conversation), conversation.size)
         except TemplateError as error:
             raise InvalidRequest(
                 "the model's chat template refuses this conversation", reason="CHAT_REFUSED", field="input.chat"
             ) from error
+        chat_parsing = parsing_of(self.card, conversation, encoded.rendered)
+        return EncodedInput(encoded.token_ids, chat_parsing, conversation)
 
-    async def _beside(self, tenant: str, encode: Callable[[_T], list[int]], value: _T, num_chars: int) -> list[int]:
-        if num_chars <= MAX_INLINE_CHARS:
-            return encode(value)
-        return await self.turns.run(tenant, lambda: encode(value))
+    def _render(self, conversation: Conversation) -> EncodedChat:
+        """Raises TemplateError."""
+        uses_tools = conversation.tools or any(m.tool_calls or m.role == "tool" for m in conversation.messages)
+        if not uses_tools or self.card.tool_format not in ("", GENERIC):
+            return self.codec.encode_chat(conversation)
+        try:
+            return self.codec.encode_chat(as_plain(conversation, in_system=True))
+        except TemplateError:
+            if not conversation.tools or conversation.messages[0].role == "system":
+                raise
+            return self.codec.encode_chat(as_plain(conversation, in_system=False))  # it may take no system message
+
+    async def _beside(self, tenant: str, encode: Callable[[], _T], num_chars: int) -> _T:
+        return encode() if num_chars <= MAX_INLINE_CHARS else await self.turns.run(tenant, encode)
 
     def _check_length(self, num_chars: int) -> None:
         """Refuse what cannot fit before its tokens are counted: tokenizing takes time that others need."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import string
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -19,7 +21,10 @@ _FINISH_REASONS: Final = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.TIME_LIMIT: pb.FINISH_REASON_TIME_LIMIT,
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
 }
+_ID_LETTERS: Final = string.ascii_letters + string.digits
+_ID_LENGTH: Final = 9  # what the strictest of chat templates takes
 
 
 def duration(milliseconds: int) -> Duration:
@@ -41,24 +46,44 @@ def set_wait(message: pb.Accepted | pb.Progress, expected_wait_ms: int | None) -
         message.expected_wait.FromMilliseconds(expected_wait_ms)
 
 
-def delta_message(delta: OutputDelta) -> pb.Delta:
-    return pb.Delta(
+def tool_call_id(generation_id: str, output_index: int, index: int) -> str:
+    """Return the id of a tool call: the same however often its events are read."""
+    digest = hashlib.sha256(f"{generation_id}/{output_index}/{index}".encode()).digest()
+    number = int.from_bytes(digest[:8])
+    letters = []
+    for _ in range(_ID_LENGTH):
+        number, letter = divmod(number, len(_ID_LETTERS))
+        letters.append(_ID_LETTERS[letter])
+    return "".join(letters)
+
+
+def delta_message(delta: OutputDelta, generation_id: str) -> pb.Delta:
+    message = pb.Delta(
         output_index=delta.output_index,
         first_token_index=delta.first_token_index,
         token_ids=delta.token_ids,
         text=delta.text,
         logprobs=delta.logprobs,
+        reasoning_text=delta.reasoning_text,
     )
+    for call in delta.tool_calls:
+        call_id = tool_call_id(generation_id, delta.output_index, call.index) if call.name else ""
+        message.tool_calls.add(index=call.index, id=call_id, name=call.name, arguments=call.arguments)
+    return message
 
 
-def deltas_event(deltas: Iterable[OutputDelta], position: LogPosition) -> pb.GenerationEvent | None:
+def deltas_event(deltas: Iterable[OutputDelta], position: LogPosition, generation_id: str) -> pb.GenerationEvent | None:
     """Return the event for new tokens; None if there is neither a token nor text, only an end."""
-    messages = [delta_message(delta) for delta in deltas if delta.token_ids or delta.text]
+    messages = [delta_message(delta, generation_id) for delta in deltas if _has_news(delta)]
     if not messages:
         return None
     return pb.GenerationEvent(
         sequence=position.sequence, chain_hash=chain_hash(position), deltas=pb.Deltas(deltas=messages)
     )
+
+
+def _has_news(delta: OutputDelta) -> bool:
+    return bool(delta.token_ids or delta.text or delta.reasoning_text or delta.tool_calls)
 
 
 def chain_hash(position: LogPosition) -> bytes:
@@ -173,6 +198,10 @@ def generation_message(
             output.text = known.text
             output.token_ids.extend(known.token_ids)
             output.logprobs.extend(known.logprobs)
+            output.reasoning_text = known.reasoning_text
+            for call in known.tool_calls:
+                call_id = tool_call_id(record.generation_id, index, call.index)
+                output.tool_calls.add(id=call_id, name=call.name, arguments=call.arguments)
         if index in position.ends or (record.state.is_final and failure is None):
             output.end.CopyFrom(output_end(position.end_of(index, otherwise)))
     return message

@@ -68,7 +68,8 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
             raise errors.InvalidRequest(
                 "token ids are tokenized already", reason="FIELD_INVALID", field="input.token_ids"
             )
-        return pb.TokenizeResponse(token_ids=await model.encode(request.input, caller.tenant))
+        encoded = await model.encode(request.input, caller.tenant)
+        return pb.TokenizeResponse(token_ids=encoded.token_ids)
 
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -109,6 +110,8 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
             weight_format=card.weight_format,
             weight_bytes=card.weight_bytes,
             attention_backend=card.attention_backend,
+            tool_format=card.tool_format,
+            reasoning_format=card.reasoning_format,
         )
 
 

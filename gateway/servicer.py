@@ -230,7 +230,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         check_model(caller, check.check_model_name(request.model), reveal=settings.reveal_models)
         priority = priority_of(request.priority, grants.priorities)
         model = await self._catalog.get(request.model)
-        prompt = await model.encode(request.input, caller.tenant)
+        prompt, chat, _ = await model.encode(request.input, caller.tenant)
         card = model.card
         limits = check.ConfigLimits(
             card.context_tokens, card.vocab_size, settings.max_outputs, settings.max_stop_strings
@@ -251,7 +251,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         job = NewJob(
             tenant=caller.tenant,
             key_id=caller.key_id,
-            body=JobBody(prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=salt),
+            body=JobBody(prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=salt, chat=chat),
             priority=priority,
             weight=policy.weight,
             time_limit_ms=self._time_limit_ms(request, grace_ms, call_remaining_s),

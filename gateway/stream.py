@@ -166,7 +166,7 @@ class EventStream:
         self.ended = self.ended or kind.is_terminal
 
     def _tokens(self, deltas: list[OutputDelta]) -> list[pb.GenerationEvent]:
-        event = convert.deltas_event(merge_deltas(deltas), self._position)
+        event = convert.deltas_event(merge_deltas(deltas), self._position, self._generation_id)
         if event is None:
             return []
         self._state = pb.GENERATION_STATE_RUNNING  # tokens say so: no Progress is needed

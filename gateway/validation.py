@@ -11,7 +11,6 @@ from google.protobuf.duration_pb2 import Duration
 from common.errors import FieldViolation, InvalidRequest
 from common.generation import SamplingParams
 from common.grants import Caps
-from gateway.tokenization import Message
 from torchrelay.v1 import generation_pb2 as pb
 
 MAX_STOP_BYTES = 256
@@ -21,10 +20,7 @@ MAX_TEMPERATURE = 2.0
 MIN_TEMPERATURE = 1e-6
 MAX_REPETITION_PENALTY = 10.0
 MAX_IDEMPOTENCY_KEY = 128
-MAX_MESSAGES = 4096
 MAX_CACHE_SALT_BYTES = 128
-
-_ROLE_NAMES = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +75,6 @@ def check_token_ids(ids: Iterable[int], vocab_size: int, path: str) -> None:
         raise InvalidRequest(
             f"token ids must be below {vocab_size}", reason="FIELD_OUT_OF_RANGE", field=path, limit=vocab_size - 1
         )
-
-
-def messages_of(chat: pb.ChatInput) -> list[Message]:
-    """Return the conversation. Raises InvalidRequest for an empty one, an unknown role, or a message without parts."""
-    bad = Violations()
-    if not chat.messages:
-        bad.add("input.chat.messages", "at least one message is required", "FIELD_REQUIRED")
-    if len(chat.messages) > MAX_MESSAGES:
-        bad.add("input.chat.messages", f"at most {MAX_MESSAGES} messages are taken")
-        bad.raise_if_any()
-    for index, message in enumerate(chat.messages):
-        path = f"input.chat.messages[{index}]"
-        if message.role not in _ROLE_NAMES:
-            bad.add(f"{path}.role", "must be ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT", "FIELD_INVALID")
-        if not message.parts:
-            bad.add(f"{path}.parts", "at least one part is required", "FIELD_REQUIRED")
-        for number, part in enumerate(message.parts):
-            if part.WhichOneof("part") is None:
-                bad.add(f"{path}.parts[{number}]", "must be set", "FIELD_REQUIRED")
-    bad.raise_if_any()
-    return [Message(_ROLE_NAMES[m.role], "".join(part.text for part in m.parts)) for m in chat.messages]
 
 
 def resolve_config(

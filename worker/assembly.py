@@ -10,6 +10,7 @@ import structlog
 import torch
 
 from common.registry import ModelCard
+from worker.chat.text import ChatReader
 from worker.detokenizer import IncrementalDetokenizer
 from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.attention.interface import AttentionBackend
@@ -85,6 +86,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         cache_salt=f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode(),
         argmax=backend.kernels.argmax if isinstance(backend, CpuAttention) else None,
         on_part=on_part,
+        read_chat=ChatReader(loaded.text.tokenizer),
     )
     stats = engine.stats()
     card, files = make_card(
@@ -94,6 +96,8 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         block_tokens=stats.block_size,
         kv_tokens=stats.num_blocks * stats.block_size,
         attention_backend=backend.name,
+        tool_format=settings.tool_format,
+        reasoning_format=settings.reasoning_format,
     )
     log.info(
         "engine.ready",

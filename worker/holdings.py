@@ -112,6 +112,7 @@ class Holdings:
             priority=HIGHEST_CLASS if job.by_share else job.priority,
             tenant=job.tenant,
             weight=job.weight,
+            chat=job.body.chat,
             deadline=now + job.remaining_ms / 1000,
         )
 

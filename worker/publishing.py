@@ -51,7 +51,15 @@ def register_model(*, as_json: bool) -> int:
         name = settings.model_name or default_name(settings.model)
         # How much a worker can hold is known once one has started; until then the model's own limit holds.
         limit = loaded.context_length
-        card, files = make_card(loaded, name=name, context_tokens=limit, block_tokens=16, kv_tokens=limit)
+        card, files = make_card(
+            loaded,
+            name=name,
+            context_tokens=limit,
+            block_tokens=16,
+            kv_tokens=limit,
+            tool_format=settings.tool_format,
+            reasoning_format=settings.reasoning_format,
+        )
     except ModelError as error:
         log.error("model.refused", error=str(error))
         return 1

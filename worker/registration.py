@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
 from common import keys
+from common.chat_formats import detect_reasoning_format, detect_tool_format
 from common.registry import (
     MAX_FILE_BYTES,
     SPECIAL_TOKENS_FILE,
@@ -41,11 +43,14 @@ def make_card(
     block_tokens: int,
     kv_tokens: int,
     attention_backend: str = "",
+    tool_format: str = "auto",
+    reasoning_format: str = "auto",
 ) -> Publication:
     """Return what to publish of `loaded` under `name`.
 
     `context_tokens` is the engine's limit on one sequence, `kv_tokens` the room of its KV cache; the card's context is
-    the least of both and of what the model takes. Raises ModelError for a name or a file that nobody could use.
+    the least of both and of what the model takes. The formats are names of `common.chat_formats`, "auto" what the chat
+    template tells, "none" none. Raises ModelError for a name or a file that nobody could use.
     """
     if not _NAME.fullmatch(name) or len(name) > _MAX_NAME_LENGTH:
         raise ModelError(
@@ -78,6 +83,8 @@ def make_card(
         bos_token_id=_bos_token_id(loaded),
         defaults=_defaults(loaded, max_output_tokens),
         has_chat_template=TEMPLATE_FILE in files,
+        tool_format=_format(tool_format, loaded, detect_tool_format),
+        reasoning_format=_format(reasoning_format, loaded, detect_reasoning_format),
         block_tokens=block_tokens,
         kv_tokens=kv_tokens,
         tokenizer_files={file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
@@ -94,6 +101,14 @@ def _files(loaded: LoadedModel) -> dict[str, bytes]:
     if text.chat_template is not None:
         files[TEMPLATE_FILE] = text.chat_template.encode()
     return files
+
+
+def _format(name: str, loaded: LoadedModel, detect: Callable[[str], str]) -> str:
+    """Return the name of a format, empty for none; without a chat template there are no chats."""
+    template = loaded.text.chat_template
+    if name == "none" or template is None:
+        return ""
+    return detect(template) if name == "auto" else name
 
 
 def _bos_token_id(loaded: LoadedModel) -> int | None:

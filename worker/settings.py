@@ -21,6 +21,12 @@ class WorkerSettings(BaseSettings):
         default="none",
         description="Weights in 8 or 4 bits: int8 for Llama-shaped models on a CPU, any of them on a GPU, by torchao.",
     )
+    tool_format: Literal["auto", "hermes", "llama3", "mistral", "generic", "none"] = Field(
+        default="auto", description="How the model writes tool calls; auto is by its chat template, none refuses tools."
+    )
+    reasoning_format: Literal["auto", "think", "magistral", "none"] = Field(
+        default="auto", description="How the model marks its reasoning; auto is by its chat template."
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     num_threads: int = Field(default=0, ge=0, description="Threads that compute on a CPU; 0 is one per physical core.")
     max_jobs: int = Field(default=256, gt=0, description="Most generations held at a time.")

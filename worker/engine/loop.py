@@ -12,11 +12,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
-from common.generation import FinishReason, OutputDelta, Usage
+from common.deltas import merge_tool_calls
+from common.generation import ChatParsing, FinishReason, OutputDelta, Usage
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.runner import StepOutOfMemory, memory_guard
@@ -25,7 +26,7 @@ from worker.engine.scheduler import Chunk, Plan, Scheduler
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator, num_accepted
-from worker.engine.stopping import Detokenizer, Progress, StopState
+from worker.engine.stopping import Detokenizer, Progress, StopState, TextParser
 from worker.engine.types import EngineStats, GenerationRequest, OnPart, RequestOutput, StepResult, ignore_part
 
 
@@ -38,6 +39,10 @@ class Runner(Protocol):
     vocab_size: int
 
     def execute(self, plan: Plan) -> torch.Tensor: ...
+
+
+# What makes the text of a chat's output, and what takes it apart.
+ReadChat: TypeAlias = Callable[[ChatParsing], tuple[Detokenizer, TextParser]]
 
 
 class DuplicateRequest(Exception):
@@ -79,14 +84,17 @@ class Engine:
         cache_salt: bytes = b"",
         argmax: Argmax | None = None,
         on_part: OnPart = ignore_part,
+        read_chat: ReadChat | None = None,
     ) -> None:
         """`cost` is what the runner's steps cost; `cache_salt` stands for whatever else than tokens decides keys and
         values: model revision, adapter, dtype; `argmax` is the sampler's;
-        `on_part` is told of the parts of each step.
+        `on_part` is told of the parts of each step; `read_chat` makes what takes the answers of chats apart, and raises
+        ValueError for a format that it does not know: such requests end with an error.
         """
         self._runner = runner
         self._new_detokenizer = new_detokenizer
         self._on_part = on_part
+        self._read_chat = read_chat
         self._pool = BlockPool(
             runner.num_blocks, settings.block_size, salt=cache_salt, enable_prefix_cache=settings.enable_prefix_cache
         )
@@ -140,6 +148,10 @@ class Engine:
             return "PROMPT_TOO_LONG"
         if request.emitted and len(request.emitted) != num_outputs:
             return "EMITTED_MISMATCH"
+        try:
+            self._text_of(request)
+        except ValueError:
+            return "UNKNOWN_CHAT_FORMAT"
         if any(min(ids) < 0 or max(ids) >= self._runner.vocab_size for ids in (prompt, *request.emitted) if ids):
             return "INVALID_TOKEN_ID"
         return None
@@ -147,12 +159,12 @@ class Engine:
     def _start_output(self, state: _Request, output_index: int, emitted: tuple[int, ...]) -> None:
         request = state.request
         max_tokens = min(request.sampling.max_tokens, self._runner.max_model_len - len(request.prompt_token_ids))
-        stop = StopState(request.sampling, max_tokens, self._new_detokenizer())
+        stop = StopState(request.sampling, max_tokens, *self._text_of(request))
         for token_id in emitted:
             if stop.finished is None:
                 stop.push(token_id)
         if stop.finished is not None:  # the log has the last token and its text, but not the end
-            end = Progress("", stop.finished.finish_reason, stop.finished.stop_match)
+            end = Progress("", stop.finished.finish_reason, stop.finished.stop_match)  # its parts are in the log too
             self._report(request.request_id, _end_delta(output_index, len(emitted), end))
             return
         sequence = Sequence(
@@ -171,6 +183,14 @@ class Engine:
         state.first = state.first or sequence
         state.outputs[output_index] = _Output(sequence, stop)
         self._scheduler.add(sequence)
+
+    def _text_of(self, request: GenerationRequest) -> tuple[Detokenizer, TextParser | None]:
+        """Return what makes an output's text. Raises ValueError."""
+        if request.chat is None:
+            return self._new_detokenizer(), None
+        if self._read_chat is None:
+            raise ValueError("chats are not taken apart here")
+        return self._read_chat(request.chat)
 
     def abort(self, request_id: str) -> None:
         """End a request with CANCELLED, in whatever state; its blocks are free at once, the end is in the next step's
@@ -249,14 +269,14 @@ class Engine:
         """Give an output the tokens of these rows, up to its end if that is among them."""
         sequence, output = chunk.sequence, state.outputs[chunk.sequence.output_index]
         first_token_index = sequence.num_output_tokens
-        texts = []
+        steps: list[Progress] = []
         for row in rows:
             sequence.append(sampled.token_ids[row])
             progress = output.stop.push(sampled.token_ids[row])
-            texts.append(progress.text)
+            steps.append(progress)
             if progress.finish_reason is not None:
                 break
-        taken = rows[: len(texts)]
+        taken = rows[: len(steps)]
         state.num_completion_tokens += len(taken)
         self._num_generated_tokens += len(taken)
         self._report(
@@ -265,10 +285,12 @@ class Engine:
                 output_index=sequence.output_index,
                 first_token_index=first_token_index,
                 token_ids=tuple(sampled.token_ids[row] for row in taken),
-                text="".join(texts),
+                text="".join(step.text for step in steps),
                 logprobs=tuple(sampled.logprobs[row] for row in taken) if sequence.sampling.logprobs else (),
                 finish_reason=progress.finish_reason,
                 stop_match=progress.stop_match,
+                reasoning_text="".join(step.reasoning_text for step in steps),
+                tool_calls=merge_tool_calls(call for step in steps for call in step.tool_calls),
             ),
         )
         if chunk.drafts:
@@ -370,4 +392,6 @@ def _end_delta(output_index: int, num_output_tokens: int, end: Progress) -> Outp
         text=end.text,
         finish_reason=end.finish_reason,
         stop_match=end.stop_match,
+        reasoning_text=end.reasoning_text,
+        tool_calls=merge_tool_calls(end.tool_calls),
     )

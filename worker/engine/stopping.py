@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from common.generation import FinishReason, SamplingParams
+from common.generation import FinishReason, SamplingParams, ToolCallDelta
+from worker.engine.types import Parts
 
 
 class Detokenizer(Protocol):
@@ -31,6 +32,25 @@ class Detokenizer(Protocol):
         ...
 
 
+class TextParser(Protocol):
+    """Text in, its parts out; see `worker.chat.parser`."""
+
+    @property
+    def num_calls(self) -> int:
+        """Tool calls that are whole."""
+        ...
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether the output ends here, since as many tools were called as may be."""
+        ...
+
+    def push(self, text: str) -> Parts: ...
+    def flush(self) -> Parts:
+        """Return what is held back; nothing is pushed afterwards."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What one token did to an output."""
@@ -38,6 +58,8 @@ class Progress:
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_match: str | int | None = None
+    reasoning_text: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class StopStringFilter:
@@ -81,41 +103,57 @@ class StopStringFilter:
 class StopState:
     """Follows one output, token by token, until it ends."""
 
-    def __init__(self, sampling: SamplingParams, max_tokens: int, detokenizer: Detokenizer) -> None:
-        """`max_tokens` is the request's, cut to what the model's context leaves."""
+    def __init__(
+        self, sampling: SamplingParams, max_tokens: int, detokenizer: Detokenizer, parser: TextParser | None = None
+    ) -> None:
+        """`max_tokens` is the request's, cut to what the model's context leaves. Without a parser text is text."""
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
         self._max_tokens = max_tokens
         self._detokenizer = detokenizer
         self._filter = StopStringFilter(sampling.stop_strings)
+        self._parser = parser
         self._num_tokens = 0
         self.finished: Progress | None = None
 
     def push(self, token_id: int) -> Progress:
-        """Take the next token. The first of these ends the output: a stop id, a stop string, the last token allowed.
+        """Take the next token. The first of these ends the output: a stop id, a stop string, as many tool calls as may
+        be, the last token allowed.
 
         A stop id adds no text of its own; what was held back before it is shown.
         """
         assert self.finished is None, "the output has ended"
         self._num_tokens += 1
         if token_id in self._stop_token_ids:
-            return self._finish("", FinishReason.STOP, token_id)
+            return self._finish(Parts(), FinishReason.STOP, token_id)
         text, stop_string = self._filter.push(self._detokenizer.push(token_id))
+        parts = self._parse(text)
         if stop_string is not None:
-            self.finished = Progress(text, FinishReason.STOP, stop_string)
-            return self.finished
+            return self._end(parts, FinishReason.STOP, stop_string)
+        if self._parser is not None and self._parser.has_enough:
+            return self._end(parts, FinishReason.TOOL_CALLS)
         if self._num_tokens >= self._max_tokens:
-            return self._finish(text, FinishReason.LENGTH)
-        return Progress(text)
+            return self._finish(parts, FinishReason.LENGTH)
+        return Progress(parts.text, reasoning_text=parts.reasoning, tool_calls=parts.calls)
 
     def end(self, reason: FinishReason) -> Progress:
         """End the output from outside: its time is over, or it was cancelled."""
         assert self.finished is None, "the output has ended"
-        return self._finish("", reason)
+        return self._finish(Parts(), reason)
 
-    def _finish(self, text: str, reason: FinishReason, stop_match: int | None = None) -> Progress:
+    def _finish(self, parts: Parts, reason: FinishReason, stop_match: int | None = None) -> Progress:
+        """End with all that is held back, unless that holds a stop string."""
         rest, stop_string = self._filter.push(self._detokenizer.flush())
         if stop_string is not None:
-            self.finished = Progress(text + rest, FinishReason.STOP, stop_string)
-        else:
-            self.finished = Progress(text + rest + self._filter.flush(), reason, stop_match)
+            return self._end(parts + self._parse(rest), FinishReason.STOP, stop_string)
+        return self._end(parts + self._parse(rest + self._filter.flush()), reason, stop_match)
+
+    def _end(self, parts: Parts, reason: FinishReason, stop_match: str | int | None = None) -> Progress:
+        if self._parser is not None:
+            parts += self._parser.flush()
+            if isinstance(stop_match, int) and self._parser.num_calls:
+                reason, stop_match = FinishReason.TOOL_CALLS, None  # the model waits for what the tools answer
+        self.finished = Progress(parts.text, reason, stop_match, parts.reasoning, parts.calls)
         return self.finished
+
+    def _parse(self, text: str) -> Parts:
+        return Parts(text) if self._parser is None else self._parser.push(text)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
-from common.generation import OutputDelta, SamplingParams, Usage
+from common.generation import ChatParsing, OutputDelta, SamplingParams, ToolCallDelta, Usage
 
 # The parts of a step, in order; "end" stands behind the last one.
 Part: TypeAlias = Literal["plan", "batch", "forward", "sample", "update", "end"]
@@ -15,6 +15,19 @@ OnPart: TypeAlias = Callable[[Part], None]  # called on the engine's thread when
 
 def ignore_part(part: Part) -> None:
     """Nobody watches."""
+
+
+class Parts(NamedTuple):
+    """What an output's text, or a piece of it, turns out to be."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+
+    def __add__(self, other: object) -> Parts:  # in the place of a tuple's own
+        if not isinstance(other, Parts):
+            return NotImplemented
+        return Parts(self.text + other.text, self.reasoning + other.reasoning, self.calls + other.calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +48,7 @@ class GenerationRequest:
     deadline: float | None = None  # time.monotonic() seconds; the outputs then end with TIME_LIMIT
     tenant: str = ""  # among waiting requests of one priority, tenants take turns by service over weight
     weight: float = 1.0
+    chat: ChatParsing | None = None  # None: text is text
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from torchrelay.client.aio import AsyncClient, AsyncGenerationStream
 from torchrelay.client.channel import Tls
 from torchrelay.client.errors import FieldViolation, RelayError
-from torchrelay.client.requests import GenerationOptions, Prompt
+from torchrelay.client.requests import GenerationOptions, Prompt, make_chat
 from torchrelay.client.resume import RetryPolicy, StreamPosition
 from torchrelay.client.sync import Client, GenerationStream
 
@@ -19,4 +19,5 @@ __all__ = [
     "RetryPolicy",
     "StreamPosition",
     "Tls",
+    "make_chat",
 ]

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from google.protobuf.duration_pb2 import Duration
 
 from torchrelay.v1 import generation_pb2 as pb
 
-# A prompt: text, token ids, or messages like {"role": "user", "content": "Hello"}.
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+# A prompt: text, token ids, messages like {"role": "user", "content": "Hello"}, or an input as `make_chat` makes it.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | pb.GenerationInput
 
 Priority = Literal["high", "normal", "low"]
 
 _PRIORITIES = {"high": pb.PRIORITY_HIGH, "normal": pb.PRIORITY_NORMAL, "low": pb.PRIORITY_LOW}
 _WHAT_A_PROMPT_IS = "a prompt is a string, a list of token ids, or a list of messages with role and content"
-_ROLES = {"system": pb.ROLE_SYSTEM, "user": pb.ROLE_USER, "assistant": pb.ROLE_ASSISTANT}
+_ROLES = {
+    "system": pb.ROLE_SYSTEM,
+    "user": pb.ROLE_USER,
+    "assistant": pb.ROLE_ASSISTANT,
+    "tool": pb.ROLE_TOOL,
+}
+_MODES = {
+    "auto": pb.TOOL_CHOICE_MODE_AUTO,
+    "none": pb.TOOL_CHOICE_MODE_NONE,
+    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
+}
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -41,20 +52,79 @@ class GenerationOptions(TypedDict, total=False):
 
 def make_input(prompt: Prompt) -> pb.GenerationInput:
     """Turn a prompt into an input. Raises ValueError on an unknown role, TypeError on anything else."""
+    if isinstance(prompt, pb.GenerationInput):
+        return prompt
     if isinstance(prompt, str):
         return pb.GenerationInput(text=prompt)
     if isinstance(prompt, bytes | Mapping):
         raise TypeError(_WHAT_A_PROMPT_IS)
     if all(isinstance(item, int) for item in prompt):
         return pb.GenerationInput(token_ids=pb.TokenIds(ids=prompt))  # type: ignore[arg-type]
-    messages = []
-    for item in prompt:
-        if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
-            raise TypeError(_WHAT_A_PROMPT_IS)
-        if item["role"] not in _ROLES:
-            raise ValueError(f"role {item['role']!r} is not one of {', '.join(_ROLES)}")
-        messages.append(pb.ChatMessage(role=_ROLES[item["role"]], parts=[pb.ContentPart(text=item["content"])]))
-    return pb.GenerationInput(chat=pb.ChatInput(messages=messages))
+    return make_chat(prompt)  # type: ignore[arg-type]
+
+
+def make_chat(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    tool_choice: str | None = None,
+    parallel_tool_calls: bool | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+    continue_last_message: bool = False,
+) -> pb.GenerationInput:
+    """Build the input of a chat.
+
+    A message has a role and content, and may have `reasoning`, `name`, `tool_call_id`, and `tool_calls` with `id`,
+    `name` and `arguments`. A tool has a `name`, a `description` and `parameters`, a JSON Schema; arguments and
+    parameters are mappings or JSON text. `tool_choice` is auto, none, required, or the name of a tool.
+
+    Raises ValueError on an unknown role, TypeError on a message without role and content.
+    """
+    chat = pb.ChatInput(
+        messages=[_message(item) for item in messages],
+        tools=[
+            pb.Tool(
+                name=tool["name"],
+                description=tool.get("description", ""),
+                parameters=_json_text(tool["parameters"]) if tool.get("parameters") is not None else "",
+            )
+            for tool in tools
+        ],
+        parallel_tool_calls=parallel_tool_calls,
+        continue_last_message=continue_last_message,
+    )
+    if tool_choice in _MODES:
+        chat.tool_choice.mode = _MODES[tool_choice]
+    elif tool_choice is not None:
+        chat.tool_choice.name = tool_choice
+    if template_arguments is not None:
+        chat.template_arguments.update(template_arguments)
+    return pb.GenerationInput(chat=chat)
+
+
+def _message(item: Mapping[str, Any]) -> pb.ChatMessage:
+    if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
+        raise TypeError(_WHAT_A_PROMPT_IS)
+    if item["role"] not in _ROLES:
+        raise ValueError(f"role {item['role']!r} is not one of {', '.join(_ROLES)}")
+    parts = [pb.ContentPart(reasoning=item["reasoning"])] if item.get("reasoning") else []
+    if item["content"] or not item.get("tool_calls"):
+        parts.append(pb.ContentPart(text=item["content"]))
+    calls = [
+        pb.ToolCall(id=call.get("id", ""), name=call["name"], arguments=_json_text(call.get("arguments", {})))
+        for call in item.get("tool_calls") or ()
+    ]
+    return pb.ChatMessage(
+        role=_ROLES[item["role"]],
+        parts=parts,
+        tool_calls=calls,
+        tool_call_id=item.get("tool_call_id", ""),
+        name=item.get("name", ""),
+    )
+
+
+def _json_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def make_duration(seconds: float | None) -> Duration | None:

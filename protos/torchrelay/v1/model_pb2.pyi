@@ -87,6 +87,8 @@ class Model(_message.Message):
     WEIGHT_FORMAT_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     ATTENTION_BACKEND_FIELD_NUMBER: _builtins.int
+    TOOL_FORMAT_FIELD_NUMBER: _builtins.int
+    REASONING_FORMAT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     revision: _builtins.str
@@ -117,6 +119,10 @@ class Model(_message.Message):
     """Memory that its weights take in one worker, in bytes; 0 if not known."""
     attention_backend: _builtins.str
     """What its workers compute attention with, such as cpu_ext, triton or torch_ref; empty before one has started."""
+    tool_format: _builtins.str
+    """How it writes tool calls: hermes, llama3, mistral; generic if it was not trained on them. Empty: tools are refused."""
+    reasoning_format: _builtins.str
+    """How it marks its reasoning, such as think; empty if it does not."""
     @_builtins.property
     def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
         """What it can do."""
@@ -149,10 +155,12 @@ class Model(_message.Message):
         weight_format: _builtins.str = ...,
         weight_bytes: _builtins.int = ...,
         attention_backend: _builtins.str = ...,
+        tool_format: _builtins.str = ...,
+        reasoning_format: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_config", b"default_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "context_length", b"context_length", "default_config", b"default_config", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "name", b"name", "num_parameters", b"num_parameters", "num_queued", b"num_queued", "num_workers", b"num_workers", "revision", b"revision", "state", b"state", "tasks", b"tasks", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "weight_format", b"weight_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "context_length", b"context_length", "default_config", b"default_config", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "name", b"name", "num_parameters", b"num_parameters", "num_queued", b"num_queued", "num_workers", b"num_workers", "reasoning_format", b"reasoning_format", "revision", b"revision", "state", b"state", "tasks", b"tasks", "tool_format", b"tool_format", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "weight_format", b"weight_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,8 +29,13 @@ def _requests() -> Iterator[bytes]:
         messages=[
             pb.ChatMessage(role=role, parts=[pb.ContentPart(text="hello"), pb.ContentPart(text=_MARK)])
             for role in (pb.ROLE_SYSTEM, pb.ROLE_USER, pb.ROLE_ASSISTANT)
-        ]
+        ],
+        tools=[pb.Tool(name="f", description="does", parameters='{"type": "object", "properties": {"a": {}}}')],
+        tool_choice=pb.ToolChoice(name="f"),
     )
+    chat.messages[2].tool_calls.add(id="abcdefghi", name="f", arguments='{"a": [1, "x"]}')
+    chat.messages.add(role=pb.ROLE_TOOL, tool_call_id="abcdefghi", parts=[pb.ContentPart(text="1")])
+    chat.template_arguments.update({"enable_thinking": False, "depth": 3})
     config = pb.GenerationConfig(
         max_tokens=7, temperature=0.5, top_k=4, top_p=0.5, min_p=0.1, stop=["a", "b"], stop_token_ids=[1, 2], seed=3
     )

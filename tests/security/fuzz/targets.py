@@ -17,6 +17,7 @@ from common.errors import SealBroken, ServingError, Unauthenticated
 from common.generation import EventBody, JobBody
 from common.jobs import ItemKind
 from gateway import validation as check
+from gateway.conversation import conversation_of
 from gateway.identity.api_key import api_key_of
 from gateway.interceptors.guard import parse
 from torchrelay.admin.v1beta1 import api_key_pb2, fleet_pb2, tenant_pb2, usage_pb2
@@ -96,9 +97,10 @@ def _validate(message: Any) -> None:
 
 def _validate_input(source: generation_pb2.GenerationInput) -> int:
     if source.WhichOneof("input") == "chat":
-        messages = check.messages_of(source.chat)
-        assert messages
-        assert {message.role for message in messages} <= {"system", "user", "assistant"}
+        conversation = conversation_of(source.chat)
+        assert conversation.messages
+        assert {message.role for message in conversation.messages} <= {"system", "user", "assistant", "tool"}
+        assert not conversation.must_call or conversation.tools
     if source.WhichOneof("input") == "token_ids":
         check.check_token_ids(source.token_ids.ids, _VOCAB, "input.token_ids.ids")
         return max(1, len(source.token_ids.ids))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -26,8 +25,9 @@ from common.registry import (
     ModelEntry,
     ModelRegistry,
 )
-from gateway.catalog import Catalog, ServedModel, default_config
-from gateway.tokenization import Message, TextCodec
+from gateway.catalog import Catalog, EncodedInput, ServedModel, default_config
+from gateway.conversation import Conversation
+from gateway.tokenization import EncodedChat, TextCodec
 from torchrelay.v1 import generation_pb2 as pb
 from worker.engine.demo import demo_model_dir
 
@@ -59,15 +59,15 @@ def chat(*texts: str) -> pb.GenerationInput:
 
 
 async def test_all_kinds_of_input_become_ids(model: ServedModel) -> None:
-    ids = await model.encode(pb.GenerationInput(text="Hello world"))
+    ids, _, _ = await model.encode(pb.GenerationInput(text="Hello world"))
     assert model.codec.decode(ids) == "Hello world"
-    assert await model.encode(pb.GenerationInput(token_ids=pb.TokenIds(ids=[0, 49151]))) == [0, 49151]
-    assert await model.encode(chat("Hello world")) == ids
+    assert (await model.encode(pb.GenerationInput(token_ids=pb.TokenIds(ids=[0, 49151])))).token_ids == [0, 49151]
+    assert (await model.encode(chat("Hello world"))).token_ids == ids
 
 
 async def test_a_long_text_is_tokenized_beside_the_event_loop_and_alike(model: ServedModel) -> None:
     text = "word " * 800  # more characters than are tokenized at once, fewer than are refused
-    assert await model.encode(pb.GenerationInput(text=text)) == model.codec.encode_text(text)
+    assert (await model.encode(pb.GenerationInput(text=text))).token_ids == model.codec.encode_text(text)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,9 @@ async def test_many_empty_messages_are_not_rendered_on_the_event_loop(
     threads: list[int] = []
     encode = TextCodec.encode_chat
 
-    def noting(self: TextCodec, messages: Sequence[Message]) -> list[int]:
+    def noting(self: TextCodec, conversation: Conversation) -> EncodedChat:
         threads.append(threading.get_ident())
-        return encode(self, messages)
+        return encode(self, conversation)
 
     monkeypatch.setattr(TextCodec, "encode_chat", noting)
     for number in (1, 1000):
@@ -232,7 +232,7 @@ async def test_long_texts_of_one_tenant_wait_for_each_other_and_hold_up_no_other
     slow = replace(model, codec=cast("TextCodec", Slow()))
     flood = [asyncio.create_task(slow.encode(pb.GenerationInput(text="s" * 3000), "a")) for _ in range(100)]
     try:
-        assert await asyncio.wait_for(slow.encode(pb.GenerationInput(text="x" * 3000), "b"), 10) == [1]
+        assert await asyncio.wait_for(slow.encode(pb.GenerationInput(text="x" * 3000), "b"), 10) == EncodedInput([1])
     finally:
         go_on.set()
         await asyncio.gather(*flood)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
+from common.deltas import merge_tool_calls
 from common.errors import DeadlineExceeded, LogLimitExceeded, WorkerFailed
-from common.generation import EventBody, FinishReason, OutputDelta, Usage
+from common.generation import EventBody, FinishReason, OutputDelta, ToolCallDelta, Usage
 from common.jobs import ItemKind, JobState, Reason
 from gateway import convert
 from gateway.progress import LogPosition, Verdict
 from gateway.stream import accepted_of
-from tests.builders_gateway import chained, item_of, make_record, news
+from tests.builders_gateway import GENERATION_ID, chained, item_of, make_record, news
 from torchrelay.v1 import generation_pb2 as pb
 
 
@@ -68,7 +70,8 @@ def delta(index: int = 0, first: int = 0, ids: tuple[int, ...] = (), text: str =
 
 
 def test_tokens_bear_the_position_that_they_lead_to() -> None:
-    event = convert.deltas_event([delta(ids=(1, 2), text="ab", logprobs=(-0.5, -1.0))], LogPosition(4, b"12345678"))
+    deltas = [delta(ids=(1, 2), text="ab", logprobs=(-0.5, -1.0))]
+    event = convert.deltas_event(deltas, LogPosition(4, b"12345678"), "g")
     assert event == pb.GenerationEvent(
         sequence=4,
         chain_hash=b"12345678",
@@ -78,13 +81,43 @@ def test_tokens_bear_the_position_that_they_lead_to() -> None:
 
 @pytest.mark.parametrize("deltas", [[], [delta(finish_reason=FinishReason.STOP)]])
 def test_nothing_new_is_no_event(deltas: list[OutputDelta]) -> None:
-    assert convert.deltas_event(deltas, LogPosition()) is None
+    assert convert.deltas_event(deltas, LogPosition(), "g") is None
 
 
 def test_ids_without_text_and_text_without_ids_are_both_news() -> None:
-    event = convert.deltas_event([delta(0, ids=(5,)), delta(1, 3, text="é")], LogPosition())
+    event = convert.deltas_event([delta(0, ids=(5,)), delta(1, 3, text="é")], LogPosition(), "g")
     assert event is not None
     assert [(d.output_index, list(d.token_ids), d.text) for d in event.deltas.deltas] == [(0, [5], ""), (1, [], "é")]
+
+
+def test_reasoning_and_calls_are_news_too_and_a_call_has_one_id_wherever_it_is_read() -> None:
+    pieces = [ToolCallDelta(0, "f"), ToolCallDelta(0, arguments='{"a"')], [ToolCallDelta(0, arguments=": 1}")]
+    streamed = [
+        convert.deltas_event([delta(1, tool_calls=tuple(calls))], LogPosition(), GENERATION_ID) for calls in pieces
+    ]
+    calls = [call for event in streamed if event is not None for d in event.deltas.deltas for call in d.tool_calls]
+    call_id = calls[0].id
+    assert re.fullmatch("[A-Za-z0-9]{9}", call_id)
+    assert [(c.index, c.id, c.name, c.arguments) for c in calls] == [
+        (0, call_id, "f", ""),
+        (0, "", "", '{"a"'),
+        (0, "", "", ": 1}"),
+    ]
+    thought = convert.deltas_event([delta(reasoning_text="so")], LogPosition(), GENERATION_ID)
+    assert thought is not None
+    assert thought.deltas.deltas[0].reasoning_text == "so"
+    whole = delta(1, text="x", reasoning_text="so", tool_calls=merge_tool_calls([*pieces[0], *pieces[1]]))
+    accepted = pb.Accepted(config=pb.GenerationConfig(num_outputs=2))
+    output = convert.generation_message(make_record(), accepted, [whole], LogPosition()).outputs[1]
+    assert (output.text, output.reasoning_text) == ("x", "so")
+    assert list(output.tool_calls) == [pb.ToolCall(id=call_id, name="f", arguments='{"a": 1}')]
+    others = [(GENERATION_ID, 0, 0), (GENERATION_ID, 1, 1), ("other", 1, 0)]
+    assert len({call_id, *(convert.tool_call_id(*where) for where in others)}) == 4
+
+
+def test_an_output_that_ended_by_calls_says_so() -> None:
+    end = convert.output_end(delta(finish_reason=FinishReason.TOOL_CALLS))
+    assert end == pb.OutputEnd(finish_reason=pb.FINISH_REASON_TOOL_CALLS)
 
 
 @pytest.mark.parametrize(

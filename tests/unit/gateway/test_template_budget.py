@@ -14,8 +14,11 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from gateway import template_budget, template_charges, template_units
+from gateway.chat_template import TemplateError
+from gateway.conversation import Conversation, Message
 from gateway.template_units import Budget, TemplateTooCostlyError
-from gateway.tokenization import Message, TemplateError, TextCodec
+from gateway.tokenization import TextCodec
+from tests.builders_chat import chat_ids
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -24,7 +27,7 @@ HELLO = [Message("user", "hello")]
 
 
 def render(template: str, messages: list[Message] = HELLO) -> str:
-    return TextCodec(TOKENIZER, template, {"bos_token": "<s>"})._render(messages)
+    return TextCodec(TOKENIZER, template, {"bos_token": "<s>"}).encode_chat(Conversation(tuple(messages))).rendered
 
 
 R = "range(90000)"
@@ -155,8 +158,8 @@ def test_what_was_used_up_for_one_rendering_is_there_for_the_next() -> None:
     codec = TextCodec(TOKENIZER, f"{{% if messages|length > 1 %}}{HOSTILE['nested loops']}{{% endif %}}ok")
     for _ in range(3):
         with pytest.raises(TemplateError):
-            codec._render(HELLO * 2)
-        assert codec._render(HELLO) == "ok"
+            chat_ids(codec, HELLO * 2)
+        assert codec.encode_chat(Conversation(tuple(HELLO))).rendered == "ok"
 
 
 @pytest.mark.parametrize(
@@ -323,14 +326,14 @@ def test_a_template_is_quick_once_it_has_rendered_and_until_it_has_taken_long() 
         "{% if messages | length > 1 %}{% for a in range(9000) %}{% endfor %}{% endif %}",
     )
     assert not codec.is_quick
-    codec.encode_chat(HELLO)
+    chat_ids(codec, HELLO)
     assert codec.is_quick
-    codec.encode_chat([Message("user", "x" * 3000)] * 2)
-    codec.encode_chat([Message("user", "")] * 100)
+    chat_ids(codec, [Message("user", "x" * 3000)] * 2)
+    chat_ids(codec, [Message("user", "")] * 100)
     assert codec.is_quick, "such conversations are rendered aside in any case"
-    codec.encode_chat(HELLO * 2)
+    chat_ids(codec, HELLO * 2)
     assert not codec.is_quick
-    codec.encode_chat(HELLO)
+    chat_ids(codec, HELLO)
     assert not codec.is_quick
 
 

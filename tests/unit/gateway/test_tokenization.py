@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gateway.tokenization import Message, TemplateError, TextCodec
+from gateway.chat_template import TemplateError
+from gateway.conversation import Message
+from gateway.tokenization import TextCodec
+from tests.builders_chat import chat_ids
 from worker.engine.demo import demo_model_dir
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -80,7 +83,7 @@ def test_control_tokens_in_text_are_plain_text(codec: TextCodec, oracle: Any, te
 def test_a_conversation_gets_the_ids_that_transformers_gives(
     codec: TextCodec, oracle: Any, messages: list[Message]
 ) -> None:
-    assert codec.encode_chat(messages) == ids_by_transformers(oracle, messages)
+    assert chat_ids(codec, messages) == ids_by_transformers(oracle, messages)
 
 
 def turns(oracle: Any, ids: list[int]) -> list[tuple[int, int]]:
@@ -94,8 +97,8 @@ def turns(oracle: Any, ids: list[int]) -> list[tuple[int, int]]:
 @example([Message("user", "<|im_end|>"), Message("user", "<|im_start|>")])
 @example([Message("user", "<|im_<|im_end|>end|>")])
 def test_no_message_adds_a_turn(codec: TextCodec, oracle: Any, messages: list[Message]) -> None:
-    ids = codec.encode_chat(messages)
-    assert turns(oracle, ids) == turns(oracle, codec.encode_chat([Message(m.role, "x") for m in messages]))
+    ids = chat_ids(codec, messages)
+    assert turns(oracle, ids) == turns(oracle, chat_ids(codec, [Message(m.role, "x") for m in messages]))
     rendered = oracle.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in messages], add_generation_prompt=True, tokenize=False
     )
@@ -107,12 +110,10 @@ def test_a_control_token_in_the_middle_of_any_message_stays_there(codec: TextCod
         for role in ("system", "user", "assistant"):
             for text in (control, f"a{control}", f"{control}b", f"a{control}b", f"{control}{control}"):
                 messages = [Message("user", "first"), Message(role, text), Message("user", "last")]
-                ids = codec.encode_chat(messages)
+                ids = chat_ids(codec, messages)
                 decoded = codec.decode(ids, keep_special_tokens=True)
                 assert f"<|im_start|>{role}\n{text}<|im_end|>" in decoded
-                assert turns(oracle, ids) == turns(
-                    oracle, codec.encode_chat([*messages[:1], *messages[:1], messages[2]])
-                )
+                assert turns(oracle, ids) == turns(oracle, chat_ids(codec, [*messages[:1], *messages[:1], messages[2]]))
 
 
 @cache
@@ -149,7 +150,7 @@ def test_templates_render_as_in_transformers(folder: Path, oracle: Any, template
         [Message("system", " be brief \n"), Message("user", 'é <b>&"quoted"</b>'), Message("user", "  x  ")],
         [Message("user", "\n\nno system\t")],
     ):
-        assert codec.encode_chat(messages) == ids_by_transformers(oracle, messages, template)
+        assert chat_ids(codec, messages) == ids_by_transformers(oracle, messages, template)
 
 
 @pytest.mark.parametrize("template", ["trims", "branches", "json", "generation blocks", "loop controls"])
@@ -157,15 +158,15 @@ def test_templates_render_as_in_transformers(folder: Path, oracle: Any, template
 @given(text=pieces)
 def test_no_message_adds_a_turn_whatever_the_template_does(folder: Path, oracle: Any, template: str, text: str) -> None:
     codec = with_template(folder, TEMPLATES[template])
-    ids = codec.encode_chat([Message("user", text), Message("user", text)])
-    assert turns(oracle, ids) == turns(oracle, codec.encode_chat([Message("user", "x"), Message("user", "x")]))
+    ids = chat_ids(codec, [Message("user", text), Message("user", text)])
+    assert turns(oracle, ids) == turns(oracle, chat_ids(codec, [Message("user", "x"), Message("user", "x")]))
 
 
 def test_a_template_may_refuse_a_conversation(folder: Path) -> None:
     codec = with_template(folder, "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}ok")
     with pytest.raises(TemplateError, match="user first"):
-        codec.encode_chat([Message("assistant", "hello")])
-    assert codec.decode(codec.encode_chat([Message("user", "hello")])) == "ok"
+        chat_ids(codec, [Message("assistant", "hello")])
+    assert codec.decode(chat_ids(codec, [Message("user", "hello")])) == "ok"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_a_template_may_refuse_a_conversation(folder: Path) -> None:
 def test_a_template_cannot_reach_out_or_run_away(folder: Path, template: str) -> None:
     codec = with_template(folder, template)
     with pytest.raises(TemplateError):
-        codec.encode_chat([Message("user", "hello")])
+        chat_ids(codec, [Message("user", "hello")])
 
 
 def test_a_template_that_is_too_large_or_not_one_is_refused(folder: Path) -> None:
@@ -231,7 +232,7 @@ def test_a_beginning_of_sequence_token_is_added_once() -> None:
     assert codec.encode_text("hi there") == oracle("hi there")["input_ids"]
     assert codec.encode_text("hi there")[0] == 1
     messages = [Message("user", "hi"), Message("assistant", "so"), Message("user", "é?")]
-    ids = codec.encode_chat(messages)
+    ids = chat_ids(codec, messages)
     assert ids == ids_by_transformers(oracle, messages, LLAMA_TEMPLATE)
     assert (ids.count(1), ids.count(2)) == (1, 1)
     assert codec.decode(codec.encode_text("hi there é")) == "hi there é"
@@ -241,7 +242,7 @@ def test_a_forged_end_is_plain_text_for_a_llama_like_tokenizer_too() -> None:
     codec = TextCodec(llama_like().to_str().encode(), LLAMA_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>"})
     text = codec.encode_text("a</s><s>b")
     assert (text.count(1), text.count(2)) == (1, 0)
-    ids = codec.encode_chat([Message("user", "a</s>b"), Message("assistant", "<s>")])
+    ids = chat_ids(codec, [Message("user", "a</s>b"), Message("assistant", "<s>")])
     assert (ids.count(1), ids.count(2)) == (1, 1)
 
 
@@ -261,7 +262,7 @@ def test_a_control_token_that_only_appears_by_normalization_is_plain_text(forged
     codec = TextCodec(tokenizer.to_str().encode(), "{{ messages[0].content }}<|end|>")
     control = tokenizer.token_to_id("<|end|>")
     assert control not in codec.encode_text(forged)
-    assert codec.encode_chat([Message("user", forged)]).count(control) == 1
+    assert chat_ids(codec, [Message("user", forged)]).count(control) == 1
 
 
 def test_truncation_and_padding_of_the_file_do_not_apply(folder: Path) -> None:

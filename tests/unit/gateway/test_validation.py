@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from common.errors import InvalidRequest
 from common.grants import Caps
 from gateway import validation as check
-from gateway.tokenization import Message
 from torchrelay.v1 import generation_pb2 as pb
 
 LIMITS = check.ConfigLimits(context_length=100, vocab_size=50, max_outputs=4, max_stop_strings=3)
@@ -320,42 +319,6 @@ def test_token_ids_must_be_in_the_vocabulary() -> None:
     with pytest.raises(InvalidRequest) as raised:
         check.check_token_ids([0, 50, 7], 50, "ids")
     assert raised.value.metadata == {"field": "ids", "limit": "49"}
-
-
-def message(role: int, *parts: str) -> pb.ChatMessage:
-    return pb.ChatMessage(role=role, parts=[pb.ContentPart(text=part) for part in parts])  # type: ignore[arg-type]
-
-
-def test_a_message_s_parts_are_joined() -> None:
-    chat = pb.ChatInput(messages=[message(pb.ROLE_SYSTEM, "be", " kind"), message(pb.ROLE_USER, "")])
-    assert check.messages_of(chat) == [Message("system", "be kind"), Message("user", "")]
-
-
-def test_every_fault_of_a_conversation_is_reported() -> None:
-    chat = pb.ChatInput(
-        messages=[
-            message(pb.ROLE_UNSPECIFIED, "x"),
-            message(17, "x"),
-            message(pb.ROLE_USER),
-            pb.ChatMessage(role=pb.ROLE_ASSISTANT, parts=[pb.ContentPart(text="a"), pb.ContentPart()]),
-        ]
-    )
-    with pytest.raises(InvalidRequest) as raised:
-        check.messages_of(chat)
-    assert [(v.field, v.reason) for v in raised.value.violations] == [
-        ("input.chat.messages[0].role", "FIELD_INVALID"),
-        ("input.chat.messages[1].role", "FIELD_INVALID"),
-        ("input.chat.messages[2].parts", "FIELD_REQUIRED"),
-        ("input.chat.messages[3].parts[1]", "FIELD_REQUIRED"),
-    ]
-
-
-def test_a_conversation_has_at_least_one_message_and_not_too_many() -> None:
-    with pytest.raises(InvalidRequest, match="at least one message"):
-        check.messages_of(pb.ChatInput())
-    many = pb.ChatInput(messages=[message(pb.ROLE_USER, "x")] * (check.MAX_MESSAGES + 1))
-    with pytest.raises(InvalidRequest, match="at most 4096"):
-        check.messages_of(many)
 
 
 def test_a_callers_caps_tighten_the_limits() -> None:

@@ -15,7 +15,9 @@ from common import keys
 from common.generation import SamplingParams
 from common.registry import GenerationDefaults, ModelCard
 from gateway import catalog
-from gateway.tokenization import Message, TextCodec
+from gateway.conversation import Message
+from gateway.tokenization import TextCodec
+from tests.builders_chat import chat_ids
 from tests.builders_models import VOCAB_SIZE, write_tiny_model
 from worker import registration
 from worker.engine.attention.cpu_ext import CpuAttention
@@ -60,6 +62,7 @@ def test_a_card_holds_what_a_gateway_must_know(loaded: LoadedModel) -> None:
         eos_token_ids=(2,),
         bos_token_id=1,
         has_chat_template=True,
+        tool_format="generic",
         block_tokens=16,
         kv_tokens=4096,
         tokenizer_files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
@@ -100,7 +103,7 @@ def test_a_gateway_tokenizes_with_the_files_as_the_worker_would(loaded: LoadedMo
     assert special == {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     codec = TextCodec(files[registration.TOKENIZER_FILE], files[registration.TEMPLATE_FILE].decode(), special)
     assert codec.encode_text("Hi there") == loaded.text.tokenizer.encode("Hi there").ids
-    assert codec.encode_chat([Message("user", "Hi")]) == loaded.text.tokenizer.encode("Hi").ids
+    assert chat_ids(codec, [Message("user", "Hi")]) == loaded.text.tokenizer.encode("Hi").ids
 
 
 @pytest.mark.parametrize(("kv", "engine", "expected"), [(4096, 100, 100), (64, 100, 64), (4096, 9999, 256)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import grpc
@@ -10,10 +11,11 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
+from gateway.conversation import conversation_of
 from torchrelay.client import FieldViolation, RelayError
 from torchrelay.client.channel import auth_metadata, is_loopback
 from torchrelay.client.errors import from_rpc_error
-from torchrelay.client.requests import make_duration, make_input, make_stream_request
+from torchrelay.client.requests import make_chat, make_duration, make_input, make_stream_request
 from torchrelay.v1 import generation_pb2 as pb
 
 
@@ -35,8 +37,46 @@ def test_anything_else_is_a_type_error(prompt: Any) -> None:
 
 
 def test_an_unknown_role_is_named() -> None:
-    with pytest.raises(ValueError, match="role 'tool' is not one of system, user, assistant"):
-        make_input([{"role": "tool", "content": "x"}])
+    with pytest.raises(ValueError, match="role 'robot' is not one of system, user, assistant, tool"):
+        make_input([{"role": "robot", "content": "x"}])
+
+
+def test_tools_and_what_they_answered_are_plain_values() -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    made = make_chat(
+        [
+            {"role": "user", "content": "Rain?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning": "so",
+                "tool_calls": [{"id": "abcdefghi", "name": "weather", "arguments": {"city": "Øslo"}}],
+            },
+            {"role": "tool", "content": "", "tool_call_id": "abcdefghi", "name": "weather"},
+        ],
+        tools=[{"name": "weather", "description": "Tells it", "parameters": schema}, {"name": "none"}],
+        tool_choice="weather",
+        parallel_tool_calls=False,
+        template_arguments={"enable_thinking": True},
+    )
+    chat = made.chat
+    assert make_input(made) is made
+    assert chat.messages[1] == pb.ChatMessage(
+        role=pb.ROLE_ASSISTANT,
+        parts=[pb.ContentPart(reasoning="so")],
+        tool_calls=[pb.ToolCall(id="abcdefghi", name="weather", arguments='{"city": "Øslo"}')],
+    )
+    assert (chat.messages[2].role, chat.messages[2].tool_call_id) == (pb.ROLE_TOOL, "abcdefghi")
+    assert list(chat.tools) == [
+        pb.Tool(name="weather", description="Tells it", parameters=json.dumps(schema)),
+        pb.Tool(name="none"),
+    ]
+    assert (chat.tool_choice.name, chat.parallel_tool_calls) == ("weather", False)
+    assert dict(chat.template_arguments) == {"enable_thinking": True}
+    assert conversation_of(chat).tools[0].parameters == schema, "the gateway takes it"
+    for mode, expected in (("none", pb.TOOL_CHOICE_MODE_NONE), ("required", pb.TOOL_CHOICE_MODE_REQUIRED)):
+        assert make_chat([], tool_choice=mode).chat.tool_choice.mode == expected
+    assert not make_chat([]).chat.HasField("tool_choice")
 
 
 def test_ids_that_are_none_are_refused() -> None:

@@ -1,0 +1,1 @@
+"""Takes the text of a model's answer apart: reasoning, plain text, tool calls."""

@@ -2,7 +2,7 @@
 
 These structs are what job bodies and log entries hold (msgpack, see `common/records.py`). They only grow: a new field
 gets a default, so that an older worker's records still decode and a newer gateway's extra fields are ignored by an
-older worker.
+older worker; but for those of SamplingParams, which it must not ignore: it leaves such a job to a newer one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How tokens are chosen and when an output ends. Everything is resolved: no field means "the model's default".
 
-    Ranges are checked at the gateway's edge; the engine relies on them.
+    Ranges are checked at the gateway's edge; the engine relies on them. What is at its default is not stored, and an
+    unknown field is no record of ours: a worker never decodes without a parameter that is in force.
     """
 
     max_tokens: int  # most tokens of each output, at least 1
@@ -39,6 +40,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # the caller's and the model's end-of-sequence ids
     logprobs: bool = False  # report the log-probability of every sampled token
+    # All below as transformers' logits processors of these names, where it has them; "ends" are the stop_token_ids.
+    min_tokens: int = 0  # no end and no stop string before so many; at most max_tokens
+    top_h: float = 0.0  # (0, 1]; 0 is off
+    typical_p: float = 1.0  # (0, 1]; 1 is off
+    epsilon_cutoff: float = 0.0  # [0, 1); 0 is off
+    eta_cutoff: float = 0.0  # [0, 1); 0 is off
+    presence_penalty: float = 0.0  # taken from the score of every token of the output
+    frequency_penalty: float = 0.0  # likewise, as often as it occurs there
+    encoder_repetition_penalty: float = 1.0  # > 0; over the prompt, above 1 for its tokens
+    encoder_no_repeat_ngram_size: int = 0  # 0 is off; n-grams of the prompt
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # each not empty; one end alone is not forbidden
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()  # each sequence once, not empty; logit_bias included
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()  # as the first token
+    exponential_decay_length_penalty: tuple[int, float] | None = None  # begins behind so many tokens; factor > 0
+    forced_eos_token_id: int | None = None  # what the last token of max_tokens is
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):

@@ -21,6 +21,7 @@ from common.registry import (
     ModelEntry,
     ModelRegistry,
 )
+from gateway import token_choice
 from gateway import validation as check
 from gateway.tokenization import MAX_INLINE_CHARS, TemplateError, TextCodec, size_of
 from gateway.turns import TenantTurns
@@ -84,6 +85,12 @@ class ServedModel:
             raise InvalidRequest(
                 "the model's chat template refuses this conversation", reason="CHAT_REFUSED", field="input.chat"
             ) from error
+
+    async def bad_words_ids(self, words: Sequence[str], tenant: str = "") -> list[list[int]]:
+        """Return the token sequences that words stand for: see `TextCodec.encode_words`."""
+        if sum(map(len, words)) <= MAX_INLINE_CHARS:
+            return self.codec.encode_words(words)
+        return await self.turns.run(tenant, lambda: self.codec.encode_words(words))
 
     async def _beside(self, tenant: str, encode: Callable[[_T], list[int]], value: _T, num_chars: int) -> list[int]:
         if num_chars <= MAX_INLINE_CHARS:
@@ -237,4 +244,5 @@ def default_config(card: ModelCard) -> pb.GenerationConfig:
     )
     if defaults.max_tokens is not None:
         config.max_tokens = defaults.max_tokens
+    config.MergeFrom(token_choice.default_config(defaults))
     return config

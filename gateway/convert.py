@@ -114,6 +114,10 @@ def failure_of(record: GenerationRecord) -> errors.ServingError | None:
     if record.state is JobState.FAILED:
         if record.reason is Reason.LOG_LIMIT:
             return errors.LogLimitExceeded("the generation's events outgrew the limit on stored bytes")
+        if record.reason is Reason.ALL_TOKENS_FORBIDDEN:
+            return errors.InvalidRequest(
+                "the config left no token that could be chosen next", reason=str(record.reason), field="config"
+            )
         return errors.WorkerFailed(
             "the generation failed on every worker that tried it", metadata={"detail": str(record.reason)}
         )

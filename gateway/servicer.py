@@ -233,11 +233,16 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         prompt = await model.encode(request.input, caller.tenant)
         card = model.card
         limits = check.ConfigLimits(
-            card.context_tokens, card.vocab_size, settings.max_outputs, settings.max_stop_strings
+            card.context_tokens,
+            card.vocab_size,
+            settings.max_outputs,
+            settings.max_stop_strings,
+            has_eos=bool(card.eos_token_ids),
         ).within(grants.caps)
         secret = await self._secret.get()
         config = check.resolve_config(request.config, model.defaults, len(prompt), limits, seed=secrets.randbits(64))
-        sampling = check.sampling_params(config, card.eos_token_ids)
+        bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
+        sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids)
         grace_ms = self._grace_ms(request, grants.caps)
         salt = self._salt(secret, caller, check.check_cache_salt(request.cache_salt))
         accepted = pb.Accepted(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from google.protobuf.duration_pb2 import Duration
 
-from common.errors import FieldViolation, InvalidRequest
+from common.errors import InvalidRequest
 from common.generation import SamplingParams
 from common.grants import Caps
+from gateway import token_choice
 from gateway.tokenization import Message
+from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
 
 MAX_STOP_BYTES = 256
@@ -35,6 +37,7 @@ class ConfigLimits:
     vocab_size: int
     max_outputs: int
     max_stop_strings: int
+    has_eos: bool = True  # the model has an end-of-sequence id
     max_tokens: int | None = None  # of each output; None is what the context leaves
 
     def within(self, caps: Caps) -> ConfigLimits:
@@ -45,24 +48,6 @@ class ConfigLimits:
             max_outputs=min(self.max_outputs, caps.max_outputs or self.max_outputs),
             max_tokens=caps.max_tokens,
         )
-
-
-@dataclass(slots=True)
-class Violations:
-    """Collects bad fields, so that a caller hears of all of them in one answer."""
-
-    found: list[FieldViolation] = field(default_factory=list)
-
-    def add(self, path: str, description: str, reason: str = "FIELD_OUT_OF_RANGE") -> None:
-        self.found.append(FieldViolation(path, description, reason))
-
-    def raise_if_any(self) -> None:
-        """Raise InvalidRequest with the first one's reason. The text names fields and limits, never what was sent."""
-        if self.found:
-            first = self.found[0]
-            raise InvalidRequest(
-                f"{first.field}: {first.description}", reason=first.reason, violations=tuple(self.found)
-            )
 
 
 def check_model_name(name: str) -> str:
@@ -110,7 +95,7 @@ def resolve_config(
     *,
     seed: int,
 ) -> pb.GenerationConfig:
-    """Return the config in force: defaults filled in, max_length turned into max_tokens, the seed drawn (`seed`).
+    """Return the config in force: defaults filled in, lengths turned into numbers of tokens, the seed drawn (`seed`).
 
     Raises InvalidRequest with every bad field, or CONTEXT_LENGTH_EXCEEDED.
     """
@@ -133,11 +118,17 @@ def resolve_config(
         del resolved.stop[:]
     if config.stop_token_ids:
         del resolved.stop_token_ids[:]
+    token_choice.clear_replaced(resolved, config)
     resolved.MergeFrom(config)
     resolved.max_tokens = _max_tokens(config, defaults, num_prompt_tokens, room, limits)
     resolved.ClearField("max_length")
+    token_choice.resolve(resolved, config, num_prompt_tokens, has_eos=limits.has_eos)
     filters_given = config.HasField("top_k") or config.HasField("top_p") or config.HasField("min_p")
-    if filters_given and not config.HasField("temperature") and not resolved.temperature:
+    if (
+        (filters_given or token_choice.has_filter(config))
+        and not config.HasField("temperature")
+        and not resolved.temperature
+    ):
         resolved.temperature = 1.0  # asking for a filter is asking to sample
     if resolved.temperature < MIN_TEMPERATURE:
         resolved.temperature = 0.0  # the same token; dividing by less makes scores overflow
@@ -146,8 +137,11 @@ def resolve_config(
     return resolved
 
 
-def sampling_params(config: pb.GenerationConfig, eos_token_ids: Iterable[int]) -> SamplingParams:
-    """Turn a resolved config into the engine's parameters."""
+def sampling_params(
+    config: pb.GenerationConfig, eos_token_ids: Iterable[int], bad_words_ids: Iterable[Sequence[int]] = ()
+) -> SamplingParams:
+    """Turn a resolved config into the engine's parameters. `bad_words_ids` are those that `bad_words` stand for."""
+    ends = [] if config.ignore_eos else [*eos_token_ids]
     return SamplingParams(
         max_tokens=config.max_tokens,
         temperature=config.temperature,
@@ -159,8 +153,9 @@ def sampling_params(config: pb.GenerationConfig, eos_token_ids: Iterable[int]) -
         seed=config.seed,
         num_outputs=config.num_outputs or 1,
         stop_strings=tuple(config.stop),
-        stop_token_ids=tuple(dict.fromkeys([*eos_token_ids, *config.stop_token_ids])),
+        stop_token_ids=tuple(dict.fromkeys([*ends, *config.stop_token_ids])),
         logprobs=config.logprobs,
+        **token_choice.params_of(config, bad_words_ids),
     )
 
 
@@ -263,6 +258,8 @@ def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violat
         bad.add("config.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids are taken")
     elif any(token_id >= limits.vocab_size for token_id in config.stop_token_ids):
         bad.add("config.stop_token_ids", f"each must be below {limits.vocab_size}")
+
+    token_choice.check(config, limits.vocab_size, bad)
 
 
 def _check_number(

@@ -8,8 +8,14 @@ from dataclasses import dataclass, field
 from common.deltas import merge_deltas
 from common.generation import EventBody, OutputDelta
 from common.jobs import ClaimedJob, JobState, NewEvent, Reason
-from worker.engine.types import GenerationRequest, RequestOutput, StepResult
+from worker.engine.types import ALL_TOKENS_FORBIDDEN, GenerationRequest, RequestOutput, StepResult
 from worker.preemption import HIGHEST_CLASS, Runner
+
+
+def _reason_of(error: str | None) -> Reason:
+    if error is None:
+        return Reason.NONE
+    return Reason.ALL_TOKENS_FORBIDDEN if error == ALL_TOKENS_FORBIDDEN else Reason.WORKER_FAILED
 
 
 @dataclass(slots=True)
@@ -155,5 +161,5 @@ class Holdings:
             completion_tokens=held.completion_tokens,
             cached_prompt_tokens=held.cached_prompt_tokens,
             terminal=terminal,
-            reason=Reason.WORKER_FAILED if terminal is JobState.FAILED else Reason.NONE,
+            reason=_reason_of(last.error),
         )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 import torch
 
 from common.generation import FinishReason, OutputDelta, Usage
@@ -26,7 +27,15 @@ from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator, num_accepted
 from worker.engine.stopping import Detokenizer, Progress, StopState
-from worker.engine.types import EngineStats, GenerationRequest, OnPart, RequestOutput, StepResult, ignore_part
+from worker.engine.types import (
+    ALL_TOKENS_FORBIDDEN,
+    EngineStats,
+    GenerationRequest,
+    OnPart,
+    RequestOutput,
+    StepResult,
+    ignore_part,
+)
 
 
 class Runner(Protocol):
@@ -147,7 +156,10 @@ class Engine:
     def _start_output(self, state: _Request, output_index: int, emitted: tuple[int, ...]) -> None:
         request = state.request
         max_tokens = min(request.sampling.max_tokens, self._runner.max_model_len - len(request.prompt_token_ids))
-        stop = StopState(request.sampling, max_tokens, self._new_detokenizer())
+        sampling = request.sampling
+        if max_tokens < sampling.max_tokens:  # the token that is forced is the last one that there can be
+            sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens)
+        stop = StopState(sampling, max_tokens, self._new_detokenizer())
         for token_id in emitted:
             if stop.finished is None:
                 stop.push(token_id)
@@ -158,7 +170,7 @@ class Engine:
         sequence = Sequence(
             request.request_id,
             request.prompt_token_ids,
-            request.sampling,
+            sampling,
             output_index=output_index,
             emitted=emitted,
             cache_salt=request.cache_salt,
@@ -233,10 +245,14 @@ class Engine:
     def _update(self, plan: Plan, sampled: SampledTokens) -> None:
         self._scheduler.finish_step(plan)
         accepted: list[tuple[Chunk, range]] = []
+        forbidden = set(sampled.forbidden_rows)  # none of a draft: sequences whose scores are edited do not draft
         for chunk, rows in _valid_rows(plan, sampled):
             if not rows:
                 self._scheduler.forget_blocks(chunk.sequence)
                 self._fail(chunk.sequence.request_id, "NAN_LOGITS")
+                continue
+            if rows[0] in forbidden:
+                self._fail(chunk.sequence.request_id, ALL_TOKENS_FORBIDDEN)
                 continue
             chosen = sampled.token_ids[rows.start : rows.stop - 1]
             accepted.append((chunk, rows[: 1 + num_accepted(chunk.drafts, chosen)]))

@@ -78,8 +78,8 @@ class Sequence:
         self.token_ids.extend(emitted)
         self.history: TokenHistory | None = None
         if TokenHistory.is_needed(sampling):
-            self.history = TokenHistory(sampling)
-            self.history.extend(self.token_ids)
+            self.history = TokenHistory(sampling, self.token_ids[: self.num_prompt_tokens])
+            self.history.extend(self.token_ids[self.num_prompt_tokens :])
         self.lookup: PromptLookup | None = None  # made when it first may draft
         self.block_ids: array[int] = array("i")
         self.block_hashes: list[bytes] = []

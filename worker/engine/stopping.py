@@ -47,22 +47,26 @@ class StopStringFilter:
         self._stop_strings = tuple(s for s in stop_strings if s)
         self._longest = max((len(s) for s in self._stop_strings), default=0)
         self._held = ""  # a proper prefix of some stop string, or empty
+        self._num_early = 0  # of the held characters, those that came when the text might not end
 
-    def push(self, text: str) -> tuple[str, str | None]:
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
         """Return the text that can no longer be part of a stop string, and the stop string that was found.
 
-        Of several in the same text the one that begins first wins, then the one named first.
+        Of several in the same text the one that begins first wins, then the one named first. One that is complete while
+        the text may not end is ordinary text; one that is begun then counts.
         """
         if not self._stop_strings:
             return text, None
         buffer = self._held + text
-        found = [(start, s) for s in self._stop_strings if (start := buffer.find(s)) >= 0]
+        early = self._num_early if may_end else len(buffer)
+        found = [(start, s) for s in self._stop_strings if (start := _find(buffer, s, early)) >= 0]
         if found:
             start, stop_string = min(found, key=lambda match: match[0])
             self._held = ""
             return buffer[:start], stop_string
         keep = self._first_possible_start(buffer)
         self._held = buffer[keep:]
+        self._num_early = max(0, early - keep)
         return buffer[:keep], None
 
     def flush(self) -> str:
@@ -78,12 +82,18 @@ class StopStringFilter:
         return len(buffer)
 
 
+def _find(text: str, stop_string: str, num_early: int) -> int:
+    """Where it first stands and ends behind the first `num_early` characters; -1 if nowhere."""
+    return text.find(stop_string, max(0, num_early - len(stop_string) + 1))
+
+
 class StopState:
     """Follows one output, token by token, until it ends."""
 
     def __init__(self, sampling: SamplingParams, max_tokens: int, detokenizer: Detokenizer) -> None:
         """`max_tokens` is the request's, cut to what the model's context leaves."""
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
+        self._min_tokens = sampling.min_tokens
         self._max_tokens = max_tokens
         self._detokenizer = detokenizer
         self._filter = StopStringFilter(sampling.stop_strings)
@@ -93,13 +103,15 @@ class StopState:
     def push(self, token_id: int) -> Progress:
         """Take the next token. The first of these ends the output: a stop id, a stop string, the last token allowed.
 
-        A stop id adds no text of its own; what was held back before it is shown.
+        A stop id adds no text of its own; what was held back before it is shown. Before min_tokens no stop string ends
+        the output; the sampler then chooses no stop id.
         """
         assert self.finished is None, "the output has ended"
         self._num_tokens += 1
         if token_id in self._stop_token_ids:
             return self._finish("", FinishReason.STOP, token_id)
-        text, stop_string = self._filter.push(self._detokenizer.push(token_id))
+        may_end = self._num_tokens >= self._min_tokens
+        text, stop_string = self._filter.push(self._detokenizer.push(token_id), may_end=may_end)
         if stop_string is not None:
             self.finished = Progress(text, FinishReason.STOP, stop_string)
             return self.finished
@@ -113,7 +125,8 @@ class StopState:
         return self._finish("", reason)
 
     def _finish(self, text: str, reason: FinishReason, stop_match: int | None = None) -> Progress:
-        rest, stop_string = self._filter.push(self._detokenizer.flush())
+        may_end = self._num_tokens >= self._min_tokens
+        rest, stop_string = self._filter.push(self._detokenizer.flush(), may_end=may_end)
         if stop_string is not None:
             self.finished = Progress(text + rest, FinishReason.STOP, stop_string)
         else:

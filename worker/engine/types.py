@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from common.generation import OutputDelta, SamplingParams, Usage
+
+# A request's error: its own parameters left no token to choose.
+ALL_TOKENS_FORBIDDEN: Final = "ALL_TOKENS_FORBIDDEN"
 
 # The parts of a step, in order; "end" stands behind the last one.
 Part: TypeAlias = Literal["plan", "batch", "forward", "sample", "update", "end"]

@@ -9,6 +9,7 @@ import typer
 
 from torchrelay.cli import connection as at
 from torchrelay.cli import output
+from torchrelay.cli import token_choice as choice
 from torchrelay.client import Client, GenerationOptions, GenerationStream, Prompt, RelayError
 from torchrelay.client.requests import Priority
 from torchrelay.v1 import generation_pb2 as pb
@@ -156,6 +157,27 @@ def generate(
     num_outputs: Annotated[int | None, typer.Option("--num-outputs", "-n", min=1, help="Number of answers.")] = None,
     stop: StopOption = None,
     logprobs: Annotated[bool | None, typer.Option("--logprobs", help="Report log-probabilities (--json).")] = None,
+    min_tokens: choice.MinTokensOption = None,
+    min_length: choice.MinLengthOption = None,
+    max_length: choice.MaxLengthOption = None,
+    ignore_eos: choice.IgnoreEosOption = None,
+    stop_token_id: choice.StopTokenIdOption = None,
+    typical_p: choice.TypicalPOption = None,
+    epsilon_cutoff: choice.EpsilonCutoffOption = None,
+    eta_cutoff: choice.EtaCutoffOption = None,
+    top_h: choice.TopHOption = None,
+    presence_penalty: choice.PresencePenaltyOption = None,
+    frequency_penalty: choice.FrequencyPenaltyOption = None,
+    bad_word: choice.BadWordOption = None,
+    bad_words_ids: choice.BadWordsIdsOption = None,
+    logit_bias: choice.LogitBiasOption = None,
+    sequence_bias: choice.SequenceBiasOption = None,
+    suppress_token: choice.SuppressTokenOption = None,
+    begin_suppress_token: choice.BeginSuppressTokenOption = None,
+    exponential_decay: choice.ExponentialDecayOption = None,
+    forced_eos_token_id: choice.ForcedEosOption = None,
+    encoder_repetition_penalty: choice.EncoderRepetitionPenaltyOption = None,
+    encoder_no_repeat_ngram_size: choice.EncoderNGramOption = None,
     system: SystemOption = "",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds.")] = None,
@@ -183,6 +205,27 @@ def generate(
         num_outputs=num_outputs,
         stop=stop,
         logprobs=logprobs,
+        min_tokens=min_tokens,
+        min_length=min_length,
+        max_length=max_length,
+        ignore_eos=ignore_eos,
+        stop_token_ids=stop_token_id,
+        typical_p=typical_p,
+        epsilon_cutoff=epsilon_cutoff,
+        eta_cutoff=eta_cutoff,
+        top_h=top_h,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        bad_words=bad_word,
+        bad_words_ids=choice.phrases_of(bad_words_ids),
+        logit_bias=choice.biases_of(logit_bias),
+        sequence_bias=choice.phrase_biases_of(sequence_bias),
+        suppress_tokens=suppress_token,
+        begin_suppress_tokens=begin_suppress_token,
+        exponential_decay_length_penalty=choice.decay_of(exponential_decay),
+        forced_eos_token_id=forced_eos_token_id,
+        encoder_repetition_penalty=encoder_repetition_penalty,
+        encoder_no_repeat_ngram_size=encoder_no_repeat_ngram_size,
     )
     tls = at.tls_of(tls_ca, tls_cert, tls_key)
     with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:

@@ -10,7 +10,7 @@ Not thread-safe: everything runs on the thread that calls `step` (see `thread.py
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import Argmax, SampledTokens, Sampler
-from worker.engine.scheduler import Chunk, Plan, Scheduler
+from worker.engine.scheduler import BlockCopy, Chunk, Plan, Scheduler
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator, num_accepted
@@ -37,6 +37,7 @@ class Runner(Protocol):
     max_model_len: int  # tokens of one sequence
     vocab_size: int
 
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None: ...
     def execute(self, plan: Plan) -> torch.Tensor: ...
 
 
@@ -130,7 +131,18 @@ class Engine:
             state.num_completion_tokens += len(token_ids)
             if output_index not in request.finished_outputs:
                 self._start_output(state, output_index, token_ids)
+        self._queue(state)
         self._end_if_done(state)
+
+    def _queue(self, state: _Request) -> None:
+        """Let the outputs wait: those without a token together, since the prompt is all that they need."""
+        sequences = [output.sequence for output in state.outputs.values()]
+        fresh = [sequence for sequence in sequences if not sequence.num_output_tokens]
+        for sequence in sequences:
+            if sequence.num_output_tokens:
+                self._scheduler.add(sequence)
+            elif sequence is fresh[0]:
+                self._scheduler.add(sequence, fresh[1:])
 
     def _refusal(self, request: GenerationRequest) -> str | None:
         prompt, num_outputs = request.prompt_token_ids, request.sampling.num_outputs
@@ -170,7 +182,6 @@ class Engine:
         )
         state.first = state.first or sequence
         state.outputs[output_index] = _Output(sequence, stop)
-        self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request with CANCELLED, in whatever state; its blocks are free at once, the end is in the next step's
@@ -210,15 +221,31 @@ class Engine:
 
     def _execute(self, plan: Plan) -> SampledTokens | None:
         """None when memory was short: the step is void, and the likeliest cause has been set aside."""
+        if plan.copies and not self._copy_blocks(plan):
+            return None
+        forks = plan.forks
         try:
             logits = self._runner.execute(plan)
             self._on_part("sample")
             with memory_guard():
+                if forks:  # their rows stand behind all others
+                    rows = torch.tensor([*range(len(logits)), *(row for row, _ in forks)], device=logits.device)
+                    return self._sampler.sample(logits[rows], [*plan.logit_rows, *(fork for _, fork in forks)])
                 return self._sampler.sample(logits, plan.logit_rows)
         except StepOutOfMemory:
             self._scheduler.fail_step(plan)
             self._relieve(plan)
             return None
+
+    def _copy_blocks(self, plan: Plan) -> bool:
+        """False when memory was short: the step is void, and who needs a copy computes its tokens again instead."""
+        try:
+            self._runner.copy_blocks(plan.copies)
+        except StepOutOfMemory:
+            self._scheduler.fail_step(plan)
+            self._scheduler.fail_copies(plan)
+            return False
+        return True
 
     def _relieve(self, plan: Plan) -> None:
         """Requeue the newest prefill, or else the newest sequence; the second time that memory fails it, end it."""
@@ -232,6 +259,7 @@ class Engine:
 
     def _update(self, plan: Plan, sampled: SampledTokens) -> None:
         self._scheduler.finish_step(plan)
+        forks = plan.forks
         accepted: list[tuple[Chunk, range]] = []
         for chunk, rows in _valid_rows(plan, sampled):
             if not rows:
@@ -240,6 +268,11 @@ class Engine:
                 continue
             chosen = sampled.token_ids[rows.start : rows.stop - 1]
             accepted.append((chunk, rows[: 1 + num_accepted(chunk.drafts, chosen)]))
+        first_fork_row = len(sampled.token_ids) - len(forks)
+        for row, (_, fork) in enumerate(forks, first_fork_row):
+            if fork.parent is not None and fork.request_id in self._requests:
+                self._scheduler.fork(fork.parent, fork)  # before the parent's first token may be its last
+                accepted.append((Chunk(fork, 0, is_last=True), range(row, row + 1)))
         for chunk, rows in accepted:
             state = self._requests.get(chunk.sequence.request_id)
             if state is not None:  # it failed in this step otherwise
@@ -344,7 +377,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise AssertionError when blocks are lost or held twice."""
-        self._pool.check_integrity()
+        self._scheduler.check_integrity()
 
 
 def _valid_rows(plan: Plan, sampled: SampledTokens) -> Iterator[tuple[Chunk, range]]:

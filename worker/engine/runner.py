@@ -16,7 +16,7 @@ from worker.engine.blocks import SCRATCH_BLOCK
 from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.host_memory import populate
 from worker.engine.memory import cache_bytes
-from worker.engine.scheduler import Plan
+from worker.engine.scheduler import BlockCopy, Plan
 from worker.engine.settings import EngineSettings
 from worker.engine.types import OnPart, ignore_part
 
@@ -104,6 +104,19 @@ class ModelRunner:
         """Take the memory of the KV cache, which so far only has addresses; on a CPU, in the background."""
         if self.device.type == "cpu":
             populate([tensor for cache in self._caches for tensor in (cache.keys, cache.values)])
+
+    @torch.inference_mode()
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
+        """Copy blocks of the KV cache, in all layers. Every source is read before any target is written.
+
+        Raises StepOutOfMemory.
+        """
+        pairs = torch.tensor([(copy.source, copy.target) for copy in copies]).to(self.device, non_blocking=True)
+        sources, targets = pairs[:, 0], pairs[:, 1]
+        with memory_guard():
+            for cache in self._caches:
+                for tensor in (cache.keys, cache.values):
+                    tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> torch.Tensor:

@@ -30,6 +30,7 @@ class Sequence:
         "block_ids",
         "cache_salt",
         "deadline",
+        "forks",
         "history",
         "lookup",
         "num_computed_tokens",
@@ -39,6 +40,7 @@ class Sequence:
         "num_prompt_tokens",
         "order",
         "output_index",
+        "parent",
         "priority",
         "request_id",
         "sampling",
@@ -85,6 +87,9 @@ class Sequence:
         self.block_hashes: list[bytes] = []
         self.num_computed_tokens = 0
         self.num_hit_tokens: int | None = None  # found in the prefix cache when first admitted; None before
+        # Outputs of the same request that begin where this one's prompt ends: they take its blocks and logits then.
+        self.forks: list[Sequence] = []
+        self.parent: Sequence | None = None  # while this one is such an output: whose `forks` it is in
         self.num_memory_failures = 0
         self.num_overtaken = 0  # behind it in its priority's order, and admitted while this one waited
 

@@ -16,7 +16,7 @@ from worker.engine.blocks import SCRATCH_BLOCK
 from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.host_memory import populate
 from worker.engine.memory import cache_bytes
-from worker.engine.scheduler import BlockCopy, Plan
+from worker.engine.scheduler import MAX_SCORED_ROWS, BlockCopy, Plan
 from worker.engine.settings import EngineSettings
 from worker.engine.types import OnPart, ignore_part
 
@@ -88,6 +88,7 @@ class ModelRunner:
             max_num_blocks=-(-self.max_model_len // settings.block_size),
             block_size=settings.block_size,
             device=self.device,
+            max_scored_rows=MAX_SCORED_ROWS,
         )
         self._takes_logit_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -120,7 +121,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> torch.Tensor:
-        """Compute the plan: write its keys and values and return the logits [len(plan.logit_rows), vocab_size].
+        """Compute the plan: write its keys and values and return the logits of all `num_logit_rows` of its chunks.
 
         Raises StepOutOfMemory.
         """

@@ -32,6 +32,7 @@ from worker.engine.sequence import OrderKey, Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator
 
+MAX_SCORED_ROWS: Final = 64  # of prompts, in one step: their logits take as much memory as those of decodes
 _LOOKAHEAD: Final = 64  # waiting sequences whose prefixes are looked up before every step
 
 
@@ -43,11 +44,17 @@ class Chunk:
     num_tokens: int  # drafts included
     is_last: bool  # reaches the sequence's last known token, so that its logits give the next one
     drafts: array[int] = field(default_factory=lambda: array("i"))  # guesses of the tokens behind the last one
+    num_scored_rows: int = 0  # whose logits say how probable the prompt's next tokens were
+
+    @property
+    def num_sampled_rows(self) -> int:
+        """Rows whose logits give a new token: of the last known token and of every draft."""
+        return 1 + len(self.drafts) if self.is_last else 0
 
     @property
     def num_logit_rows(self) -> int:
-        """Rows whose logits are needed, the chunk's last ones: of the last known token and of every draft."""
-        return 1 + len(self.drafts) if self.is_last else 0
+        """Rows whose logits are needed, the chunk's last ones: those to be scored, then those to be sampled."""
+        return self.num_scored_rows + self.num_sampled_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +99,33 @@ class Plan:
     copies: tuple[BlockCopy, ...] = ()  # to be made before it is computed, all at once
 
     @property
-    def forks(self) -> list[tuple[int, Sequence]]:
-        """The sequences that begin with this step, each with the row of logits that gives its first token."""
-        forks: list[tuple[int, Sequence]] = []
+    def forks(self) -> list[Sequence]:
+        """The sequences that begin with this step, behind the parents whose logits give their first tokens."""
+        return [fork for chunk in self.chunks if chunk.is_last for fork in chunk.sequence.forks]
+
+    @property
+    def sampled_indices(self) -> list[int] | None:
+        """Which rows of logits `logit_rows` and then `forks` are sampled from; None if each has one, in order."""
+        own: list[int] = []
+        of_forks: list[int] = []
         num_rows = 0
         for chunk in self.chunks:
+            num_rows += chunk.num_logit_rows
+            own += range(num_rows - chunk.num_sampled_rows, num_rows)
             if chunk.is_last:
-                forks += [(num_rows, fork) for fork in chunk.sequence.forks]
-                num_rows += chunk.num_logit_rows
-        return forks
+                of_forks += [num_rows - 1] * len(chunk.sequence.forks)
+        return [*own, *of_forks] if of_forks or len(own) < num_rows else None
+
+    @property
+    def scored(self) -> list[tuple[Chunk, range]]:
+        """The chunks of prompts to be scored, with their rows of logits."""
+        found: list[tuple[Chunk, range]] = []
+        num_rows = 0
+        for chunk in self.chunks:
+            if chunk.num_scored_rows:
+                found.append((chunk, range(num_rows, num_rows + chunk.num_scored_rows)))
+            num_rows += chunk.num_logit_rows
+        return found
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:
@@ -109,12 +134,12 @@ class Plan:
 
     @property
     def logit_rows(self) -> list[Sequence | DraftRow]:
-        """What the sampler chooses a token for, row by row: `num_logit_rows` of each chunk."""
+        """What the sampler chooses a token for, row by row: `num_sampled_rows` of each chunk."""
         rows: list[Sequence | DraftRow] = []
         for chunk in self.chunks:
             if chunk.is_last:
                 rows.append(chunk.sequence)
-                rows += [DraftRow(chunk.sequence, k) for k in range(1, chunk.num_logit_rows)]
+                rows += [DraftRow(chunk.sequence, k) for k in range(1, chunk.num_sampled_rows)]
         return rows
 
 
@@ -136,6 +161,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._num_unforked = 0  # sequences that wait for their parents' prompts
         self._copies: list[BlockCopy] = []  # of the step being planned
+        self._num_score_rows = 0  # that it may still have
         self._service = TenantService()
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of all sequences ever admitted
@@ -180,6 +206,7 @@ class Scheduler:
         self._service.leave(sequence)
         if sequence.forks:
             heir, *others = sequence.forks
+            heir.num_scored_tokens = sequence.num_scored_tokens
             for fork in list(sequence.forks):
                 self._detach(fork)
             self.add(heir, others)
@@ -230,12 +257,12 @@ class Scheduler:
         chunks (Sarathi-Serve, arXiv:2403.02310). Prefills got all their blocks on admission, so only a decode can find
         the pool empty; the last sequence in order then gives way. Drafts take what all others leave.
         """
-        self._copies = []
+        self._copies, self._num_score_rows = [], MAX_SCORED_ROWS
         chunks = self._plan_decodes()
         num_decodes = len(chunks)
         budget = self._budget.most_tokens(num_decodes) - num_decodes
         for sequence in self._running:
-            if sequence.num_uncomputed_tokens > 1 and budget > 0:
+            if sequence.num_uncomputed_tokens > 1 and self._most_tokens(sequence, budget) > 0:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
         self._admit(chunks, budget)
@@ -286,6 +313,8 @@ class Scheduler:
                 return
             if first_unfit is not None and rank[sequence] > rank[first_unfit]:
                 continue  # it may want the blocks that the one before it waits for
+            if sequence.first_row_to_score is not None and not self._num_score_rows:
+                continue  # others' prompts are scored in this step
             match = self._match(sequence)
             if match.is_pending:
                 continue  # this very step computes the next block: cheaper to wait for it than to do it twice
@@ -319,8 +348,12 @@ class Scheduler:
         return admission_order(turns, num_cached_blocks, self._settings.max_overtakings)
 
     def _match(self, sequence: Sequence) -> PrefixMatch:
-        """The blocks that it need not compute. The last token always is: its logits are what it came for."""
-        num_sharable = (sequence.num_tokens - 1) // self._pool.block_size
+        """The blocks that it need not compute. The last token always is: its logits are what it came for.
+
+        So are the prompt's tokens whose logits are to be scored.
+        """
+        first_row = sequence.first_row_to_score
+        num_sharable = (sequence.num_tokens - 1 if first_row is None else first_row) // self._pool.block_size
         self._pool.extend_hashes(sequence.block_hashes, sequence.token_ids, num_sharable, sequence.cache_salt)
         return self._pool.match(sequence.block_hashes[:num_sharable])
 
@@ -356,9 +389,23 @@ class Scheduler:
             self.num_cached_prompt_tokens += min(sequence.num_hit_tokens, sequence.num_prompt_tokens)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        num_tokens = min(sequence.num_uncomputed_tokens, budget)
+        num_tokens = min(sequence.num_uncomputed_tokens, self._most_tokens(sequence, budget))
         self._register(sequence, num_tokens)
-        return Chunk(sequence, num_tokens, is_last=num_tokens == sequence.num_uncomputed_tokens)
+        num_scored_rows, first_row = 0, sequence.first_row_to_score
+        if first_row is not None:
+            start = sequence.num_computed_tokens
+            end = min(start + num_tokens, sequence.num_prompt_tokens - 1)  # the last one's give the first new token
+            num_scored_rows = max(0, end - max(start, first_row))
+            self._num_score_rows -= num_scored_rows
+        is_last = num_tokens == sequence.num_uncomputed_tokens
+        return Chunk(sequence, num_tokens, is_last, num_scored_rows=num_scored_rows)
+
+    def _most_tokens(self, sequence: Sequence, budget: int) -> int:
+        """Tokens that it may compute now: of those to be scored, no more than there are rows for."""
+        first_row = sequence.first_row_to_score
+        if first_row is None:
+            return budget
+        return min(budget, max(0, first_row - sequence.num_computed_tokens) + self._num_score_rows)
 
     def _register(self, sequence: Sequence, num_tokens: int) -> None:
         """Announce the blocks that computing this many more tokens fills."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from common.generation import OutputDelta, SamplingParams, Usage
+from common.generation import OutputDelta, PromptScores, SamplingParams, Usage
 
 # The parts of a step, in order; "end" stands behind the last one.
 Part: TypeAlias = Literal["plan", "batch", "forward", "sample", "update", "end"]
@@ -35,6 +35,8 @@ class GenerationRequest:
     deadline: float | None = None  # time.monotonic() seconds; the outputs then end with TIME_LIMIT
     tenant: str = ""  # among waiting requests of one priority, tenants take turns by service over weight
     weight: float = 1.0
+    num_scored_tokens: int = 0  # of the prompt, in the log already; where its log-probabilities are asked for
+    echo_text: str = ""  # stands before the text of every output
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class RequestOutput:
     usage: Usage | None = None  # set when the request ended
     # A machine-readable reason (NAN_LOGITS, OUT_OF_MEMORY ...); the request is gone from the engine.
     error: str | None = None
+    prompt_scores: PromptScores | None = None  # they come in order, the last ones not behind the first token
 
     @property
     def finished(self) -> bool:

@@ -37,6 +37,11 @@ class GenerationOptions(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     logprobs: bool
+    include_stop: bool
+    best_of: int
+    top_logprobs: int
+    prompt_logprobs: int
+    echo: bool
 
 
 def make_input(prompt: Prompt) -> pb.GenerationInput:

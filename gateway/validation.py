@@ -282,7 +282,7 @@ def _check_reports(config: pb.GenerationConfig, limits: ConfigLimits, bad: Viola
         least = config.num_outputs if config.HasField("num_outputs") else 1
         if not max(least, 1) <= config.best_of <= limits.max_outputs:
             bad.add("config.best_of", f"must be at least num_outputs and at most {limits.max_outputs}")
-        if config.HasField("max_tokens") and config.max_tokens == 0:
+        if config.HasField("max_tokens") and config.max_tokens == 0 and _reads_prompt(config):
             bad.add("config.best_of", "needs new tokens to choose by, but max_tokens is 0", "FIELD_CONFLICT")
     for name in ("top_logprobs", "prompt_logprobs"):
         if getattr(config, name) > MAX_ALTERNATIVES:

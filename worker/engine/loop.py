@@ -24,7 +24,7 @@ from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import Argmax, SampledTokens, Sampler
 from worker.engine.scheduler import BlockCopy, Chunk, Plan, Scheduler
-from worker.engine.scores import score_prompt, wants_logprobs
+from worker.engine.scores import score_prompt, to_device, wants_logprobs
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator, num_accepted
@@ -261,7 +261,7 @@ class Engine:
                 indices = plan.sampled_indices
                 if indices is None:
                     return _Computed(self._sampler.sample(logits, plan.logit_rows), [])
-                picked = logits[torch.tensor(indices, dtype=torch.int64, device=logits.device)]
+                picked = logits[to_device(indices, logits.device)]
                 sampled = self._sampler.sample(picked, [*plan.logit_rows, *plan.forks])
                 return _Computed(sampled, [_score(chunk, rows, logits) for chunk, rows in plan.scored])
         except StepOutOfMemory:

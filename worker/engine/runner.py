@@ -17,6 +17,7 @@ from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.host_memory import populate
 from worker.engine.memory import cache_bytes
 from worker.engine.scheduler import MAX_SCORED_ROWS, BlockCopy, Plan
+from worker.engine.scores import to_device
 from worker.engine.settings import EngineSettings
 from worker.engine.types import OnPart, ignore_part
 
@@ -112,8 +113,8 @@ class ModelRunner:
 
         Raises StepOutOfMemory.
         """
-        pairs = torch.tensor([(copy.source, copy.target) for copy in copies]).to(self.device, non_blocking=True)
-        sources, targets = pairs[:, 0], pairs[:, 1]
+        pairs = [(copy.source, copy.target) for copy in copies]
+        sources, targets = (to_device(block_ids, self.device) for block_ids in zip(*pairs, strict=True))
         with memory_guard():
             for cache in self._caches:
                 for tensor in (cache.keys, cache.values):

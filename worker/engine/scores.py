@@ -32,6 +32,12 @@ def wants_logprobs(sampling: SamplingParams) -> bool:
     return sampling.logprobs or sampling.num_best > 0
 
 
+def to_device(values: Iterable[int], device: torch.device) -> torch.Tensor:
+    """Return [n] int64 on the device, copied without waiting for what that does."""
+    tensor = torch.tensor(list(values), dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, num_alternatives: int, *, ranked: bool) -> torch.Tensor:
     """Return [num_rows, 1 or 2 + 2 * num_alternatives] float64, as said above.
 
@@ -66,9 +72,7 @@ class TokenScores:
         found = []
         for group in filter(None, groups):
             rows, counts = [row for row, _ in group], [count for _, count in group]
-            index = torch.tensor(rows)
-            if logits.device.type == "cuda":
-                index = index.pin_memory().to(logits.device, non_blocking=True)
+            index = to_device(rows, logits.device)
             most = max(counts)
             table = score_tokens(logits[index], tokens[index].clamp(min=0), most, ranked=most > 0)
             found.append(cls(rows, counts, table))
@@ -95,7 +99,7 @@ def score_prompt(
     logits: torch.Tensor, token_ids: Iterable[int], first_token_index: int, num_alternatives: int
 ) -> PromptScores:
     """Score tokens of a prompt, whose first one stands there in it; row i of `logits` gives the i-th one's."""
-    tokens = torch.tensor(list(token_ids)).to(logits.device)
+    tokens = to_device(token_ids, logits.device)
     table = score_tokens(logits.float(), tokens, num_alternatives, ranked=True).cpu().tolist()
     details = [_details(values[1:], num_alternatives) for values in table]
     return PromptScores(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from common.deltas import merge_scores
 from common.generation import Alternatives, PromptScores, SamplingParams
 from tests.builders_engine import Driver, PaperRunner, generate, make_engine, make_request, paper_logits, prefix_hashes
+from tests.waits import Waits
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import MAX_SCORED_ROWS
 from worker.engine.sequence import Sequence
@@ -66,6 +67,14 @@ def test_every_row_gets_what_it_asked_for(may_wait: bool, dtype: torch.dtype) ->
             assert [found for _, found in details.alternatives] == pytest.approx(top, abs=1e-5)
             own = logits[row].float().log_softmax(-1)
             assert all(float(own[token]) == pytest.approx(found, abs=1e-5) for token, found in details.alternatives)
+
+
+def test_alternatives_wait_no_earlier_for_a_device() -> None:
+    rows = [make_row([1, 2, i], **params) for i, params in enumerate(ROWS)]
+    logits = torch.randn(len(rows), 3000, generator=torch.Generator().manual_seed(1)) * 5
+    with Waits() as waits:
+        Sampler(CPU, may_wait=False).sample(logits, rows)
+    assert waits.seen == []
 
 
 def test_a_small_vocabulary_has_no_more_alternatives_than_tokens() -> None:

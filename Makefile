@@ -161,6 +161,10 @@ soak: install-dev  ## an hour of steady load with a fault a minute: memory of ev
 bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
 	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)
 
+.PHONY: parity
+parity: install-dev  ## every generation parameter, alone and combined, against transformers' generate; minutes; ARGS="--models gpt2 llama"
+	$(BIN)/python -m tests.parity.run $(ARGS)
+
 .PHONY: security
 security: install-dev  ## the sixty bad inputs, floods in earnest and timing; writes tests/security/README.md; minutes
 	$(BIN)/python -m tests.security.run $(ARGS)

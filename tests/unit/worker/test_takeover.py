@@ -25,7 +25,7 @@ from tests.builders_engine import make_settings, tiny_model
 from tests.builders_models import VOCAB_SIZE, write_tokenizer
 from worker.detokenizer import IncrementalDetokenizer
 from worker.engine.attention.torch_ref import TorchAttention
-from worker.engine.history import TokenHistory
+from worker.engine.history import NGramFollowers, TokenHistory
 from worker.engine.loop import Engine, _Request
 from worker.engine.runner import ModelRunner
 from worker.engine.stopping import StopStringFilter
@@ -286,15 +286,15 @@ def forget_what_was_said(engine: Engine, state: _Request, index: int) -> None:
     """The output's tokens, for penalties and n-grams; the prompt's are known."""
     sequence = state.outputs[index].sequence
     if sequence.history is not None:
-        sequence.history = TokenHistory(state.request.sampling)
-        sequence.history.extend(sequence.token_ids[: sequence.num_prompt_tokens])
+        prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+        sequence.history = TokenHistory(state.request.sampling, prompt)
 
 
 def forget_what_was_forbidden(engine: Engine, state: _Request, index: int) -> None:
     """N-grams alone."""
     history = state.outputs[index].sequence.history
-    if history is not None:
-        history._followers = {}
+    if history is not None and history._ngrams is not None:
+        history._ngrams = NGramFollowers(state.request.sampling.no_repeat_ngram_size)
 
 
 def forget_the_seed(engine: Engine, state: _Request, index: int) -> None:

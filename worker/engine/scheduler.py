@@ -106,6 +106,8 @@ class Plan:
     @property
     def sampled_indices(self) -> list[int] | None:
         """Which rows of logits `logit_rows` and then `forks` are sampled from; None if each has one, in order."""
+        if not any(chunk.num_scored_rows or (chunk.is_last and chunk.sequence.forks) for chunk in self.chunks):
+            return None  # as in nearly every step
         own: list[int] = []
         of_forks: list[int] = []
         num_rows = 0
@@ -114,7 +116,7 @@ class Plan:
             own += range(num_rows - chunk.num_sampled_rows, num_rows)
             if chunk.is_last:
                 of_forks += [num_rows - 1] * len(chunk.sequence.forks)
-        return [*own, *of_forks] if of_forks or len(own) < num_rows else None
+        return [*own, *of_forks]
 
     @property
     def scored(self) -> list[tuple[Chunk, range]]:

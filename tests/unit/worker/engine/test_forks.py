@@ -14,8 +14,11 @@ from common.generation import FinishReason, SamplingParams
 from tests.builders_engine import Driver, PaperRunner, TokenNames, generate, make_engine, make_request, tiny_model
 from tests.builders_models import tiny_module
 from worker.engine.attention.cpu_ext import CpuAttention
+from worker.engine.attention.interface import AttentionBackend
+from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.blocks import BlockPool
 from worker.engine.decoder.compile import compile_decoder
+from worker.engine.graphs import CudaRecorder, GraphRunner, Recorder, run_again
 from worker.engine.loop import Engine
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import BlockCopy
@@ -226,6 +229,35 @@ def test_every_layer_is_copied_and_sources_are_read_first() -> None:
     for cache, old in zip(runner._caches, before, strict=True):
         for tensor, was in zip((cache.keys, cache.values), old, strict=True):
             assert torch.equal(tensor, was[[0, 1, 1, 2, 4, 5]])
+
+
+def replaying_engine(device: str, backend: AttentionBackend, record: Recorder) -> Engine:
+    limits = EngineSettings(block_size=16, num_blocks=64, token_budget=32, max_num_seqs=8, enable_prefix_cache=False)
+    runner = ModelRunner(tiny_module("llama").to(device), backend, limits)
+    return Engine(GraphRunner(runner, record, limits.max_num_seqs, 16), limits, TokenNames)
+
+
+def test_replayed_decodes_read_what_was_copied() -> None:
+    request = make_request("r", range(3, 44), num_outputs=5, max_tokens=12, prompt_logprobs=2, **SAMPLED)
+    plain = EngineSettings(block_size=16, num_blocks=64, token_budget=32, max_num_seqs=8)
+    expected = generate(Engine(compiled_runner(plain, torch.float32), plain, TokenNames), request)["r"]
+    replayed = generate(replaying_engine("cpu", TorchAttention(16), run_again), request)["r"]
+    assert replayed.tokens == expected.tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_graphs_on_a_gpu_read_what_was_copied() -> None:
+    triton_paged = pytest.importorskip("worker.engine.attention.triton_paged")
+    request = make_request(
+        "r", range(3, 44), num_outputs=5, max_tokens=12, logprobs=True, top_logprobs=3, prompt_logprobs=2, **SAMPLED
+    )
+    expected = generate(replaying_engine("cpu", TorchAttention(16), run_again), request)["r"]
+    recorder = CudaRecorder(torch.device("cuda"))
+    replayed = generate(replaying_engine("cuda", triton_paged.TritonAttention(), recorder), request)["r"]
+    assert replayed.tokens == expected.tokens
+    for found, wanted in zip(replayed.logprobs, expected.logprobs, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-3)
 
 
 # -- any workload -----------------------------------------------------------------------------

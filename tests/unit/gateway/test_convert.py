@@ -188,7 +188,7 @@ def test_a_generation_shows_all_that_its_log_holds() -> None:
 def test_what_is_reported_of_tokens_reaches_callers_unchanged() -> None:
     part = OutputDelta(0, 0, (7,), "a", (-0.5,), top_logprobs=(((7, -0.5), (8, -1.5)),), ranks=(1,))
     end = OutputDelta(0, 1, finish_reason=FinishReason.LENGTH, score=-0.5)
-    message = convert.delta_message(part)
+    message = convert.delta_message(part, GENERATION_ID)
     assert message.top_logprobs == [pb.TokenAlternatives(token_ids=[7, 8], logprobs=[-0.5, -1.5])]
     assert message.ranks == [1]
     assert convert.output_end(end).score == -0.5

@@ -21,6 +21,24 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
 
 
+class GrammarKind(StrEnum):
+    """How a constraint on an output's text is written."""
+
+    JSON_OBJECT = "json_object"  # any
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICES = "choices"
+    LARK = "lark"
+
+
+class StructuredOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What an output's text must match."""
+
+    kind: GrammarKind
+    text: str = ""  # the schema, expression or grammar
+    choices: tuple[str, ...] = ()
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are chosen and when an output ends. Everything is resolved: no field means "the model's default".
 
@@ -39,6 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # the caller's and the model's end-of-sequence ids
     logprobs: bool = False  # report the log-probability of every sampled token
+    structured_output: StructuredOutput | None = None
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):

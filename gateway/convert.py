@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from common import errors
 from common.generation import FinishReason, OutputDelta, Usage
 from common.jobs import GenerationRecord, JobState, Reason
+from gateway import structured
 from gateway.progress import LogPosition
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -114,6 +115,10 @@ def failure_of(record: GenerationRecord) -> errors.ServingError | None:
     if record.state is JobState.FAILED:
         if record.reason is Reason.LOG_LIMIT:
             return errors.LogLimitExceeded("the generation's events outgrew the limit on stored bytes")
+        if record.reason is Reason.STRUCTURED_OUTPUT_UNSUPPORTED:
+            return structured.unsupported()
+        if record.reason.is_of_grammar:
+            return structured.failed(record.reason)
         return errors.WorkerFailed(
             "the generation failed on every worker that tried it", metadata={"detail": str(record.reason)}
         )

@@ -237,6 +237,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         ).within(grants.caps)
         secret = await self._secret.get()
         config = check.resolve_config(request.config, model.defaults, len(prompt), limits, seed=secrets.randbits(64))
+        await model.check_structured_output(config, caller.tenant)
         sampling = check.sampling_params(config, card.eos_token_ids)
         grace_ms = self._grace_ms(request, grants.caps)
         salt = self._salt(secret, caller, check.check_cache_salt(request.cache_salt))

@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from common.errors import FieldViolation, InvalidRequest
 from common.generation import SamplingParams
 from common.grants import Caps
+from gateway import structured
 from gateway.tokenization import Message
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -161,6 +162,9 @@ def sampling_params(config: pb.GenerationConfig, eos_token_ids: Iterable[int]) -
         stop_strings=tuple(config.stop),
         stop_token_ids=tuple(dict.fromkeys([*eos_token_ids, *config.stop_token_ids])),
         logprobs=config.logprobs,
+        structured_output=structured.spec_of(config.structured_output)
+        if config.HasField("structured_output")
+        else None,
     )
 
 

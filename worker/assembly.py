@@ -30,6 +30,7 @@ from worker.engine.types import OnPart, ignore_part
 from worker.profiling import StepProfiler
 from worker.registration import make_card
 from worker.settings import WorkerSettings
+from worker.structured import make_compiler
 
 log = structlog.get_logger()
 
@@ -77,6 +78,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     cost = measure_cost(model_runner, engine_settings)
     trim()  # what loading and the probe have left behind
     model_runner.populate_cache()  # not before: it would disturb what is measured
+    grammars = make_compiler(loaded.text.tokenizer_json, loaded.vocab_size, loaded.eos_token_ids)
     engine = Engine(
         make_runner(model_runner, engine_settings),
         engine_settings,
@@ -84,6 +86,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         cost=cost,
         cache_salt=f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode(),
         argmax=backend.kernels.argmax if isinstance(backend, CpuAttention) else None,
+        grammars=grammars,
         on_part=on_part,
     )
     stats = engine.stats()
@@ -94,6 +97,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         block_tokens=stats.block_size,
         kv_tokens=stats.num_blocks * stats.block_size,
         attention_backend=backend.name,
+        structured_output=grammars is not None,
     )
     log.info(
         "engine.ready",

@@ -155,5 +155,11 @@ class Holdings:
             completion_tokens=held.completion_tokens,
             cached_prompt_tokens=held.cached_prompt_tokens,
             terminal=terminal,
-            reason=Reason.WORKER_FAILED if terminal is JobState.FAILED else Reason.NONE,
+            reason=_reason_of(last.error) if last.error is not None else Reason.NONE,
         )
+
+
+def _reason_of(error: str) -> Reason:
+    """What callers hear of an error of the engine: what else than their grammar it was is the operator's business."""
+    reason = Reason(error)
+    return reason if reason.is_of_grammar else Reason.WORKER_FAILED

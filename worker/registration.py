@@ -41,6 +41,7 @@ def make_card(
     block_tokens: int,
     kv_tokens: int,
     attention_backend: str = "",
+    structured_output: bool = False,
 ) -> Publication:
     """Return what to publish of `loaded` under `name`.
 
@@ -81,6 +82,7 @@ def make_card(
         block_tokens=block_tokens,
         kv_tokens=kv_tokens,
         tokenizer_files={file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+        structured_output=structured_output,
     )
     return Publication(card, files)
 

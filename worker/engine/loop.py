@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from common.generation import FinishReason, OutputDelta, Usage
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
+from worker.engine.grammar import Grammar, GrammarCompiler, GrammarFailure, MaskFiller
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import Argmax, SampledTokens, Sampler
 from worker.engine.scheduler import Chunk, Plan, Scheduler
@@ -78,10 +79,12 @@ class Engine:
         cost: CostModel = UNMEASURED,
         cache_salt: bytes = b"",
         argmax: Argmax | None = None,
+        grammars: GrammarCompiler | None = None,
         on_part: OnPart = ignore_part,
     ) -> None:
         """`cost` is what the runner's steps cost; `cache_salt` stands for whatever else than tokens decides keys and
         values: model revision, adapter, dtype; `argmax` is the sampler's;
+        `grammars` compiles structured outputs, without it requests with one end with an error;
         `on_part` is told of the parts of each step.
         """
         self._runner = runner
@@ -93,6 +96,8 @@ class Engine:
         speculator = Speculator(settings, cost, runner.max_model_len) if settings.speculation else None
         self._scheduler = Scheduler(settings, self._pool, StepBudget(settings, cost), speculator)
         self._sampler = Sampler(runner.device, argmax)
+        self._grammars = grammars
+        self._masks = MaskFiller(grammars, runner.vocab_size) if grammars is not None else None
         self._requests: dict[str, _Request] = {}
         self._deltas: dict[str, list[OutputDelta]] = {}  # of the step in progress, by request id
         self._ended: dict[str, Usage | str] = {}  # requests that are over: what they used, or the error
@@ -112,6 +117,18 @@ class Engine:
 
     # -- requests -------------------------------------------------------------------------------------------------
 
+    def prepare(self, request: GenerationRequest) -> GenerationRequest:
+        """Return the request with its grammar compiled, which may take long: for any thread, before `add`."""
+        spec = request.sampling.structured_output
+        if spec is None or request.grammar is not None:
+            return request
+        if self._grammars is None:
+            return replace(request, grammar=GrammarFailure("STRUCTURED_OUTPUT_UNSUPPORTED"))
+        try:
+            return replace(request, grammar=self._grammars.compile(spec))
+        except GrammarFailure as failure:
+            return replace(request, grammar=failure)
+
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. One that can never run ends with an error in the next step.
 
@@ -119,6 +136,7 @@ class Engine:
         """
         if request.request_id in self._requests or request.request_id in self._ended:
             raise DuplicateRequest(request.request_id)
+        request = self.prepare(request)
         error = self._refusal(request)
         if error is not None:
             self._ended[request.request_id] = error
@@ -129,7 +147,11 @@ class Engine:
         for output_index, token_ids in enumerate(emitted):
             state.num_completion_tokens += len(token_ids)
             if output_index not in request.finished_outputs:
-                self._start_output(state, output_index, token_ids)
+                try:
+                    self._start_output(state, output_index, token_ids)
+                except GrammarFailure as failure:  # by what the log holds already
+                    self._fail(request.request_id, str(failure))
+                    return
         self._end_if_done(state)
 
     def _refusal(self, request: GenerationRequest) -> str | None:
@@ -142,12 +164,15 @@ class Engine:
             return "EMITTED_MISMATCH"
         if any(min(ids) < 0 or max(ids) >= self._runner.vocab_size for ids in (prompt, *request.emitted) if ids):
             return "INVALID_TOKEN_ID"
+        if isinstance(request.grammar, GrammarFailure):
+            return str(request.grammar)
         return None
 
     def _start_output(self, state: _Request, output_index: int, emitted: tuple[int, ...]) -> None:
         request = state.request
         max_tokens = min(request.sampling.max_tokens, self._runner.max_model_len - len(request.prompt_token_ids))
-        stop = StopState(request.sampling, max_tokens, self._new_detokenizer())
+        matcher = request.grammar.matcher() if isinstance(request.grammar, Grammar) else None
+        stop = StopState(request.sampling, max_tokens, self._new_detokenizer(), matcher)
         for token_id in emitted:
             if stop.finished is None:
                 stop.push(token_id)
@@ -167,6 +192,7 @@ class Engine:
             deadline=request.deadline,
             tenant=request.tenant,
             weight=request.weight,
+            matcher=matcher,
         )
         state.first = state.first or sequence
         state.outputs[output_index] = _Output(sequence, stop)
@@ -210,11 +236,16 @@ class Engine:
 
     def _execute(self, plan: Plan) -> SampledTokens | None:
         """None when memory was short: the step is void, and the likeliest cause has been set aside."""
+        rows = plan.logit_rows
+        filling = self._masks.begin(rows) if self._masks is not None else None
         try:
-            logits = self._runner.execute(plan)
+            try:
+                logits = self._runner.execute(plan)
+            finally:
+                masks = filling.result() if filling is not None else None
             self._on_part("sample")
             with memory_guard():
-                return self._sampler.sample(logits, plan.logit_rows)
+                return self._sampler.sample(logits, rows, masks)
         except StepOutOfMemory:
             self._scheduler.fail_step(plan)
             self._relieve(plan)
@@ -234,6 +265,9 @@ class Engine:
         self._scheduler.finish_step(plan)
         accepted: list[tuple[Chunk, range]] = []
         for chunk, rows in _valid_rows(plan, sampled):
+            if chunk.sequence.matcher is not None and chunk.sequence.matcher.failure is not None:
+                self._fail(chunk.sequence.request_id, chunk.sequence.matcher.failure)
+                continue
             if not rows:
                 self._scheduler.forget_blocks(chunk.sequence)
                 self._fail(chunk.sequence.request_id, "NAN_LOGITS")
@@ -252,7 +286,11 @@ class Engine:
         texts = []
         for row in rows:
             sequence.append(sampled.token_ids[row])
-            progress = output.stop.push(sampled.token_ids[row])
+            try:
+                progress = output.stop.push(sampled.token_ids[row])
+            except GrammarFailure as failure:
+                self._fail(sequence.request_id, str(failure))
+                return
             texts.append(progress.text)
             if progress.finish_reason is not None:
                 break

@@ -5,6 +5,7 @@ Rows are told apart by what they ask for, and pay only for that:
     greedy                       argmax
     penalties                    a copy of the row, changed at the tokens seen or banned only
     top_k, top_p, min_p          the CANDIDATES largest scores; all filters work on those
+    a grammar                    a copy of the row, without the tokens that may not come next
     none of the three            the candidates, then the few other tokens whose noise could beat them
     filter wider than that       eight times as many candidates, and so on
 
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 from common.generation import SamplingParams
+from worker.engine.grammar import TokenMasks
 from worker.engine.history import TokenHistory
 from worker.engine.noise import gumbel, least_hash, ordered_hash, row_key
 
@@ -107,25 +109,33 @@ class Sampler:
         self._vocabulary = torch.empty(0, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, rows: Rows[LogitRow]) -> SampledTokens:
-        """Choose the token of each row. `logits` is [num_rows, vocab_size], any float type, not changed."""
-        sampled = self._sample(logits, rows, self._may_wait)
+    def sample(self, logits: torch.Tensor, rows: Rows[LogitRow], masks: TokenMasks | None = None) -> SampledTokens:
+        """Choose the token of each row. `logits` is [num_rows, vocab_size], any float type, not changed.
+
+        A row with a mask gets one of the tokens that this allows, unless all of those are forbidden otherwise.
+        """
+        sampled = self._sample(logits, rows, masks, self._may_wait)
         again = [i for i, token_id in enumerate(sampled.token_ids) if token_id < 0]
         if not again:
             return sampled
         index = _on_device(torch.tensor(again), self._device)
-        widened = self._sample(logits[index], [rows[i] for i in again], may_wait=True)
+        masks = masks.of(again) if masks is not None else None
+        widened = self._sample(logits[index], [rows[i] for i in again], masks, may_wait=True)
         for i, token_id in zip(again, widened.token_ids, strict=True):
             sampled.token_ids[i] = token_id
         sampled.logprobs.update((again[i], logprob) for i, logprob in widened.logprobs.items())
         return sampled
 
-    def _sample(self, logits: torch.Tensor, rows: Rows[LogitRow], may_wait: bool) -> SampledTokens:
+    def _sample(
+        self, logits: torch.Tensor, rows: Rows[LogitRow], masks: TokenMasks | None, may_wait: bool
+    ) -> SampledTokens:
         """One copy from the device at the end. A negative token stands for a row that needs more candidates."""
         scores = logits.float()
         best = self._argmax(scores)
-        penalised = [i for i, row in enumerate(rows) if row.history is not None]
-        sampled = [i for i, row in enumerate(rows) if row.history is None and row.sampling.temperature > 0]
+        masked = set(masks.rows) if masks is not None else set()
+        penalised = [i for i, row in enumerate(rows) if row.history is not None or i in masked]
+        free = [i for i, row in enumerate(rows) if row.history is None and i not in masked]
+        sampled = [i for i in free if rows[i].sampling.temperature > 0]
         wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs]
         if not (penalised or sampled or wanted):  # a small step's time is felt: nothing but what it needs
             found = best.tolist()
@@ -140,7 +150,8 @@ class Sampler:
             penalised.sort(key=lambda i: rows[i].sampling.temperature > 0)  # greedy ones first
             order = penalised + sampled
             index = _on_device(torch.tensor(order), self._device)
-            chosen = self._sample_rows(scores[index], [rows[i] for i in order], len(penalised), may_wait)
+            changed = masks.of(order) if masks is not None else None
+            chosen = self._sample_rows(scores[index], [rows[i] for i in order], len(penalised), changed, may_wait)
             tokens.index_copy_(0, index, chosen)
         results = [tokens.double(), is_valid.double()]
         if wanted:
@@ -154,11 +165,18 @@ class Sampler:
         )
 
     def _sample_rows(
-        self, scores: torch.Tensor, rows: Rows[LogitRow], num_penalised: int, may_wait: bool
+        self,
+        scores: torch.Tensor,
+        rows: Rows[LogitRow],
+        num_penalised: int,
+        masks: TokenMasks | None,
+        may_wait: bool,
     ) -> torch.Tensor:
-        """Penalised rows first, greedy ones before sampled ones. Overwrites `scores`."""
+        """Penalised and masked rows first, greedy ones before sampled ones. Overwrites `scores`."""
         if num_penalised:
             _penalise(scores, rows[:num_penalised])
+        if masks is not None and masks.rows:
+            _forbid(scores, masks)
         num_greedy = sum(1 for row in rows if row.sampling.temperature == 0)
         if num_greedy == len(rows):
             return scores.argmax(-1)
@@ -272,7 +290,8 @@ def _penalise(scores: torch.Tensor, rows: Rows[LogitRow]) -> None:
     flat = scores.view(-1)
     seen, penalties, banned = [], [], []
     for i, row in enumerate(rows):
-        assert row.history is not None
+        if row.history is None:
+            continue
         if row.history.seen_ids:
             ids = np.frombuffer(row.history.seen_ids, dtype=np.int32)
             seen.append(ids[ids < vocab_size].astype(np.int64) + i * vocab_size)
@@ -285,6 +304,23 @@ def _penalise(scores: torch.Tensor, rows: Rows[LogitRow]) -> None:
         flat[index] = torch.where(values < 0, values * penalty, values / penalty)
     if banned:
         flat.index_fill_(0, _on_device(torch.tensor(banned), scores.device), _NEG_INF)
+
+
+def _forbid(scores: torch.Tensor, masks: TokenMasks) -> None:
+    """Leave each masked row nothing but the tokens of its mask, in place."""
+    vocab_size = scores.shape[-1]
+    if scores.device.type == "cpu":
+        bits = np.unpackbits(masks.words.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+        forbidden = torch.from_numpy(bits) == 0
+    else:  # so that an eighth of a byte per token goes to the device
+        words = _on_device(torch.from_numpy(masks.words), scores.device)
+        places = torch.arange(32, dtype=torch.int32, device=scores.device)
+        forbidden = ((words[:, :, None] >> places) & 1 == 0).flatten(1)[:, :vocab_size]
+    if len(masks.rows) == len(scores):
+        scores.masked_fill_(forbidden, _NEG_INF)
+        return
+    index = _on_device(torch.tensor(masks.rows), scores.device)
+    scores.index_copy_(0, index, scores[index].masked_fill_(forbidden, _NEG_INF))
 
 
 def _filter_candidates(scores: torch.Tensor, top: torch.Tensor, filters: _Filters) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,4 +345,5 @@ def _filter_candidates(scores: torch.Tensor, top: torch.Tensor, filters: _Filter
     keep &= (top - top[:, :1]).exp() >= filters.min_p
     keep[:, 0] = True
     is_complete |= ~has_top_k[:, 0] & ~keep[:, -1]
-    return keep, is_complete | is_whole
+    # Where the smallest candidate is forbidden, so is all that is not among them.
+    return keep, is_complete | is_whole | (top[:, -1] == _NEG_INF)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from common.generation import SamplingParams
+from worker.engine.grammar import Matcher
 from worker.engine.history import TokenHistory
 from worker.engine.lookup import PromptLookup
 
@@ -32,6 +33,7 @@ class Sequence:
         "deadline",
         "history",
         "lookup",
+        "matcher",
         "num_computed_tokens",
         "num_hit_tokens",
         "num_memory_failures",
@@ -61,6 +63,7 @@ class Sequence:
         deadline: float | None = None,
         tenant: str = "",
         weight: float = 1.0,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request_id: Final = request_id
         self.output_index: Final = output_index
@@ -80,6 +83,7 @@ class Sequence:
         if TokenHistory.is_needed(sampling):
             self.history = TokenHistory(sampling)
             self.history.extend(self.token_ids)
+        self.matcher: Final = matcher  # masks its next token; its output's StopState pushes the tokens
         self.lookup: PromptLookup | None = None  # made when it first may draft
         self.block_ids: array[int] = array("i")
         self.block_hashes: list[bytes] = []

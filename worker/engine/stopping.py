@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.generation import FinishReason, SamplingParams
+from worker.engine.grammar import Matcher
 
 
 class Detokenizer(Protocol):
@@ -81,8 +82,11 @@ class StopStringFilter:
 class StopState:
     """Follows one output, token by token, until it ends."""
 
-    def __init__(self, sampling: SamplingParams, max_tokens: int, detokenizer: Detokenizer) -> None:
-        """`max_tokens` is the request's, cut to what the model's context leaves."""
+    def __init__(
+        self, sampling: SamplingParams, max_tokens: int, detokenizer: Detokenizer, matcher: Matcher | None = None
+    ) -> None:
+        """`max_tokens` is the request's, cut to what the model's context leaves; `matcher` follows the output."""
+        self._matcher = matcher
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
         self._max_tokens = max_tokens
         self._detokenizer = detokenizer
@@ -91,18 +95,24 @@ class StopState:
         self.finished: Progress | None = None
 
     def push(self, token_id: int) -> Progress:
-        """Take the next token. The first of these ends the output: a stop id, a stop string, the last token allowed.
+        """Take the next token. The first of these ends the output: a stop id, a stop string, a grammar that allows
+        nothing more, the last token allowed.
 
-        A stop id adds no text of its own; what was held back before it is shown.
+        A stop id adds no text of its own; what was held back before it is shown. Raises GrammarFailure for a token that
+        the grammar does not allow; the output cannot go on then.
         """
         assert self.finished is None, "the output has ended"
         self._num_tokens += 1
         if token_id in self._stop_token_ids:
             return self._finish("", FinishReason.STOP, token_id)
+        if self._matcher is not None:
+            self._matcher.push(token_id)
         text, stop_string = self._filter.push(self._detokenizer.push(token_id))
         if stop_string is not None:
             self.finished = Progress(text, FinishReason.STOP, stop_string)
             return self.finished
+        if self._matcher is not None and self._matcher.is_complete:
+            return self._finish(text, FinishReason.STOP)
         if self._num_tokens >= self._max_tokens:
             return self._finish(text, FinishReason.LENGTH)
         return Progress(text)

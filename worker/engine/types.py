@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from common.generation import OutputDelta, SamplingParams, Usage
+from worker.engine.grammar import Grammar, GrammarFailure
 
 # The parts of a step, in order; "end" stands behind the last one.
 Part: TypeAlias = Literal["plan", "batch", "forward", "sample", "update", "end"]
@@ -35,6 +36,7 @@ class GenerationRequest:
     deadline: float | None = None  # time.monotonic() seconds; the outputs then end with TIME_LIMIT
     tenant: str = ""  # among waiting requests of one priority, tenants take turns by service over weight
     weight: float = 1.0
+    grammar: Grammar | GrammarFailure | None = None  # of sampling.structured_output, where it was compiled beforehand
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class GenerationOptions(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     logprobs: bool
+    structured_output: pb.StructuredOutput
 
 
 def make_input(prompt: Prompt) -> pb.GenerationInput:

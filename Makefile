@@ -174,6 +174,10 @@ queue-memory: install-dev  ## what a generation costs in the server's memory; AR
 fairness: install-dev  ## tenants' shares of a real worker, and a flood beside an occasional request; minutes; ARGS=--mutant must fail
 	$(BIN)/python -m tests.benchmarks.fairness $(ARGS)
 
+.PHONY: structured
+structured: install-dev  ## 200 JSON schemas under mixed load: what stops is valid, what is bounded stops, and what it costs; ten minutes
+	$(BIN)/python -m tests.structured.run $(ARGS)
+
 .PHONY: mesh
 mesh: install-dev  ## two gateways behind a real Envoy: 1,000 keyed calls while gateways are killed; ARGS="--mutant no-keys" and so on
 	$(BIN)/python -m tests.mesh.run $(ARGS)

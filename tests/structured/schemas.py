@@ -13,9 +13,9 @@ Schema = dict[str, Any]
 
 _KNOWN: Final = Path(__file__).with_name("known.json")
 _NAMES: Final = (
-    "id name title kind status count price total tags notes email city country owner items size color created rating "
-    'größe 名前 has space quote"d slash\\ed'
-).split(" ")
+    *("id", "name", "title", "kind", "status", "count", "price", "total", "tags", "notes", "email", "city", "country"),
+    *("owner", "items", "size", "color", "created", "größe", "名前", "with space", 'quote"d', "slash\\ed", "😀"),
+)
 _WORDS: Final = ("red", "green", "blue", "yes", "no", "maybe", "über", "日本", "a b", 'say "hi"', "back\\slash", "1")
 _PATTERNS: Final = (
     r"^[A-Z]{3}-\d{4}$",

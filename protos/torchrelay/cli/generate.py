@@ -30,7 +30,7 @@ def make_options(**values: object) -> GenerationOptions:
 
 
 def make_structured_output(json_schema: str, regex: str, choices: list[str]) -> pb.StructuredOutput | None:
-    """Return what the answer must match, None for anything. A schema is one if it begins as JSON, and else a file's name.
+    """Return what the answer must match, None for anything. A schema begins as JSON does; else it is a file's name.
 
     Raises BadParameter for more than one of them, and for a file that cannot be read.
     """

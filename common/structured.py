@@ -120,7 +120,7 @@ def check_size(spec: StructuredOutput) -> None:
 
 def failure_reason(message: str) -> str:
     """Return the reason for what the library says of a grammar or of a matcher's state."""
-    is_limit = any(word in message for word in ("fuel", "too many", "Too many", "too large", "too big", "max is"))
+    is_limit = any(word in message for word in ("fuel", "too many", "Too many", "schema too large", "max is"))
     return "GRAMMAR_TOO_COMPLEX" if is_limit else "GRAMMAR_INVALID"
 
 

@@ -219,7 +219,7 @@ lock: $(VENV)/.tools  ## the locks again, from pyproject.toml; what they pin alr
 	@$(MAKE) --no-print-directory check-locks
 
 check-locks: $(VENV)/.tools  ## each lock has a wheel for each system and Python that is served; asks the package index
-	@export MACOSX_DEPLOYMENT_TARGET=14.0; for system in x86_64-manylinux_2_28 aarch64-manylinux_2_28 aarch64-apple-darwin; do for python in 3.11 3.12 3.13 3.14; do for lock in $(LOCKS); do \
+	@export MACOSX_DEPLOYMENT_TARGET=14.0; for system in x86_64-manylinux_2_31 aarch64-manylinux_2_31 aarch64-apple-darwin; do for python in 3.11 3.12 3.13 3.14; do for lock in $(LOCKS); do \
 		$(VENV)/tools/bin/uv pip install -q --no-config --dry-run --target build/nothing --no-deps --require-hashes --only-binary :all: \
 			--no-binary $(NO_WHEEL) --python-platform $$system --python-version $$python -r $$lock \
 			|| { echo "$$lock does not hold for $$system, Python $$python"; exit 1; }; done; done; done

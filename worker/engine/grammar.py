@@ -78,6 +78,10 @@ class TokenMasks:
     rows: list[int]  # ascending
     words: TokenMask  # [len(rows), ceil(vocab_size / 32)]
 
+    def allows(self, place: int, token_id: int) -> bool:
+        """Whether the mask at a place of `rows` has a token; never one that stands for an invalid row."""
+        return token_id >= 0 and bool(self.words[place, token_id >> 5] >> (token_id & 31) & 1)
+
     def of(self, rows: list[int]) -> TokenMasks:
         """The masks of some rows of logits, which are from then on counted by their place in `rows`."""
         at = {row: k for k, row in enumerate(self.rows)}

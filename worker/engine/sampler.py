@@ -132,7 +132,7 @@ class Sampler:
         """One copy from the device at the end. A negative token stands for a row that needs more candidates."""
         scores = logits.float()
         best = self._argmax(scores)
-        masked = set(masks.rows) if masks is not None else set()
+        masked = _rows_to_mask(masks, rows, best.tolist() if masks is not None and may_wait else None)
         penalised = [i for i, row in enumerate(rows) if row.history is not None or i in masked]
         free = [i for i, row in enumerate(rows) if row.history is None and i not in masked]
         sampled = [i for i in free if rows[i].sampling.temperature > 0]
@@ -304,6 +304,23 @@ def _penalise(scores: torch.Tensor, rows: Rows[LogitRow]) -> None:
         flat[index] = torch.where(values < 0, values * penalty, values / penalty)
     if banned:
         flat.index_fill_(0, _on_device(torch.tensor(banned), scores.device), _NEG_INF)
+
+
+def _rows_to_mask(masks: TokenMasks | None, rows: Rows[LogitRow], best: list[int] | None) -> set[int]:
+    """The rows whose token depends on their mask: not those that take the largest logit, which it allows.
+
+    That is what most constrained greedy rows of a model do that knows the form by itself. `best` is unknown where a
+    look at it would wait for the device.
+    """
+    if masks is None:
+        return set()
+    if best is None:
+        return set(masks.rows)
+    return {
+        i
+        for k, i in enumerate(masks.rows)
+        if rows[i].history is not None or rows[i].sampling.temperature > 0 or not masks.allows(k, best[i])
+    }
 
 
 def _forbid(scores: torch.Tensor, masks: TokenMasks) -> None:

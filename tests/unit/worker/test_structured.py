@@ -24,7 +24,7 @@ from worker.engine.loop import Engine
 from worker.engine.sampler import Sampler
 from worker.engine.thread import EngineThread
 from worker.engine.types import GenerationRequest
-from worker.structured import LlguidanceCompiler, NumberLength, make_compiler
+from worker.structured import MAX_NUMBER_CHARS, LlguidanceCompiler, NumberLength, make_compiler
 
 EOS = 2
 CPU = torch.device("cpu")
@@ -213,6 +213,31 @@ def test_number_length_is_that_of_the_number_at_the_end(value: Any) -> None:
             assert found is not None
             assert length.num_chars == len(found[0])
     assert length.num_chars == (len(re.search(r"[-+.0-9eE]*$", text)[0]) if not text.endswith('"') else 0)  # type: ignore[index]
+
+
+def digits_taken(compiler: LlguidanceCompiler, tokenizer_json: bytes, spec: StructuredOutput, digits: str) -> int:
+    """How many characters go in, one by one, while the mask allows them."""
+    vocabulary = json.loads(tokenizer_json)["model"]["vocab"]
+    matcher = compiler.compile(spec).matcher()
+    for count, digit in enumerate(digits):
+        words = np.full((1, -(-VOCAB_SIZE // 32)), -1, dtype=np.int32)
+        compiler.fill([matcher], words)
+        if not TokenMasks([0], words).allows(0, vocabulary[digit]):
+            return count
+        matcher.push(vocabulary[digit])
+    return len(digits)
+
+
+def test_a_number_without_bounds_ends(compiler: LlguidanceCompiler, tokenizer_json: bytes) -> None:
+    def taken(schema: str, digits: str) -> int:
+        return digits_taken(compiler, tokenizer_json, StructuredOutput(GrammarKind.JSON_SCHEMA, schema), digits)
+
+    assert taken('{"type": "number"}', "0." + "3" * 60) == MAX_NUMBER_CHARS
+    assert taken('{"type": "integer"}', "7" * 60) == MAX_NUMBER_CHARS
+    assert taken('{"type": "number", "minimum": 0, "maximum": 1}', "0." + "3" * 60) == MAX_NUMBER_CHARS
+    assert taken('{"const": 1000000000000000000000000000000}', "1" + "0" * 30) == 31, "a bound asks for them"
+    assert taken('{"type": "string"}', '"' + "1" * 60 + '"') == 62
+    assert digits_taken(compiler, tokenizer_json, StructuredOutput(GrammarKind.REGEX, "[0-9]+"), "7" * 60) == 60
 
 
 class SlowCompiler:

@@ -21,6 +21,7 @@ from common.registry import (
     ModelEntry,
     ModelRegistry,
 )
+from gateway import token_choice
 from gateway import validation as check
 from gateway.structured import StructuredOutputs, unsupported
 from gateway.tokenization import MAX_INLINE_CHARS, TemplateError, TextCodec, size_of
@@ -69,6 +70,10 @@ class ServedModel:
             raise InvalidRequest("the input has no tokens", reason="FIELD_REQUIRED", field="input")
         return ids
 
+    def text_of(self, source: pb.GenerationInput) -> str:
+        """Return the text of an input that `encode` took and that is no conversation, as an output repeats it."""
+        return source.text if source.WhichOneof("input") == "text" else self.codec.decode(source.token_ids.ids)
+
     async def _encode_chat(self, chat: pb.ChatInput, tenant: str) -> list[int]:
         messages = check.messages_of(chat)
         if not self.codec.has_chat_template:
@@ -86,6 +91,12 @@ class ServedModel:
             raise InvalidRequest(
                 "the model's chat template refuses this conversation", reason="CHAT_REFUSED", field="input.chat"
             ) from error
+
+    async def bad_words_ids(self, words: Sequence[str], tenant: str = "") -> list[list[int]]:
+        """Return the token sequences that words stand for: see `TextCodec.encode_words`."""
+        if sum(map(len, words)) <= MAX_INLINE_CHARS:
+            return self.codec.encode_words(words)
+        return await self.turns.run(tenant, lambda: self.codec.encode_words(words))
 
     async def _beside(self, tenant: str, encode: Callable[[_T], list[int]], value: _T, num_chars: int) -> list[int]:
         if num_chars <= MAX_INLINE_CHARS:
@@ -250,4 +261,5 @@ def default_config(card: ModelCard) -> pb.GenerationConfig:
     )
     if defaults.max_tokens is not None:
         config.max_tokens = defaults.max_tokens
+    config.MergeFrom(token_choice.default_config(defaults))
     return config

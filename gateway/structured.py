@@ -35,7 +35,7 @@ _KINDS: Final = {
 _FAILURES: Final = {
     Reason.GRAMMAR_INVALID: "the workers of this model cannot compile it",
     Reason.GRAMMAR_TOO_COMPLEX: "it takes more work per token than a request may cause",
-    Reason.GRAMMAR_STUCK: "the output came to where it allows no token, or the other parameters forbid those it allows",
+    Reason.GRAMMAR_STUCK: "the output came to where it allows no token of the model",
 }
 
 

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
+from itertools import chain, product
 from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -46,6 +47,11 @@ _LIMITS: Final = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
+_BOUNDS: Final = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+_NEIGHBOURS: Final = {
+    "exclusiveMinimum": ("maximum", "exclusiveMaximum"),
+    "exclusiveMaximum": ("minimum", "exclusiveMinimum"),
+}
 _EMBEDDED: Final = re.compile(r"%(json|lark|llguidance|regex)\b")
 _IGNORED_ATTRIBUTE: Final = re.compile(r"\btemperature\s*=")
 
@@ -176,8 +182,12 @@ def _check_schema(schema: object) -> None:
         raise GrammarError("GRAMMAR_INVALID", "a schema is a JSON object")
     if "x-guidance" in schema:
         raise GrammarError("GRAMMAR_INVALID", "x-guidance is not taken: how JSON is written is the same for all")
+    objects = [found for found in _values(schema) if isinstance(found, dict)]
+    _check_bounds(objects)
+    for found in objects:
+        _check_counts(found)
     multiple = 1
-    for key, value in _members(schema):
+    for key, value in chain.from_iterable(found.items() for found in objects):
         if _UNWRITABLE.search(key) or (key in ("const", "enum") and _has_unwritable(value)):
             raise GrammarError("GRAMMAR_INVALID", "names and values with control characters are not taken")
         # Also where it is no keyword: a property of this name has a schema for a value, which is no number.
@@ -197,6 +207,27 @@ def _check_counts(schema: dict[str, Any]) -> None:
         raise GrammarError("GRAMMAR_INVALID", "minProperties above the number of required properties is not taken")
 
 
+def _check_bounds(objects: list[dict[str, Any]]) -> None:
+    """Refuse what the library gets wrong: a whole number as an exclusive bound is let in by another bound of the other
+    side that is less than 1 away. Where schemas are merged, bounds of any two of them may meet.
+    """
+    bounds = [{name: bound for name in _BOUNDS if _is_number(bound := found.get(name))} for found in objects]
+    merges = any("allOf" in found or ("$ref" in found and len(found) > 1) for found in objects)
+    pairs = product(bounds, bounds) if merges else zip(bounds, bounds, strict=True)
+    for one, other in pairs:
+        for exclusive, others in _NEIGHBOURS.items():
+            edge = one.get(exclusive)
+            if edge is None or edge != int(edge):
+                continue
+            if any(0 < abs(other[name] - edge) < 1 for name in others if name in other):
+                message = f"{exclusive} at a whole number is not taken where the other bound is less than 1 away"
+                raise GrammarError("GRAMMAR_INVALID", message)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _has_unwritable(value: object) -> bool:
     if isinstance(value, str):
         return _UNWRITABLE.search(value) is not None
@@ -212,19 +243,14 @@ def _coefficient(number: float) -> int:
     return max(1, abs(int("".join(map(str, Decimal(repr(number)).normalize().as_tuple().digits)))))
 
 
-def _members(value: object, depth: int = 1) -> Iterator[tuple[str, Any]]:
-    """All members of all objects. Raises GrammarError where they are nested too deep."""
+def _values(value: object, depth: int = 1) -> Iterator[object]:
+    """The value and all inside. Raises GrammarError where they are nested too deep."""
     if depth > MAX_DEPTH:
         raise _too_deep()
-    inner: Iterable[object] = ()
-    if isinstance(value, dict):
-        _check_counts(value)
-        yield from value.items()
-        inner = value.values()
-    elif isinstance(value, list):
-        inner = value
+    yield value
+    inner: Iterable[object] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for item in inner:
-        yield from _members(item, depth + 1)
+        yield from _values(item, depth + 1)
 
 
 def _check_lark(text: str) -> None:

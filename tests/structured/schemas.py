@@ -128,10 +128,12 @@ class _Builder:
         if self._leaves_open():
             return {"type": "number"}
         low = self.rng.choice((-90.5, 0, 0.25, 3))
+        span = self.rng.choice((0.5, 10, 1234.75))
+        kinds = ("minimum", "exclusiveMinimum") if span > 1 else ("minimum",)  # of a narrow range it is refused
         return {
             "type": "number",
-            self.rng.choice(("minimum", "exclusiveMinimum")): low,
-            self.rng.choice(("maximum", "exclusiveMaximum")): low + self.rng.choice((0.5, 10, 1234.75)),
+            self.rng.choice(kinds): low,
+            self.rng.choice(("maximum", "exclusiveMaximum")): low + span,
         }
 
     def enum(self) -> Schema:

@@ -83,6 +83,32 @@ def test_choices_take_just_themselves(tokenizer: LLTokenizer, choices: list[str]
     assert takes(tokenizer, spec, other) == (other in choices)
 
 
+BOUNDS = [-3.5, -3, -0.5, 0, 0.25, 1, 3, 3.05, 3.5, 4, 10, 10.25]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(["number", "integer"]),
+    st.tuples(st.sampled_from(["minimum", "exclusiveMinimum"]), st.sampled_from(BOUNDS)),
+    st.tuples(st.sampled_from(["maximum", "exclusiveMaximum"]), st.sampled_from(BOUNDS)),
+)
+def test_a_number_outside_its_bounds_is_never_taken(
+    tokenizer: LLTokenizer, kind: str, low: tuple[str, float], high: tuple[str, float]
+) -> None:
+    value = {"type": kind, low[0]: low[1], high[0]: high[1]}
+    try:
+        matcher = compile_grammar(schema(value), tokenizer)
+    except GrammarError:
+        return
+    for number in (*BOUNDS, -0.0, 3.49, 3.51, -3.51, 9.99):
+        above = number >= low[1] if low[0] == "minimum" else number > low[1]
+        below = number <= high[1] if high[0] == "maximum" else number < high[1]
+        for text in {str(number), f"{number:.2f}"}:
+            copy, ids = matcher.deep_copy(), tokenizer.tokenize_str(text)
+            is_taken = copy.try_consume_tokens(ids) == len(ids) and copy.is_accepting()
+            assert not is_taken or (above and below), (value, text)
+
+
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
@@ -90,6 +116,9 @@ def test_choices_take_just_themselves(tokenizer: LLTokenizer, choices: list[str]
         (spec_of(GrammarKind.CHOICES, map(str, range(MAX_CHOICES + 1))), "GRAMMAR_TOO_LARGE"),
         (schema({"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 2}]}), "GRAMMAR_TOO_COMPLEX"),
         (schema({"type": "number", "multipleOf": 1e-9 + 1}), "GRAMMAR_TOO_COMPLEX"),
+        (schema({"type": "number", "exclusiveMinimum": 3, "maximum": 3.5}), "GRAMMAR_INVALID"),
+        (schema({"minimum": -3.5, "exclusiveMaximum": -3}), "GRAMMAR_INVALID"),
+        (schema({"exclusiveMinimum": 0, "allOf": [{"maximum": 0.5}]}), "GRAMMAR_INVALID"),
         (schema({"enum": [{"a": ["\x00"]}]}), "GRAMMAR_INVALID"),
         (schema({"properties": {"\x7f\x1b": {}}}), "GRAMMAR_INVALID"),
         (schema({"properties": {"a": {"minProperties": 2, "required": ["b"]}}}), "GRAMMAR_INVALID"),

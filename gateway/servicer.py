@@ -248,6 +248,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             seed=secrets.randbits(64),
             is_chat=request.input.HasField("chat"),
         )
+        await model.check_structured_output(config, caller.tenant)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
         sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids)
         grace_ms = self._grace_ms(request, grants.caps)

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from common.errors import InvalidRequest
 from common.generation import SamplingParams
 from common.grants import Caps
-from gateway import token_choice
+from gateway import structured, token_choice
 from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -138,6 +138,9 @@ def sampling_params(
         include_stop=config.include_stop,
         num_best=(config.num_outputs or 1) if config.HasField("best_of") else 0,
         prompt_logprobs=config.prompt_logprobs if config.HasField("prompt_logprobs") else None,
+        structured_output=structured.spec_of(config.structured_output)
+        if config.HasField("structured_output")
+        else None,
         **token_choice.params_of(config, bad_words_ids),
     )
 

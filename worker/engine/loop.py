@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 import msgspec
@@ -22,6 +22,7 @@ from common.deltas import merge_tool_calls
 from common.generation import ChatParsing, FinishReason, OutputDelta, PromptScores, Usage
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
+from worker.engine.grammar import Grammar, GrammarCompiler, GrammarFailure, MaskFiller
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import Argmax, SampledTokens, Sampler
 from worker.engine.scheduler import BlockCopy, Chunk, Plan, Scheduler
@@ -103,11 +104,13 @@ class Engine:
         cost: CostModel = UNMEASURED,
         cache_salt: bytes = b"",
         argmax: Argmax | None = None,
+        grammars: GrammarCompiler | None = None,
         on_part: OnPart = ignore_part,
         read_chat: ReadChat | None = None,
     ) -> None:
         """`cost` is what the runner's steps cost; `cache_salt` stands for whatever else than tokens decides keys and
         values: model revision, adapter, dtype; `argmax` is the sampler's;
+        `grammars` compiles structured outputs, without it requests with one end with an error;
         `on_part` is told of the parts of each step; `read_chat` makes what takes the answers of chats apart, and raises
         ValueError for a format that it does not know: such requests end with an error.
         """
@@ -121,6 +124,8 @@ class Engine:
         speculator = Speculator(settings, cost, runner.max_model_len) if settings.speculation else None
         self._scheduler = Scheduler(settings, self._pool, StepBudget(settings, cost), speculator)
         self._sampler = Sampler(runner.device, argmax)
+        self._grammars = grammars
+        self._masks = MaskFiller(grammars, runner.vocab_size) if grammars is not None else None
         self._requests: dict[str, _Request] = {}
         self._deltas: dict[str, list[OutputDelta]] = {}  # of the step in progress, by request id
         self._scores: dict[str, PromptScores] = {}  # likewise
@@ -141,6 +146,18 @@ class Engine:
 
     # -- requests -------------------------------------------------------------------------------------------------
 
+    def prepare(self, request: GenerationRequest) -> GenerationRequest:
+        """Return the request with its grammar compiled, which may take long: for any thread, before `add`."""
+        spec = request.sampling.structured_output
+        if spec is None or request.grammar is not None:
+            return request
+        if self._grammars is None:
+            return replace(request, grammar=GrammarFailure("STRUCTURED_OUTPUT_UNSUPPORTED"))
+        try:
+            return replace(request, grammar=self._grammars.compile(spec))
+        except GrammarFailure as failure:
+            return replace(request, grammar=failure)
+
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. One that can never run ends with an error in the next step.
 
@@ -148,6 +165,7 @@ class Engine:
         """
         if request.request_id in self._requests or request.request_id in self._ended:
             raise DuplicateRequest(request.request_id)
+        request = self.prepare(request)
         error = self._refusal(request)
         if error is not None:
             self._ended[request.request_id] = error
@@ -158,7 +176,13 @@ class Engine:
         for output_index, token_ids in enumerate(emitted):
             state.num_completion_tokens += len(token_ids)
             if output_index not in request.finished_outputs:
-                self._start_output(state, output_index, token_ids)
+                try:
+                    self._start_output(state, output_index, token_ids)
+                except GrammarFailure as failure:  # by what the log holds already; nothing waits yet
+                    del self._requests[request.request_id]
+                    self._deltas.pop(request.request_id, None)
+                    self._ended[request.request_id] = str(failure)
+                    return
         self._queue(state)
         self._end_if_done(state)
 
@@ -188,6 +212,8 @@ class Engine:
             return "UNKNOWN_CHAT_FORMAT"
         if any(min(ids) < 0 or max(ids) >= self._runner.vocab_size for ids in (prompt, *request.emitted) if ids):
             return "INVALID_TOKEN_ID"
+        if isinstance(request.grammar, GrammarFailure):
+            return str(request.grammar)
         return None
 
     def _start_output(self, state: _Request, output_index: int, emitted: tuple[int, ...]) -> None:
@@ -196,7 +222,8 @@ class Engine:
         sampling = request.sampling
         if max_tokens < sampling.max_tokens:  # the token that is forced is the last one that there can be
             sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens)
-        stop = StopState(sampling, max_tokens, *self._text_of(request))
+        matcher = request.grammar.matcher() if isinstance(request.grammar, Grammar) else None
+        stop = StopState(sampling, max_tokens, *self._text_of(request), matcher)
         for token_id in emitted:
             if stop.finished is None:
                 stop.push(token_id)
@@ -221,6 +248,7 @@ class Engine:
             deadline=request.deadline,
             tenant=request.tenant,
             weight=request.weight,
+            matcher=matcher,
         )
         state.first = state.first or sequence
         state.outputs[output_index] = _Output(sequence, stop)
@@ -274,15 +302,20 @@ class Engine:
         """None when memory was short: the step is void, and the likeliest cause has been set aside."""
         if plan.copies and not self._copy_blocks(plan):
             return None
+        indices = plan.sampled_indices
+        rows = plan.logit_rows if indices is None else [*plan.logit_rows, *plan.forks]
+        filling = self._masks.begin(rows) if self._masks is not None else None
         try:
-            logits = self._runner.execute(plan)
+            try:
+                logits = self._runner.execute(plan)
+            finally:
+                masks = filling.result() if filling is not None else None
             self._on_part("sample")
             with memory_guard():
-                indices = plan.sampled_indices
                 if indices is None:
-                    return _Computed(self._sampler.sample(logits, plan.logit_rows), [])
+                    return _Computed(self._sampler.sample(logits, rows, masks), [])
                 picked = logits[to_device(indices, logits.device)]
-                sampled = self._sampler.sample(picked, [*plan.logit_rows, *plan.forks])
+                sampled = self._sampler.sample(picked, rows, masks)
                 return _Computed(sampled, [_score(chunk, rows, logits) for chunk, rows in plan.scored])
         except StepOutOfMemory:
             self._scheduler.fail_step(plan)
@@ -324,6 +357,9 @@ class Engine:
         accepted: list[tuple[Chunk, range]] = []
         forbidden = set(sampled.forbidden_rows)  # none of a draft: sequences whose scores are edited do not draft
         for chunk, rows in _valid_rows(plan, sampled):
+            if chunk.sequence.matcher is not None and chunk.sequence.matcher.failure is not None:
+                self._fail(chunk.sequence.request_id, chunk.sequence.matcher.failure)
+                continue
             if not rows:
                 self._scheduler.forget_blocks(chunk.sequence)
                 self._fail(chunk.sequence.request_id, "NAN_LOGITS")
@@ -354,7 +390,11 @@ class Engine:
         steps: list[Progress] = []
         for row in rows:
             sequence.append(sampled.token_ids[row])
-            progress = output.stop.push(sampled.token_ids[row])
+            try:
+                progress = output.stop.push(sampled.token_ids[row])
+            except GrammarFailure as failure:
+                self._fail(sequence.request_id, str(failure))
+                return
             steps.append(progress)
             if progress.finish_reason is not None:
                 break

@@ -48,6 +48,7 @@ class GenerationOptions(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     logprobs: bool
+    structured_output: pb.StructuredOutput
     min_tokens: int
     min_length: int
     ignore_eos: bool

@@ -195,6 +195,23 @@ def test_raw_text_goes_without_the_chat_template(run: Command) -> None:
     assert run.toy.requests[-1].input == pb.GenerationInput(text="from a pipe\n")
 
 
+def test_what_an_answer_must_match_is_sent(run: Command, tmp_path: Path) -> None:
+    schema = '{"type": "object"}'
+    (tmp_path / "schema.json").write_text(schema, encoding="utf-8")
+    for args, wanted in [
+        (("--json-schema", schema), pb.StructuredOutput(json_schema=schema)),
+        (("--json-schema", str(tmp_path / "schema.json")), pb.StructuredOutput(json_schema=schema)),
+        (("--regex", "a+"), pb.StructuredOutput(regex="a+")),
+        (("--choice", "yes", "--choice", "no"), pb.StructuredOutput(choices=pb.Choices(values=["yes", "no"]))),
+    ]:
+        run("generate", "hi", *args)
+        assert run.toy.requests[-1].config.structured_output == wanted
+    run("generate", "hi")
+    assert not run.toy.requests[-1].config.HasField("structured_output")
+    assert "--choice" in run("generate", "hi", "--regex", "a", "--choice", "b", status=2).stderr
+    assert "--json-schema" in run("generate", "hi", "--json-schema", str(tmp_path / "none.json"), status=2).stderr
+
+
 def test_a_system_message_needs_a_template(run: Command) -> None:
     run("generate", "hi", "--system", "be kind")
     assert [m.role for m in run.toy.requests[-1].input.chat.messages] == [pb.ROLE_SYSTEM, pb.ROLE_USER]

@@ -18,15 +18,15 @@ from typing import Protocol, TypeAlias
 import msgspec
 import torch
 
-from common.deltas import merge_tool_calls
-from common.generation import ChatParsing, FinishReason, OutputDelta, PromptScores, Usage
+from common.generation import ChatParsing, FinishReason, PromptScores, Usage
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.grammar import Grammar, GrammarCompiler, GrammarFailure, MaskFiller
+from worker.engine.results import Results, end_delta, token_delta
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import Argmax, SampledTokens, Sampler
 from worker.engine.scheduler import BlockCopy, Chunk, Plan, Scheduler
-from worker.engine.scores import score_prompt, to_device, wants_logprobs
+from worker.engine.scores import score_prompt, to_device
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator, num_accepted
@@ -36,7 +36,6 @@ from worker.engine.types import (
     EngineStats,
     GenerationRequest,
     OnPart,
-    RequestOutput,
     StepResult,
     ignore_part,
 )
@@ -127,9 +126,7 @@ class Engine:
         self._grammars = grammars
         self._masks = MaskFiller(grammars, runner.vocab_size) if grammars is not None else None
         self._requests: dict[str, _Request] = {}
-        self._deltas: dict[str, list[OutputDelta]] = {}  # of the step in progress, by request id
-        self._scores: dict[str, PromptScores] = {}  # likewise
-        self._ended: dict[str, Usage | str] = {}  # requests that are over: what they used, or the error
+        self._results = Results()
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_generated_tokens = 0
@@ -138,7 +135,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do or report anything."""
-        return bool(self._requests or self._ended)
+        return bool(self._requests or self._results)
 
     @property
     def max_model_len(self) -> int:
@@ -163,12 +160,12 @@ class Engine:
 
         Raises DuplicateRequest for an id in use.
         """
-        if request.request_id in self._requests or request.request_id in self._ended:
+        if request.request_id in self._requests or self._results.has_ended(request.request_id):
             raise DuplicateRequest(request.request_id)
         request = self.prepare(request)
         error = self._refusal(request)
         if error is not None:
-            self._ended[request.request_id] = error
+            self._results.fail(request.request_id, error)
             return
         self._num_arrivals += 1
         state = self._requests[request.request_id] = _Request(request)
@@ -180,8 +177,7 @@ class Engine:
                     self._start_output(state, output_index, token_ids)
                 except GrammarFailure as failure:  # by what the log holds already; nothing waits yet
                     del self._requests[request.request_id]
-                    self._deltas.pop(request.request_id, None)
-                    self._ended[request.request_id] = str(failure)
+                    self._results.fail(request.request_id, str(failure))
                     return
         self._queue(state)
         self._end_if_done(state)
@@ -228,13 +224,13 @@ class Engine:
             if stop.finished is None:
                 stop.push(token_id)
         if not max_tokens and request.sampling.prompt_logprobs is None:  # nothing to compute
-            self._report(
-                request.request_id, _end_delta(output_index, 0, stop.end(FinishReason.LENGTH), request.echo_text)
+            self._results.add(
+                request.request_id, end_delta(output_index, 0, stop.end(FinishReason.LENGTH), request.echo_text)
             )
             return
         if stop.finished is not None:  # the log has the last token and its text, but not the end
             end = Progress("", stop.finished.finish_reason, stop.finished.stop_match)  # its parts are in the log too
-            self._report(request.request_id, _end_delta(output_index, len(emitted), end))
+            self._results.add(request.request_id, end_delta(output_index, len(emitted), end))
             return
         sequence = Sequence(
             request.request_id,
@@ -288,7 +284,7 @@ class Engine:
                 self._update(plan, computed.sampled)
         self._on_part("end")
         self._last_step_ms = (time.perf_counter() - started) * 1000
-        return StepResult(self._num_steps, self._take_outputs())
+        return StepResult(self._num_steps, self._results.take())
 
     def _plan(self, now: float) -> Plan:
         for sequence in self._scheduler.expired(now):
@@ -345,12 +341,14 @@ class Engine:
     def _take_scores(self, scores: Iterable[tuple[Sequence, PromptScores]]) -> None:
         for sequence, found in scores:
             sequence.num_scored_tokens = found.first_token_index + len(found.logprobs)
-            self._scores[sequence.request_id] = found
+            self._results.scores[sequence.request_id] = found
 
     def _update(self, plan: Plan, sampled: SampledTokens) -> None:
         self._scheduler.finish_step(plan)
         forks = plan.forks
-        for request_id in [name for name, scores in self._scores.items() if any(map(math.isnan, scores.logprobs))]:
+        for request_id in [
+            name for name, scores in self._results.scores.items() if any(map(math.isnan, scores.logprobs))
+        ]:
             for output in self._requests[request_id].outputs.values():
                 self._scheduler.forget_blocks(output.sequence)
             self._fail(request_id, "NAN_LOGITS")
@@ -399,25 +397,10 @@ class Engine:
             if progress.finish_reason is not None:
                 break
         taken = rows[: sequence.num_output_tokens - first_token_index]
-        details_of = [sampled.details[row] for row in taken] if sequence.sampling.top_logprobs else []
         state.num_completion_tokens += len(taken)
         self._num_generated_tokens += len(taken)
-        self._report(
-            sequence.request_id,
-            OutputDelta(
-                output_index=sequence.output_index,
-                first_token_index=first_token_index,
-                token_ids=tuple(sampled.token_ids[row] for row in taken),
-                text=echo + "".join(step.text for step in steps),
-                logprobs=tuple(sampled.logprobs[row] for row in taken) if wants_logprobs(sequence.sampling) else (),
-                finish_reason=progress.finish_reason,
-                stop_match=progress.stop_match,
-                top_logprobs=tuple(details.alternatives for details in details_of),
-                ranks=tuple(details.rank for details in details_of),
-                reasoning_text="".join(step.reasoning_text for step in steps),
-                tool_calls=merge_tool_calls(call for step in steps for call in step.tool_calls),
-            ),
-        )
+        delta = token_delta(sequence, first_token_index, taken, sampled, steps, echo)
+        self._results.add(sequence.request_id, delta)
         if chunk.drafts:
             self._scheduler.accept_drafts(sequence, len(taken) - 1)
         if progress.finish_reason is not None:
@@ -430,8 +413,8 @@ class Engine:
         sequence = output.sequence
         end = output.stop.end(reason)
         echo_text = "" if sequence.num_output_tokens else state.request.echo_text
-        delta = _end_delta(sequence.output_index, sequence.num_output_tokens, end, echo_text)
-        self._report(sequence.request_id, delta)
+        delta = end_delta(sequence.output_index, sequence.num_output_tokens, end, echo_text)
+        self._results.add(sequence.request_id, delta)
         self._drop(state, output)
 
     def _drop(self, state: _Request, output: _Output) -> None:
@@ -441,7 +424,7 @@ class Engine:
 
     def _end_if_done(self, state: _Request) -> None:
         if not state.outputs:
-            self._ended[state.request.request_id] = state.usage
+            self._results.end(state.request.request_id, state.usage)
             del self._requests[state.request.request_id]
 
     def _fail(self, request_id: str, error: str) -> None:
@@ -450,31 +433,9 @@ class Engine:
             return
         for output in state.outputs.values():
             self._scheduler.remove(output.sequence)
-        self._deltas.pop(request_id, None)
-        self._scores.pop(request_id, None)
-        self._ended[request_id] = error
+        self._results.fail(request_id, error)
 
-    # -- results --------------------------------------------------------------------------------------------------
-
-    def _report(self, request_id: str, delta: OutputDelta) -> None:
-        self._deltas.setdefault(request_id, []).append(delta)
-
-    def _take_outputs(self) -> tuple[RequestOutput, ...]:
-        deltas, scores, ended = self._deltas, self._scores, self._ended
-        self._deltas, self._scores, self._ended = {}, {}, {}
-        outputs = []
-        for request_id in dict.fromkeys((*scores, *deltas, *ended)):
-            end = ended.get(request_id)
-            outputs.append(
-                RequestOutput(
-                    request_id,
-                    tuple(deltas.get(request_id, ())),
-                    usage=end if isinstance(end, Usage) else None,
-                    error=end if isinstance(end, str) else None,
-                    prompt_scores=scores.get(request_id),
-                )
-            )
-        return tuple(outputs)
+    # -- state ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """The state after the latest step."""
@@ -520,17 +481,4 @@ def _score(chunk: Chunk, rows: range, logits: torch.Tensor) -> tuple[Sequence, P
     token_ids = sequence.token_ids[first : first + len(rows)]
     return sequence, score_prompt(
         logits[rows.start : rows.stop], token_ids, first, sequence.sampling.prompt_logprobs or 0
-    )
-
-
-def _end_delta(output_index: int, num_output_tokens: int, end: Progress, echo_text: str = "") -> OutputDelta:
-    """An output's end, without a token."""
-    return OutputDelta(
-        output_index=output_index,
-        first_token_index=num_output_tokens,
-        text=echo_text + end.text,
-        finish_reason=end.finish_reason,
-        stop_match=end.stop_match,
-        reasoning_text=end.reasoning_text,
-        tool_calls=merge_tool_calls(end.tool_calls),
     )

@@ -33,6 +33,16 @@ class GrammarKind(StrEnum):
     REGEX = "regex"
     CHOICES = "choices"
     LARK = "lark"
+    TEXT = "text"  # any; of chats, where calls or reasoning are constrained alone
+
+
+class ToolGrammar(msgspec.Struct, frozen=True, array_like=True):
+    """The tool calls that an answer may have."""
+
+    format: str  # of common/chat_formats.py
+    tools: tuple[tuple[str, str], ...]  # names, and JSON schemas of their arguments
+    must_call: bool = False
+    parallel: bool = True  # several in one answer
 
 
 class StructuredOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -41,6 +51,9 @@ class StructuredOutput(msgspec.Struct, frozen=True, array_like=True):
     kind: GrammarKind
     text: str = ""  # the schema, expression or grammar
     choices: tuple[str, ...] = ()
+    tools: ToolGrammar | None = None  # or calls of these tools
+    reasoning_format: str = ""  # behind reasoning that is marked so
+    in_reasoning: bool = False  # which the prompt has begun
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

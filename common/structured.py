@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
+from common.chat_grammars import chat_grammar
 from common.generation import GrammarKind, StructuredOutput
 
 MAX_BYTES: Final = 64 << 10
@@ -90,6 +91,15 @@ def compile_grammar(spec: StructuredOutput, tokenizer: LLTokenizer) -> LLMatcher
     """
     check_size(spec)
     grammar = _grammar(spec)
+    if spec.tools is not None or spec.reasoning_format:
+        grammar = chat_grammar(
+            None if spec.kind is GrammarKind.TEXT else _part(grammar),
+            spec.tools,
+            spec.reasoning_format,
+            tokenizer,
+            lambda schema: _part(_grammar(StructuredOutput(GrammarKind.JSON_SCHEMA, schema))),
+            in_reasoning=spec.in_reasoning,
+        )
     try:
         return _compile(grammar, tokenizer)
     except BaseException as error:
@@ -120,6 +130,8 @@ def check_size(spec: StructuredOutput) -> None:
     if len(spec.choices) > MAX_CHOICES:
         raise GrammarError("GRAMMAR_TOO_LARGE", f"at most {MAX_CHOICES} choices are taken")
     num_bytes = len(spec.text.encode()) + sum(len(choice.encode()) for choice in spec.choices)
+    for _, schema in spec.tools.tools if spec.tools is not None else ():
+        num_bytes += len(schema.encode())
     if num_bytes > MAX_BYTES:
         raise GrammarError("GRAMMAR_TOO_LARGE", f"at most {MAX_BYTES} bytes are taken")
 
@@ -141,7 +153,16 @@ def _refusal(messages: Sequence[str]) -> GrammarError:
     return GrammarError(reason, text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + " ...")
 
 
+def _part(grammar: str) -> dict[str, Any]:
+    """Return the one part that a grammar of llguidance's own making has."""
+    (part,) = json.loads(grammar)["grammars"]
+    found: dict[str, Any] = part
+    return found
+
+
 def _grammar(spec: StructuredOutput) -> str:
+    if spec.kind is GrammarKind.TEXT:
+        return ""
     if spec.kind in JSON_KINDS:
         text = spec.text if spec.kind is GrammarKind.JSON_SCHEMA else '{"type": "object"}'
         _check_schema(_parsed(text))

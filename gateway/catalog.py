@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 
 from common.errors import FailedPrecondition, InvalidRequest, ModelNotReady
-from common.generation import ChatParsing, SamplingParams
+from common.generation import ChatParsing, SamplingParams, StructuredOutput
 from common.registry import (
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
@@ -21,11 +21,12 @@ from common.registry import (
     ModelEntry,
     ModelRegistry,
 )
-from gateway import token_choice
+from gateway import structured, token_choice
 from gateway import validation as check
+from gateway.chat_constraints import chat_constraint
 from gateway.chat_template import TemplateError
 from gateway.conversation import Conversation, conversation_of
-from gateway.structured import StructuredOutputs, unsupported
+from gateway.structured import StructuredOutputs
 from gateway.tokenization import MAX_INLINE_CHARS, EncodedChat, TextCodec
 from gateway.tool_calls import GENERIC, as_plain, parsing_of
 from gateway.turns import TenantTurns
@@ -130,12 +131,21 @@ class ServedModel:
     async def _beside(self, tenant: str, encode: Callable[[], _T], num_chars: int) -> _T:
         return encode() if num_chars <= MAX_INLINE_CHARS else await self.turns.run(tenant, encode)
 
-    async def check_structured_output(self, config: pb.GenerationConfig, tenant: str) -> None:
-        """Raise InvalidRequest for a constraint that cannot be kept to, FailedPrecondition if none can."""
+    async def constraint_of(
+        self, config: pb.GenerationConfig, encoded: EncodedInput, tenant: str
+    ) -> StructuredOutput | None:
+        """Return what an output must match, by its config and as the answer in its conversation; None: nothing.
+
+        Raises InvalidRequest for a constraint that cannot be kept to, FailedPrecondition if none can.
+        """
+        spec: StructuredOutput | None = None
         if config.HasField("structured_output"):
             if self.structured is None:
-                raise unsupported()
-            await self.structured.check(config.structured_output, self.turns, tenant)
+                raise structured.unsupported()
+            spec = await self.structured.check(config.structured_output, self.turns, tenant)
+        if encoded.chat is None or encoded.conversation is None:
+            return spec
+        return await chat_constraint(spec, encoded.conversation, encoded.chat, self.structured, self.turns, tenant)
 
     def _check_length(self, num_chars: int) -> None:
         """Refuse what cannot fit before its tokens are counted: tokenizing takes time that others need."""

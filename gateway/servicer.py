@@ -230,7 +230,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         check_model(caller, check.check_model_name(request.model), reveal=settings.reveal_models)
         priority = priority_of(request.priority, grants.priorities)
         model = await self._catalog.get(request.model)
-        prompt, chat, _ = await model.encode(request.input, caller.tenant)
+        encoded = await model.encode(request.input, caller.tenant)
+        prompt = encoded.token_ids
         card = model.card
         limits = check.ConfigLimits(
             card.context_tokens,
@@ -248,9 +249,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             seed=secrets.randbits(64),
             is_chat=request.input.HasField("chat"),
         )
-        await model.check_structured_output(config, caller.tenant)
+        constraint = await model.constraint_of(config, encoded, caller.tenant)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
-        sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids)
+        sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids, constraint)
         grace_ms = self._grace_ms(request, grants.caps)
         salt = self._salt(secret, caller, check.check_cache_salt(request.cache_salt))
         accepted = pb.Accepted(
@@ -268,7 +269,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 prompt_token_ids=tuple(prompt),
                 sampling=sampling,
                 cache_salt=salt,
-                chat=chat,
+                chat=encoded.chat,
                 echo_text=model.text_of(request.input) if config.echo else "",
             ),
             priority=priority,

@@ -87,18 +87,26 @@ class StructuredOutputs:
         self._making = asyncio.Lock()
         self._passed: OrderedDict[bytes, None] = OrderedDict()
 
-    async def check(self, message: pb.StructuredOutput, turns: TenantTurns, tenant: str) -> None:
-        """Raise InvalidRequest with what is wrong, FailedPrecondition if the model cannot be constrained."""
+    async def check(self, message: pb.StructuredOutput, turns: TenantTurns, tenant: str) -> StructuredOutput:
+        """Return the constraint as workers take it.
+
+        Raises InvalidRequest with what is wrong, FailedPrecondition if the model cannot be constrained.
+        """
         spec = spec_of(message)
+        try:
+            await self.compile(spec, turns, tenant)
+        except GrammarError as error:
+            raise _invalid(f"{FIELD}.{message.WhichOneof('kind')}", error) from error
+        return spec
+
+    async def compile(self, spec: StructuredOutput, turns: TenantTurns, tenant: str) -> None:
+        """Raise GrammarError for a constraint that cannot be kept to, FailedPrecondition if none can."""
         digest = hashlib.sha256(msgspec.msgpack.encode(spec)).digest()
         if digest in self._passed:
             self._passed.move_to_end(digest)
             return
         tokenizer = await self._get_tokenizer()
-        try:
-            await turns.run(tenant, lambda: compile_grammar(spec, tokenizer))
-        except GrammarError as error:
-            raise _invalid(f"{FIELD}.{message.WhichOneof('kind')}", error) from error
+        await turns.run(tenant, lambda: compile_grammar(spec, tokenizer))
         self._passed[digest] = None
         while len(self._passed) > _MAX_PASSED:
             self._passed.popitem(last=False)

@@ -145,7 +145,7 @@ class LlguidanceCompiler:
             matcher = compile_grammar(spec, self._tokenizer)
         except GrammarError as error:
             raise GrammarFailure(error.reason) from error
-        grammar = LlguidanceGrammar(matcher, self._tokens, is_json=spec.kind in JSON_KINDS)
+        grammar = LlguidanceGrammar(matcher, self._tokens, is_json=_is_json(spec))
         with self._lock:
             self._grammars[key] = grammar
             while len(self._grammars) > _MAX_GRAMMARS:
@@ -162,3 +162,10 @@ class LlguidanceCompiler:
         self._executor.unsafe_compute_mask_ptr(numbered, masks.ctypes.data, masks.shape[1] * 4, len(own))
         for matcher, mask in zip(own, masks, strict=True):
             matcher.check_mask(mask)
+
+
+def _is_json(spec: StructuredOutput) -> bool:
+    """Whether all of the text is JSON, so that its numbers are known from its strings."""
+    if spec.reasoning_format:
+        return False
+    return spec.kind in JSON_KINDS or (spec.tools is not None and spec.tools.must_call)

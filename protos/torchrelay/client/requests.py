@@ -125,6 +125,7 @@ def make_chat(
                 name=tool["name"],
                 description=tool.get("description", ""),
                 parameters=_json_text(tool["parameters"]) if tool.get("parameters") is not None else "",
+                strict=tool.get("strict", False),
             )
             for tool in tools
         ],

@@ -319,6 +319,7 @@ class Tool(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    STRICT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 64 of A-Z a-z 0-9 _ - and unique."""
     description: _builtins.str
@@ -327,16 +328,19 @@ class Tool(_message.Message):
     """JSON Schema of the arguments, as text of an object; the order of its keys is the one that the model sees. Empty: the
     function takes none. At most 64 KiB.
     """
+    strict: _builtins.bool
+    """Refuse a schema that arguments cannot be held to. Otherwise they are then any JSON object."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         description: _builtins.str = ...,
         parameters: _builtins.str = ...,
+        strict: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters", b"parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters", b"parameters", "strict", b"strict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -384,8 +388,8 @@ class ToolCall(_message.Message):
     name: _builtins.str
     """The tool."""
     arguments: _builtins.str
-    """JSON text of an object. Valid against the tool's parameters where the call was forced or the schema could be held to;
-    else as the model wrote it.
+    """JSON text of an object, valid against the tool's parameters; see Tool.strict. As the model wrote it where the model
+    cannot be constrained, and cut off where the output was.
     """
     def __init__(
         self,

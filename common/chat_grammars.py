@@ -67,8 +67,8 @@ def _reasoning(name: str, tokenizer: LLTokenizer, lark: list[str], *, in_reasoni
 def _tools(tools: ToolGrammar, tokenizer: LLTokenizer, lark: list[str], *, has_main: bool) -> str:
     format_ = TOOL_FORMATS[tools.format]
     for index, (name, _) in enumerate(tools.tools):
-        head = json.dumps(format_.begin + name + format_.middle, ensure_ascii=False)
-        lark.append(f"call_{index}: {_joined(head, tokenizer, format_)} @arguments_{index} {_quoted(format_.end)}\n")
+        head = _marked(format_.begin + name + format_.middle, tokenizer, format_)
+        lark.append(f"call_{index}: {head} @arguments_{index} {_marked(format_.end, tokenizer, format_)}\n")
     lark.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools.tools))) + "\n")
     trigger = _mark(format_.trigger, tokenizer)
     opened = f"{trigger} {_quoted(format_.opening)}"
@@ -88,13 +88,9 @@ def _tools(tools: ToolGrammar, tokenizer: LLTokenizer, lark: list[str], *, has_m
     return f" (before {rest})* TEXT" if tools.parallel else f" (before {rest} | TEXT)"
 
 
-def _joined(head: str, tokenizer: LLTokenizer, format_: ToolFormat) -> str:
-    """Write the marks inside of a text as what they are for this tokenizer."""
-    text = json.loads(head)
-    inner = [mark for mark in format_.marks if mark in text]
-    if not inner:
-        return head
-    pieces = re.split("(" + "|".join(map(re.escape, inner)) + ")", text)
+def _marked(text: str, tokenizer: LLTokenizer, format_: ToolFormat) -> str:
+    """Write a text with each mark in it as what it is for this tokenizer."""
+    pieces = re.split("(" + "|".join(map(re.escape, format_.marks)) + ")", text)
     return " ".join(_mark(piece, tokenizer) for piece in pieces if piece)
 
 
@@ -104,7 +100,7 @@ def _until(rule: str, mark: str) -> str:
 
 
 def _mark(text: str, tokenizer: LLTokenizer) -> str:
-    """A special token, where the text is one; no text of other tokens matches that."""
+    """A token of its own, where the text is one: the library lets no literal match a token in angle brackets."""
     ids: Sequence[int] = tokenizer.tokenize_str(text, parse_special=True)
     if len(ids) == 1 and tokenizer.is_special_token(ids[0]):
         return f"<[{ids[0]}]>"

@@ -25,6 +25,14 @@ class FinishReason(StrEnum):
     TOOL_CALLS = "tool_calls"  # the model calls tools and waits for what they answer
 
 
+class EarlyStopping(StrEnum):
+    """When a beam search with as many finished sequences as beams ends. Names and meaning are transformers'."""
+
+    HEURISTIC = "false"  # once no beam is likely to get better than the worst of them
+    WHEN_FULL = "true"  # at once
+    NEVER = "never"  # once no beam can get better than the worst of them
+
+
 class GrammarKind(StrEnum):
     """How a constraint on an output's text is written."""
 
@@ -96,6 +104,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     exponential_decay_length_penalty: tuple[int, float] | None = None  # begins behind so many tokens; factor > 0
     forced_eos_token_id: int | None = None  # what the last token of max_tokens is
     structured_output: StructuredOutput | None = None
+    num_beams: int = 1  # above 1: the best `num_outputs` sequences that a beam search of this width finds, at the end
+    length_penalty: float = 1.0  # a sequence's score is the sum of its log-probabilities over length ** this
+    early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
+    renormalize_logits: bool = False  # scores of beams are log-probabilities again after all edits
+
+    @property
+    def num_sequences(self) -> int:
+        """Most sequences that are decoded at a time."""
+        return max(self.num_outputs, self.num_beams)
+
+
+def peak_kv_tokens(num_prompt_tokens: int, sampling: SamplingParams, block_tokens: int) -> int:
+    """Return the KV slots without which a generation can never end.
+
+    Outputs may be decoded one after another: the longest alone must fit. Beams are decoded together, and share no more
+    than the prompt's full blocks in the worst case.
+    """
+    num_shared = 0 if sampling.num_beams == 1 else num_prompt_tokens // block_tokens * block_tokens
+    num_own = -(-(num_prompt_tokens - num_shared + sampling.max_tokens) // block_tokens) * block_tokens
+    return num_shared + sampling.num_beams * num_own
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -142,7 +170,8 @@ class OutputDelta(msgspec.Struct, frozen=True, array_like=True):
     stop_match: str | int | None = None  # the stop string or token id that ended it
     top_logprobs: tuple[Alternatives, ...] = ()  # one per token id when asked for, of the same distribution
     ranks: tuple[int, ...] = ()  # with these, of the token ids themselves: 1 is the most probable
-    score: float | None = None  # with the end, where outputs were chosen by it: mean log-probability of its tokens
+    # With the end, where outputs were chosen by it: mean log-probability of its tokens, or a beam's score.
+    score: float | None = None
     reasoning_text: str = ""  # of chats, where the model's format sets it apart
     tool_calls: tuple[ToolCallDelta, ...] = ()
 

@@ -126,7 +126,7 @@ class JobQueue:
             else settings.max_lifetime_ms,
             retention_ms,
             len(job.body.prompt_token_ids),
-            sampling.max_tokens * sampling.num_outputs,
+            sampling.max_tokens * sampling.num_sequences,
             job.kv_tokens,
             job.peak_kv_tokens,
             "" if job.idempotency_key is None else keys.idempotency_digest(job.tenant, job.idempotency_key),

@@ -90,6 +90,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_format: str = ""  # likewise; "" is none: all text is the answer's
     block_tokens: int = 16  # KV slots of one block
     kv_tokens: int = 0  # KV slots of one worker: a longer request fits nowhere
+    max_sequences: int = 0  # that one worker decodes together; 0 unknown
     tokenizer_files: dict[str, str] = {}  # file name -> SHA-256 in hex
     structured_output: bool = False  # its workers constrain outputs; earlier ones would read over it
 

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 
 from common.errors import FailedPrecondition, InvalidRequest, ModelNotReady
-from common.generation import ChatParsing, SamplingParams, StructuredOutput
+from common.generation import ChatParsing, SamplingParams, StructuredOutput, peak_kv_tokens
 from common.registry import (
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
@@ -162,11 +162,11 @@ class ServedModel:
         """Return the KV slots that a request needs to begin, and those without which it can never end.
 
         Outputs share the prompt's full blocks, and a worker may run them one after another: the longest alone must fit.
-        Raises InvalidRequest if no worker of this model could ever hold it.
+        Beams run together. Raises InvalidRequest if no worker of this model could ever hold it.
         """
         block = self.card.block_tokens
-        peak = -(-(num_prompt_tokens + sampling.max_tokens) // block) * block
-        begin = (-(-num_prompt_tokens // block) + sampling.num_outputs) * block
+        peak = peak_kv_tokens(num_prompt_tokens, sampling, block)
+        begin = (-(-num_prompt_tokens // block) + sampling.num_sequences) * block
         if self.card.kv_tokens and peak > self.card.kv_tokens:
             raise InvalidRequest(
                 f"prompt and output need {peak} KV slots; a worker of this model has {self.card.kv_tokens}",

@@ -17,7 +17,7 @@ from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
 from common.jobs import Attachment, Enqueued, NewJob
-from gateway import audit, convert
+from gateway import audit, beams, convert
 from gateway import validation as check
 from gateway.admission import Admission
 from gateway.catalog import Catalog
@@ -239,6 +239,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             settings.max_outputs,
             settings.max_stop_strings,
             has_eos=bool(card.eos_token_ids),
+            max_sequences=card.max_sequences or None,
         ).within(grants.caps)
         secret = await self._secret.get()
         config = check.resolve_config(
@@ -250,6 +251,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             is_chat=request.input.HasField("chat"),
         )
         constraint = await model.constraint_of(config, encoded, caller.tenant)
+        beams.check_constraint(config, constraint)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
         sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids, constraint)
         grace_ms = self._grace_ms(request, grants.caps)

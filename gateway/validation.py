@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from common.errors import InvalidRequest
 from common.generation import SamplingParams, StructuredOutput
 from common.grants import Caps
-from gateway import token_choice
+from gateway import beams, token_choice
 from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -36,6 +36,12 @@ class ConfigLimits:
     max_stop_strings: int
     has_eos: bool = True  # the model has an end-of-sequence id
     max_tokens: int | None = None  # of each output; None is what the context leaves
+    max_sequences: int | None = None  # that a worker decodes together; None is not known
+
+    @property
+    def max_beams(self) -> int:
+        """Beams are decoded as outputs are, and together."""
+        return min(beams.MAX_BEAMS, self.max_outputs, self.max_sequences or beams.MAX_BEAMS)
 
     def within(self, caps: Caps) -> ConfigLimits:
         """These limits and a caller's caps, whichever is tighter."""
@@ -111,6 +117,7 @@ def resolve_config(
         resolved.temperature = 1.0  # asking for a filter is asking to sample
     if resolved.temperature < MIN_TEMPERATURE:
         resolved.temperature = 0.0  # the same token; dividing by less makes scores overflow
+    beams.resolve(resolved)
     if not config.HasField("seed"):
         resolved.seed = seed
     return resolved
@@ -146,6 +153,7 @@ def sampling_params(
         prompt_logprobs=config.prompt_logprobs if config.HasField("prompt_logprobs") else None,
         structured_output=constraint,
         **token_choice.params_of(config, bad_words_ids),
+        **beams.params_of(config),
     )
 
 
@@ -250,6 +258,7 @@ def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violat
         bad.add("config.stop_token_ids", f"each must be below {limits.vocab_size}")
 
     token_choice.check(config, limits.vocab_size, bad)
+    beams.check(config, limits.max_beams, bad)
     _check_reports(config, limits, bad)
 
 

@@ -98,6 +98,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         context_tokens=engine.max_model_len,
         block_tokens=stats.block_size,
         kv_tokens=stats.num_blocks * stats.block_size,
+        max_sequences=engine_settings.max_num_seqs,
         attention_backend=backend.name,
         tool_format=settings.tool_format,
         reasoning_format=settings.reasoning_format,

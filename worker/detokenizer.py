@@ -32,6 +32,12 @@ class IncrementalDetokenizer:
         self._shown = ""  # the part of the window's text that was returned
         self._num_held = 0
 
+    def __copy__(self) -> IncrementalDetokenizer:
+        other = IncrementalDetokenizer(self._tokenizer)
+        other._window, other._num_shown = self._window[:], self._num_shown
+        other._shown, other._num_held = self._shown, self._num_held
+        return other
+
     def push(self, token_id: int) -> str:
         """Return the text that is complete with this token; often a word, empty inside a character."""
         self._window.append(token_id)

@@ -31,6 +31,7 @@ class _Held:
     age: int  # counts claims
     num_preemptions: int
     by_share: bool
+    has_beams: bool
     ranking: Ranking | None = None  # where only the best outputs are reported
 
 
@@ -40,6 +41,7 @@ class _Growing:
 
     deltas: list[OutputDelta] = field(default_factory=list)
     scores: list[PromptScores | None] = field(default_factory=list)
+    num_held_tokens: int = 0
     last: RequestOutput | None = None
 
 
@@ -101,6 +103,7 @@ class Holdings:
         completion_tokens = sum(map(len, emitted))
         prompt_kv_tokens = self._round_up(len(job.body.prompt_token_ids))
         emitted_blocks = sum(1 + len(ids) // self._block_size for ids in emitted)
+        emitted_blocks += sampling.num_sequences - sampling.num_outputs
         self._num_claims += 1
         request_id = f"{job.generation_id}@{job.epoch}"
         self._generation_ids[request_id] = job.generation_id
@@ -114,6 +117,7 @@ class Holdings:
             age=self._num_claims,
             num_preemptions=job.num_preemptions,
             by_share=job.by_share,
+            has_beams=sampling.num_beams > 1,
             ranking=Ranking(sampling) if sampling.num_best else None,
         )
         return GenerationRequest(
@@ -154,14 +158,17 @@ class Holdings:
                     event = growing.setdefault(generation_id, _Growing())
                     event.deltas += output.deltas
                     event.scores.append(output.prompt_scores)
+                    event.num_held_tokens += output.num_held_tokens
                     event.last = output
         return [self._event(generation_id, event) for generation_id, event in growing.items()]
 
     def _event(self, generation_id: str, event: _Growing) -> NewEvent:
         held, last = self._held[generation_id], event.last
         assert last is not None
-        held.completion_tokens += sum(len(delta.token_ids) for delta in event.deltas)
-        if event.deltas:
+        # Beams are counted while they are held back; the outputs among them are not counted once more.
+        num_new = event.num_held_tokens if held.has_beams else sum(len(delta.token_ids) for delta in event.deltas)
+        held.completion_tokens += num_new
+        if event.deltas or num_new:
             held.kv_tokens = 0
         if last.usage is not None:
             held.cached_prompt_tokens = last.usage.cached_prompt_tokens

@@ -42,6 +42,7 @@ def make_card(
     context_tokens: int,
     block_tokens: int,
     kv_tokens: int,
+    max_sequences: int = 0,
     attention_backend: str = "",
     tool_format: str = "auto",
     reasoning_format: str = "auto",
@@ -50,8 +51,9 @@ def make_card(
     """Return what to publish of `loaded` under `name`.
 
     `context_tokens` is the engine's limit on one sequence, `kv_tokens` the room of its KV cache; the card's context is
-    the least of both and of what the model takes. The formats are names of `common.chat_formats`, "auto" what the chat
-    template tells, "none" none. Raises ModelError for a name or a file that nobody could use.
+    the least of both and of what the model takes. `max_sequences` is how many it decodes together. The formats are
+    names of `common.chat_formats`, "auto" what the chat template tells, "none" none. Raises ModelError for a name or a
+    file that nobody could use.
     """
     if not _NAME.fullmatch(name) or len(name) > _MAX_NAME_LENGTH:
         raise ModelError(
@@ -88,6 +90,7 @@ def make_card(
         reasoning_format=_format(reasoning_format, loaded, detect_reasoning_format),
         block_tokens=block_tokens,
         kv_tokens=kv_tokens,
+        max_sequences=max_sequences,
         tokenizer_files={file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
         structured_output=structured_output,
     )

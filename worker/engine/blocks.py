@@ -135,6 +135,10 @@ class BlockPool:
         """Whether several sequences hold this block, so that none of them may write there."""
         return self._ref_counts[block_id] > 1
 
+    def num_owners(self, block_id: int) -> int:
+        """How many sequences hold this block."""
+        return self._ref_counts[block_id]
+
     def replace(self, block_id: int) -> int:
         """Take a shared block from one of its sequences and return another one, into which it is to be copied.
 

@@ -6,6 +6,7 @@ state is a function of the token ids alone, so a takeover and a preemption need 
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -34,6 +35,13 @@ class NGramFollowers:
             self._followers.setdefault(self._tail, []).append(token_id)
         if self._size > 1:
             self._tail = (*self._tail, token_id)[-(self._size - 1) :]
+
+    def copy(self) -> NGramFollowers:
+        """Return another one that has taken in the same."""
+        other = NGramFollowers(self._size)
+        other._tail = self._tail
+        other._followers = {tail: ids[:] for tail, ids in self._followers.items()}
+        return other
 
     def next_ids(self) -> list[int]:
         """The ids that would complete an n-gram which was noted."""
@@ -135,6 +143,17 @@ class TokenHistory:
             or sampling.exponential_decay_length_penalty is not None
             or sampling.forced_eos_token_id is not None
         )
+
+    def copy(self) -> TokenHistory:
+        """Return another one that has taken in the same; what comes then is each one's own."""
+        other = copy.copy(self)
+        other.seen_ids, other._is_seen = self.seen_ids[:], set(self._is_seen)
+        other.counted_ids, other.counts = self.counted_ids[:], self.counts[:]
+        other._count_index = dict(self._count_index)
+        other._ngrams = self._ngrams and self._ngrams.copy()
+        other._prompt_ngrams = self._prompt_ngrams and self._prompt_ngrams.copy()
+        other._token_ids = self._token_ids[:]
+        return other
 
     @property
     def num_tokens(self) -> int:

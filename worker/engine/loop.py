@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
@@ -19,14 +19,16 @@ import msgspec
 import torch
 
 from common.generation import ChatParsing, FinishReason, PromptScores, Usage
+from worker.engine.beam_request import BeamRequest, Continuations, continue_beams, without_beams
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.grammar import Grammar, GrammarCompiler, GrammarFailure, MaskFiller
-from worker.engine.results import Results, end_delta, token_delta
+from worker.engine.refusals import refusal
+from worker.engine.results import Results, end_delta, score_chunk, token_delta, valid_rows
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import Argmax, SampledTokens, Sampler
 from worker.engine.scheduler import BlockCopy, Chunk, Plan, Scheduler
-from worker.engine.scores import score_prompt, to_device
+from worker.engine.scores import to_device
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator, num_accepted
@@ -67,6 +69,7 @@ class _Computed:
 
     sampled: SampledTokens
     scores: list[tuple[Sequence, PromptScores]]
+    continuations: dict[str, Continuations]  # of beams, by request id
 
 
 @dataclass(slots=True)
@@ -81,7 +84,8 @@ class _Output:
 class _Request:
     request: GenerationRequest
     first: Sequence | None = None  # of the sequences that share the prompt, the one admitted first
-    outputs: dict[int, _Output] = field(default_factory=dict)  # by output index
+    outputs: dict[int, _Output] = field(default_factory=dict)  # by output index; of beams their root, as the first one
+    beams: BeamRequest | None = None
     num_completion_tokens: int = 0
 
     @property
@@ -114,6 +118,7 @@ class Engine:
         ValueError for a format that it does not know: such requests end with an error.
         """
         self._runner = runner
+        self._max_num_seqs = settings.max_num_seqs
         self._new_detokenizer = new_detokenizer
         self._on_part = on_part
         self._read_chat = read_chat
@@ -169,7 +174,8 @@ class Engine:
             return
         self._num_arrivals += 1
         state = self._requests[request.request_id] = _Request(request)
-        emitted = request.emitted or ((),) * request.sampling.num_outputs
+        num_outputs = request.sampling.num_outputs if request.sampling.num_beams == 1 else 1
+        emitted = request.emitted or ((),) * num_outputs
         for output_index, token_ids in enumerate(emitted):
             state.num_completion_tokens += len(token_ids)
             if output_index not in request.finished_outputs:
@@ -195,22 +201,18 @@ class Engine:
                 self._scheduler.add(sequence, fresh[1:])
 
     def _refusal(self, request: GenerationRequest) -> str | None:
-        prompt, num_outputs = request.prompt_token_ids, request.sampling.num_outputs
-        if not prompt:
-            return "EMPTY_PROMPT"
-        if len(prompt) >= self._runner.max_model_len:
-            return "PROMPT_TOO_LONG"
-        if request.emitted and len(request.emitted) != num_outputs:
-            return "EMITTED_MISMATCH"
         try:
             self._text_of(request)
         except ValueError:
             return "UNKNOWN_CHAT_FORMAT"
-        if any(min(ids) < 0 or max(ids) >= self._runner.vocab_size for ids in (prompt, *request.emitted) if ids):
-            return "INVALID_TOKEN_ID"
-        if isinstance(request.grammar, GrammarFailure):
-            return str(request.grammar)
-        return None
+        return refusal(
+            request,
+            vocab_size=self._runner.vocab_size,
+            max_model_len=self._runner.max_model_len,
+            max_num_seqs=self._max_num_seqs,
+            kv_tokens=self._pool.num_usable_blocks * self._pool.block_size,
+            block_size=self._pool.block_size,
+        )
 
     def _start_output(self, state: _Request, output_index: int, emitted: tuple[int, ...]) -> None:
         request = state.request
@@ -248,6 +250,12 @@ class Engine:
         )
         state.first = state.first or sequence
         state.outputs[output_index] = _Output(sequence, stop)
+        if sampling.num_beams > 1:
+            state.beams = BeamRequest(
+                sequence,
+                lambda: StopState(sampling, max_tokens, self._new_detokenizer()),
+                lambda: StopState(sampling, max_tokens, *self._text_of(request)),
+            )
 
     def _text_of(self, request: GenerationRequest) -> tuple[Detokenizer, TextParser | None]:
         """Return what makes an output's text. Raises ValueError."""
@@ -281,7 +289,7 @@ class Engine:
             self._on_part("update")
             if computed is not None:
                 self._take_scores(computed.scores)
-                self._update(plan, computed.sampled)
+                self._update(plan, computed)
         self._on_part("end")
         self._last_step_ms = (time.perf_counter() - started) * 1000
         return StepResult(self._num_steps, self._results.take())
@@ -308,11 +316,11 @@ class Engine:
                 masks = filling.result() if filling is not None else None
             self._on_part("sample")
             with memory_guard():
-                if indices is None:
-                    return _Computed(self._sampler.sample(logits, rows, masks), [])
-                picked = logits[to_device(indices, logits.device)]
-                sampled = self._sampler.sample(picked, rows, masks)
-                return _Computed(sampled, [_score(chunk, rows, logits) for chunk, rows in plan.scored])
+                picked = logits if indices is None else logits[to_device(indices, logits.device)]
+                continuations = continue_beams(picked, rows, lambda request_id: self._requests[request_id].beams)
+                sampled = self._sampler.sample(picked, without_beams(rows), masks)
+                scores = [score_chunk(chunk, scored, logits) for chunk, scored in plan.scored]
+                return _Computed(sampled, scores, continuations)
         except StepOutOfMemory:
             self._scheduler.fail_step(plan)
             self._relieve(plan)
@@ -324,7 +332,8 @@ class Engine:
             self._runner.copy_blocks(plan.copies)
         except StepOutOfMemory:
             self._scheduler.fail_step(plan)
-            self._scheduler.fail_copies(plan)
+            for sequence in self._scheduler.fail_copies(plan):
+                self._count_memory_failure(sequence)
             return False
         return True
 
@@ -332,20 +341,24 @@ class Engine:
         """Requeue the newest prefill, or else the newest sequence; the second time that memory fails it, end it."""
         prefills = [chunk.sequence for chunk in plan.chunks if chunk.num_tokens > 1 + len(chunk.drafts)]
         victim = max(prefills or [chunk.sequence for chunk in plan.chunks], key=lambda sequence: sequence.order)
-        victim.num_memory_failures += 1
-        if victim.num_memory_failures > 1:
-            self._fail(victim.request_id, "OUT_OF_MEMORY")
-        else:
+        if self._count_memory_failure(victim.leader):
             self._scheduler.preempt(victim)
+
+    def _count_memory_failure(self, sequence: Sequence) -> bool:
+        """False when it was the second one of this sequence, which has ended its request."""
+        sequence.num_memory_failures += 1
+        if sequence.num_memory_failures > 1:
+            self._fail(sequence.request_id, "OUT_OF_MEMORY")
+        return sequence.num_memory_failures < 2
 
     def _take_scores(self, scores: Iterable[tuple[Sequence, PromptScores]]) -> None:
         for sequence, found in scores:
             sequence.num_scored_tokens = found.first_token_index + len(found.logprobs)
             self._results.scores[sequence.request_id] = found
 
-    def _update(self, plan: Plan, sampled: SampledTokens) -> None:
+    def _update(self, plan: Plan, computed: _Computed) -> None:
         self._scheduler.finish_step(plan)
-        forks = plan.forks
+        sampled, forks = computed.sampled, plan.forks
         for request_id in [
             name for name, scores in self._results.scores.items() if any(map(math.isnan, scores.logprobs))
         ]:
@@ -354,7 +367,7 @@ class Engine:
             self._fail(request_id, "NAN_LOGITS")
         accepted: list[tuple[Chunk, range]] = []
         forbidden = set(sampled.forbidden_rows)  # none of a draft: sequences whose scores are edited do not draft
-        for chunk, rows in _valid_rows(plan, sampled):
+        for chunk, rows in valid_rows(plan, sampled):
             if chunk.sequence.matcher is not None and chunk.sequence.matcher.failure is not None:
                 self._fail(chunk.sequence.request_id, chunk.sequence.matcher.failure)
                 continue
@@ -374,8 +387,12 @@ class Engine:
                 accepted.append((Chunk(fork, 0, is_last=True), range(row, row + 1)))
         for chunk, rows in accepted:
             state = self._requests.get(chunk.sequence.request_id)
-            if state is not None:  # it failed in this step otherwise
+            if state is not None and state.beams is None:  # not failed in this step
                 self._take_tokens(state, chunk, rows, sampled)
+        for request_id, found in computed.continuations.items():
+            state = self._requests.get(request_id)
+            if state is not None and state.beams is not None:
+                self._take_beams(state, state.beams, found)
 
     def _take_tokens(self, state: _Request, chunk: Chunk, rows: range, sampled: SampledTokens) -> None:
         """Give an output the tokens of these rows, up to its end if that is among them."""
@@ -406,11 +423,31 @@ class Engine:
         if progress.finish_reason is not None:
             self._drop(state, output)
 
+    def _take_beams(self, state: _Request, beams: BeamRequest, found: Continuations) -> None:
+        """Let a request's search take a step."""
+        going = beams.advance(found)
+        num_new = beams.num_tokens - state.num_completion_tokens
+        state.num_completion_tokens += num_new
+        self._num_generated_tokens += num_new
+        self._results.hold(state.request.request_id, num_new)
+        if not beams.is_done:
+            self._scheduler.regroup(beams.group, going)
+        elif beams.best(is_cut=False):
+            self._close(state, state.outputs[0])
+        else:
+            self._fail(state.request.request_id, ALL_TOKENS_FORBIDDEN)
+
     # -- ends -----------------------------------------------------------------------------------------------------
 
-    def _close(self, state: _Request, output: _Output, reason: FinishReason) -> None:
-        """End an output from outside."""
-        sequence = output.sequence
+    def _close(self, state: _Request, output: _Output, reason: FinishReason | None = None) -> None:
+        """End an output from outside; without a reason, a search that is done."""
+        sequence, request_id = output.sequence, state.request.request_id
+        if state.beams is not None:
+            for delta in state.beams.deltas(reason, state.request.echo_text):
+                self._results.add(request_id, delta)
+            self._drop(state, output)
+            return
+        assert reason is not None
         end = output.stop.end(reason)
         echo_text = "" if sequence.num_output_tokens else state.request.echo_text
         delta = end_delta(sequence.output_index, sequence.num_output_tokens, end, echo_text)
@@ -457,28 +494,3 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError when blocks are lost or held twice."""
         self._scheduler.check_integrity()
-
-
-def _valid_rows(plan: Plan, sampled: SampledTokens) -> Iterator[tuple[Chunk, range]]:
-    """The sampled rows of each chunk that has any, up to the first invalid one.
-
-    An invalid row of a draft ends no request: the next step computes its place alone, and if it is invalid without
-    drafts too, that does.
-    """
-    invalid = set(sampled.invalid_rows)
-    row = 0
-    for chunk in plan.chunks:
-        if chunk.is_last:
-            rows = range(row, row + chunk.num_sampled_rows)
-            row = rows.stop
-            yield chunk, rows[: next((i for i, r in enumerate(rows) if r in invalid), None)] if invalid else rows
-
-
-def _score(chunk: Chunk, rows: range, logits: torch.Tensor) -> tuple[Sequence, PromptScores]:
-    """Score the prompt's tokens behind these rows of a chunk that was just computed."""
-    sequence = chunk.sequence
-    first = sequence.num_computed_tokens + chunk.num_tokens - chunk.num_logit_rows + 1
-    token_ids = sequence.token_ids[first : first + len(rows)]
-    return sequence, score_prompt(
-        logits[rows.start : rows.stop], token_ids, first, sequence.sampling.prompt_logprobs or 0
-    )

@@ -12,142 +12,32 @@ overtaken for want of blocks by one behind it in that order.
 Outputs of one request that begin at its prompt wait with the first of them, whose `forks` they are, and hold nothing.
 When its prompt is computed they are forked: they share its blocks, and its logits give their first tokens too. Whoever
 then writes into a block that others hold gets a copy of it (see `blocks.py`); the copies stand in the plan.
+
+Beams of one request (`SequenceGroup`) stand side by side in the order, and so are planned, and preempted, together.
+Places for all of them are kept from the admission of their root on.
 """
 
 from __future__ import annotations
 
-from array import array
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final
 
-from common.generation import SamplingParams
 from worker.engine.admission import admission_order
 from worker.engine.blocks import BlockPool, PrefixMatch
 from worker.engine.cost import StepBudget
 from worker.engine.fairness import TenantService, fair_order
-from worker.engine.sequence import OrderKey, Sequence
+from worker.engine.plan import BlockCopy, Chunk, DraftRow, Plan
+from worker.engine.sequence import OrderKey, Sequence, SequenceGroup
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator
 
+__all__ = ["MAX_SCORED_ROWS", "BlockCopy", "Chunk", "DraftRow", "Plan", "Scheduler"]
+
 MAX_SCORED_ROWS: Final = 64  # of prompts, in one step: their logits take as much memory as those of decodes
 _LOOKAHEAD: Final = 64  # waiting sequences whose prefixes are looked up before every step
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The next `num_tokens` tokens of one sequence: uncomputed ones, and behind its last one possibly drafts."""
-
-    sequence: Sequence
-    num_tokens: int  # drafts included
-    is_last: bool  # reaches the sequence's last known token, so that its logits give the next one
-    drafts: array[int] = field(default_factory=lambda: array("i"))  # guesses of the tokens behind the last one
-    num_scored_rows: int = 0  # whose logits say how probable the prompt's next tokens were
-
-    @property
-    def num_sampled_rows(self) -> int:
-        """Rows whose logits give a new token: of the last known token and of every draft."""
-        return 1 + len(self.drafts) if self.is_last else 0
-
-    @property
-    def num_logit_rows(self) -> int:
-        """Rows whose logits are needed, the chunk's last ones: those to be scored, then those to be sampled."""
-        return self.num_scored_rows + self.num_sampled_rows
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
-    """The content of one block is needed in another one."""
-
-    source: int
-    target: int
-
-
-@dataclass(frozen=True, slots=True)
-class DraftRow:
-    """A draft's row of logits, as the sampler sees it: like the sequence, were the drafts up to this one its tokens."""
-
-    sequence: Sequence
-    num_drafts: int
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.sequence.sampling
-
-    @property
-    def output_index(self) -> int:
-        return self.sequence.output_index
-
-    @property
-    def num_tokens(self) -> int:
-        return self.sequence.num_tokens + self.num_drafts
-
-    @property
-    def history(self) -> None:
-        """Sequences with a history do not draft."""
-        return None
-
-    @property
-    def matcher(self) -> None:
-        """Nor do sequences with a matcher."""
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: decodes first, then prefills."""
-
-    chunks: tuple[Chunk, ...]
-    num_tokens: int
-    copies: tuple[BlockCopy, ...] = ()  # to be made before it is computed, all at once
-
-    @property
-    def forks(self) -> list[Sequence]:
-        """The sequences that begin with this step, behind the parents whose logits give their first tokens."""
-        return [fork for chunk in self.chunks if chunk.is_last for fork in chunk.sequence.forks]
-
-    @property
-    def sampled_indices(self) -> list[int] | None:
-        """Which rows of logits `logit_rows` and then `forks` are sampled from; None if each has one, in order."""
-        if not any(chunk.num_scored_rows or (chunk.is_last and chunk.sequence.forks) for chunk in self.chunks):
-            return None  # as in nearly every step
-        own: list[int] = []
-        of_forks: list[int] = []
-        num_rows = 0
-        for chunk in self.chunks:
-            num_rows += chunk.num_logit_rows
-            own += range(num_rows - chunk.num_sampled_rows, num_rows)
-            if chunk.is_last:
-                of_forks += [num_rows - 1] * len(chunk.sequence.forks)
-        return [*own, *of_forks]
-
-    @property
-    def scored(self) -> list[tuple[Chunk, range]]:
-        """The chunks of prompts to be scored, with their rows of logits."""
-        found: list[tuple[Chunk, range]] = []
-        num_rows = 0
-        for chunk in self.chunks:
-            if chunk.num_scored_rows:
-                found.append((chunk, range(num_rows, num_rows + chunk.num_scored_rows)))
-            num_rows += chunk.num_logit_rows
-        return found
-
-    @property
-    def sampled(self) -> tuple[Sequence, ...]:
-        """The sequences that get new tokens, in the order of their rows."""
-        return tuple(chunk.sequence for chunk in self.chunks if chunk.is_last)
-
-    @property
-    def logit_rows(self) -> list[Sequence | DraftRow]:
-        """What the sampler chooses a token for, row by row: `num_sampled_rows` of each chunk."""
-        rows: list[Sequence | DraftRow] = []
-        for chunk in self.chunks:
-            if chunk.is_last:
-                rows.append(chunk.sequence)
-                rows += [DraftRow(chunk.sequence, k) for k in range(1, chunk.num_sampled_rows)]
-        return rows
 
 
 def _order(sequence: Sequence) -> OrderKey:
@@ -205,11 +95,10 @@ class Scheduler:
         if sequence.parent is not None:
             self._detach(sequence)
             return
-        if sequence in self._running:
-            self._running.remove(sequence)
-            self._release(sequence)
-        else:
+        if sequence in self._waiting:
             self._waiting.remove(sequence)
+        else:
+            self._stop_running(sequence)
         self._service.leave(sequence)
         if sequence.forks:
             heir, *others = sequence.forks
@@ -234,26 +123,62 @@ class Scheduler:
             self._detach(child)
         child.num_hit_tokens = parent.num_hit_tokens
         self._service.join(child)
-        if len(self._running) >= self._settings.max_num_seqs:
+        if self._num_places(with_forks=False) >= self._settings.max_num_seqs:
             insort(self._waiting, child, key=_order)
             return
+        self._share_blocks(parent, child)
+        insort(self._running, child, key=_order)
+
+    def _share_blocks(self, parent: Sequence, child: Sequence) -> None:
         block_ids = parent.block_ids[: self._pool.num_blocks_for(parent.num_computed_tokens)]
         self._pool.share(block_ids)
         child.block_ids = block_ids
         child.block_hashes = parent.block_hashes[: parent.num_computed_tokens // self._pool.block_size]
         child.num_computed_tokens = parent.num_computed_tokens
-        insort(self._running, child, key=_order)
+
+    def regroup(self, group: SequenceGroup, children: Iterable[tuple[Sequence, Sequence]]) -> None:
+        """Let `children`, each behind the member that it continues, maybe itself, take the places of the members.
+
+        New ones share that member's blocks; members that nobody continues give theirs back. Not between `plan` and
+        `finish_step`.
+        """
+        pairs = list(children)
+        heirs = [child for _, child in pairs]
+        assert 0 < len(heirs) <= group.size, f"{len(heirs)} beams in {group.size} places"
+        for parent, child in pairs:
+            if child is not parent:
+                self._share_blocks(parent, child)
+                insort(self._running, child, key=_order)
+        for member in group.members:
+            if member not in heirs:
+                self._running.remove(member)
+                self._release(member)
+        group.members = heirs
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks; it is recomputed from its token ids when there is room again."""
-        self._running.remove(sequence)
-        self._release(sequence)
-        insort(self._waiting, sequence, key=_order)
+        """Take a running sequence's blocks; it is recomputed from its token ids when there is room again.
+
+        A beam takes all its group along, whose root waits then.
+        """
+        group = sequence.group
+        if group is not None:
+            group.num_lost_blocks = len({block_id for member in group.members for block_id in member.block_ids})
+        self._stop_running(sequence)
+        insort(self._waiting, sequence.leader, key=_order)
         self.num_preemptions += 1
 
+    def _stop_running(self, sequence: Sequence) -> None:
+        group = sequence.group
+        for member in [sequence] if group is None else group.members:
+            self._running.remove(member)
+            self._release(member)
+        if group is not None:
+            group.members = [group.root]
+
     def expired(self, now: float) -> list[Sequence]:
-        """Sequences whose deadline is over."""
-        return [s for s in self.sequences() if s.deadline is not None and s.deadline <= now]
+        """Sequences whose deadline is over; of a group its root alone."""
+        over = (s.leader for s in self.sequences() if s.deadline is not None and s.deadline <= now)
+        return list(dict.fromkeys(over))
 
     # -- plan -----------------------------------------------------------------------------------------------------
 
@@ -285,30 +210,51 @@ class Scheduler:
         return chunks
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Give a decode a block of its own for its next token. False when it had to give way itself.
+        """Give a decode, and all its group, blocks of their own for their next tokens. False when it had to give way.
 
         The victim is last in order, and decodes are planned in order: it never stands in this step's plan already.
         """
+        together = [sequence] if sequence.group is None else sequence.group.members
+        while self._num_blocks_to_write(together) > self._pool.num_free_blocks:
+            self.preempt(self._running[-1])
+            if not sequence.block_ids:
+                return False
+        for member in together:
+            self._give_block(member)
+        return True
+
+    def _num_blocks_to_write(self, decodes: list[Sequence]) -> int:
+        """How many blocks these need so that each writes its next token into one of its own."""
+        pool = self._pool
+        num_missing, shared = 0, Counter[int]()
+        for sequence in decodes:
+            index = sequence.num_computed_tokens // pool.block_size
+            if index == len(sequence.block_ids):
+                num_missing += 1
+            elif pool.is_shared(sequence.block_ids[index]):
+                shared[sequence.block_ids[index]] += 1
+        # Where all owners are among them, the last one keeps the block.
+        return num_missing + sum(min(count, pool.num_owners(block_id) - 1) for block_id, count in shared.items())
+
+    def _give_block(self, sequence: Sequence) -> None:
         pool, block_ids = self._pool, sequence.block_ids
         index = sequence.num_computed_tokens // pool.block_size
-        while (is_missing := index == len(block_ids)) or pool.is_shared(block_ids[index]):
-            if pool.num_free_blocks:
-                if is_missing:
-                    block_ids.extend(pool.allocate(1))
-                else:
-                    source = block_ids[index]
-                    block_ids[index] = pool.replace(source)
-                    self._copies.append(BlockCopy(source, block_ids[index]))
-                return True
-            victim = self._running[-1]
-            self.preempt(victim)
-            if victim is sequence:
-                return False
-        return True
+        if index == len(block_ids):
+            block_ids.extend(pool.allocate(1))
+        elif pool.is_shared(source := block_ids[index]):
+            block_ids[index] = pool.replace(source)
+            self._copies.append(BlockCopy(source, block_ids[index]))
+
+    def _num_places(self, *, with_forks: bool = True) -> int:
+        """Of the places that sequences can run in, those taken, or kept for beams, and for forks."""
+        groups = {sequence.group for sequence in self._running if sequence.group is not None}
+        singles = (s for s in self._running if s.group is None)
+        num_singles = sum(1 + (len(s.forks) if with_forks else 0) for s in singles)
+        return num_singles + sum(group.size for group in groups)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         """Start waiting sequences while tokens, places and blocks last. Places are kept for those to be forked."""
-        num_places = self._settings.max_num_seqs - sum(1 + len(sequence.forks) for sequence in self._running)
+        num_places = self._settings.max_num_seqs - self._num_places()
         if budget == 0 or not self._waiting or num_places <= 0:
             return
         pool = self._pool
@@ -323,14 +269,20 @@ class Scheduler:
             if sequence.first_row_to_score is not None and not self._num_score_rows:
                 continue  # others' prompts are scored in this step
             match = self._match(sequence)
+            group = sequence.group
+            if group is not None and group.size > num_places:
+                first_unfit = sequence
+                continue
             if match.is_pending:
                 continue  # this very step computes the next block: cheaper to wait for it than to do it twice
             num_new = pool.num_blocks_for(sequence.num_tokens) - len(match.block_ids)
             num_available = pool.num_free_blocks - pool.num_unreferenced(match.block_ids)
             # One block stays free for each running sequence, or the newcomer would soon be preempted again. This also
             # keeps a sequence preempted in this very plan from taking its blocks straight back. So does one for each
-            # fork, as far as others run: alone it begins in any case.
-            num_spare = len(self._running) and sum(1 + len(s.forks) for s in self._running) + len(sequence.forks)
+            # fork and beam, as far as others run: alone it begins in any case. Beams that were preempted would be once
+            # more where they were.
+            num_own = len(sequence.forks) if group is None else max(group.size - 1, group.num_lost_blocks - num_new)
+            num_spare = len(self._running) and sum(1 + len(s.forks) for s in self._running) + num_own
             if num_new + num_spare > num_available:
                 first_unfit = sequence
                 continue
@@ -344,7 +296,7 @@ class Scheduler:
             self._count_prompt(sequence)
             self._count_overtaken(sequence, turns)
             insort(self._running, sequence, key=_order)
-            num_places -= 1 + len(sequence.forks)
+            num_places -= 1 + len(sequence.forks) if group is None else group.size
             chunks.append(self._chunk(sequence, budget))
             budget -= chunks[-1].num_tokens
 
@@ -453,17 +405,28 @@ class Scheduler:
             if chunk.drafts:
                 self._give_back_spare(chunk.sequence)
 
-    def fail_copies(self, plan: Plan) -> None:
-        """The plan's copies were not made, and so its step failed: what was to read them is computed again."""
+    def fail_copies(self, plan: Plan) -> list[Sequence]:
+        """The plan's copies were not made, and so its step failed: what was to read them is computed again.
+
+        Returns what will need copies then too.
+        """
         targets = {copy.target for copy in plan.copies}
+        needy = []
         for chunk in plan.chunks:
             if not targets.isdisjoint(chunk.sequence.block_ids):
                 self.preempt(chunk.sequence)
+                if chunk.sequence.group is not None:
+                    needy.append(chunk.sequence.leader)
+        return needy
 
     def check_integrity(self) -> None:
         """Raise AssertionError when blocks are lost, or counted otherwise than sequences hold them."""
         self._pool.check_integrity(sequence.block_ids for sequence in self.sequences())
         assert self._num_unforked == sum(sequence.parent is not None for sequence in self.sequences())
+        for group in {sequence.group for sequence in self.sequences() if sequence.group is not None}:
+            beams = [sequence for sequence in self.sequences() if sequence.group is group]
+            assert set(beams) == set(group.members), f"{len(beams)} of {len(group.members)} beams are there"
+            assert beams == [group.root] or set(beams) <= set(self._running), "beams wait"
 
     def forget_blocks(self, sequence: Sequence) -> None:
         """Let nobody hit what this sequence computed."""

@@ -32,6 +32,7 @@ class Sequence:
         "cache_salt",
         "deadline",
         "forks",
+        "group",
         "history",
         "lookup",
         "matcher",
@@ -67,7 +68,9 @@ class Sequence:
         tenant: str = "",
         weight: float = 1.0,
         matcher: Matcher | None = None,
+        history: TokenHistory | None = None,
     ) -> None:
+        """`history` is that of these tokens, where there is one already."""
         self.request_id: Final = request_id
         self.output_index: Final = output_index
         self.sampling: Final = sampling
@@ -82,8 +85,8 @@ class Sequence:
         self.token_ids: array[int] = array("i", prompt_token_ids)
         self.num_prompt_tokens: Final = len(self.token_ids)
         self.token_ids.extend(emitted)
-        self.history: TokenHistory | None = None
-        if TokenHistory.is_needed(sampling):
+        self.history = history
+        if history is None and TokenHistory.is_needed(sampling):
             self.history = TokenHistory(sampling, self.token_ids[: self.num_prompt_tokens])
             self.history.extend(self.token_ids[self.num_prompt_tokens :])
         self.matcher: Final = matcher  # masks its next token; its output's StopState pushes the tokens
@@ -95,6 +98,7 @@ class Sequence:
         # Outputs of the same request that begin where this one's prompt ends: they take its blocks and logits then.
         self.forks: list[Sequence] = []
         self.parent: Sequence | None = None  # while this one is such an output: whose `forks` it is in
+        self.group: SequenceGroup | None = None  # of a beam
         # Of the prompt, where its log-probabilities are asked for, as many as are reported; the first token has none.
         self.num_scored_tokens: int | None = None
         self.num_memory_failures = 0
@@ -105,6 +109,30 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.history is not None:
             self.history.extend((token_id,))
+
+    def branch(self) -> Sequence:
+        """Return another beam of its group with the same tokens, and no blocks yet."""
+        other = Sequence(
+            self.request_id,
+            self.token_ids[: self.num_prompt_tokens],
+            self.sampling,
+            output_index=self.output_index,
+            emitted=self.token_ids[self.num_prompt_tokens :],
+            cache_salt=self.cache_salt,
+            priority=self.priority,
+            arrival=self.arrival,
+            deadline=self.deadline,
+            tenant=self.tenant,
+            weight=self.weight,
+            history=self.history and self.history.copy(),
+        )
+        other.group = self.group
+        return other
+
+    @property
+    def leader(self) -> Sequence:
+        """What stands for it: of a beam the root of its group, else itself."""
+        return self if self.group is None else self.group.root
 
     @property
     def num_tokens(self) -> int:
@@ -130,3 +158,20 @@ class Sequence:
             f"Sequence({self.request_id!r}[{self.output_index}], {self.num_prompt_tokens}+{self.num_output_tokens} "
             f"tokens, {self.num_computed_tokens} computed, {len(self.block_ids)} blocks)"
         )
+
+
+class SequenceGroup:
+    """The beams of one request: they take part in a step together or not at all.
+
+    They begin as one, `root`, with the prompt alone, and begin anew with it after a preemption: nothing of them is sent
+    before they are done. All have its place in the order.
+    """
+
+    __slots__ = ("members", "num_lost_blocks", "root", "size")
+
+    def __init__(self, root: Sequence, size: int) -> None:
+        self.root: Final = root
+        self.size: Final = size  # places that are kept for it; never more members
+        self.members = [root]
+        self.num_lost_blocks = 0  # held by all together when they were preempted last
+        root.group = self

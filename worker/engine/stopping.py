@@ -12,6 +12,7 @@ out, and goes on exactly where the log ends.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,7 +23,7 @@ from worker.engine.types import Parts
 
 
 class Detokenizer(Protocol):
-    """Token ids in, text out; see `worker.detokenizer`."""
+    """Token ids in, text out; see `worker.detokenizer`. A copy (`copy.copy`) goes on by itself."""
 
     def push(self, token_id: int) -> str:
         """Return the text that is complete with this token."""
@@ -163,6 +164,13 @@ class StopState:
         if self._num_tokens >= self._max_tokens:
             return self._finish(parts, FinishReason.LENGTH)
         return Progress(parts.text, reasoning_text=parts.reasoning, tool_calls=parts.calls)
+
+    def branch(self) -> StopState:
+        """Return another one that has come as far. Not of an output with a parser or a matcher."""
+        assert self._parser is None and self._matcher is None, "these cannot be copied"  # noqa: PT018
+        other = copy.copy(self)
+        other._detokenizer, other._filter = copy.copy(self._detokenizer), copy.copy(self._filter)
+        return other
 
     def end(self, reason: FinishReason) -> Progress:
         """End the output from outside: its time is over, or it was cancelled."""

@@ -67,6 +67,7 @@ class RequestOutput:
     usage: Usage | None = None  # set when the request ended
     # A machine-readable reason (NAN_LOGITS, OUT_OF_MEMORY ...); the request is gone from the engine.
     error: str | None = None
+    num_held_tokens: int = 0  # decoded in this step, and in no delta: those of beams
     prompt_scores: PromptScores | None = None  # they come in order, the last ones not behind the first token
 
     @property

@@ -8,8 +8,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from torchrelay.cli import beams, output
 from torchrelay.cli import connection as at
-from torchrelay.cli import output
 from torchrelay.cli import token_choice as choice
 from torchrelay.client import Client, GenerationOptions, GenerationStream, Prompt, RelayError
 from torchrelay.client.requests import Priority
@@ -245,6 +245,10 @@ def generate(
     best_of: Annotated[int | None, typer.Option("--best-of", min=1, help="Sample so many, return the best.")] = None,
     include_stop: Annotated[bool | None, typer.Option("--include-stop", help="Keep the stop string.")] = None,
     echo: Annotated[bool | None, typer.Option("--echo", help="Begin with the prompt (--raw).")] = None,
+    num_beams: beams.NumBeamsOption = None,
+    length_penalty: beams.LengthPenaltyOption = None,
+    early_stopping: beams.EarlyStoppingOption = None,
+    renormalize_logits: beams.RenormalizeOption = None,
     system: SystemOption = "",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds.")] = None,
@@ -299,6 +303,10 @@ def generate(
         best_of=best_of,
         include_stop=include_stop,
         echo=echo,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=beams.early_stopping_of(early_stopping),
+        renormalize_logits=renormalize_logits,
     )
     tls = at.tls_of(tls_ca, tls_cert, tls_key)
     with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:

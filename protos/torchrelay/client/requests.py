@@ -73,6 +73,10 @@ class GenerationOptions(TypedDict, total=False):
     top_logprobs: int
     prompt_logprobs: int
     echo: bool
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"] | pb.EarlyStopping.ValueType  # as in transformers, or the enum's values
+    renormalize_logits: bool
 
 
 def make_config(options: GenerationOptions) -> pb.GenerationConfig:
@@ -85,6 +89,11 @@ def make_config(options: GenerationOptions) -> pb.GenerationConfig:
     if "exponential_decay_length_penalty" in options:
         start, factor = options["exponential_decay_length_penalty"]
         fields["exponential_decay_length_penalty"] = pb.ExponentialDecay(start=start, factor=factor)
+    early_stopping = options.get("early_stopping")
+    if early_stopping == "never":
+        fields["early_stopping"] = pb.EARLY_STOPPING_NEVER
+    elif isinstance(early_stopping, bool):
+        fields["early_stopping"] = pb.EARLY_STOPPING_WHEN_FULL if early_stopping else pb.EARLY_STOPPING_HEURISTIC
     return pb.GenerationConfig(**fields)
 
 

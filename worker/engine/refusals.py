@@ -1,0 +1,41 @@
+"""Requests that an engine can never run: found before they wait. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from common.generation import peak_kv_tokens
+from worker.engine.grammar import GrammarFailure
+from worker.engine.types import GenerationRequest
+
+
+def refusal(
+    request: GenerationRequest,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    kv_tokens: int,
+    block_size: int,
+) -> str | None:
+    """Return why a request can never run, as a machine-readable reason; None if it can.
+
+    `kv_tokens` are the slots of the whole KV cache; one sequence of `max_model_len` fits it.
+    """
+    prompt, sampling = request.prompt_token_ids, request.sampling
+    if not prompt:
+        return "EMPTY_PROMPT"
+    if len(prompt) >= max_model_len:
+        return "PROMPT_TOO_LONG"
+    if request.emitted and len(request.emitted) != sampling.num_outputs:
+        return "EMITTED_MISMATCH"
+    if any(min(ids) < 0 or max(ids) >= vocab_size for ids in (prompt, *request.emitted) if ids):
+        return "INVALID_TOKEN_ID"
+    if isinstance(request.grammar, GrammarFailure):
+        return str(request.grammar)
+    if sampling.num_beams > max_num_seqs:
+        return "TOO_MANY_BEAMS"
+    max_tokens = min(sampling.max_tokens, max_model_len - len(prompt))
+    if peak_kv_tokens(len(prompt), msgspec.structs.replace(sampling, max_tokens=max_tokens), block_size) > kv_tokens:
+        return "BEAMS_TOO_LONG"
+    return None

@@ -67,11 +67,11 @@ class BeamRequest:
             return []
         self._texts = [texts[candidate] for candidate in going] if texts else []
         pairs: list[tuple[Sequence, Sequence]] = []
-        continued: set[int] = set()
+        continued = {self.group.root}  # stays as it is, to begin anew with
         for candidate in going:
             parent = members[candidate.beam]
-            pairs.append((parent, parent.branch() if candidate.beam in continued else parent))
-            continued.add(candidate.beam)
+            pairs.append((parent, parent.branch() if parent in continued else parent))
+            continued.add(parent)
         for (_, child), candidate in zip(pairs, going, strict=True):
             child.append(candidate.token_id)
         return pairs

@@ -54,6 +54,13 @@ def usage_of(outcome: Outcome) -> int:
     return outcome.finished.usage.completion_tokens if outcome.finished is not None else 0
 
 
+def score_of(outcome: Outcome) -> float:
+    return outcome.finished.outputs[0].score if outcome.finished is not None else float("nan")
+
+
+# Every tenth token ends a beam.
+ENDING_BEAMS: dict[str, Any] = {"num_beams": 3, "stop_token_ids": list(range(3, 253, 10))}
+
 CASES: dict[str, Case] = {
     "max_tokens": Case({"max_tokens": 3}, lambda plain, case: case.token_ids == plain.token_ids[:3]),
     "max_length": Case({"max_length": len(PROMPT) + 4}, lambda plain, case: case.token_ids == plain.token_ids[:4]),
@@ -169,6 +176,29 @@ CASES: dict[str, Case] = {
     "echo": Case(
         {"echo": True},
         lambda plain, case: case.output.text.endswith(plain.output.text) and len(case.output.text) > len(PROMPT),
+    ),
+    "num_beams": Case(
+        {"num_beams": 8},
+        lambda plain, case: (
+            differ(plain, case)
+            and case.finished is not None
+            and (case.finished.outputs[0].HasField("score"), usage_of(case)) == (True, 8 * NUM_TOKENS)
+        ),
+    ),
+    "length_penalty": Case(
+        {**ENDING_BEAMS, "length_penalty": -3.0},
+        lambda searched, case: len(case.token_ids) < len(searched.token_ids),
+        {**ENDING_BEAMS, "length_penalty": 3.0},
+    ),
+    "early_stopping": Case(
+        {**ENDING_BEAMS, "early_stopping": True},
+        lambda searched, case: usage_of(case) < usage_of(searched),
+        {**ENDING_BEAMS, "early_stopping": "never"},
+    ),
+    "renormalize_logits": Case(
+        {"num_beams": 2, "logit_bias": {9: 30.0}, "renormalize_logits": True},
+        lambda raw, case: score_of(case) <= 0 < score_of(raw),
+        {"num_beams": 2, "logit_bias": {9: 30.0}},
     ),
 }
 # What Accepted shows by another name.

@@ -186,6 +186,22 @@ def test_what_is_reported_of_tokens_and_prompt_is_in_the_json(run: Command) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("heuristic", pb.EARLY_STOPPING_HEURISTIC),
+        ("when-full", pb.EARLY_STOPPING_WHEN_FULL),
+        ("never", pb.EARLY_STOPPING_NEVER),
+    ],
+)
+def test_a_search_is_asked_for_as_it_is_written(run: Command, option: str, value: pb.EarlyStopping.ValueType) -> None:
+    options = ("--num-beams", "4", "--length-penalty", "-0.5", "--early-stopping", option, "--renormalize-logits")
+    run("generate", "hi", "--raw", *options)
+    assert run.toy.requests[-1].config == pb.GenerationConfig(
+        num_beams=4, length_penalty=-0.5, early_stopping=value, renormalize_logits=True
+    )
+
+
 def test_raw_text_goes_without_the_chat_template(run: Command) -> None:
     run("generate", "Once upon", "--raw")
     assert run.toy.requests[-1].input == pb.GenerationInput(text="Once upon")

@@ -37,7 +37,7 @@ def chat_grammar(
     `schema_part` turns a JSON schema into a part.
     """
     lark = ["%llguidance {}\n", "TEXT: /(.|\\n)*/\n", "GAP: /\\n{0,2}/\n"]
-    answer = _main
+    answer: Callable[[str], str] = _main
     parts: list[Part] = []
     if tools is not None:
         answer = _tools(tools, tokenizer, lark, has_main=main is not None)

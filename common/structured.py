@@ -217,8 +217,8 @@ def _check_bounds(objects: list[dict[str, Any]]) -> None:
     for one, other in pairs:
         for exclusive, others in _NEIGHBOURS.items():
             edge = one.get(exclusive)
-            if edge is None or edge != int(edge):
-                continue
+            if edge is None or edge != int(edge) or (edge < 0 if exclusive == "exclusiveMinimum" else edge > 0):
+                continue  # seen from zero, the other bound must be beyond it
             if any(0 < abs(other[name] - edge) < 1 for name in others if name in other):
                 message = f"{exclusive} at a whole number is not taken where the other bound is less than 1 away"
                 raise GrammarError("GRAMMAR_INVALID", message)

@@ -6,6 +6,7 @@ A new field needs a case in the table; without one the first test fails.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,6 +146,10 @@ CASES: dict[str, Case] = {
         {"encoder_no_repeat_ngram_size": 1, "logit_bias": {PROMPT[3]: 50.0}},
         lambda biased, case: (PROMPT[3] in biased.token_ids, set(case.token_ids) & set(PROMPT)) == (True, set()),
         {"logit_bias": {PROMPT[3]: 50.0}},
+    ),
+    "structured_output": Case(
+        {"structured_output": pb.StructuredOutput(regex="[0-9]{4}-(yes|no)")},
+        lambda plain, case: re.fullmatch("[0-9]{4}-(yes|no)", case.output.text) is not None,
     ),
     "include_stop": Case(
         lambda plain: {"stop": [letter_of(plain)], "include_stop": True},

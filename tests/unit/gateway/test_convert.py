@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import DeadlineExceeded, LogLimitExceeded, WorkerFailed
+from common.errors import DeadlineExceeded, InvalidRequest, LogLimitExceeded, WorkerFailed
 from common.generation import EventBody, FinishReason, OutputDelta, Usage
 from common.jobs import ItemKind, JobState, Reason
 from gateway import convert
@@ -150,6 +150,9 @@ def test_a_generation_shows_all_that_its_log_holds() -> None:
     assert (failed.state, failed.error_reason) == (pb.GENERATION_STATE_FAILED, "WORKER_FAILED")
     assert failed.HasField("timings")
     assert not failed.outputs[1].HasField("end")
+    forbidden = convert.failure_of(make_record(JobState.FAILED, reason=Reason.ALL_TOKENS_FORBIDDEN))
+    assert isinstance(forbidden, InvalidRequest)
+    assert (forbidden.reason, forbidden.violations[0].field) == ("ALL_TOKENS_FORBIDDEN", "config")
 
 
 def test_a_position_drops_old_copies_and_asks_for_what_is_missing() -> None:

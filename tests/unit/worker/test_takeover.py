@@ -150,6 +150,13 @@ def free_case(rng: random.Random) -> tuple[list[int], SamplingParams]:
         seed=rng.getrandbits(64),
         num_outputs=rng.choice((1, 1, 2)),
         logprobs=rng.random() < 0.5,
+        typical_p=rng.choice((1.0, 1.0, 0.9)),
+        presence_penalty=rng.choice((0.0, 0.0, 0.8)),
+        frequency_penalty=rng.choice((0.0, 0.0, -0.4)),
+        encoder_no_repeat_ngram_size=rng.choice((0, 0, 2)),
+        sequence_bias=rng.choice(((), (((7, 9), 4.0), ((9,), 3.0), ((9, 7), 5.0)))),
+        min_tokens=rng.choice((0, 0, MAX_TOKENS - 2)),
+        forced_eos_token_id=rng.choice((None, None, 11)),
     )
     return prompt, sampling
 

@@ -115,14 +115,14 @@ def test_generate_writes_text_to_stdout_and_figures_to_stderr(run: Command) -> N
 
 
 def test_generate_passes_on_every_parameter(run: Command) -> None:
-    run(
-        "generate", "hi", "--min-tokens", "1", "--min-length", "2", "--max-length", "30", "--ignore-eos",
-        "--stop-token-id", "3", "--typical-p", "0.9", "--epsilon-cutoff", "0.1", "--eta-cutoff", "0.2",
-        "--top-h", "0.3", "--presence-penalty", "-1", "--frequency-penalty", "1", "--bad-word", "x", "--bad-words-ids", "4,5",
-        "--bad-words-ids", "6", "--logit-bias", "7=-1.5", "--sequence-bias", "8,9=2", "--suppress-token", "10",
-        "--begin-suppress-token", "11", "--exponential-decay-length-penalty", "12,1.5", "--forced-eos-token-id", "13",
-        "--encoder-repetition-penalty", "1.2", "--encoder-no-repeat-ngram-size", "3",
-    )  # fmt: skip
+    options = """
+        --min-tokens 1 --min-length 2 --max-length 30 --ignore-eos --stop-token-id 3 --typical-p 0.9
+        --epsilon-cutoff 0.1 --eta-cutoff 0.2 --top-h 0.3 --presence-penalty -1 --frequency-penalty 1 --bad-word x
+        --bad-words-ids 4,5 --bad-words-ids 6 --logit-bias 7=-1.5 --sequence-bias 8,9=2 --suppress-token 10
+        --begin-suppress-token 11 --exponential-decay-length-penalty 12,1.5 --forced-eos-token-id 13
+        --encoder-repetition-penalty 1.2 --encoder-no-repeat-ngram-size 3
+    """
+    run("generate", "hi", *options.split())
     (request,) = (request for request in run.toy.requests if isinstance(request, pb.StreamGenerateRequest))
     assert request.config == pb.GenerationConfig(
         min_tokens=1, min_length=2, max_length=30, ignore_eos=True, stop_token_ids=[3], typical_p=0.9,

@@ -16,7 +16,8 @@ GREEDY = {"temperature": 0.0}
 def test_what_transformers_has_is_taken() -> None:
     generation = {
         "min_new_tokens": 3, "min_length": 7, "typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 2e-3,
-        "top_h": 0.4, "encoder_repetition_penalty": 1.2, "encoder_no_repeat_ngram_size": 3, "bad_words_ids": [[5], [6, 7]],
+        "top_h": 0.4, "encoder_repetition_penalty": 1.2, "encoder_no_repeat_ngram_size": 3,
+        "bad_words_ids": [[5], [6, 7]],
         "sequence_bias": [[[8], 1.5], [[8, 9], -2]], "suppress_tokens": [1, 2], "begin_suppress_tokens": [3],
         "exponential_decay_length_penalty": [4, 1.1], "forced_eos_token_id": 9,
     }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from common.generation import OutputDelta
+from common.generation import OutputDelta, PromptScores
 
 
 def merge_deltas(deltas: Iterable[OutputDelta]) -> list[OutputDelta]:
@@ -28,4 +28,20 @@ def _joined(parts: list[OutputDelta]) -> OutputDelta:
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
         finish_reason=last.finish_reason,
         stop_match=last.stop_match,
+        top_logprobs=tuple(found for part in parts for found in part.top_logprobs),
+        ranks=tuple(rank for part in parts for rank in part.ranks),
+        score=last.score,
+    )
+
+
+def merge_scores(parts: Iterable[PromptScores | None]) -> PromptScores | None:
+    """Join scores of one prompt, each of which goes on where the one before ended; None without any."""
+    found = [part for part in parts if part is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return PromptScores(
+        first_token_index=found[0].first_token_index,
+        logprobs=tuple(logprob for part in found for logprob in part.logprobs),
+        ranks=tuple(rank for part in found for rank in part.ranks),
+        top_logprobs=tuple(alternatives for part in found for alternatives in part.top_logprobs),
     )

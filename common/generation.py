@@ -8,8 +8,11 @@ older worker; but for those of SamplingParams, which it must not ignore: it leav
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TypeAlias
 
 import msgspec
+
+Alternatives: TypeAlias = tuple[tuple[int, float], ...]  # token ids with log-probabilities, the most probable first
 
 
 class FinishReason(StrEnum):
@@ -28,7 +31,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     unknown field is no record of ours: a worker never decodes without a parameter that is in force.
     """
 
-    max_tokens: int  # most tokens of each output, at least 1
+    max_tokens: int  # most tokens of each output; 0 only where the prompt is scored or echoed
     temperature: float = 0.0  # 0 is greedy: the next three are then ignored
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # (0, 1]
@@ -40,6 +43,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # the caller's and the model's end-of-sequence ids
     logprobs: bool = False  # report the log-probability of every sampled token
+    top_logprobs: int = 0  # with that, so many alternatives of each, and its rank
+    include_stop: bool = False  # a stop string that ends an output stays in its text
+    num_best: int = 0  # report so many outputs of `num_outputs`, at the end: those of the highest score; 0: report all
+    prompt_logprobs: int | None = None  # report the prompt's log-probabilities, with so many alternatives of each token
     # All below as transformers' logits processors of these names, where it has them; "ends" are the stop_token_ids.
     min_tokens: int = 0  # no end and no stop string before so many; at most max_tokens
     top_h: float = 0.0  # (0, 1]; 0 is off
@@ -82,6 +89,18 @@ class OutputDelta(msgspec.Struct, frozen=True, array_like=True):
     ] = ()  # one per token id when asked for, of the distribution before temperature and filters
     finish_reason: FinishReason | None = None  # set once, in the output's last delta
     stop_match: str | int | None = None  # the stop string or token id that ended it
+    top_logprobs: tuple[Alternatives, ...] = ()  # one per token id when asked for, of the same distribution
+    ranks: tuple[int, ...] = ()  # with these, of the token ids themselves: 1 is the most probable
+    score: float | None = None  # with the end, where outputs were chosen by it: mean log-probability of its tokens
+
+
+class PromptScores(msgspec.Struct, frozen=True, array_like=True):
+    """How probable tokens of the prompt were after those before them, in order; the first one has no probability."""
+
+    first_token_index: int  # in the prompt, at least 1
+    logprobs: tuple[float, ...] = ()
+    ranks: tuple[int, ...] = ()
+    top_logprobs: tuple[Alternatives, ...] = ()  # one per token, maybe empty
 
 
 class EventBody(msgspec.Struct, frozen=True, array_like=True):
@@ -89,6 +108,7 @@ class EventBody(msgspec.Struct, frozen=True, array_like=True):
 
     deltas: tuple[OutputDelta, ...] = ()
     usage: Usage | None = None
+    prompt_scores: PromptScores | None = None
 
 
 class JobBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,3 +118,4 @@ class JobBody(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     cache_salt: bytes = b""  # enters the first block hash of the prefix cache, so that tenants do not share blocks
     version: int = 1
+    echo_text: str = ""  # stands before the text of every output

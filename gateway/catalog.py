@@ -68,6 +68,10 @@ class ServedModel:
             raise InvalidRequest("the input has no tokens", reason="FIELD_REQUIRED", field="input")
         return ids
 
+    def text_of(self, source: pb.GenerationInput) -> str:
+        """Return the text of an input that `encode` took and that is no conversation, as an output repeats it."""
+        return source.text if source.WhichOneof("input") == "text" else self.codec.decode(source.token_ids.ids)
+
     async def _encode_chat(self, chat: pb.ChatInput, tenant: str) -> list[int]:
         messages = check.messages_of(chat)
         if not self.codec.has_chat_template:

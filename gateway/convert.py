@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from common import errors
-from common.generation import FinishReason, OutputDelta, Usage
+from common.generation import Alternatives, FinishReason, OutputDelta, PromptScores, Usage
 from common.jobs import GenerationRecord, JobState, Reason
 from gateway.progress import LogPosition
 from torchrelay.v1 import generation_pb2 as pb
@@ -48,6 +48,30 @@ def delta_message(delta: OutputDelta) -> pb.Delta:
         token_ids=delta.token_ids,
         text=delta.text,
         logprobs=delta.logprobs,
+        top_logprobs=map(_alternatives, delta.top_logprobs),
+        ranks=delta.ranks,
+    )
+
+
+def _alternatives(found: Alternatives) -> pb.TokenAlternatives:
+    return pb.TokenAlternatives(
+        token_ids=[token_id for token_id, _ in found], logprobs=[logprob for _, logprob in found]
+    )
+
+
+def scores_message(scores: PromptScores) -> pb.PromptScores:
+    return pb.PromptScores(
+        first_token_index=scores.first_token_index,
+        logprobs=scores.logprobs,
+        ranks=scores.ranks,
+        top_logprobs=map(_alternatives, scores.top_logprobs),
+    )
+
+
+def scores_event(scores: PromptScores, position: LogPosition) -> pb.GenerationEvent:
+    """Return the event for scores of the prompt, which are known at this position or behind it."""
+    return pb.GenerationEvent(
+        sequence=position.sequence, chain_hash=chain_hash(position), prompt_scores=scores_message(scores)
     )
 
 
@@ -74,6 +98,8 @@ def output_end(delta: OutputDelta) -> pb.OutputEnd:
         end.stop = delta.stop_match
     elif isinstance(delta.stop_match, int):
         end.stop_token_id = delta.stop_match
+    if delta.score is not None:
+        end.score = delta.score
     return end
 
 
@@ -150,7 +176,11 @@ def progress_event(record: GenerationRecord, position: LogPosition) -> pb.Genera
 
 
 def generation_message(
-    record: GenerationRecord, accepted: pb.Accepted, deltas: Sequence[OutputDelta], position: LogPosition
+    record: GenerationRecord,
+    accepted: pb.Accepted,
+    deltas: Sequence[OutputDelta],
+    position: LogPosition,
+    scores: PromptScores | None = None,
 ) -> pb.Generation:
     """Return a generation with everything that its log holds."""
     failure = failure_of(record)
@@ -168,6 +198,8 @@ def generation_message(
     )
     if record.state.is_final:
         message.timings.CopyFrom(timings_message(record))
+    if scores is not None:
+        message.prompt_scores.CopyFrom(scores_message(scores))
     by_index = {delta.output_index: delta for delta in deltas}
     otherwise = FinishReason.CANCELLED if record.state is JobState.CANCELLED else FinishReason.TIME_LIMIT
     for index in range(accepted.config.num_outputs or 1):
@@ -177,6 +209,8 @@ def generation_message(
             output.text = known.text
             output.token_ids.extend(known.token_ids)
             output.logprobs.extend(known.logprobs)
+            output.top_logprobs.extend(map(_alternatives, known.top_logprobs))
+            output.ranks.extend(known.ranks)
         if index in position.ends or (record.state.is_final and failure is None):
             output.end.CopyFrom(output_end(position.end_of(index, otherwise)))
     return message

@@ -12,8 +12,8 @@ from typing import Any
 import grpc.aio
 
 from common import errors, keys
-from common.deltas import merge_deltas
-from common.generation import JobBody, OutputDelta
+from common.deltas import merge_deltas, merge_scores
+from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
 from common.jobs import Attachment, Enqueued, NewJob
@@ -240,7 +240,14 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             has_eos=bool(card.eos_token_ids),
         ).within(grants.caps)
         secret = await self._secret.get()
-        config = check.resolve_config(request.config, model.defaults, len(prompt), limits, seed=secrets.randbits(64))
+        config = check.resolve_config(
+            request.config,
+            model.defaults,
+            len(prompt),
+            limits,
+            seed=secrets.randbits(64),
+            is_chat=request.input.HasField("chat"),
+        )
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
         sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids)
         grace_ms = self._grace_ms(request, grants.caps)
@@ -256,7 +263,12 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         job = NewJob(
             tenant=caller.tenant,
             key_id=caller.key_id,
-            body=JobBody(prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=salt),
+            body=JobBody(
+                prompt_token_ids=tuple(prompt),
+                sampling=sampling,
+                cache_salt=salt,
+                echo_text=model.text_of(request.input) if config.echo else "",
+            ),
             priority=priority,
             weight=policy.weight,
             time_limit_ms=self._time_limit_ms(request, grace_ms, call_remaining_s),
@@ -325,15 +337,20 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         """Return a generation with everything in its log. Raises GenerationNotFound."""
         position = LogPosition()
         deltas: list[OutputDelta] = []
+        scores: list[PromptScores | None] = []
         while True:
             part = await self._queue.read_log(
                 generation_id, caller.tenant, position.sequence, position.chain_hash or b""
             )
             for entry in part.events:
-                deltas += position.advance(entry).deltas
+                body = position.advance(entry)
+                deltas += body.deltas
+                scores.append(body.prompt_scores)
             if not part.more or not part.events:
                 break
-        message = convert.generation_message(part.record, accepted_of(part.record), merge_deltas(deltas), position)
+        message = convert.generation_message(
+            part.record, accepted_of(part.record), merge_deltas(deltas), position, merge_scores(scores)
+        )
         failure = convert.failure_of(part.record)
         if failure is not None:
             message.error_reason = failure.reason

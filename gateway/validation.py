@@ -18,6 +18,7 @@ from torchrelay.v1 import generation_pb2 as pb
 
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_ALTERNATIVES = 20
 MAX_NGRAM = 64
 MAX_TEMPERATURE = 2.0
 MIN_TEMPERATURE = 1e-6
@@ -94,6 +95,7 @@ def resolve_config(
     limits: ConfigLimits,
     *,
     seed: int,
+    is_chat: bool = False,
 ) -> pb.GenerationConfig:
     """Return the config in force: defaults filled in, lengths turned into numbers of tokens, the seed drawn (`seed`).
 
@@ -101,6 +103,8 @@ def resolve_config(
     """
     bad = Violations()
     _check_fields(config, limits, bad)
+    if config.echo and is_chat:
+        bad.add("config.echo", "is not for conversations", "FIELD_CONFLICT")
     bad.raise_if_any()
     room = limits.context_length - num_prompt_tokens
     if room < 1:
@@ -151,10 +155,14 @@ def sampling_params(
         repetition_penalty=config.repetition_penalty if config.HasField("repetition_penalty") else 1.0,
         no_repeat_ngram_size=config.no_repeat_ngram_size,
         seed=config.seed,
-        num_outputs=config.num_outputs or 1,
+        num_outputs=config.best_of or config.num_outputs or 1,
         stop_strings=tuple(config.stop),
         stop_token_ids=tuple(dict.fromkeys([*ends, *config.stop_token_ids])),
         logprobs=config.logprobs,
+        top_logprobs=config.top_logprobs,
+        include_stop=config.include_stop,
+        num_best=(config.num_outputs or 1) if config.HasField("best_of") else 0,
+        prompt_logprobs=config.prompt_logprobs if config.HasField("prompt_logprobs") else None,
         **token_choice.params_of(config, bad_words_ids),
     )
 
@@ -239,8 +247,8 @@ def _max_tokens(
 def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violations) -> None:
     if config.HasField("max_tokens") and config.HasField("max_length"):
         bad.add("config.max_length", "must not be set together with max_tokens", "FIELD_CONFLICT")
-    if config.HasField("max_tokens") and config.max_tokens < 1:
-        bad.add("config.max_tokens", "must be at least 1")
+    if config.HasField("max_tokens") and config.max_tokens < 1 and not _reads_prompt(config):
+        bad.add("config.max_tokens", "must be at least 1, but with prompt_logprobs or echo")
     _check_number(config, "temperature", 0, MAX_TEMPERATURE, bad)
     _check_number(config, "top_p", 0, 1, bad, above=True)
     _check_number(config, "repetition_penalty", 0, MAX_REPETITION_PENALTY, bad, above=True)
@@ -260,6 +268,27 @@ def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violat
         bad.add("config.stop_token_ids", f"each must be below {limits.vocab_size}")
 
     token_choice.check(config, limits.vocab_size, bad)
+    _check_reports(config, limits, bad)
+
+
+def _reads_prompt(config: pb.GenerationConfig) -> bool:
+    """Whether there is something to report without a new token."""
+    return config.HasField("prompt_logprobs") or config.echo
+
+
+def _check_reports(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violations) -> None:
+    """What is returned, and of which outputs."""
+    if config.HasField("best_of"):
+        least = config.num_outputs if config.HasField("num_outputs") else 1
+        if not max(least, 1) <= config.best_of <= limits.max_outputs:
+            bad.add("config.best_of", f"must be at least num_outputs and at most {limits.max_outputs}")
+        if config.HasField("max_tokens") and config.max_tokens == 0 and _reads_prompt(config):
+            bad.add("config.best_of", "needs new tokens to choose by, but max_tokens is 0", "FIELD_CONFLICT")
+    for name in ("top_logprobs", "prompt_logprobs"):
+        if getattr(config, name) > MAX_ALTERNATIVES:
+            bad.add(f"config.{name}", f"must be at most {MAX_ALTERNATIVES}")
+    if config.top_logprobs and not config.logprobs:
+        bad.add("config.top_logprobs", "is taken only together with logprobs", "FIELD_CONFLICT")
 
 
 def _check_number(

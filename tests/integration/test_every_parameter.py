@@ -51,6 +51,10 @@ def letter_of(outcome: Outcome) -> str:
     return next(character for character in outcome.output.text if character.isascii() and character.isprintable())
 
 
+def usage_of(outcome: Outcome) -> int:
+    return outcome.finished.usage.completion_tokens if outcome.finished is not None else 0
+
+
 CASES: dict[str, Case] = {
     "max_tokens": Case({"max_tokens": 3}, lambda plain, case: case.token_ids == plain.token_ids[:3]),
     "max_length": Case({"max_length": len(PROMPT) + 4}, lambda plain, case: case.token_ids == plain.token_ids[:4]),
@@ -142,6 +146,30 @@ CASES: dict[str, Case] = {
         {"encoder_no_repeat_ngram_size": 1, "logit_bias": {PROMPT[3]: 50.0}},
         lambda biased, case: (PROMPT[3] in biased.token_ids, set(case.token_ids) & set(PROMPT)) == (True, set()),
         {"logit_bias": {PROMPT[3]: 50.0}},
+    ),
+    "include_stop": Case(
+        lambda plain: {"stop": [letter_of(plain)], "include_stop": True},
+        lambda plain, case: case.output.text == "".join(plain.output.text.partition(letter_of(plain))[:2]),
+    ),
+    "best_of": Case(
+        {**HOT, "best_of": 3, "ignore_eos": True},
+        lambda hot, case: (
+            (usage_of(case), case.finished is not None and case.finished.outputs[0].HasField("score"))
+            == (3 * usage_of(hot), True)
+        ),
+        {**HOT, "ignore_eos": True},
+    ),
+    "top_logprobs": Case(
+        {"logprobs": True, "top_logprobs": 2},
+        lambda plain, case: [len(found) for found in case.output.alternatives] == [2] * NUM_TOKENS,
+    ),
+    "prompt_logprobs": Case(
+        {"prompt_logprobs": 0},
+        lambda plain, case: (len(plain.prompt_scores), len(case.prompt_scores[0].logprobs)) == (0, len(PROMPT) - 1),
+    ),
+    "echo": Case(
+        {"echo": True},
+        lambda plain, case: case.output.text.endswith(plain.output.text) and len(case.output.text) > len(PROMPT),
     ),
 }
 # What Accepted shows by another name.

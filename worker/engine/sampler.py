@@ -30,6 +30,7 @@ from worker.engine.edits import edit_scores
 from worker.engine.filters import Filters, filter_candidates, is_unfiltered
 from worker.engine.history import TokenHistory
 from worker.engine.noise import gumbel, least_hash, ordered_hash, row_key
+from worker.engine.scores import TokenDetails, TokenScores, wants_logprobs
 from worker.engine.transfer import on_device
 
 CANDIDATES: Final = 256
@@ -67,6 +68,7 @@ class SampledTokens:
     token_ids: list[int]
     logprobs: dict[int, float]  # by row, for rows that asked: of the raw logits, before penalties and temperature
     invalid_rows: list[int]  # logits with NaN or infinity as their largest; the token means nothing
+    details: dict[int, TokenDetails] = field(default_factory=dict)  # by row, for rows that asked for alternatives
     forbidden_rows: list[int] = field(default_factory=list)  # what the row asks for leaves no token; likewise
 
 
@@ -95,6 +97,7 @@ class Sampler:
         for i, token_id in zip(again, widened.token_ids, strict=True):
             sampled.token_ids[i] = token_id
         sampled.logprobs.update((again[i], logprob) for i, logprob in widened.logprobs.items())
+        sampled.details.update((again[i], details) for i, details in widened.details.items())
         return sampled
 
     def _sample(self, logits: torch.Tensor, rows: Rows[LogitRow], may_wait: bool) -> SampledTokens:
@@ -103,7 +106,7 @@ class Sampler:
         best = self._argmax(scores)
         edited = [i for i, row in enumerate(rows) if row.history is not None]
         sampled = [i for i, row in enumerate(rows) if row.history is None and row.sampling.temperature > 0]
-        wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs]
+        wanted = [(i, row.sampling.top_logprobs) for i, row in enumerate(rows) if wants_logprobs(row.sampling)]
         if not (edited or sampled or wanted):  # a small step's time is felt: nothing but what it needs
             found = best.tolist()
             return SampledTokens(
@@ -119,18 +122,19 @@ class Sampler:
             index = on_device(torch.tensor(order), self._device)
             chosen = self._sample_rows(scores[index], [rows[i] for i in order], len(edited), may_wait)
             tokens.index_copy_(0, index, chosen)
-        results = [tokens.double(), is_valid.double()]
-        if wanted:
-            results.append(self._logprobs(scores, tokens, wanted))
-        sizes = [len(result) for result in results]
-        found_ids, validity, *logprobs = torch.split(torch.cat(results).cpu(), sizes)
+        scored = TokenScores.of(scores, tokens, wanted) if wanted else []
+        results = [tokens.double(), is_valid.double(), *(group.table.flatten() for group in scored)]
+        found_ids, validity, *tables = torch.split(torch.cat(results).cpu(), [len(result) for result in results])
         token_ids = [int(token_id) for token_id in found_ids.tolist()]
-        return SampledTokens(
+        chosen_tokens = SampledTokens(
             token_ids=token_ids,
-            logprobs=dict(zip(wanted, logprobs[0].tolist(), strict=True)) if wanted else {},
+            logprobs={},
             invalid_rows=[i for i, valid in enumerate(validity.tolist()) if not valid],
             forbidden_rows=[i for i, token_id in enumerate(token_ids) if token_id == _FORBIDDEN],
         )
+        for group, table in zip(scored, tables, strict=True):
+            group.read(table.tolist(), chosen_tokens.logprobs, chosen_tokens.details)
+        return chosen_tokens
 
     def _sample_rows(self, scores: torch.Tensor, rows: Rows[LogitRow], num_edited: int, may_wait: bool) -> torch.Tensor:
         """Edited rows first, greedy ones before sampled ones. Overwrites `scores`."""
@@ -223,13 +227,6 @@ class Sampler:
             winner = nobody.scatter_reduce(0, row[wins], token[wins], "amin")
             drawn[part] = torch.where(winner < vocab_size, winner, drawn[part])
         return drawn
-
-    def _logprobs(self, scores: torch.Tensor, tokens: torch.Tensor, wanted: list[int]) -> torch.Tensor:
-        """[len(wanted)] float64, of these rows' tokens."""
-        index = on_device(torch.tensor(wanted), self._device)
-        picked = scores[index]
-        chosen = tokens[index, None].clamp(min=0)  # a row that is drawn again gets its own later
-        return (picked.gather(1, chosen)[:, 0] - picked.logsumexp(-1)).double()
 
 
 def _argmax(scores: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,9 @@ class Progress:
 class StopStringFilter:
     """Passes text on, up to the first occurrence of a stop string."""
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], *, include: bool = False) -> None:
+        """`include` passes that occurrence on too."""
+        self._include = include
         self._stop_strings = tuple(s for s in stop_strings if s)
         self._longest = max((len(s) for s in self._stop_strings), default=0)
         self._held = ""  # a proper prefix of some stop string, or empty
@@ -63,7 +65,7 @@ class StopStringFilter:
         if found:
             start, stop_string = min(found, key=lambda match: match[0])
             self._held = ""
-            return buffer[:start], stop_string
+            return buffer[: start + len(stop_string) if self._include else start], stop_string
         keep = self._first_possible_start(buffer)
         self._held = buffer[keep:]
         self._num_early = max(0, early - keep)
@@ -96,7 +98,7 @@ class StopState:
         self._min_tokens = sampling.min_tokens
         self._max_tokens = max_tokens
         self._detokenizer = detokenizer
-        self._filter = StopStringFilter(sampling.stop_strings)
+        self._filter = StopStringFilter(sampling.stop_strings, include=sampling.include_stop)
         self._num_tokens = 0
         self.finished: Progress | None = None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
-from common.generation import OutputDelta, SamplingParams, Usage
+from common.generation import OutputDelta, PromptScores, SamplingParams, Usage
 
 # A request's error: its own parameters left no token to choose.
 ALL_TOKENS_FORBIDDEN: Final = "ALL_TOKENS_FORBIDDEN"
@@ -38,6 +38,8 @@ class GenerationRequest:
     deadline: float | None = None  # time.monotonic() seconds; the outputs then end with TIME_LIMIT
     tenant: str = ""  # among waiting requests of one priority, tenants take turns by service over weight
     weight: float = 1.0
+    num_scored_tokens: int = 0  # of the prompt, in the log already; where its log-probabilities are asked for
+    echo_text: str = ""  # stands before the text of every output
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class RequestOutput:
     usage: Usage | None = None  # set when the request ended
     # A machine-readable reason (NAN_LOGITS, OUT_OF_MEMORY ...); the request is gone from the engine.
     error: str | None = None
+    prompt_scores: PromptScores | None = None  # they come in order, the last ones not behind the first token
 
     @property
     def finished(self) -> bool:

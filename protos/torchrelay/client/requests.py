@@ -56,6 +56,11 @@ class GenerationOptions(TypedDict, total=False):
     forced_eos_token_id: int
     encoder_repetition_penalty: float
     encoder_no_repeat_ngram_size: int
+    include_stop: bool
+    best_of: int
+    top_logprobs: int
+    prompt_logprobs: int
+    echo: bool
 
 
 def make_config(options: GenerationOptions) -> pb.GenerationConfig:

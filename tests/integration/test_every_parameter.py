@@ -60,8 +60,8 @@ def score_of(outcome: Outcome) -> float:
     return outcome.finished.outputs[0].score if outcome.finished is not None else float("nan")
 
 
-# Every tenth token ends a beam.
-ENDING_BEAMS: dict[str, Any] = {"num_beams": 3, "stop_token_ids": list(range(3, 253, 10))}
+# Every fourth token ends a beam.
+ENDING_BEAMS: dict[str, Any] = {"num_beams": 3, "stop_token_ids": list(range(3, 253, 4))}
 
 CASES: dict[str, Case] = {
     "max_tokens": Case({"max_tokens": 3}, lambda plain, case: case.token_ids == plain.token_ids[:3]),

@@ -2,6 +2,8 @@
 
     greedy     each parameter alone and in random combinations, requests decoded in batches of 16 and more:
                the same tokens, but for near ties, of which each is shown
+    beams      searches of every width, each with every parameter, in batches with greedy and sampled requests: the same
+               sequences and scores
     examples   the two well-known calls of GPT-2, their config resolved as the gateway does
     sampled    chi-square tests of single draws against the distribution after transformers' processors
 
@@ -30,7 +32,7 @@ from common.generation import SamplingParams
 from gateway import validation
 from tests import reference
 from tests.builders_models import write_tiny_model, write_tokenizer
-from tests.parity import check
+from tests.parity import beams, check
 from tests.parity.cases import NUM_TOKENS, SAMPLED, Case, alone, combinations
 from torchrelay.v1 import generation_pb2 as pb
 from worker.assembly import assemble
@@ -102,6 +104,13 @@ def compare_greedy(engine: Engine, model: PreTrainedModel, num_prompts: int, num
     return greedy
 
 
+def compare_beams(engine: Engine, model: PreTrainedModel, num_prompts: int, num_batches: int) -> beams.Beams:
+    """Beam search for some prompts, and `num_batches` of 16 random requests, half of them with beams."""
+    prompts = random_prompts(model, [31, 4][:num_prompts])
+    plain = [check.reference_tokens(model, prompt, SamplingParams(max_tokens=NUM_TOKENS)) for prompt in prompts]
+    return beams.compare_beams(engine, model, prompts, plain, num_batches, SEED)
+
+
 @torch.inference_mode()
 def compare_example(engine: Engine, model: PreTrainedModel, options: dict[str, int]) -> bool:
     """Whether `generate(ids, **options)` gives what our engine gives for the same config."""
@@ -144,7 +153,10 @@ def main() -> int:
     started = time.monotonic()
     figures: dict[str, dict[str, Any]] = {}
     p_values: dict[str, float] = {}
-    say(f"{'model':<14}{'greedy same':>12}{'near ties':>11}{'wrong':>7}{'logit diff':>12}  examples")
+    say(
+        f"{'model':<14}{'greedy same':>12}{'near ties':>11}{'wrong':>7}{'logit diff':>12}"
+        f"{'beams same':>12}{'near ties':>11}{'wrong':>7}  examples"
+    )
     with tempfile.TemporaryDirectory() as root:
         for name in args.models:
             is_large = name in (GPT2_124M, SMOLLM2)
@@ -160,6 +172,12 @@ def main() -> int:
                 num_prompts=1 if is_large else 2,
                 num_batches=max(1, args.batches // (10 if is_large else 1)),
             )
+            searched = compare_beams(
+                engine,
+                model,
+                num_prompts=1 if is_large else 2,
+                num_batches=max(1, args.batches // (20 if is_large else 2)),
+            )
             examples = {}
             if name in ("gpt2", GPT2_124M):
                 examples = {text: compare_example(engine, model, options) for text, options in EXAMPLES.items()}
@@ -170,14 +188,18 @@ def main() -> int:
                 "near_ties": greedy.near_ties,
                 "wrong": greedy.wrong,
                 "logit_difference": greedy.logit_difference,
+                "beams_same": searched.num_same,
+                "beams_near_ties": searched.near_ties,
+                "beams_wrong": searched.wrong,
                 "examples": examples,
             }
             shown = ", ".join(f"{text}: {'same' if same else 'DIFFERENT'}" for text, same in examples.items())
             say(
                 f"{name:<14}{greedy.num_same:>12}{len(greedy.near_ties):>11}{len(greedy.wrong):>7}"
-                f"{greedy.logit_difference:>12.1e}  {shown}"
+                f"{greedy.logit_difference:>12.1e}{searched.num_same:>12}{len(searched.near_ties):>11}"
+                f"{len(searched.wrong):>7}  {shown}"
             )
-            for text in (*greedy.near_ties, *greedy.wrong):
+            for text in (*greedy.near_ties, *greedy.wrong, *searched.near_ties, *searched.wrong):
                 say(f"    {text}")
     alpha = ALPHA / max(1, len(p_values))
     rejected = {name: p for name, p in p_values.items() if p < alpha}
@@ -185,11 +207,16 @@ def main() -> int:
         f"\nsampled: {len(p_values)} chi-square tests of {args.draws} draws, seeds from {SEED}; least p "
         f"{min(p_values.values(), default=1.0):.2g}, rejected below {alpha:.2g} ({ALPHA} over all): {len(rejected)}"
     )
-    num_outputs = sum(figure["same"] + len(figure["near_ties"]) + len(figure["wrong"]) for figure in figures.values())
-    num_near = sum(len(figure["near_ties"]) for figure in figures.values())
+    kinds = [
+        (figure[f"{kind}same"], figure[f"{kind}near_ties"], figure[f"{kind}wrong"])
+        for figure in figures.values()
+        for kind in ("", "beams_")
+    ]
+    num_outputs = sum(same + len(near) + len(wrong) for same, near, wrong in kinds)
+    num_near = sum(len(near) for _, near, _ in kinds)
     is_right = (
         not rejected
-        and not any(figure["wrong"] for figure in figures.values())
+        and not any(wrong for _, _, wrong in kinds)
         and all(all(figure["examples"].values()) for figure in figures.values())
         and num_near <= max(1, num_outputs // 500)
     )

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.builders_models import write_tiny_model
-from tests.parity import check, run
-from tests.parity.cases import NUM_TOKENS, alone
+from tests.parity import beams, check, run
+from tests.parity.cases import NUM_TOKENS, Case, alone
+from worker.engine.beams import BeamSearch
 from worker.engine.history import TokenHistory
 from worker.engine.loop import Engine
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, PreTrainedModel]:
-    return run.load(write_tiny_model(tmp_path_factory.mktemp("llama"), "llama"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def llama(folder: Path) -> tuple[Engine, PreTrainedModel]:
+    return run.load(folder)
 
 
 def test_each_parameter_alone_and_combined_gives_the_tokens_of_generate(llama: tuple[Engine, PreTrainedModel]) -> None:
@@ -24,6 +31,43 @@ def test_each_parameter_alone_and_combined_gives_the_tokens_of_generate(llama: t
     assert greedy.wrong == []
     assert greedy.near_ties == []
     assert greedy.num_same > 16 * 2
+
+
+def test_beams_find_the_sequences_of_generate(llama: tuple[Engine, PreTrainedModel]) -> None:
+    searched = run.compare_beams(*llama, num_prompts=1, num_batches=1)
+    assert searched.wrong == []
+    assert searched.near_ties == []
+    assert searched.num_same > 48 + 16
+
+
+def test_strings_end_beams_as_in_generate(llama: tuple[Engine, PreTrainedModel], folder: Path) -> None:
+    engine, model = llama
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    (prompt,) = run.random_prompts(model, [20])
+    plain = Case("", tuple(prompt), run.SamplingParams(max_tokens=NUM_TOKENS, num_beams=4, num_outputs=4))
+    ((outputs, _),) = beams.found(engine, [plain])
+    texts = [tokenizer.decode(ids) for ids, _ in outputs]
+    letters = [letter for text in texts for letter in text if letter.isascii() and letter.isprintable()]
+    ended = 0
+    for stop in (letters[0], letters[len(letters) // 2], letters[-1]):
+        params = msgspec.structs.replace(plain.params, stop_strings=(stop,))
+        ((found, _),) = beams.found(engine, [Case("", tuple(prompt), params)])
+        wanted = beams.expected(model, plain, stop_strings=[stop], tokenizer=tokenizer)
+        assert [ids for ids, _ in found] == [ids for ids, _ in wanted]
+        assert [score for _, score in found] == pytest.approx([score for _, score in wanted], abs=1e-4)
+        ended += sum(len(ids) < NUM_TOKENS for ids, _ in found)
+    assert ended > 0
+
+
+def test_a_search_without_length_penalty_is_noticed(
+    llama: tuple[Engine, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BeamSearch, "_by_length", lambda self, score, num_tokens=None: score)
+    engine, model = llama
+    searched = beams.Beams()
+    (prompt,) = run.random_prompts(model, [31])
+    searched.compare(engine, model, beams.searches(prompt, model.config.vocab_size)[:8])
+    assert len(searched.wrong) >= 4
 
 
 def test_each_parameter_alone_changes_something(llama: tuple[Engine, PreTrainedModel]) -> None:

@@ -37,6 +37,7 @@ from gateway.admission import Admission
 from gateway.audit import Audit, AuditFile
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
+from gateway.generations import Generations
 from gateway.identity.assembly import build_authenticator, check_identity
 from gateway.identity.settings import IDENTITY_SETTINGS, IdentitySettings, ProxySettings
 from gateway.interceptors.guard import Guard
@@ -105,9 +106,8 @@ async def run(
     pipelined = PipelinedConnection(redis, redis_settings.socket_timeout_ms / 1000)
     quotas = QuotaMeter(pipelined, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
     admission = Admission(queue, quotas)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationServicer(queue, admission, streams, catalog, settings, secret), server.public
-    )
+    generations = Generations(queue, admission, streams, catalog, settings, secret)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generations), server.public)
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         ModelServicer(catalog, queue, reveal=settings.reveal_models), server.public
     )

@@ -48,8 +48,9 @@ def _decoder_kinds(decoder: Any) -> set[str]:
 
 
 def _byte_letters() -> dict[str, bytes]:
-    """Return the bytes that letters stand for in byte-level vocabularies (GPT-2, Radford et al. 2019): printable ones of
-    Latin-1 for themselves, the others in order for the letters from U+0100 on.
+    """Return the bytes that letters stand for in byte-level vocabularies (GPT-2, Radford et al. 2019).
+
+    Printable ones of Latin-1 stand for themselves, the others in order for the letters from U+0100 on.
     """
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in own]

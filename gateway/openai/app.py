@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
+from itertools import accumulate
 from typing import Any, Final
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from common.errors import ModelNotFound
 from gateway.catalog import Catalog
 from gateway.generations import Generations
 from gateway.identity.caller import current_caller
@@ -159,18 +160,15 @@ async def _chunks(
     opened: Sequence[tuple[EventStream, pb.Accepted]], choices: Choices, envelope: Envelope
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of all generations as they come."""
-    starts: list[int] = []
-    for _, accepted in opened:
-        starts.append((starts[-1] + num_outputs) if starts else 0)
-        num_outputs = accepted.config.num_outputs or 1
-    for number in range(starts[-1] + num_outputs):
+    counts = [accepted.config.num_outputs or 1 for _, accepted in opened]
+    starts = [0, *accumulate(counts)]
+    for number in range(starts[-1]):
         for choice in choices.first(number):
             yield envelope.chunk(choices.chunk_kind, [choice])
     usages: list[pb.Usage] = []
     async with aclosing(_merged([stream for stream, _ in opened])) as events:
         async for number, event in events:
-            start = starts[number]
-            for choice in _choices_of(event, start, choices, opened[number][1].config.num_outputs or 1):
+            for choice in _choices_of(event, starts[number], choices, counts[number]):
                 yield envelope.chunk(choices.chunk_kind, [choice])
             if event.HasField("finished"):
                 usages.append(event.finished.usage)
@@ -237,8 +235,6 @@ class _Plain:
     """An answer of Starlette's own."""
 
     def __init__(self, status: int, body: dict[str, Any]) -> None:
-        import msgspec
-
         self._status = status
         self._data = msgspec.json.encode(body)
 

@@ -13,7 +13,7 @@ SOURCES := $(PACKAGES) protos tests
 .DEFAULT_GOAL := help
 PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*/*/*.proto))
 
-.PHONY: help install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality bench-gpu bench-slow-clients pytest test-redis7 protocol chaos chaos-mutants takeovers soak clean
+.PHONY: help install install-dev serve test format lint types check-stubs protos budgets bench-engine bench-serve bench-peers bench-quality bench-gpu bench-outputs bench-slow-clients pytest test-redis7 protocol chaos chaos-mutants takeovers soak clean
 
 # Nothing is built here but what has no wheel at all, and nothing is fetched that no hash names.
 LOCKED := install -q --no-deps --require-hashes --only-binary :all:
@@ -122,6 +122,9 @@ bench-peers: install-dev  ## the engine against vLLM, OpenVINO, llama.cpp and tr
 bench-quality: install-dev  ## what each precision of each engine loses against fp32
 	$(BIN)/python -m tests.benchmarks.quality --peers '$(PEERS)' $(ARGS)
 
+bench-outputs: install-dev  ## time and KV blocks of eight outputs of one prompt before they decode, against one; ARGS="--outputs 4" and so on
+	$(BIN)/python -m tests.benchmarks.outputs $(ARGS)
+
 bench-gpu: install-dev  ## correctness and speed on an NVIDIA GPU, ten minutes; says so where there is none
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
@@ -157,6 +160,10 @@ soak: install-dev  ## an hour of steady load with a fault a minute: memory of ev
 
 bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
 	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)
+
+.PHONY: parity
+parity: install-dev  ## every generation parameter, alone and combined, against transformers' generate; minutes; ARGS="--models gpt2 llama"
+	$(BIN)/python -m tests.parity.run $(ARGS)
 
 .PHONY: security
 security: install-dev  ## the sixty bad inputs, floods in earnest and timing; writes tests/security/README.md; minutes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from common.generation import OutputDelta, ToolCallDelta
+from common.generation import OutputDelta, PromptScores, ToolCallDelta
 
 
 def merge_deltas(deltas: Iterable[OutputDelta]) -> list[OutputDelta]:
@@ -28,8 +28,24 @@ def _joined(parts: list[OutputDelta]) -> OutputDelta:
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
         finish_reason=last.finish_reason,
         stop_match=last.stop_match,
+        top_logprobs=tuple(found for part in parts for found in part.top_logprobs),
+        ranks=tuple(rank for part in parts for rank in part.ranks),
+        score=last.score,
         reasoning_text="".join(part.reasoning_text for part in parts),
         tool_calls=merge_tool_calls(call for part in parts for call in part.tool_calls),
+    )
+
+
+def merge_scores(parts: Iterable[PromptScores | None]) -> PromptScores | None:
+    """Join scores of one prompt, each of which goes on where the one before ended; None without any."""
+    found = [part for part in parts if part is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return PromptScores(
+        first_token_index=found[0].first_token_index,
+        logprobs=tuple(logprob for part in found for logprob in part.logprobs),
+        ranks=tuple(rank for part in found for rank in part.ranks),
+        top_logprobs=tuple(alternatives for part in found for alternatives in part.top_logprobs),
     )
 
 

@@ -2,14 +2,17 @@
 
 These structs are what job bodies and log entries hold (msgpack, see `common/records.py`). They only grow: a new field
 gets a default, so that an older worker's records still decode and a newer gateway's extra fields are ignored by an
-older worker.
+older worker; but for those of SamplingParams, which it must not ignore: it leaves such a job to a newer one.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TypeAlias
 
 import msgspec
+
+Alternatives: TypeAlias = tuple[tuple[int, float], ...]  # token ids with log-probabilities, the most probable first
 
 
 class FinishReason(StrEnum):
@@ -22,13 +25,14 @@ class FinishReason(StrEnum):
     TOOL_CALLS = "tool_calls"  # the model calls tools and waits for what they answer
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How tokens are chosen and when an output ends. Everything is resolved: no field means "the model's default".
 
-    Ranges are checked at the gateway's edge; the engine relies on them.
+    Ranges are checked at the gateway's edge; the engine relies on them. What is at its default is not stored, and an
+    unknown field is no record of ours: a worker never decodes without a parameter that is in force.
     """
 
-    max_tokens: int  # most tokens of each output, at least 1
+    max_tokens: int  # most tokens of each output; 0 only where the prompt is scored or echoed
     temperature: float = 0.0  # 0 is greedy: the next three are then ignored
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # (0, 1]
@@ -40,6 +44,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # the caller's and the model's end-of-sequence ids
     logprobs: bool = False  # report the log-probability of every sampled token
+    top_logprobs: int = 0  # with that, so many alternatives of each, and its rank
+    include_stop: bool = False  # a stop string that ends an output stays in its text
+    num_best: int = 0  # report so many outputs of `num_outputs`, at the end: those of the highest score; 0: report all
+    prompt_logprobs: int | None = None  # report the prompt's log-probabilities, with so many alternatives of each token
+    # All below as transformers' logits processors of these names, where it has them; "ends" are the stop_token_ids.
+    min_tokens: int = 0  # no end and no stop string before so many; at most max_tokens
+    top_h: float = 0.0  # (0, 1]; 0 is off
+    typical_p: float = 1.0  # (0, 1]; 1 is off
+    epsilon_cutoff: float = 0.0  # [0, 1); 0 is off
+    eta_cutoff: float = 0.0  # [0, 1); 0 is off
+    presence_penalty: float = 0.0  # taken from the score of every token of the output
+    frequency_penalty: float = 0.0  # likewise, as often as it occurs there
+    encoder_repetition_penalty: float = 1.0  # > 0; over the prompt, above 1 for its tokens
+    encoder_no_repeat_ngram_size: int = 0  # 0 is off; n-grams of the prompt
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # each not empty; one end alone is not forbidden
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()  # each sequence once, not empty; logit_bias included
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()  # as the first token
+    exponential_decay_length_penalty: tuple[int, float] | None = None  # begins behind so many tokens; factor > 0
+    forced_eos_token_id: int | None = None  # what the last token of max_tokens is
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -84,8 +108,20 @@ class OutputDelta(msgspec.Struct, frozen=True, array_like=True):
     ] = ()  # one per token id when asked for, of the distribution before temperature and filters
     finish_reason: FinishReason | None = None  # set once, in the output's last delta
     stop_match: str | int | None = None  # the stop string or token id that ended it
+    top_logprobs: tuple[Alternatives, ...] = ()  # one per token id when asked for, of the same distribution
+    ranks: tuple[int, ...] = ()  # with these, of the token ids themselves: 1 is the most probable
+    score: float | None = None  # with the end, where outputs were chosen by it: mean log-probability of its tokens
     reasoning_text: str = ""  # of chats, where the model's format sets it apart
     tool_calls: tuple[ToolCallDelta, ...] = ()
+
+
+class PromptScores(msgspec.Struct, frozen=True, array_like=True):
+    """How probable tokens of the prompt were after those before them, in order; the first one has no probability."""
+
+    first_token_index: int  # in the prompt, at least 1
+    logprobs: tuple[float, ...] = ()
+    ranks: tuple[int, ...] = ()
+    top_logprobs: tuple[Alternatives, ...] = ()  # one per token, maybe empty
 
 
 class EventBody(msgspec.Struct, frozen=True, array_like=True):
@@ -93,6 +129,7 @@ class EventBody(msgspec.Struct, frozen=True, array_like=True):
 
     deltas: tuple[OutputDelta, ...] = ()
     usage: Usage | None = None
+    prompt_scores: PromptScores | None = None
 
 
 class JobBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,3 +140,4 @@ class JobBody(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: bytes = b""  # enters the first block hash of the prefix cache, so that tenants do not share blocks
     chat: ChatParsing | None = None  # None: text is text
     version: int = 1
+    echo_text: str = ""  # stands before the text of every output

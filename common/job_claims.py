@@ -36,7 +36,9 @@ _BELL_S: Final = 1  # backstop: a wake-up that was lost costs no more than this
 _MAX_PAUSE_S: Final = 0.5
 _ID_WIDTH: Final = 20  # of the run record, see scripts/lib_jobs.lua
 _COUNTERS_WIDTH: Final = 40
-_OWN_FAULT: Final = frozenset({"ENCRYPTION_KEY_MISSING", "NOT_SEALED"})  # another worker may open such a record
+_PARAMETERS_UNKNOWN: Final = "PARAMETERS_UNKNOWN"
+# Another worker may open such a record, or know what it asks for.
+_OWN_FAULT: Final = frozenset({"ENCRYPTION_KEY_MISSING", "NOT_SEALED", _PARAMETERS_UNKNOWN})
 
 
 @dataclass(slots=True)
@@ -178,7 +180,8 @@ class JobClaims:
         """Hold what the server says is ours, and return what can be computed of it.
 
         A job that cannot be read ends as failed: it would come back to worker after worker. As a dead letter it can be
-        sent again once it can be read. Where this worker lacks the key, or takes no plain records, the job goes back.
+        sent again once it can be read. Where this worker lacks the key, or takes no plain records, or does not know a
+        parameter that is in force, the job goes back.
         """
         jobs: list[ClaimedJob] = []
         unreadable: list[tuple[int, NewEvent]] = []
@@ -196,6 +199,9 @@ class JobClaims:
                 job = records.job_from_reply(reply, sealer)
             except SealBroken as error:
                 reason = error.reason
+            except records.UnknownParameters as error:
+                reason = _PARAMETERS_UNKNOWN
+                log.error("job.parameters_unknown", generation_id=head.generation_id, parameters=str(error))
             except msgspec.DecodeError:
                 pass
             if job is None and reason in _OWN_FAULT:

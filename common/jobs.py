@@ -97,6 +97,7 @@ class Reason(StrEnum):
     ATTEMPTS_EXHAUSTED = "ATTEMPTS_EXHAUSTED"  # F: the dead letter
     LOG_LIMIT = "LOG_LIMIT"  # F: its events outgrew the bound
     WORKER_FAILED = "WORKER_FAILED"  # F: a worker gave it up
+    ALL_TOKENS_FORBIDDEN = "ALL_TOKENS_FORBIDDEN"  # F: its own parameters left no token to choose
 
     @classmethod
     def _missing_(cls, value: object) -> Reason:

@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from common.generation import EventBody, JobBody, Usage
+from common.generation import EventBody, JobBody, SamplingParams, Usage
 from common.jobs import (
     ClaimedJob,
     CommitResult,
@@ -40,6 +40,28 @@ def decode(decoder: msgspec.msgpack.Decoder[_T], data: bytes) -> _T:
         return decoder.decode(data)
     except (UnicodeDecodeError, RecursionError) as error:
         raise msgspec.DecodeError(f"the record is damaged: {type(error).__name__}") from None
+
+
+class UnknownParameters(Exception):
+    """A job asks for parameters of sampling that only a later version knows; they are named."""
+
+
+class _LaterBody(msgspec.Struct, frozen=True):
+    sampling: dict[str, Any]
+
+
+def _decode_body(data: bytes) -> JobBody:
+    """Raises UnknownParameters, and msgspec.DecodeError for a record that is no version's."""
+    try:
+        return decode(_BODY_DECODER, data)
+    except msgspec.ValidationError:
+        unknown = decode(_LATER_BODY_DECODER, data).sampling.keys() - set(SamplingParams.__struct_fields__)
+        if not unknown:
+            raise
+        raise UnknownParameters(", ".join(sorted(unknown))) from None
+
+
+_LATER_BODY_DECODER: Final = msgspec.msgpack.Decoder(_LaterBody)
 
 
 def encode_body(body: JobBody, sealer: GenerationSealer = _PLAIN) -> bytes:
@@ -186,7 +208,7 @@ def claim_head(reply: Sequence[Any]) -> ClaimHead:
 
 
 def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> ClaimedJob:
-    """Reads what `pack_claim` of the scripts wrote. Raises SealBroken and msgspec.DecodeError."""
+    """Reads what `pack_claim` of the scripts wrote. Raises SealBroken, UnknownParameters and msgspec.DecodeError."""
     (
         generation_id, epoch, sequence, chain_hash, remaining_ms, priority, attempts, tenant,
         prompt_tokens, cached_prompt_tokens, completion_tokens, _, _, body, log,
@@ -203,7 +225,7 @@ def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> C
         attempts=attempts,
         tenant=tenant.decode(),
         usage=Usage(prompt_tokens, cached_prompt_tokens, completion_tokens),
-        body=decode(_BODY_DECODER, sealer.open(body, _BODY_LABEL)),
+        body=_decode_body(sealer.open(body, _BODY_LABEL)),
         events=tuple(event for event in entries if event.kind is not ItemKind.STARTED),
         weight=float(weight),
         num_preemptions=num_preemptions,

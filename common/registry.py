@@ -49,6 +49,21 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_default
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    min_tokens: int = 0
+    min_length: int = 0  # prompt and output together
+    # As in SamplingParams.
+    top_h: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    encoder_repetition_penalty: float = 1.0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    forced_eos_token_id: int | None = None
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,6 +21,7 @@ from common.registry import (
     ModelEntry,
     ModelRegistry,
 )
+from gateway import token_choice
 from gateway import validation as check
 from gateway.chat_template import TemplateError
 from gateway.conversation import Conversation, conversation_of
@@ -80,6 +81,10 @@ class ServedModel:
             raise InvalidRequest("the input has no tokens", reason="FIELD_REQUIRED", field="input")
         return encoded
 
+    def text_of(self, source: pb.GenerationInput) -> str:
+        """Return the text of an input that `encode` took and that is no conversation, as an output repeats it."""
+        return source.text if source.WhichOneof("input") == "text" else self.codec.decode(source.token_ids.ids)
+
     async def _encode_chat(self, chat: pb.ChatInput, tenant: str) -> EncodedInput:
         conversation = conversation_of(chat)
         if not self.codec.has_chat_template:
@@ -113,6 +118,12 @@ class ServedModel:
             if not conversation.tools or conversation.messages[0].role == "system":
                 raise
             return self.codec.encode_chat(as_plain(conversation, in_system=False))  # it may take no system message
+
+    async def bad_words_ids(self, words: Sequence[str], tenant: str = "") -> list[list[int]]:
+        """Return the token sequences that words stand for: see `TextCodec.encode_words`."""
+        if sum(map(len, words)) <= MAX_INLINE_CHARS:
+            return self.codec.encode_words(words)
+        return await self.turns.run(tenant, lambda: self.codec.encode_words(words))
 
     async def _beside(self, tenant: str, encode: Callable[[], _T], num_chars: int) -> _T:
         return encode() if num_chars <= MAX_INLINE_CHARS else await self.turns.run(tenant, encode)
@@ -264,4 +275,5 @@ def default_config(card: ModelCard) -> pb.GenerationConfig:
     )
     if defaults.max_tokens is not None:
         config.max_tokens = defaults.max_tokens
+    config.MergeFrom(token_choice.default_config(defaults))
     return config

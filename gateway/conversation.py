@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 
 from google.protobuf import json_format
 
-from gateway.validation import Violations
+from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
 
 MAX_MESSAGES: Final = 4096

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from common import errors
-from common.generation import FinishReason, OutputDelta, Usage
+from common.generation import Alternatives, FinishReason, OutputDelta, PromptScores, Usage
 from common.jobs import GenerationRecord, JobState, Reason
 from gateway.progress import LogPosition
 from torchrelay.v1 import generation_pb2 as pb
@@ -65,11 +65,35 @@ def delta_message(delta: OutputDelta, generation_id: str) -> pb.Delta:
         text=delta.text,
         logprobs=delta.logprobs,
         reasoning_text=delta.reasoning_text,
+        top_logprobs=map(_alternatives, delta.top_logprobs),
+        ranks=delta.ranks,
     )
     for call in delta.tool_calls:
         call_id = tool_call_id(generation_id, delta.output_index, call.index) if call.name else ""
         message.tool_calls.add(index=call.index, id=call_id, name=call.name, arguments=call.arguments)
     return message
+
+
+def _alternatives(found: Alternatives) -> pb.TokenAlternatives:
+    return pb.TokenAlternatives(
+        token_ids=[token_id for token_id, _ in found], logprobs=[logprob for _, logprob in found]
+    )
+
+
+def scores_message(scores: PromptScores) -> pb.PromptScores:
+    return pb.PromptScores(
+        first_token_index=scores.first_token_index,
+        logprobs=scores.logprobs,
+        ranks=scores.ranks,
+        top_logprobs=map(_alternatives, scores.top_logprobs),
+    )
+
+
+def scores_event(scores: PromptScores, position: LogPosition) -> pb.GenerationEvent:
+    """Return the event for scores of the prompt, which are known at this position or behind it."""
+    return pb.GenerationEvent(
+        sequence=position.sequence, chain_hash=chain_hash(position), prompt_scores=scores_message(scores)
+    )
 
 
 def deltas_event(deltas: Iterable[OutputDelta], position: LogPosition, generation_id: str) -> pb.GenerationEvent | None:
@@ -99,6 +123,8 @@ def output_end(delta: OutputDelta) -> pb.OutputEnd:
         end.stop = delta.stop_match
     elif isinstance(delta.stop_match, int):
         end.stop_token_id = delta.stop_match
+    if delta.score is not None:
+        end.score = delta.score
     return end
 
 
@@ -139,6 +165,10 @@ def failure_of(record: GenerationRecord) -> errors.ServingError | None:
     if record.state is JobState.FAILED:
         if record.reason is Reason.LOG_LIMIT:
             return errors.LogLimitExceeded("the generation's events outgrew the limit on stored bytes")
+        if record.reason is Reason.ALL_TOKENS_FORBIDDEN:
+            return errors.InvalidRequest(
+                "the config left no token that could be chosen next", reason=str(record.reason), field="config"
+            )
         return errors.WorkerFailed(
             "the generation failed on every worker that tried it", metadata={"detail": str(record.reason)}
         )
@@ -171,7 +201,11 @@ def progress_event(record: GenerationRecord, position: LogPosition) -> pb.Genera
 
 
 def generation_message(
-    record: GenerationRecord, accepted: pb.Accepted, deltas: Sequence[OutputDelta], position: LogPosition
+    record: GenerationRecord,
+    accepted: pb.Accepted,
+    deltas: Sequence[OutputDelta],
+    position: LogPosition,
+    scores: PromptScores | None = None,
 ) -> pb.Generation:
     """Return a generation with everything that its log holds."""
     failure = failure_of(record)
@@ -189,6 +223,8 @@ def generation_message(
     )
     if record.state.is_final:
         message.timings.CopyFrom(timings_message(record))
+    if scores is not None:
+        message.prompt_scores.CopyFrom(scores_message(scores))
     by_index = {delta.output_index: delta for delta in deltas}
     otherwise = FinishReason.CANCELLED if record.state is JobState.CANCELLED else FinishReason.TIME_LIMIT
     for index in range(accepted.config.num_outputs or 1):
@@ -202,6 +238,8 @@ def generation_message(
             for call in known.tool_calls:
                 call_id = tool_call_id(record.generation_id, index, call.index)
                 output.tool_calls.add(id=call_id, name=call.name, arguments=call.arguments)
+            output.top_logprobs.extend(map(_alternatives, known.top_logprobs))
+            output.ranks.extend(known.ranks)
         if index in position.ends or (record.state.is_final and failure is None):
             output.end.CopyFrom(output_end(position.end_of(index, otherwise)))
     return message

@@ -12,7 +12,7 @@ from typing import Final
 
 from common import keys
 from common.errors import SealBroken, Superseded
-from common.generation import EventBody
+from common.generation import Alternatives, EventBody
 from common.jobs import ItemKind, ReplyItem
 from common.records import open_item
 from common.sealing import PLAIN, GenerationSealer
@@ -20,6 +20,7 @@ from common.sealing import PLAIN, GenerationSealer
 _PART_BYTES: Final = 200  # of an event or delta, besides what it holds
 _TOKEN_ID_BYTES: Final = 40
 _LOGPROB_BYTES: Final = 32
+_ALTERNATIVE_BYTES: Final = 56 + _TOKEN_ID_BYTES + _LOGPROB_BYTES
 
 
 class Subscription:
@@ -164,6 +165,10 @@ class EventHub:
                 subscription.offer(item)
 
 
+def _bytes_of_alternatives(found: Iterable[Alternatives]) -> int:
+    return sum(_PART_BYTES + len(one) * _ALTERNATIVE_BYTES for one in found)
+
+
 def _bytes_of(item: ReplyItem) -> int:
     """About how much memory an item takes."""
     size = _PART_BYTES
@@ -171,4 +176,9 @@ def _bytes_of(item: ReplyItem) -> int:
         for delta in item.body.deltas:
             size += _PART_BYTES + len(delta.text)
             size += _TOKEN_ID_BYTES * len(delta.token_ids) + _LOGPROB_BYTES * len(delta.logprobs)
+            size += _bytes_of_alternatives(delta.top_logprobs)
+        scores = item.body.prompt_scores
+        if scores is not None:
+            size += _PART_BYTES + 2 * _LOGPROB_BYTES * len(scores.logprobs)
+            size += _bytes_of_alternatives(scores.top_logprobs)
     return size

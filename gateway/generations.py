@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Final, Protocol, TypeAlias
 
 from common import errors, keys
-from common.deltas import merge_deltas
-from common.generation import JobBody, OutputDelta
+from common.deltas import merge_deltas, merge_scores
+from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
 from common.jobs import Attachment, Enqueued, NewJob
@@ -179,11 +179,23 @@ class Generations:
         prompt, chat, _ = await model.encode(request.input, caller.tenant)
         card = model.card
         limits = check.ConfigLimits(
-            card.context_tokens, card.vocab_size, settings.max_outputs, settings.max_stop_strings
+            card.context_tokens,
+            card.vocab_size,
+            settings.max_outputs,
+            settings.max_stop_strings,
+            has_eos=bool(card.eos_token_ids),
         ).within(grants.caps)
         secret = await self._secret.get()
-        config = check.resolve_config(request.config, model.defaults, len(prompt), limits, seed=secrets.randbits(64))
-        sampling = check.sampling_params(config, card.eos_token_ids)
+        config = check.resolve_config(
+            request.config,
+            model.defaults,
+            len(prompt),
+            limits,
+            seed=secrets.randbits(64),
+            is_chat=request.input.HasField("chat"),
+        )
+        bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
+        sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids)
         grace_ms = self._grace_ms(request, grants.caps)
         salt = self._salt(secret, caller, check.check_cache_salt(request.cache_salt))
         accepted = pb.Accepted(
@@ -197,7 +209,13 @@ class Generations:
         job = NewJob(
             tenant=caller.tenant,
             key_id=caller.key_id,
-            body=JobBody(prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=salt, chat=chat),
+            body=JobBody(
+                prompt_token_ids=tuple(prompt),
+                sampling=sampling,
+                cache_salt=salt,
+                chat=chat,
+                echo_text=model.text_of(request.input) if config.echo else "",
+            ),
             priority=priority,
             weight=policy.weight,
             time_limit_ms=self._time_limit_ms(request, grace_ms, call_remaining_s),
@@ -274,15 +292,20 @@ class Generations:
         """Return a generation with everything in its log. Raises GenerationNotFound."""
         position = LogPosition()
         deltas: list[OutputDelta] = []
+        scores: list[PromptScores | None] = []
         while True:
             part = await self._queue.read_log(
                 generation_id, caller.tenant, position.sequence, position.chain_hash or b""
             )
             for entry in part.events:
-                deltas += position.advance(entry).deltas
+                body = position.advance(entry)
+                deltas += body.deltas
+                scores.append(body.prompt_scores)
             if not part.more or not part.events:
                 break
-        message = convert.generation_message(part.record, accepted_of(part.record), merge_deltas(deltas), position)
+        message = convert.generation_message(
+            part.record, accepted_of(part.record), merge_deltas(deltas), position, merge_scores(scores)
+        )
         failure = convert.failure_of(part.record)
         if failure is not None:
             message.error_reason = failure.reason

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from common import errors
-from common.deltas import merge_deltas
+from common.deltas import merge_deltas, merge_scores
 from common.generation import EventBody, OutputDelta
 from common.job_queue import JobQueue
 from common.jobs import Attachment, GenerationRecord, ItemKind, LogEvent, ReplyItem
@@ -103,7 +103,8 @@ class EventStream:
 
         What waits is sent as one message: a caller that reads slower than the model writes gets fewer, longer ones.
         """
-        deltas: list[OutputDelta] = []
+        bodies: list[EventBody] = []
+        before = replace(self._position)
         produced: list[pb.GenerationEvent] = []
         for item in items:
             verdict = self._position.judge(item)
@@ -112,13 +113,13 @@ class EventStream:
                 break
             if verdict is Verdict.NEWS:
                 # Tokens first: news bear the position, and who resumes there must have seen everything up to it.
-                produced += self._tokens(deltas)
-                deltas = []
+                produced += self._reported(bodies, before)
+                bodies, before = [], replace(self._position)
                 produced += self._news(item.kind)
             elif verdict is Verdict.DELIVER:
-                deltas += self._position.advance(item).deltas
+                bodies.append(self._position.advance(item))
                 self._note_terminal(item.kind)
-        return [*produced, *self._tokens(deltas)]
+        return [*produced, *self._reported(bodies, before)]
 
     def _take_first_page(self) -> Attachment:
         page, self._first_page = self._first_page, None
@@ -151,11 +152,9 @@ class EventStream:
                 yield event
 
     def _read_page(self, page: Attachment) -> list[pb.GenerationEvent]:
-        deltas: list[OutputDelta] = []
-        for entry in page.events:
-            if entry.sequence > self._position.sequence:
-                deltas += self._advance(entry).deltas
-        return self._tokens(deltas)
+        before = replace(self._position)
+        bodies = [self._advance(entry) for entry in page.events if entry.sequence > self._position.sequence]
+        return self._reported(bodies, before)
 
     def _advance(self, entry: LogEvent) -> EventBody:
         body = self._position.advance(entry)
@@ -164,6 +163,15 @@ class EventStream:
 
     def _note_terminal(self, kind: ItemKind) -> None:
         self.ended = self.ended or kind.is_terminal
+
+    def _reported(self, bodies: list[EventBody], before: LogPosition) -> list[pb.GenerationEvent]:
+        """Return what these bodies report, the first of which stands behind `before` and the last at the position."""
+        tokens = self._tokens([delta for body in bodies for delta in body.deltas])
+        scores = merge_scores(body.prompt_scores for body in bodies)
+        if scores is None:
+            return tokens
+        # Who resumes between the two has seen neither: else these tokens would be lost to it.
+        return [convert.scores_event(scores, before if tokens else self._position), *tokens]
 
     def _tokens(self, deltas: list[OutputDelta]) -> list[pb.GenerationEvent]:
         event = convert.deltas_event(merge_deltas(deltas), self._position, self._generation_id)

@@ -68,6 +68,12 @@ class TextCodec:
         ids: list[int] = self._plain.encode(text).ids
         return ids
 
+    def encode_words(self, words: Iterable[str]) -> list[list[int]]:
+        """Return the ids of words inside of a text: of each as it is, and behind a space; each sequence once."""
+        spellings = [text for word in words for text in (word, word if word[:1].isspace() else f" {word}")]
+        found = (tuple(self._plain.encode(text, add_special_tokens=False).ids) for text in spellings)
+        return [list(ids) for ids in dict.fromkeys(found) if ids]
+
     def encode_chat(self, conversation: Conversation) -> EncodedChat:
         """Render the conversation, up to the beginning of the assistant's answer, and return its ids.
 

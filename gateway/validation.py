@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from google.protobuf.duration_pb2 import Duration
 
-from common.errors import FieldViolation, InvalidRequest
+from common.errors import InvalidRequest
 from common.generation import SamplingParams
 from common.grants import Caps
+from gateway import token_choice
+from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
 
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_ALTERNATIVES = 20
 MAX_NGRAM = 64
 MAX_TEMPERATURE = 2.0
 MIN_TEMPERATURE = 1e-6
@@ -31,6 +34,7 @@ class ConfigLimits:
     vocab_size: int
     max_outputs: int
     max_stop_strings: int
+    has_eos: bool = True  # the model has an end-of-sequence id
     max_tokens: int | None = None  # of each output; None is what the context leaves
 
     def within(self, caps: Caps) -> ConfigLimits:
@@ -41,24 +45,6 @@ class ConfigLimits:
             max_outputs=min(self.max_outputs, caps.max_outputs or self.max_outputs),
             max_tokens=caps.max_tokens,
         )
-
-
-@dataclass(slots=True)
-class Violations:
-    """Collects bad fields, so that a caller hears of all of them in one answer."""
-
-    found: list[FieldViolation] = field(default_factory=list)
-
-    def add(self, path: str, description: str, reason: str = "FIELD_OUT_OF_RANGE") -> None:
-        self.found.append(FieldViolation(path, description, reason))
-
-    def raise_if_any(self) -> None:
-        """Raise InvalidRequest with the first one's reason. The text names fields and limits, never what was sent."""
-        if self.found:
-            first = self.found[0]
-            raise InvalidRequest(
-                f"{first.field}: {first.description}", reason=first.reason, violations=tuple(self.found)
-            )
 
 
 def check_model_name(name: str) -> str:
@@ -84,13 +70,16 @@ def resolve_config(
     limits: ConfigLimits,
     *,
     seed: int,
+    is_chat: bool = False,
 ) -> pb.GenerationConfig:
-    """Return the config in force: defaults filled in, max_length turned into max_tokens, the seed drawn (`seed`).
+    """Return the config in force: defaults filled in, lengths turned into numbers of tokens, the seed drawn (`seed`).
 
     Raises InvalidRequest with every bad field, or CONTEXT_LENGTH_EXCEEDED.
     """
     bad = Violations()
     _check_fields(config, limits, bad)
+    if config.echo and is_chat:
+        bad.add("config.echo", "is not for conversations", "FIELD_CONFLICT")
     bad.raise_if_any()
     room = limits.context_length - num_prompt_tokens
     if room < 1:
@@ -108,11 +97,17 @@ def resolve_config(
         del resolved.stop[:]
     if config.stop_token_ids:
         del resolved.stop_token_ids[:]
+    token_choice.clear_replaced(resolved, config)
     resolved.MergeFrom(config)
     resolved.max_tokens = _max_tokens(config, defaults, num_prompt_tokens, room, limits)
     resolved.ClearField("max_length")
+    token_choice.resolve(resolved, config, num_prompt_tokens, has_eos=limits.has_eos)
     filters_given = config.HasField("top_k") or config.HasField("top_p") or config.HasField("min_p")
-    if filters_given and not config.HasField("temperature") and not resolved.temperature:
+    if (
+        (filters_given or token_choice.has_filter(config))
+        and not config.HasField("temperature")
+        and not resolved.temperature
+    ):
         resolved.temperature = 1.0  # asking for a filter is asking to sample
     if resolved.temperature < MIN_TEMPERATURE:
         resolved.temperature = 0.0  # the same token; dividing by less makes scores overflow
@@ -121,8 +116,11 @@ def resolve_config(
     return resolved
 
 
-def sampling_params(config: pb.GenerationConfig, eos_token_ids: Iterable[int]) -> SamplingParams:
-    """Turn a resolved config into the engine's parameters."""
+def sampling_params(
+    config: pb.GenerationConfig, eos_token_ids: Iterable[int], bad_words_ids: Iterable[Sequence[int]] = ()
+) -> SamplingParams:
+    """Turn a resolved config into the engine's parameters. `bad_words_ids` are those that `bad_words` stand for."""
+    ends = [] if config.ignore_eos else [*eos_token_ids]
     return SamplingParams(
         max_tokens=config.max_tokens,
         temperature=config.temperature,
@@ -132,10 +130,15 @@ def sampling_params(config: pb.GenerationConfig, eos_token_ids: Iterable[int]) -
         repetition_penalty=config.repetition_penalty if config.HasField("repetition_penalty") else 1.0,
         no_repeat_ngram_size=config.no_repeat_ngram_size,
         seed=config.seed,
-        num_outputs=config.num_outputs or 1,
+        num_outputs=config.best_of or config.num_outputs or 1,
         stop_strings=tuple(config.stop),
-        stop_token_ids=tuple(dict.fromkeys([*eos_token_ids, *config.stop_token_ids])),
+        stop_token_ids=tuple(dict.fromkeys([*ends, *config.stop_token_ids])),
         logprobs=config.logprobs,
+        top_logprobs=config.top_logprobs,
+        include_stop=config.include_stop,
+        num_best=(config.num_outputs or 1) if config.HasField("best_of") else 0,
+        prompt_logprobs=config.prompt_logprobs if config.HasField("prompt_logprobs") else None,
+        **token_choice.params_of(config, bad_words_ids),
     )
 
 
@@ -219,8 +222,8 @@ def _max_tokens(
 def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violations) -> None:
     if config.HasField("max_tokens") and config.HasField("max_length"):
         bad.add("config.max_length", "must not be set together with max_tokens", "FIELD_CONFLICT")
-    if config.HasField("max_tokens") and config.max_tokens < 1:
-        bad.add("config.max_tokens", "must be at least 1")
+    if config.HasField("max_tokens") and config.max_tokens < 1 and not _reads_prompt(config):
+        bad.add("config.max_tokens", "must be at least 1, but with prompt_logprobs or echo")
     _check_number(config, "temperature", 0, MAX_TEMPERATURE, bad)
     _check_number(config, "top_p", 0, 1, bad, above=True)
     _check_number(config, "repetition_penalty", 0, MAX_REPETITION_PENALTY, bad, above=True)
@@ -238,6 +241,29 @@ def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violat
         bad.add("config.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids are taken")
     elif any(token_id >= limits.vocab_size for token_id in config.stop_token_ids):
         bad.add("config.stop_token_ids", f"each must be below {limits.vocab_size}")
+
+    token_choice.check(config, limits.vocab_size, bad)
+    _check_reports(config, limits, bad)
+
+
+def _reads_prompt(config: pb.GenerationConfig) -> bool:
+    """Whether there is something to report without a new token."""
+    return config.HasField("prompt_logprobs") or config.echo
+
+
+def _check_reports(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violations) -> None:
+    """What is returned, and of which outputs."""
+    if config.HasField("best_of"):
+        least = config.num_outputs if config.HasField("num_outputs") else 1
+        if not max(least, 1) <= config.best_of <= limits.max_outputs:
+            bad.add("config.best_of", f"must be at least num_outputs and at most {limits.max_outputs}")
+        if config.HasField("max_tokens") and config.max_tokens == 0 and _reads_prompt(config):
+            bad.add("config.best_of", "needs new tokens to choose by, but max_tokens is 0", "FIELD_CONFLICT")
+    for name in ("top_logprobs", "prompt_logprobs"):
+        if getattr(config, name) > MAX_ALTERNATIVES:
+            bad.add(f"config.{name}", f"must be at most {MAX_ALTERNATIVES}")
+    if config.top_logprobs and not config.logprobs:
+        bad.add("config.top_logprobs", "is taken only together with logprobs", "FIELD_CONFLICT")
 
 
 def _check_number(

@@ -25,6 +25,8 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
     end: pb.OutputEnd | None = None
 
     @property
@@ -42,6 +44,7 @@ class Outcome:
         self.outputs: list[Output] = []
         self.finished: pb.Finished | None = None
         self.states: list[int] = []
+        self.prompt_scores: list[pb.PromptScores] = []
         self.sequence = 0
         self.chain_hash = b""
 
@@ -97,6 +100,8 @@ class Outcome:
             self.outputs = [Output() for _ in range(event.accepted.config.num_outputs or 1)]
         elif kind == "progress":
             self.states.append(event.progress.state)
+        elif kind == "prompt_scores":
+            self.prompt_scores.append(event.prompt_scores)
         elif kind == "finished":
             self.finished = event.finished
             assert [end.output_index for end in event.finished.outputs] == list(range(len(self.outputs)))
@@ -108,6 +113,12 @@ class Outcome:
             output.token_ids += delta.token_ids
             output.text += delta.text
             output.logprobs += delta.logprobs
+            output.alternatives += [alternatives_of(found) for found in delta.top_logprobs]
+            output.ranks += delta.ranks
+
+
+def alternatives_of(found: pb.TokenAlternatives) -> list[tuple[int, float]]:
+    return list(zip(found.token_ids, found.logprobs, strict=True))
 
 
 async def events_of(call: Any) -> AsyncIterator[pb.GenerationEvent]:

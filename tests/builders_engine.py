@@ -18,7 +18,7 @@ from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.blocks import BlockPool
 from worker.engine.loop import Engine, Runner
 from worker.engine.runner import ModelRunner, StepOutOfMemory
-from worker.engine.scheduler import Plan
+from worker.engine.scheduler import BlockCopy, Plan
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.stopping import Detokenizer
@@ -122,7 +122,22 @@ class PaperRunner:
         self.num_draft_rows = 0  # of these, for drafts
         self.fail_steps: set[int] = set()  # run out of memory in these
         self.poisoned_token: int | None = None  # a sequence whose last token this is gets NaN
+        self.num_copies = 0
+        self.fail_copies = False
         self._slots: dict[int, int] = {}
+
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
+        copies = list(copies)
+        if self.fail_copies:
+            raise StepOutOfMemory("as told")
+        self.num_copies += len(copies)
+        assert len({copy.target for copy in copies}) == len(copies), "two copies into one block"
+        content = {
+            copy.target * self.block_size + offset: self._slots.get(copy.source * self.block_size + offset)
+            for copy in copies
+            for offset in range(self.block_size)
+        }
+        self._slots.update({slot: prefix for slot, prefix in content.items() if prefix is not None})
 
     def execute(self, plan: Plan) -> torch.Tensor:
         self.num_steps += 1

@@ -1,8 +1,9 @@
 """A later version of the program, as it may be: its messages, records and scripts have more in them than ours.
 
 What it may add: fields at the end of what stands in a job's body, an event's body, a reply item, a worker's figures, a
-model card; fields of a job's hash and of a log entry, after the known ones; reasons. What it may not, without another
-schema version: another layout of keys, run records or of field e of a log entry; kinds, states, finish reasons.
+model card; fields of a job's hash and of a log entry, after the known ones; reasons; parameters of sampling, whose jobs
+a worker leaves to others where it does not know them. What it may not, without another schema version: another layout
+of keys, run records or of field e of a log entry; kinds, states, finish reasons.
 """
 
 from __future__ import annotations

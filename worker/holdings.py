@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from common.deltas import merge_deltas
-from common.generation import EventBody, OutputDelta
+from common.deltas import merge_deltas, merge_scores
+from common.generation import EventBody, OutputDelta, PromptScores
 from common.jobs import ClaimedJob, JobState, NewEvent, Reason
-from worker.engine.types import GenerationRequest, RequestOutput, StepResult
+from worker.engine.types import ALL_TOKENS_FORBIDDEN, GenerationRequest, RequestOutput, StepResult
 from worker.preemption import HIGHEST_CLASS, Runner
+from worker.ranking import Ranking
+
+
+def _reason_of(error: str | None) -> Reason:
+    if error is None:
+        return Reason.NONE
+    return Reason.ALL_TOKENS_FORBIDDEN if error == ALL_TOKENS_FORBIDDEN else Reason.WORKER_FAILED
 
 
 @dataclass(slots=True)
@@ -23,6 +30,7 @@ class _Held:
     age: int  # counts claims
     num_preemptions: int
     by_share: bool
+    ranking: Ranking | None = None  # where only the best outputs are reported
 
 
 @dataclass(slots=True)
@@ -30,6 +38,7 @@ class _Growing:
     """One event in the making: what several steps produced for one generation."""
 
     deltas: list[OutputDelta] = field(default_factory=list)
+    scores: list[PromptScores | None] = field(default_factory=list)
     last: RequestOutput | None = None
 
 
@@ -79,11 +88,15 @@ class Holdings:
         sampling = job.body.sampling
         emitted: list[list[int]] = [[] for _ in range(sampling.num_outputs)]
         finished: set[int] = set()
+        num_scored_tokens = 0
         for event in job.events:
             for delta in event.body.deltas if isinstance(event.body, EventBody) else ():
                 emitted[delta.output_index] += delta.token_ids
                 if delta.finish_reason is not None:
                     finished.add(delta.output_index)
+            if isinstance(event.body, EventBody) and event.body.prompt_scores is not None:
+                scores = event.body.prompt_scores
+                num_scored_tokens = scores.first_token_index + len(scores.logprobs)
         completion_tokens = sum(map(len, emitted))
         prompt_kv_tokens = self._round_up(len(job.body.prompt_token_ids))
         emitted_blocks = sum(1 + len(ids) // self._block_size for ids in emitted)
@@ -100,6 +113,7 @@ class Holdings:
             age=self._num_claims,
             num_preemptions=job.num_preemptions,
             by_share=job.by_share,
+            ranking=Ranking(sampling) if sampling.num_best else None,
         )
         return GenerationRequest(
             request_id=request_id,
@@ -114,6 +128,8 @@ class Holdings:
             weight=job.weight,
             chat=job.body.chat,
             deadline=now + job.remaining_ms / 1000,
+            num_scored_tokens=num_scored_tokens,
+            echo_text=job.body.echo_text,
         )
 
     def drop(self, generation_id: str) -> str | None:
@@ -136,6 +152,7 @@ class Holdings:
                 if generation_id is not None:
                     event = growing.setdefault(generation_id, _Growing())
                     event.deltas += output.deltas
+                    event.scores.append(output.prompt_scores)
                     event.last = output
         return [self._event(generation_id, event) for generation_id, event in growing.items()]
 
@@ -147,14 +164,18 @@ class Holdings:
             held.kv_tokens = 0
         if last.usage is not None:
             held.cached_prompt_tokens = last.usage.cached_prompt_tokens
+        deltas = event.deltas
+        if held.ranking is not None:
+            held.ranking.take(deltas)
+            deltas = held.ranking.best() if last.usage is not None else []
         terminal = JobState.FAILED if last.error is not None else JobState.DONE if last.finished else None
         if terminal is not None:
             self.drop(generation_id)
         return NewEvent(
             generation_id=generation_id,
-            body=EventBody(tuple(merge_deltas(event.deltas)), last.usage),
+            body=EventBody(tuple(merge_deltas(deltas)), last.usage, merge_scores(event.scores)),
             completion_tokens=held.completion_tokens,
             cached_prompt_tokens=held.cached_prompt_tokens,
             terminal=terminal,
-            reason=Reason.WORKER_FAILED if terminal is JobState.FAILED else Reason.NONE,
+            reason=_reason_of(last.error),
         )

@@ -24,7 +24,8 @@ from common.grants import (
 )
 from common.tenants import Tenant
 from gateway import convert
-from gateway.validation import Violations, milliseconds
+from gateway.validation import milliseconds
+from gateway.violations import Violations
 from torchrelay.admin.v1beta1 import grants_pb2, tenant_pb2
 from torchrelay.v1 import generation_pb2
 

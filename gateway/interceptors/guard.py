@@ -163,7 +163,10 @@ def find_unknown_field(message: Message, path: str = "") -> str | None:
             continue
         inside = f"{path}{descriptor.name}"
         items = [(f"{inside}.", value)]
-        if descriptor.is_repeated:
+        if descriptor.message_type.GetOptions().map_entry:
+            holds_messages = descriptor.message_type.fields_by_name["value"].message_type is not None
+            items = [(f"{inside}[].", item) for item in value.values()] if holds_messages else []
+        elif descriptor.is_repeated:
             items = [(f"{inside}[{index}].", item) for index, item in enumerate(value)]
         for item_path, item in items:
             found = find_unknown_field(item, item_path)

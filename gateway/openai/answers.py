@@ -66,27 +66,32 @@ def chat_logprobs(scored: Scored, token_bytes: TokenBytes) -> dict[str, Any]:
 
 
 def completion_logprobs(
-    scored: Scored, token_bytes: TokenBytes, offset: int, *, first_is_given: bool = False
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    top_logprobs: Sequence[pb.TokenAlternatives],
+    token_bytes: TokenBytes,
+    offset: int,
 ) -> tuple[dict[str, Any], int]:
     """Return the log-probabilities of a completion's tokens, and where the text of the next one begins.
 
-    `first_is_given`: the first token is a prompt's, which has none.
+    There may be one token more than log-probabilities: a prompt's first, which has none.
     """
-    tokens, offsets, tops, logprobs = [], [], [], list[float | None]()
-    for index, token_id in enumerate(scored.token_ids):
+    tokens, offsets, tops, shown_logprobs = [], [], [], list[float | None]()
+    num_unscored = len(token_ids) - len(logprobs)
+    for index, token_id in enumerate(token_ids):
         text = _shown(token_bytes(token_id))
         tokens.append(text)
         offsets.append(offset)
         offset += len(text)
-        at = index - first_is_given
-        logprobs.append(scored.logprobs[at] if at >= 0 else None)
-        best = scored.top_logprobs[at] if 0 <= at < len(scored.top_logprobs) else None
+        at = index - num_unscored
+        shown_logprobs.append(logprobs[at] if at >= 0 else None)
+        best = top_logprobs[at] if 0 <= at < len(top_logprobs) else None
         tops.append(
             None
             if best is None
             else {_shown(token_bytes(i)): value for i, value in zip(best.token_ids, best.logprobs, strict=True)}
         )
-    shown = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+    shown = {"tokens": tokens, "token_logprobs": shown_logprobs, "top_logprobs": tops, "text_offset": offsets}
     return shown, offset
 
 
@@ -216,10 +221,12 @@ def _call_piece(piece: pb.ToolCallDelta) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class CompletionChoices:
-    """Choices of completions."""
+    """Choices of completions. `prompts` are the prompts' token ids, where their scores are shown too."""
 
     token_bytes: TokenBytes
     logprobs: bool
+    num_outputs: int  # of each prompt
+    prompts: Sequence[Sequence[int]] = ()
     offsets: dict[int, int] = field(default_factory=dict)  # of a stream, by choice: where the next token's text begins
     whole_kind: str = "text_completion"
     chunk_kind: str = "text_completion"
@@ -242,16 +249,23 @@ class CompletionChoices:
         return self._choice(index, delta.text) | (self._scored(index, delta) if self.logprobs else {})
 
     def of_prompt(self, index: int, scores: pb.PromptScores) -> list[dict[str, Any]]:
-        if not scores.token_ids:
+        if not self.prompts or not scores.first_token_index:
             return []
-        shown, self.offsets[index] = completion_logprobs(scores, self.token_bytes, 0, first_is_given=True)
+        # The first token has no probability, and comes with the second.
+        first = 0 if scores.first_token_index == 1 else scores.first_token_index
+        ids = self.prompts[index // self.num_outputs][first : scores.first_token_index + len(scores.logprobs)]
+        shown, self.offsets[index] = completion_logprobs(
+            ids, scores.logprobs, scores.top_logprobs, self.token_bytes, self.offsets.get(index, 0)
+        )
         return [{**self._choice(index, ""), "logprobs": shown}]
 
     def of_end(self, index: int, end: pb.OutputEnd) -> dict[str, Any]:
         return self._choice(index, "") | {"finish_reason": finish_reason(end)}
 
     def _scored(self, index: int, scored: Scored) -> dict[str, Any]:
-        shown, self.offsets[index] = completion_logprobs(scored, self.token_bytes, self.offsets.get(index, 0))
+        shown, self.offsets[index] = completion_logprobs(
+            scored.token_ids, scored.logprobs, scored.top_logprobs, self.token_bytes, self.offsets.get(index, 0)
+        )
         return {"logprobs": shown}
 
     @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from itertools import accumulate
 from typing import Any, Final
@@ -61,7 +61,12 @@ class OpenAiDoor:
             default_temperature=await self._temperature(parsed),
             idempotency_key=exchange.header("idempotency-key"),
         )
-        choices = CompletionChoices(await self._token_bytes(parsed), requests[0].config.logprobs)
+        config = requests[0].config
+        prompts: list[list[int]] = []
+        if config.HasField("prompt_logprobs"):
+            model = await self._catalog.get(requests[0].model)
+            prompts = [(await model.encode(request.input, current_caller().tenant)).token_ids for request in requests]
+        choices = CompletionChoices(await self._token_bytes(parsed), config.logprobs, config.num_outputs or 1, prompts)
         await self._answer(exchange, parsed, requests, choices)
 
     async def _chat_completions(self, exchange: Exchange) -> None:
@@ -188,7 +193,7 @@ def _choices_of(event: pb.GenerationEvent, start: int, choices: Choices, num_out
             return []
 
 
-async def _merged(streams: Sequence[EventStream]) -> AsyncIterator[tuple[int, pb.GenerationEvent]]:
+async def _merged(streams: Sequence[EventStream]) -> AsyncGenerator[tuple[int, pb.GenerationEvent], None]:
     """Yield the events of streams as they come, with the number of the stream; an error of one ends all."""
     if len(streams) == 1:
         async for event in streams[0].events():

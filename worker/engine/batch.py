@@ -21,7 +21,7 @@ class StepBatch:
 
     input_ids: torch.Tensor  # [1, num_tokens] int64
     position_ids: torch.Tensor  # [1, num_tokens] int64
-    logit_rows: torch.Tensor  # [num_logit_rows] int64: the rows whose logits give a new token
+    logit_rows: torch.Tensor  # [num_logit_rows] int64: the rows whose logits are needed
     attention: AttentionBatch
 
 
@@ -42,13 +42,22 @@ class BatchBuffers:
     """Room for the largest step."""
 
     def __init__(
-        self, max_num_tokens: int, max_num_seqs: int, max_num_blocks: int, block_size: int, device: torch.device
+        self,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        max_scored_rows: int = 0,
     ) -> None:
-        """`max_num_seqs` bounds the rows of logits too, drafts' included; `max_num_blocks` is of one sequence."""
+        """`max_num_seqs` bounds the rows of logits too, drafts' included; but for `max_scored_rows` of prompts.
+
+        `max_num_blocks` is of one sequence.
+        """
         self._block_size = block_size
         self._input_ids = _Buffer(max_num_tokens, torch.int64, device)
         self._position_ids = _Buffer(max_num_tokens, torch.int64, device)
-        self._logit_rows = _Buffer(max_num_seqs, torch.int64, device)
+        self._logit_rows = _Buffer(max_num_seqs + max_scored_rows, torch.int64, device)
         self._slots = _Buffer(max_num_tokens, torch.int32, device)
         self._query_starts = _Buffer(max_num_seqs + 1, torch.int32, device)
         self._context_lens = _Buffer(max_num_seqs, torch.int32, device)

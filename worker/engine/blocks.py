@@ -10,6 +10,10 @@ A full block is known by the hash of everything up to its end: sha256(parent has
 first block is a hash of the pool's salt (model, adapter, dtype) and the request's salt, so equal tokens of different
 tenants or models never meet. Automatic prefix caching after PagedAttention (arXiv:2309.06180).
 
+Sequences that continue one text share all of its blocks (`share`), also the last one while it is only partly full, and
+until one of them writes there. That one first gets a block of its own (`replace`), into which whoever owns the tensors
+copies the old one; who is left alone with a block writes in place. Copy-on-write, after PagedAttention.
+
 A block is registered when the step that fills it is planned, but stays *pending* until that step is done: whoever hits
 a pending block waits, so that nobody reads keys that are still being written. Blocks are immutable once full.
 """
@@ -18,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -121,6 +125,26 @@ class BlockPool:
         del self._block_of_hash[self._hash_of_block.pop(block_id)]
         return block_id
 
+    def share(self, block_ids: Iterable[int]) -> None:
+        """Let one more sequence hold blocks that are in use."""
+        for block_id in block_ids:
+            assert self._ref_counts[block_id] > 0, f"block {block_id} is in nobody's use"
+            self._ref_counts[block_id] += 1
+
+    def is_shared(self, block_id: int) -> bool:
+        """Whether several sequences hold this block, so that none of them may write there."""
+        return self._ref_counts[block_id] > 1
+
+    def replace(self, block_id: int) -> int:
+        """Take a shared block from one of its sequences and return another one, into which it is to be copied.
+
+        Raises OutOfBlocks and then changes nothing.
+        """
+        assert self.is_shared(block_id), f"block {block_id} has one owner"
+        (copy,) = self.allocate(1)
+        self._ref_counts[block_id] -= 1
+        return copy
+
     def release(self, block_ids: Sequence[int]) -> None:
         """Give back a sequence's blocks, in its order.
 
@@ -166,8 +190,11 @@ class BlockPool:
                 del self._cached[block_id]
                 self._free.append(block_id)
 
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless every block is in exactly one place."""
+    def check_integrity(self, held: Iterable[Iterable[int]] | None = None) -> None:
+        """Raise AssertionError unless every block is in exactly one place.
+
+        `held` are the block ids of every sequence there is: each block must then be counted as often as it is held.
+        """
         used = {block_id for block_id, count in enumerate(self._ref_counts) if count > 0}
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a block is free twice"
@@ -180,3 +207,7 @@ class BlockPool:
         assert not free & self._hash_of_block.keys(), "a free block can be found"
         assert {h: b for b, h in self._hash_of_block.items()} == self._block_of_hash, "the two indices differ"
         assert self._pending <= used, "a pending block belongs to nobody"
+        if held is not None:
+            holders = Counter(block_id for block_ids in held for block_id in block_ids)
+            counted = {block_id: count for block_id, count in enumerate(self._ref_counts) if count > 0}
+            assert holders == counted, f"held: {holders}, counted: {counted}"

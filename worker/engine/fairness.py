@@ -56,6 +56,10 @@ class TenantService:
     def _others(self, sequence: Sequence, waiting: Iterable[Sequence]) -> dict[str, float]:
         return {other.tenant: self._counters[other.tenant] for other in waiting if other.priority == sequence.priority}
 
+    def join(self, sequence: Sequence) -> None:
+        """A sequence begins beside others of its tenant, without having waited."""
+        self._num_live[sequence.tenant] += 1
+
     def leave(self, sequence: Sequence) -> None:
         """A sequence is over. Forget tenants that would be lifted above their counter in any case."""
         tenant = sequence.tenant

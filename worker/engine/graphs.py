@@ -11,7 +11,7 @@ How a step is recorded is behind `Recorder`, so that everything else runs, and i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import structlog
@@ -20,7 +20,7 @@ import torch
 from worker.engine.attention.interface import AttentionBatch
 from worker.engine.batch import BatchBuffers, StepBatch
 from worker.engine.runner import ModelRunner
-from worker.engine.scheduler import Plan
+from worker.engine.scheduler import BlockCopy, Plan
 
 _log = structlog.get_logger(__name__)
 
@@ -171,6 +171,10 @@ class GraphRunner:
     def _step(self, size: int) -> torch.Tensor:
         # A new batch each time: back-ends that prepare a batch do so once per object.
         return self._runner.forward(self._static.batch(size, self.max_model_len))
+
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
+        """As the runner's: on the stream on which steps are replayed. Raises StepOutOfMemory."""
+        self._runner.copy_blocks(copies)
 
     def execute(self, plan: Plan) -> torch.Tensor:
         """Compute the plan and return the logits of its rows that give a token. Raises StepOutOfMemory."""

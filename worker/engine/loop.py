@@ -9,25 +9,36 @@ Not thread-safe: everything runs on the thread that calls `step` (see `thread.py
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+import msgspec
 import torch
 
 from common.deltas import merge_tool_calls
-from common.generation import ChatParsing, FinishReason, OutputDelta, Usage
+from common.generation import ChatParsing, FinishReason, OutputDelta, PromptScores, Usage
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import Argmax, SampledTokens, Sampler
-from worker.engine.scheduler import Chunk, Plan, Scheduler
+from worker.engine.scheduler import BlockCopy, Chunk, Plan, Scheduler
+from worker.engine.scores import score_prompt, to_device, wants_logprobs
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator, num_accepted
 from worker.engine.stopping import Detokenizer, Progress, StopState, TextParser
-from worker.engine.types import EngineStats, GenerationRequest, OnPart, RequestOutput, StepResult, ignore_part
+from worker.engine.types import (
+    ALL_TOKENS_FORBIDDEN,
+    EngineStats,
+    GenerationRequest,
+    OnPart,
+    RequestOutput,
+    StepResult,
+    ignore_part,
+)
 
 
 class Runner(Protocol):
@@ -38,6 +49,7 @@ class Runner(Protocol):
     max_model_len: int  # tokens of one sequence
     vocab_size: int
 
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None: ...
     def execute(self, plan: Plan) -> torch.Tensor: ...
 
 
@@ -47,6 +59,14 @@ ReadChat: TypeAlias = Callable[[ChatParsing], tuple[Detokenizer, TextParser]]
 
 class DuplicateRequest(Exception):
     """A request of this id is in the engine already."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """What a step's logits say."""
+
+    sampled: SampledTokens
+    scores: list[tuple[Sequence, PromptScores]]
 
 
 @dataclass(slots=True)
@@ -103,6 +123,7 @@ class Engine:
         self._sampler = Sampler(runner.device, argmax)
         self._requests: dict[str, _Request] = {}
         self._deltas: dict[str, list[OutputDelta]] = {}  # of the step in progress, by request id
+        self._scores: dict[str, PromptScores] = {}  # likewise
         self._ended: dict[str, Usage | str] = {}  # requests that are over: what they used, or the error
         self._num_arrivals = 0
         self._num_steps = 0
@@ -138,7 +159,20 @@ class Engine:
             state.num_completion_tokens += len(token_ids)
             if output_index not in request.finished_outputs:
                 self._start_output(state, output_index, token_ids)
+        self._queue(state)
         self._end_if_done(state)
+
+    def _queue(self, state: _Request) -> None:
+        """Let the outputs wait: those without a token together, since the prompt is all that they need."""
+        sequences = [output.sequence for output in state.outputs.values()]
+        fresh = [sequence for sequence in sequences if not sequence.num_output_tokens]
+        if fresh and state.request.sampling.prompt_logprobs is not None:
+            fresh[0].num_scored_tokens = max(1, state.request.num_scored_tokens)
+        for sequence in sequences:
+            if sequence.num_output_tokens:
+                self._scheduler.add(sequence)
+            elif sequence is fresh[0]:
+                self._scheduler.add(sequence, fresh[1:])
 
     def _refusal(self, request: GenerationRequest) -> str | None:
         prompt, num_outputs = request.prompt_token_ids, request.sampling.num_outputs
@@ -159,10 +193,18 @@ class Engine:
     def _start_output(self, state: _Request, output_index: int, emitted: tuple[int, ...]) -> None:
         request = state.request
         max_tokens = min(request.sampling.max_tokens, self._runner.max_model_len - len(request.prompt_token_ids))
-        stop = StopState(request.sampling, max_tokens, *self._text_of(request))
+        sampling = request.sampling
+        if max_tokens < sampling.max_tokens:  # the token that is forced is the last one that there can be
+            sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens)
+        stop = StopState(sampling, max_tokens, *self._text_of(request))
         for token_id in emitted:
             if stop.finished is None:
                 stop.push(token_id)
+        if not max_tokens and request.sampling.prompt_logprobs is None:  # nothing to compute
+            self._report(
+                request.request_id, _end_delta(output_index, 0, stop.end(FinishReason.LENGTH), request.echo_text)
+            )
+            return
         if stop.finished is not None:  # the log has the last token and its text, but not the end
             end = Progress("", stop.finished.finish_reason, stop.finished.stop_match)  # its parts are in the log too
             self._report(request.request_id, _end_delta(output_index, len(emitted), end))
@@ -170,7 +212,7 @@ class Engine:
         sequence = Sequence(
             request.request_id,
             request.prompt_token_ids,
-            request.sampling,
+            sampling,
             output_index=output_index,
             emitted=emitted,
             cache_salt=request.cache_salt,
@@ -182,7 +224,6 @@ class Engine:
         )
         state.first = state.first or sequence
         state.outputs[output_index] = _Output(sequence, stop)
-        self._scheduler.add(sequence)
 
     def _text_of(self, request: GenerationRequest) -> tuple[Detokenizer, TextParser | None]:
         """Return what makes an output's text. Raises ValueError."""
@@ -212,10 +253,11 @@ class Engine:
         self._on_part("plan")
         plan = self._plan(now)
         if plan.chunks:
-            sampled = self._execute(plan)
+            computed = self._execute(plan)
             self._on_part("update")
-            if sampled is not None:
-                self._update(plan, sampled)
+            if computed is not None:
+                self._take_scores(computed.scores)
+                self._update(plan, computed.sampled)
         self._on_part("end")
         self._last_step_ms = (time.perf_counter() - started) * 1000
         return StepResult(self._num_steps, self._take_outputs())
@@ -228,17 +270,34 @@ class Engine:
         assert plan.chunks or not self._requests, "sequences wait, but none can run"
         return plan
 
-    def _execute(self, plan: Plan) -> SampledTokens | None:
+    def _execute(self, plan: Plan) -> _Computed | None:
         """None when memory was short: the step is void, and the likeliest cause has been set aside."""
+        if plan.copies and not self._copy_blocks(plan):
+            return None
         try:
             logits = self._runner.execute(plan)
             self._on_part("sample")
             with memory_guard():
-                return self._sampler.sample(logits, plan.logit_rows)
+                indices = plan.sampled_indices
+                if indices is None:
+                    return _Computed(self._sampler.sample(logits, plan.logit_rows), [])
+                picked = logits[to_device(indices, logits.device)]
+                sampled = self._sampler.sample(picked, [*plan.logit_rows, *plan.forks])
+                return _Computed(sampled, [_score(chunk, rows, logits) for chunk, rows in plan.scored])
         except StepOutOfMemory:
             self._scheduler.fail_step(plan)
             self._relieve(plan)
             return None
+
+    def _copy_blocks(self, plan: Plan) -> bool:
+        """False when memory was short: the step is void, and who needs a copy computes its tokens again instead."""
+        try:
+            self._runner.copy_blocks(plan.copies)
+        except StepOutOfMemory:
+            self._scheduler.fail_step(plan)
+            self._scheduler.fail_copies(plan)
+            return False
+        return True
 
     def _relieve(self, plan: Plan) -> None:
         """Requeue the newest prefill, or else the newest sequence; the second time that memory fails it, end it."""
@@ -250,16 +309,35 @@ class Engine:
         else:
             self._scheduler.preempt(victim)
 
+    def _take_scores(self, scores: Iterable[tuple[Sequence, PromptScores]]) -> None:
+        for sequence, found in scores:
+            sequence.num_scored_tokens = found.first_token_index + len(found.logprobs)
+            self._scores[sequence.request_id] = found
+
     def _update(self, plan: Plan, sampled: SampledTokens) -> None:
         self._scheduler.finish_step(plan)
+        forks = plan.forks
+        for request_id in [name for name, scores in self._scores.items() if any(map(math.isnan, scores.logprobs))]:
+            for output in self._requests[request_id].outputs.values():
+                self._scheduler.forget_blocks(output.sequence)
+            self._fail(request_id, "NAN_LOGITS")
         accepted: list[tuple[Chunk, range]] = []
+        forbidden = set(sampled.forbidden_rows)  # none of a draft: sequences whose scores are edited do not draft
         for chunk, rows in _valid_rows(plan, sampled):
             if not rows:
                 self._scheduler.forget_blocks(chunk.sequence)
                 self._fail(chunk.sequence.request_id, "NAN_LOGITS")
                 continue
+            if rows[0] in forbidden:
+                self._fail(chunk.sequence.request_id, ALL_TOKENS_FORBIDDEN)
+                continue
             chosen = sampled.token_ids[rows.start : rows.stop - 1]
             accepted.append((chunk, rows[: 1 + num_accepted(chunk.drafts, chosen)]))
+        first_fork_row = len(sampled.token_ids) - len(forks)
+        for row, fork in enumerate(forks, first_fork_row):
+            if fork.parent is not None and fork.request_id in self._requests:
+                self._scheduler.fork(fork.parent, fork)  # before the parent's first token may be its last
+                accepted.append((Chunk(fork, 0, is_last=True), range(row, row + 1)))
         for chunk, rows in accepted:
             state = self._requests.get(chunk.sequence.request_id)
             if state is not None:  # it failed in this step otherwise
@@ -268,7 +346,11 @@ class Engine:
     def _take_tokens(self, state: _Request, chunk: Chunk, rows: range, sampled: SampledTokens) -> None:
         """Give an output the tokens of these rows, up to its end if that is among them."""
         sequence, output = chunk.sequence, state.outputs[chunk.sequence.output_index]
+        if not sequence.sampling.max_tokens:  # it came for the prompt's scores
+            self._close(state, output, FinishReason.LENGTH)
+            return
         first_token_index = sequence.num_output_tokens
+        echo = "" if first_token_index else state.request.echo_text
         steps: list[Progress] = []
         for row in rows:
             sequence.append(sampled.token_ids[row])
@@ -276,7 +358,8 @@ class Engine:
             steps.append(progress)
             if progress.finish_reason is not None:
                 break
-        taken = rows[: len(steps)]
+        taken = rows[: sequence.num_output_tokens - first_token_index]
+        details_of = [sampled.details[row] for row in taken] if sequence.sampling.top_logprobs else []
         state.num_completion_tokens += len(taken)
         self._num_generated_tokens += len(taken)
         self._report(
@@ -285,10 +368,12 @@ class Engine:
                 output_index=sequence.output_index,
                 first_token_index=first_token_index,
                 token_ids=tuple(sampled.token_ids[row] for row in taken),
-                text="".join(step.text for step in steps),
-                logprobs=tuple(sampled.logprobs[row] for row in taken) if sequence.sampling.logprobs else (),
+                text=echo + "".join(step.text for step in steps),
+                logprobs=tuple(sampled.logprobs[row] for row in taken) if wants_logprobs(sequence.sampling) else (),
                 finish_reason=progress.finish_reason,
                 stop_match=progress.stop_match,
+                top_logprobs=tuple(details.alternatives for details in details_of),
+                ranks=tuple(details.rank for details in details_of),
                 reasoning_text="".join(step.reasoning_text for step in steps),
                 tool_calls=merge_tool_calls(call for step in steps for call in step.tool_calls),
             ),
@@ -304,7 +389,9 @@ class Engine:
         """End an output from outside."""
         sequence = output.sequence
         end = output.stop.end(reason)
-        self._report(sequence.request_id, _end_delta(sequence.output_index, sequence.num_output_tokens, end))
+        echo_text = "" if sequence.num_output_tokens else state.request.echo_text
+        delta = _end_delta(sequence.output_index, sequence.num_output_tokens, end, echo_text)
+        self._report(sequence.request_id, delta)
         self._drop(state, output)
 
     def _drop(self, state: _Request, output: _Output) -> None:
@@ -324,6 +411,7 @@ class Engine:
         for output in state.outputs.values():
             self._scheduler.remove(output.sequence)
         self._deltas.pop(request_id, None)
+        self._scores.pop(request_id, None)
         self._ended[request_id] = error
 
     # -- results --------------------------------------------------------------------------------------------------
@@ -332,10 +420,10 @@ class Engine:
         self._deltas.setdefault(request_id, []).append(delta)
 
     def _take_outputs(self) -> tuple[RequestOutput, ...]:
-        deltas, ended = self._deltas, self._ended
-        self._deltas, self._ended = {}, {}
+        deltas, scores, ended = self._deltas, self._scores, self._ended
+        self._deltas, self._scores, self._ended = {}, {}, {}
         outputs = []
-        for request_id in dict.fromkeys((*deltas, *ended)):
+        for request_id in dict.fromkeys((*scores, *deltas, *ended)):
             end = ended.get(request_id)
             outputs.append(
                 RequestOutput(
@@ -343,6 +431,7 @@ class Engine:
                     tuple(deltas.get(request_id, ())),
                     usage=end if isinstance(end, Usage) else None,
                     error=end if isinstance(end, str) else None,
+                    prompt_scores=scores.get(request_id),
                 )
             )
         return tuple(outputs)
@@ -366,11 +455,11 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise AssertionError when blocks are lost or held twice."""
-        self._pool.check_integrity()
+        self._scheduler.check_integrity()
 
 
 def _valid_rows(plan: Plan, sampled: SampledTokens) -> Iterator[tuple[Chunk, range]]:
-    """The rows of logits of each chunk that has any, up to the first invalid one.
+    """The sampled rows of each chunk that has any, up to the first invalid one.
 
     An invalid row of a draft ends no request: the next step computes its place alone, and if it is invalid without
     drafts too, that does.
@@ -379,17 +468,27 @@ def _valid_rows(plan: Plan, sampled: SampledTokens) -> Iterator[tuple[Chunk, ran
     row = 0
     for chunk in plan.chunks:
         if chunk.is_last:
-            rows = range(row, row + chunk.num_logit_rows)
+            rows = range(row, row + chunk.num_sampled_rows)
             row = rows.stop
             yield chunk, rows[: next((i for i, r in enumerate(rows) if r in invalid), None)] if invalid else rows
 
 
-def _end_delta(output_index: int, num_output_tokens: int, end: Progress) -> OutputDelta:
+def _score(chunk: Chunk, rows: range, logits: torch.Tensor) -> tuple[Sequence, PromptScores]:
+    """Score the prompt's tokens behind these rows of a chunk that was just computed."""
+    sequence = chunk.sequence
+    first = sequence.num_computed_tokens + chunk.num_tokens - chunk.num_logit_rows + 1
+    token_ids = sequence.token_ids[first : first + len(rows)]
+    return sequence, score_prompt(
+        logits[rows.start : rows.stop], token_ids, first, sequence.sampling.prompt_logprobs or 0
+    )
+
+
+def _end_delta(output_index: int, num_output_tokens: int, end: Progress, echo_text: str = "") -> OutputDelta:
     """An output's end, without a token."""
     return OutputDelta(
         output_index=output_index,
         first_token_index=num_output_tokens,
-        text=end.text,
+        text=echo_text + end.text,
         finish_reason=end.finish_reason,
         stop_match=end.stop_match,
         reasoning_text=end.reasoning_text,

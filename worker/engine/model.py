@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 import torch
@@ -22,6 +22,7 @@ from worker.engine.decoder.layout import NotLlamaShaped
 from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.formats import Quantization
 from worker.engine.fuse import speed_up
+from worker.engine.generation_defaults import read_defaults
 from worker.engine.loadcheck import UnsupportedFamilyError, check_config, context_length, install_attention
 from worker.engine.model_dir import check_counts
 from worker.engine.model_files import ModelError, TextFiles, Weights, find_model
@@ -30,19 +31,6 @@ from worker.engine.quantize import Narrow, num_bytes
 _log = structlog.get_logger(__name__)
 
 __all__ = ["LoadedModel", "ModelError", "load_model"]
-
-Number = int | float
-
-# generation_config.json's names and ours, with the values that make sense.
-_DEFAULTS: Final[Mapping[str, tuple[str, type, float, float]]] = {
-    "max_new_tokens": ("max_tokens", int, 1, 2**31 - 1),
-    "temperature": ("temperature", float, 0.0, 100.0),
-    "top_k": ("top_k", int, 0, 2**31 - 1),
-    "top_p": ("top_p", float, 1e-6, 1.0),
-    "min_p": ("min_p", float, 0.0, 1.0 - 1e-6),
-    "repetition_penalty": ("repetition_penalty", float, 1e-6, 100.0),
-    "no_repeat_ngram_size": ("no_repeat_ngram_size", int, 0, 2**31 - 1),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +43,7 @@ class LoadedModel:
     config: PretrainedConfig
     family: str  # transformers' model_type
     text: TextFiles
-    generation_defaults: Mapping[str, Number]  # by the names of SamplingParams' fields; only what the model sets
+    generation_defaults: Mapping[str, Any]  # by the names of GenerationDefaults' fields; only what the model sets
     eos_token_ids: tuple[int, ...]
     context_length: int  # most tokens of a sequence, prompt and output together
     vocab_size: int  # width of the logits
@@ -155,7 +143,7 @@ def load_model(
         config=config,
         family=str(config.model_type),
         text=text,
-        generation_defaults=_generation_defaults(generation),
+        generation_defaults=read_defaults(generation, int(config.get_text_config().vocab_size)),
         eos_token_ids=_eos_token_ids(generation, config, text),
         context_length=limit,
         vocab_size=int(config.get_text_config().vocab_size),
@@ -304,27 +292,6 @@ def _load_weights(
     else:
         formats.check_loaded(module, quantization, dtype)
     return module
-
-
-def _generation_defaults(generation: Mapping[str, Any]) -> dict[str, Number]:
-    """What generation_config.json sets of SamplingParams. Without do_sample the model's default is greedy.
-
-    A value outside its range is left out and logged: it must not keep the model from being served.
-    """
-    defaults: dict[str, Number] = {}
-    for name, (field, kind, least, most) in _DEFAULTS.items():
-        value = generation.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-            _log.warning("model.default_ignored", field=name, value=repr(value), least=least, most=most)
-            continue
-        defaults[field] = kind(value)
-    if generation.get("do_sample"):
-        defaults.setdefault("temperature", 1.0)
-    else:
-        defaults["temperature"] = 0.0
-    return defaults
 
 
 def _eos_token_ids(generation: Mapping[str, Any], config: PretrainedConfig, text: TextFiles) -> tuple[int, ...]:

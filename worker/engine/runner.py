@@ -16,7 +16,8 @@ from worker.engine.blocks import SCRATCH_BLOCK
 from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.host_memory import populate
 from worker.engine.memory import cache_bytes
-from worker.engine.scheduler import Plan
+from worker.engine.scheduler import MAX_SCORED_ROWS, BlockCopy, Plan
+from worker.engine.scores import to_device
 from worker.engine.settings import EngineSettings
 from worker.engine.types import OnPart, ignore_part
 
@@ -88,6 +89,7 @@ class ModelRunner:
             max_num_blocks=-(-self.max_model_len // settings.block_size),
             block_size=settings.block_size,
             device=self.device,
+            max_scored_rows=MAX_SCORED_ROWS,
         )
         self._takes_logit_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -106,8 +108,21 @@ class ModelRunner:
             populate([tensor for cache in self._caches for tensor in (cache.keys, cache.values)])
 
     @torch.inference_mode()
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
+        """Copy blocks of the KV cache, in all layers. Every source is read before any target is written.
+
+        Raises StepOutOfMemory.
+        """
+        pairs = [(copy.source, copy.target) for copy in copies]
+        sources, targets = (to_device(block_ids, self.device) for block_ids in zip(*pairs, strict=True))
+        with memory_guard():
+            for cache in self._caches:
+                for tensor in (cache.keys, cache.values):
+                    tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+
+    @torch.inference_mode()
     def execute(self, plan: Plan) -> torch.Tensor:
-        """Compute the plan: write its keys and values and return the logits [len(plan.logit_rows), vocab_size].
+        """Compute the plan: write its keys and values and return the logits of all `num_logit_rows` of its chunks.
 
         Raises StepOutOfMemory.
         """

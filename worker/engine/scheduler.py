@@ -8,13 +8,17 @@ a sequence alone always fits (the engine refuses longer ones), so it runs to its
 priority, in it the tenants by turns (see `fairness.py`: nobody's turn is put off for ever), but for a bounded number
 of times that a sequence with a cached prefix goes before its turn (see `admission.py`); and one that waits is never
 overtaken for want of blocks by one behind it in that order.
+
+Outputs of one request that begin at its prompt wait with the first of them, whose `forks` they are, and hold nothing.
+When its prompt is computed they are forked: they share its blocks, and its logits give their first tokens too. Whoever
+then writes into a block that others hold gets a copy of it (see `blocks.py`); the copies stand in the plan.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final
@@ -28,6 +32,7 @@ from worker.engine.sequence import OrderKey, Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator
 
+MAX_SCORED_ROWS: Final = 64  # of prompts, in one step: their logits take as much memory as those of decodes
 _LOOKAHEAD: Final = 64  # waiting sequences whose prefixes are looked up before every step
 
 
@@ -39,11 +44,25 @@ class Chunk:
     num_tokens: int  # drafts included
     is_last: bool  # reaches the sequence's last known token, so that its logits give the next one
     drafts: array[int] = field(default_factory=lambda: array("i"))  # guesses of the tokens behind the last one
+    num_scored_rows: int = 0  # whose logits say how probable the prompt's next tokens were
+
+    @property
+    def num_sampled_rows(self) -> int:
+        """Rows whose logits give a new token: of the last known token and of every draft."""
+        return 1 + len(self.drafts) if self.is_last else 0
 
     @property
     def num_logit_rows(self) -> int:
-        """Rows whose logits are needed, the chunk's last ones: of the last known token and of every draft."""
-        return 1 + len(self.drafts) if self.is_last else 0
+        """Rows whose logits are needed, the chunk's last ones: those to be scored, then those to be sampled."""
+        return self.num_scored_rows + self.num_sampled_rows
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The content of one block is needed in another one."""
+
+    source: int
+    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +96,38 @@ class Plan:
 
     chunks: tuple[Chunk, ...]
     num_tokens: int
+    copies: tuple[BlockCopy, ...] = ()  # to be made before it is computed, all at once
+
+    @property
+    def forks(self) -> list[Sequence]:
+        """The sequences that begin with this step, behind the parents whose logits give their first tokens."""
+        return [fork for chunk in self.chunks if chunk.is_last for fork in chunk.sequence.forks]
+
+    @property
+    def sampled_indices(self) -> list[int] | None:
+        """Which rows of logits `logit_rows` and then `forks` are sampled from; None if each has one, in order."""
+        if not any(chunk.num_scored_rows or (chunk.is_last and chunk.sequence.forks) for chunk in self.chunks):
+            return None  # as in nearly every step
+        own: list[int] = []
+        of_forks: list[int] = []
+        num_rows = 0
+        for chunk in self.chunks:
+            num_rows += chunk.num_logit_rows
+            own += range(num_rows - chunk.num_sampled_rows, num_rows)
+            if chunk.is_last:
+                of_forks += [num_rows - 1] * len(chunk.sequence.forks)
+        return [*own, *of_forks]
+
+    @property
+    def scored(self) -> list[tuple[Chunk, range]]:
+        """The chunks of prompts to be scored, with their rows of logits."""
+        found: list[tuple[Chunk, range]] = []
+        num_rows = 0
+        for chunk in self.chunks:
+            if chunk.num_scored_rows:
+                found.append((chunk, range(num_rows, num_rows + chunk.num_scored_rows)))
+            num_rows += chunk.num_logit_rows
+        return found
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:
@@ -85,12 +136,12 @@ class Plan:
 
     @property
     def logit_rows(self) -> list[Sequence | DraftRow]:
-        """What the sampler chooses a token for, row by row: `num_logit_rows` of each chunk."""
+        """What the sampler chooses a token for, row by row: `num_sampled_rows` of each chunk."""
         rows: list[Sequence | DraftRow] = []
         for chunk in self.chunks:
             if chunk.is_last:
                 rows.append(chunk.sequence)
-                rows += [DraftRow(chunk.sequence, k) for k in range(1, chunk.num_logit_rows)]
+                rows += [DraftRow(chunk.sequence, k) for k in range(1, chunk.num_sampled_rows)]
         return rows
 
 
@@ -110,6 +161,9 @@ class Scheduler:
         self._speculator = speculator
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
+        self._num_unforked = 0  # sequences that wait for their parents' prompts
+        self._copies: list[BlockCopy] = []  # of the step being planned
+        self._num_score_rows = 0  # that it may still have
         self._service = TenantService()
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of all sequences ever admitted
@@ -121,25 +175,69 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + self._num_unforked
 
     def sequences(self) -> Iterator[Sequence]:
-        return chain(self._running, self._waiting)
+        for sequence in chain(self._running, self._waiting):
+            yield sequence
+            yield from sequence.forks
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. It must fit the pool when alone, or it would wait for ever."""
+    def add(self, sequence: Sequence, forks: Iterable[Sequence] = ()) -> None:
+        """Queue a sequence. It must fit the pool when alone, or it would wait for ever.
+
+        `forks` have the same tokens, and are to begin when these are computed.
+        """
         assert self._pool.num_blocks_for(sequence.num_tokens) <= self._pool.num_usable_blocks, sequence
+        sequence.forks = list(forks)
+        for fork in sequence.forks:
+            fork.parent = sequence
+        self._num_unforked += len(sequence.forks)
         self._service.enter(sequence, self._waiting)
         insort(self._waiting, sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not, and give its blocks back. Not between `plan` and `finish_step`."""
+        if sequence.parent is not None:
+            self._detach(sequence)
+            return
         if sequence in self._running:
             self._running.remove(sequence)
             self._release(sequence)
         else:
             self._waiting.remove(sequence)
         self._service.leave(sequence)
+        if sequence.forks:
+            heir, *others = sequence.forks
+            heir.num_scored_tokens = sequence.num_scored_tokens
+            for fork in list(sequence.forks):
+                self._detach(fork)
+            self.add(heir, others)
+
+    def _detach(self, fork: Sequence) -> None:
+        assert fork.parent is not None
+        fork.parent.forks.remove(fork)
+        fork.parent = None
+        self._num_unforked -= 1
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Begin `child`, which shares `parent`'s blocks: it has those tokens, and one more at most.
+
+        Without a place for it, it waits like one that was preempted. Not between `plan` and `finish_step`.
+        """
+        assert child.num_tokens - parent.num_computed_tokens <= 1, child
+        if child.parent is not None:
+            self._detach(child)
+        child.num_hit_tokens = parent.num_hit_tokens
+        self._service.join(child)
+        if len(self._running) >= self._settings.max_num_seqs:
+            insort(self._waiting, child, key=_order)
+            return
+        block_ids = parent.block_ids[: self._pool.num_blocks_for(parent.num_computed_tokens)]
+        self._pool.share(block_ids)
+        child.block_ids = block_ids
+        child.block_hashes = parent.block_hashes[: parent.num_computed_tokens // self._pool.block_size]
+        child.num_computed_tokens = parent.num_computed_tokens
+        insort(self._running, child, key=_order)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it is recomputed from its token ids when there is room again."""
@@ -161,17 +259,18 @@ class Scheduler:
         chunks (Sarathi-Serve, arXiv:2403.02310). Prefills got all their blocks on admission, so only a decode can find
         the pool empty; the last sequence in order then gives way. Drafts take what all others leave.
         """
+        self._copies, self._num_score_rows = [], MAX_SCORED_ROWS
         chunks = self._plan_decodes()
         num_decodes = len(chunks)
         budget = self._budget.most_tokens(num_decodes) - num_decodes
         for sequence in self._running:
-            if sequence.num_uncomputed_tokens > 1 and budget > 0:
+            if sequence.num_uncomputed_tokens > 1 and self._most_tokens(sequence, budget) > 0:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
         self._admit(chunks, budget)
         if self._speculator is not None:
             self._add_drafts(chunks, num_decodes, self._speculator)
-        return Plan(tuple(chunks), sum(chunk.num_tokens for chunk in chunks))
+        return Plan(tuple(chunks), sum(chunk.num_tokens for chunk in chunks), tuple(self._copies))
 
     def _plan_decodes(self) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -181,41 +280,53 @@ class Scheduler:
         return chunks
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Give a decode the block for its next token. False when it had to give way itself.
+        """Give a decode a block of its own for its next token. False when it had to give way itself.
 
         The victim is last in order, and decodes are planned in order: it never stands in this step's plan already.
         """
-        if self._pool.num_blocks_for(sequence.num_tokens) == len(sequence.block_ids):
-            return True
-        while self._pool.num_free_blocks == 0:
+        pool, block_ids = self._pool, sequence.block_ids
+        index = sequence.num_computed_tokens // pool.block_size
+        while (is_missing := index == len(block_ids)) or pool.is_shared(block_ids[index]):
+            if pool.num_free_blocks:
+                if is_missing:
+                    block_ids.extend(pool.allocate(1))
+                else:
+                    source = block_ids[index]
+                    block_ids[index] = pool.replace(source)
+                    self._copies.append(BlockCopy(source, block_ids[index]))
+                return True
             victim = self._running[-1]
             self.preempt(victim)
             if victim is sequence:
                 return False
-        sequence.block_ids.extend(self._pool.allocate(1))
         return True
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        """Start waiting sequences while tokens, places and blocks last."""
-        if budget == 0 or not self._waiting or len(self._running) == self._settings.max_num_seqs:
+        """Start waiting sequences while tokens, places and blocks last. Places are kept for those to be forked."""
+        num_places = self._settings.max_num_seqs - sum(1 + len(sequence.forks) for sequence in self._running)
+        if budget == 0 or not self._waiting or num_places <= 0:
             return
         pool = self._pool
         turns = fair_order(self._waiting, self._service.counters)
         rank = {sequence: place for place, sequence in enumerate(turns)}
         first_unfit: Sequence | None = None
         for sequence in self._admission_order(turns):
-            if budget == 0 or len(self._running) == self._settings.max_num_seqs:
+            if budget == 0 or num_places <= 0:
                 return
             if first_unfit is not None and rank[sequence] > rank[first_unfit]:
                 continue  # it may want the blocks that the one before it waits for
+            if sequence.first_row_to_score is not None and not self._num_score_rows:
+                continue  # others' prompts are scored in this step
             match = self._match(sequence)
             if match.is_pending:
                 continue  # this very step computes the next block: cheaper to wait for it than to do it twice
             num_new = pool.num_blocks_for(sequence.num_tokens) - len(match.block_ids)
             num_available = pool.num_free_blocks - pool.num_unreferenced(match.block_ids)
             # One block stays free for each running sequence, or the newcomer would soon be preempted again. This also
-            # keeps a sequence preempted in this very plan from taking its blocks straight back.
-            if num_new + len(self._running) > num_available:
+            # keeps a sequence preempted in this very plan from taking its blocks straight back. So does one for each
+            # fork, as far as others run: alone it begins in any case.
+            num_spare = len(self._running) and sum(1 + len(s.forks) for s in self._running) + len(sequence.forks)
+            if num_new + num_spare > num_available:
                 first_unfit = sequence
                 continue
             pool.acquire(match.block_ids)
@@ -228,6 +339,7 @@ class Scheduler:
             self._count_prompt(sequence)
             self._count_overtaken(sequence, turns)
             insort(self._running, sequence, key=_order)
+            num_places -= 1 + len(sequence.forks)
             chunks.append(self._chunk(sequence, budget))
             budget -= chunks[-1].num_tokens
 
@@ -238,8 +350,12 @@ class Scheduler:
         return admission_order(turns, num_cached_blocks, self._settings.max_overtakings)
 
     def _match(self, sequence: Sequence) -> PrefixMatch:
-        """The blocks that it need not compute. The last token always is: its logits are what it came for."""
-        num_sharable = (sequence.num_tokens - 1) // self._pool.block_size
+        """The blocks that it need not compute. The last token always is: its logits are what it came for.
+
+        So are the prompt's tokens whose logits are to be scored.
+        """
+        first_row = sequence.first_row_to_score
+        num_sharable = (sequence.num_tokens - 1 if first_row is None else first_row) // self._pool.block_size
         self._pool.extend_hashes(sequence.block_hashes, sequence.token_ids, num_sharable, sequence.cache_salt)
         return self._pool.match(sequence.block_hashes[:num_sharable])
 
@@ -275,9 +391,23 @@ class Scheduler:
             self.num_cached_prompt_tokens += min(sequence.num_hit_tokens, sequence.num_prompt_tokens)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        num_tokens = min(sequence.num_uncomputed_tokens, budget)
+        num_tokens = min(sequence.num_uncomputed_tokens, self._most_tokens(sequence, budget))
         self._register(sequence, num_tokens)
-        return Chunk(sequence, num_tokens, is_last=num_tokens == sequence.num_uncomputed_tokens)
+        num_scored_rows, first_row = 0, sequence.first_row_to_score
+        if first_row is not None:
+            start = sequence.num_computed_tokens
+            end = min(start + num_tokens, sequence.num_prompt_tokens - 1)  # the last one's give the first new token
+            num_scored_rows = max(0, end - max(start, first_row))
+            self._num_score_rows -= num_scored_rows
+        is_last = num_tokens == sequence.num_uncomputed_tokens
+        return Chunk(sequence, num_tokens, is_last, num_scored_rows=num_scored_rows)
+
+    def _most_tokens(self, sequence: Sequence, budget: int) -> int:
+        """Tokens that it may compute now: of those to be scored, no more than there are rows for."""
+        first_row = sequence.first_row_to_score
+        if first_row is None:
+            return budget
+        return min(budget, max(0, first_row - sequence.num_computed_tokens) + self._num_score_rows)
 
     def _register(self, sequence: Sequence, num_tokens: int) -> None:
         """Announce the blocks that computing this many more tokens fills."""
@@ -297,7 +427,7 @@ class Scheduler:
         for chunk in plan.chunks:
             chunk.sequence.num_computed_tokens += chunk.num_tokens - len(chunk.drafts)
             if chunk.is_last:
-                self._service.generate(chunk.sequence, 1)
+                self._service.generate(chunk.sequence, 1 + len(chunk.sequence.forks))
         self._pool.settle()
 
     def accept_drafts(self, sequence: Sequence, num_drafts: int) -> None:
@@ -317,6 +447,18 @@ class Scheduler:
         for chunk in plan.chunks:
             if chunk.drafts:
                 self._give_back_spare(chunk.sequence)
+
+    def fail_copies(self, plan: Plan) -> None:
+        """The plan's copies were not made, and so its step failed: what was to read them is computed again."""
+        targets = {copy.target for copy in plan.copies}
+        for chunk in plan.chunks:
+            if not targets.isdisjoint(chunk.sequence.block_ids):
+                self.preempt(chunk.sequence)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when blocks are lost, or counted otherwise than sequences hold them."""
+        self._pool.check_integrity(sequence.block_ids for sequence in self.sequences())
+        assert self._num_unforked == sum(sequence.parent is not None for sequence in self.sequences())
 
     def forget_blocks(self, sequence: Sequence) -> None:
         """Let nobody hit what this sequence computed."""

@@ -30,6 +30,7 @@ class Sequence:
         "block_ids",
         "cache_salt",
         "deadline",
+        "forks",
         "history",
         "lookup",
         "num_computed_tokens",
@@ -37,8 +38,10 @@ class Sequence:
         "num_memory_failures",
         "num_overtaken",
         "num_prompt_tokens",
+        "num_scored_tokens",
         "order",
         "output_index",
+        "parent",
         "priority",
         "request_id",
         "sampling",
@@ -78,13 +81,18 @@ class Sequence:
         self.token_ids.extend(emitted)
         self.history: TokenHistory | None = None
         if TokenHistory.is_needed(sampling):
-            self.history = TokenHistory(sampling)
-            self.history.extend(self.token_ids)
+            self.history = TokenHistory(sampling, self.token_ids[: self.num_prompt_tokens])
+            self.history.extend(self.token_ids[self.num_prompt_tokens :])
         self.lookup: PromptLookup | None = None  # made when it first may draft
         self.block_ids: array[int] = array("i")
         self.block_hashes: list[bytes] = []
         self.num_computed_tokens = 0
         self.num_hit_tokens: int | None = None  # found in the prefix cache when first admitted; None before
+        # Outputs of the same request that begin where this one's prompt ends: they take its blocks and logits then.
+        self.forks: list[Sequence] = []
+        self.parent: Sequence | None = None  # while this one is such an output: whose `forks` it is in
+        # Of the prompt, where its log-probabilities are asked for, as many as are reported; the first token has none.
+        self.num_scored_tokens: int | None = None
         self.num_memory_failures = 0
         self.num_overtaken = 0  # behind it in its priority's order, and admitted while this one waited
 
@@ -97,6 +105,13 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def first_row_to_score(self) -> int | None:
+        """The first token whose logits say what is not reported yet of the prompt; None where nothing is missing."""
+        if self.num_scored_tokens is None or self.num_scored_tokens >= self.num_prompt_tokens:
+            return None
+        return self.num_scored_tokens - 1
 
     @property
     def num_output_tokens(self) -> int:

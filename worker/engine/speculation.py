@@ -39,7 +39,7 @@ class Speculator:
         """Return drafts by index into `decodes`.
 
         `decodes` are the sequences that compute their last token in a step of `num_rows` rows; `max_drafts` is how many
-        more there may be. Sequences with penalties draft nothing: what they forbid changes with every token.
+        more there may be. Sequences with a history draft nothing: what is done to scores changes with each token.
         """
         if not self._may_pay(len(decodes), num_rows, max_drafts):
             return {}

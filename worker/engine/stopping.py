@@ -65,26 +65,32 @@ class Progress:
 class StopStringFilter:
     """Passes text on, up to the first occurrence of a stop string."""
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], *, include: bool = False) -> None:
+        """`include` passes that occurrence on too."""
+        self._include = include
         self._stop_strings = tuple(s for s in stop_strings if s)
         self._longest = max((len(s) for s in self._stop_strings), default=0)
         self._held = ""  # a proper prefix of some stop string, or empty
+        self._num_early = 0  # of the held characters, those that came when the text might not end
 
-    def push(self, text: str) -> tuple[str, str | None]:
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
         """Return the text that can no longer be part of a stop string, and the stop string that was found.
 
-        Of several in the same text the one that begins first wins, then the one named first.
+        Of several in the same text the one that begins first wins, then the one named first. One that is complete while
+        the text may not end is ordinary text; one that is begun then counts.
         """
         if not self._stop_strings:
             return text, None
         buffer = self._held + text
-        found = [(start, s) for s in self._stop_strings if (start := buffer.find(s)) >= 0]
+        early = self._num_early if may_end else len(buffer)
+        found = [(start, s) for s in self._stop_strings if (start := _find(buffer, s, early)) >= 0]
         if found:
             start, stop_string = min(found, key=lambda match: match[0])
             self._held = ""
-            return buffer[:start], stop_string
+            return buffer[: start + len(stop_string) if self._include else start], stop_string
         keep = self._first_possible_start(buffer)
         self._held = buffer[keep:]
+        self._num_early = max(0, early - keep)
         return buffer[:keep], None
 
     def flush(self) -> str:
@@ -100,6 +106,11 @@ class StopStringFilter:
         return len(buffer)
 
 
+def _find(text: str, stop_string: str, num_early: int) -> int:
+    """Where it first stands and ends behind the first `num_early` characters; -1 if nowhere."""
+    return text.find(stop_string, max(0, num_early - len(stop_string) + 1))
+
+
 class StopState:
     """Follows one output, token by token, until it ends."""
 
@@ -108,9 +119,10 @@ class StopState:
     ) -> None:
         """`max_tokens` is the request's, cut to what the model's context leaves. Without a parser text is text."""
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
+        self._min_tokens = sampling.min_tokens
         self._max_tokens = max_tokens
         self._detokenizer = detokenizer
-        self._filter = StopStringFilter(sampling.stop_strings)
+        self._filter = StopStringFilter(sampling.stop_strings, include=sampling.include_stop)
         self._parser = parser
         self._num_tokens = 0
         self.finished: Progress | None = None
@@ -119,13 +131,15 @@ class StopState:
         """Take the next token. The first of these ends the output: a stop id, a stop string, as many tool calls as may
         be, the last token allowed.
 
-        A stop id adds no text of its own; what was held back before it is shown.
+        A stop id adds no text of its own; what was held back before it is shown. Before min_tokens no stop string ends
+        the output; the sampler then chooses no stop id.
         """
         assert self.finished is None, "the output has ended"
         self._num_tokens += 1
         if token_id in self._stop_token_ids:
             return self._finish(Parts(), FinishReason.STOP, token_id)
-        text, stop_string = self._filter.push(self._detokenizer.push(token_id))
+        may_end = self._num_tokens >= self._min_tokens
+        text, stop_string = self._filter.push(self._detokenizer.push(token_id), may_end=may_end)
         parts = self._parse(text)
         if stop_string is not None:
             return self._end(parts, FinishReason.STOP, stop_string)
@@ -142,7 +156,8 @@ class StopState:
 
     def _finish(self, parts: Parts, reason: FinishReason, stop_match: int | None = None) -> Progress:
         """End with all that is held back, unless that holds a stop string."""
-        rest, stop_string = self._filter.push(self._detokenizer.flush())
+        may_end = self._num_tokens >= self._min_tokens
+        rest, stop_string = self._filter.push(self._detokenizer.flush(), may_end=may_end)
         if stop_string is not None:
             return self._end(parts + self._parse(rest), FinishReason.STOP, stop_string)
         return self._end(parts + self._parse(rest + self._filter.flush()), reason, stop_match)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
-from common.generation import ChatParsing, OutputDelta, SamplingParams, ToolCallDelta, Usage
+from common.generation import ChatParsing, OutputDelta, PromptScores, SamplingParams, ToolCallDelta, Usage
+
+# A request's error: its own parameters left no token to choose.
+ALL_TOKENS_FORBIDDEN: Final = "ALL_TOKENS_FORBIDDEN"
 
 # The parts of a step, in order; "end" stands behind the last one.
 Part: TypeAlias = Literal["plan", "batch", "forward", "sample", "update", "end"]
@@ -49,6 +52,8 @@ class GenerationRequest:
     tenant: str = ""  # among waiting requests of one priority, tenants take turns by service over weight
     weight: float = 1.0
     chat: ChatParsing | None = None  # None: text is text
+    num_scored_tokens: int = 0  # of the prompt, in the log already; where its log-probabilities are asked for
+    echo_text: str = ""  # stands before the text of every output
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class RequestOutput:
     usage: Usage | None = None  # set when the request ended
     # A machine-readable reason (NAN_LOGITS, OUT_OF_MEMORY ...); the request is gone from the engine.
     error: str | None = None
+    prompt_scores: PromptScores | None = None  # they come in order, the last ones not behind the first token
 
     @property
     def finished(self) -> bool:

@@ -9,12 +9,13 @@ import typer
 
 from torchrelay.cli import connection as at
 from torchrelay.cli import output
+from torchrelay.cli import token_choice as choice
 from torchrelay.client import Client, GenerationOptions, GenerationStream, Prompt, RelayError
 from torchrelay.client.requests import Priority
 from torchrelay.v1 import generation_pb2 as pb
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Model name; the only one if there is just one.")]
-MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Most tokens of the answer.")]
+MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", min=0, help="Most tokens of the answer.")]
 TemperatureOption = Annotated[float | None, typer.Option("--temperature", "-t", help="0 is greedy.")]
 TopPOption = Annotated[float | None, typer.Option("--top-p", help="Nucleus sampling.")]
 TopKOption = Annotated[int | None, typer.Option("--top-k", help="Sample among the k most probable.")]
@@ -50,6 +51,8 @@ class Answer:
         self.text: dict[int, str] = {}
         self.token_ids: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[float]] = {}
+        self.details: dict[int, list[dict[str, Any]]] = {}  # of each token, where alternatives were asked for
+        self.prompt_scores: dict[int, dict[str, Any]] = {}  # by index in the prompt: parts may come twice
         self.finished = pb.Finished()
 
     def read(self, stream: GenerationStream) -> None:
@@ -60,6 +63,9 @@ class Answer:
             elif kind == "deltas":
                 for delta in event.deltas.deltas:
                     self._take(delta)
+            elif kind == "prompt_scores":
+                scores = event.prompt_scores
+                self.prompt_scores |= dict(enumerate(_scored(scores), scores.first_token_index))
             elif kind == "finished":
                 self.finished = event.finished
         if self._echo:
@@ -70,6 +76,8 @@ class Answer:
         self.text[index] = self.text.get(index, "") + delta.text
         self.token_ids.setdefault(index, []).extend(delta.token_ids)
         self.logprobs.setdefault(index, []).extend(delta.logprobs)
+        for rank, alternatives in zip(delta.ranks, delta.top_logprobs, strict=True):
+            self.details.setdefault(index, []).append({"rank": rank, "alternatives": _pairs(alternatives)})
         if self._echo and index == 0:
             output.write(delta.text)
 
@@ -86,6 +94,10 @@ class Answer:
                 item["stop_match"] = end.stop if end.WhichOneof("stop_match") == "stop" else end.stop_token_id
             if self.logprobs.get(index):
                 item["logprobs"] = self.logprobs[index]
+            if self.details.get(index):
+                item["top_logprobs"] = self.details[index]
+            if end.HasField("score"):
+                item["score"] = end.score
             found.append(item)
         return found
 
@@ -95,6 +107,8 @@ class Answer:
         value: dict[str, Any] = dict(outputs[0]) if outputs else {}
         if len(outputs) > 1:
             value["outputs"] = outputs
+        if self.prompt_scores:
+            value["prompt_scores"] = [self.prompt_scores[index] for index in sorted(self.prompt_scores)]
         return value | {
             "generation_id": self.generation_id,
             "seed": self.config.seed,
@@ -129,6 +143,22 @@ class Answer:
         }
 
 
+def _pairs(alternatives: pb.TokenAlternatives) -> list[list[float]]:
+    return [
+        [token_id, logprob] for token_id, logprob in zip(alternatives.token_ids, alternatives.logprobs, strict=True)
+    ]
+
+
+def _scored(scores: pb.PromptScores) -> list[dict[str, Any]]:
+    """One entry per token."""
+    found: list[dict[str, Any]] = [
+        {"logprob": logprob, "rank": rank} for logprob, rank in zip(scores.logprobs, scores.ranks, strict=True)
+    ]
+    for item, alternatives in zip(found, scores.top_logprobs, strict=False):
+        item["alternatives"] = _pairs(alternatives)
+    return found
+
+
 def run_stream(client: Client, stream: GenerationStream, *, echo: bool) -> Answer:
     """Read a stream to its end; Ctrl-C cancels the generation."""
     answer = Answer(echo=echo)
@@ -156,6 +186,37 @@ def generate(
     num_outputs: Annotated[int | None, typer.Option("--num-outputs", "-n", min=1, help="Number of answers.")] = None,
     stop: StopOption = None,
     logprobs: Annotated[bool | None, typer.Option("--logprobs", help="Report log-probabilities (--json).")] = None,
+    min_tokens: choice.MinTokensOption = None,
+    min_length: choice.MinLengthOption = None,
+    max_length: choice.MaxLengthOption = None,
+    ignore_eos: choice.IgnoreEosOption = None,
+    stop_token_id: choice.StopTokenIdOption = None,
+    typical_p: choice.TypicalPOption = None,
+    epsilon_cutoff: choice.EpsilonCutoffOption = None,
+    eta_cutoff: choice.EtaCutoffOption = None,
+    top_h: choice.TopHOption = None,
+    presence_penalty: choice.PresencePenaltyOption = None,
+    frequency_penalty: choice.FrequencyPenaltyOption = None,
+    bad_word: choice.BadWordOption = None,
+    bad_words_ids: choice.BadWordsIdsOption = None,
+    logit_bias: choice.LogitBiasOption = None,
+    sequence_bias: choice.SequenceBiasOption = None,
+    suppress_token: choice.SuppressTokenOption = None,
+    begin_suppress_token: choice.BeginSuppressTokenOption = None,
+    exponential_decay: choice.ExponentialDecayOption = None,
+    forced_eos_token_id: choice.ForcedEosOption = None,
+    encoder_repetition_penalty: choice.EncoderRepetitionPenaltyOption = None,
+    encoder_no_repeat_ngram_size: choice.EncoderNGramOption = None,
+    top_logprobs: Annotated[
+        int | None, typer.Option("--top-logprobs", min=0, help="Report so many alternatives of each token (--json).")
+    ] = None,
+    prompt_logprobs: Annotated[
+        int | None,
+        typer.Option("--prompt-logprobs", min=0, help="Score the prompt, with so many alternatives (--json)."),
+    ] = None,
+    best_of: Annotated[int | None, typer.Option("--best-of", min=1, help="Sample so many, return the best.")] = None,
+    include_stop: Annotated[bool | None, typer.Option("--include-stop", help="Keep the stop string.")] = None,
+    echo: Annotated[bool | None, typer.Option("--echo", help="Begin with the prompt (--raw).")] = None,
     system: SystemOption = "",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds.")] = None,
@@ -183,6 +244,32 @@ def generate(
         num_outputs=num_outputs,
         stop=stop,
         logprobs=logprobs,
+        min_tokens=min_tokens,
+        min_length=min_length,
+        max_length=max_length,
+        ignore_eos=ignore_eos,
+        stop_token_ids=stop_token_id,
+        typical_p=typical_p,
+        epsilon_cutoff=epsilon_cutoff,
+        eta_cutoff=eta_cutoff,
+        top_h=top_h,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        bad_words=bad_word,
+        bad_words_ids=choice.phrases_of(bad_words_ids),
+        logit_bias=choice.biases_of(logit_bias),
+        sequence_bias=choice.phrase_biases_of(sequence_bias),
+        suppress_tokens=suppress_token,
+        begin_suppress_tokens=begin_suppress_token,
+        exponential_decay_length_penalty=choice.decay_of(exponential_decay),
+        forced_eos_token_id=forced_eos_token_id,
+        encoder_repetition_penalty=encoder_repetition_penalty,
+        encoder_no_repeat_ngram_size=encoder_no_repeat_ngram_size,
+        top_logprobs=top_logprobs,
+        prompt_logprobs=prompt_logprobs,
+        best_of=best_of,
+        include_stop=include_stop,
+        echo=echo,
     )
     tls = at.tls_of(tls_ca, tls_cert, tls_key)
     with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:

@@ -48,6 +48,43 @@ class GenerationOptions(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     logprobs: bool
+    min_tokens: int
+    min_length: int
+    ignore_eos: bool
+    typical_p: float
+    epsilon_cutoff: float
+    eta_cutoff: float
+    top_h: float
+    presence_penalty: float
+    frequency_penalty: float
+    bad_words: Sequence[str]
+    bad_words_ids: Sequence[Sequence[int]]
+    logit_bias: Mapping[int, float]
+    sequence_bias: Sequence[tuple[Sequence[int], float]]  # token ids and what is added to the score of the last
+    suppress_tokens: Sequence[int]
+    begin_suppress_tokens: Sequence[int]
+    exponential_decay_length_penalty: tuple[int, float]  # start and factor
+    forced_eos_token_id: int
+    encoder_repetition_penalty: float
+    encoder_no_repeat_ngram_size: int
+    include_stop: bool
+    best_of: int
+    top_logprobs: int
+    prompt_logprobs: int
+    echo: bool
+
+
+def make_config(options: GenerationOptions) -> pb.GenerationConfig:
+    """Turn options into a config: sequences and pairs, written as for transformers, become messages."""
+    fields: dict[str, Any] = dict(options)
+    if "bad_words_ids" in options:
+        fields["bad_words_ids"] = [pb.TokenIds(ids=ids) for ids in options["bad_words_ids"]]
+    if "sequence_bias" in options:
+        fields["sequence_bias"] = [pb.SequenceBias(token_ids=ids, bias=bias) for ids, bias in options["sequence_bias"]]
+    if "exponential_decay_length_penalty" in options:
+        start, factor = options["exponential_decay_length_penalty"]
+        fields["exponential_decay_length_penalty"] = pb.ExponentialDecay(start=start, factor=factor)
+    return pb.GenerationConfig(**fields)
 
 
 def make_input(prompt: Prompt) -> pb.GenerationInput:
@@ -156,7 +193,7 @@ def make_stream_request(
     return pb.StreamGenerateRequest(
         model=model,
         input=make_input(prompt),
-        config=pb.GenerationConfig(**options),
+        config=make_config(options),
         time_limit=make_duration(time_limit_s),
         disconnect_grace=make_duration(disconnect_grace_s),
         idempotency_key=idempotency_key or uuid.uuid4().hex,

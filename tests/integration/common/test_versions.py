@@ -41,7 +41,7 @@ from tests.integration.common.conftest import FAST_RETRY, SHARD
 from tests.integration.common.invariants import Seen
 
 ROOM = 10_000
-BODY = LaterJobBody(prompt_token_ids=(1, 2, 3), sampling=LaterSampling(max_tokens=8, seed=5, grammar="x"))
+BODY = LaterJobBody(prompt_token_ids=(1, 2, 3), sampling=LaterSampling(max_tokens=8, seed=5))
 
 
 @pytest.fixture
@@ -158,6 +158,20 @@ async def test_a_later_gateways_job_is_done_by_an_old_worker_and_keeps_its_field
     found = await later_queue.read_log(name, "acme")
     assert (found.record.state, tokens_of(found.events)) == (JobState.DONE, [5, 6])
     check_invariants(superuser, name, Seen(list(found.events)))
+
+
+async def test_a_job_with_a_parameter_that_a_worker_does_not_know_is_left_to_others(
+    claims: JobClaims, later_queue: JobQueue, superuser: redis_sync.Redis
+) -> None:
+    body = LaterJobBody(prompt_token_ids=(1, 2, 3), sampling=LaterSampling(max_tokens=8, grammar="x"))
+    later = await later_queue.enqueue(SHARD, dataclasses.replace(make_job(), body=body))
+    plain = await later_queue.enqueue(SHARD, make_job())
+    # What it can do it does; the other one waits again, as if nobody had claimed it, and this worker lets others try.
+    assert [job.generation_id for job in await claims.claim(2, ROOM, ROOM)] == [plain.generation_id]
+    assert claims.is_paused
+    record = await later_queue.get(later.generation_id, "acme")
+    assert (record.state, record.attempts, record.num_claims) == (JobState.QUEUED, 0, 0)
+    assert superuser.hgetall(keys.job(SHARD, later.generation_id))[b"b"] == records.encode_body(body)
 
 
 @pytest.mark.parametrize("by_later", [False, True])

@@ -9,7 +9,7 @@ import pytest
 
 from common.deltas import merge_tool_calls
 from common.errors import DeadlineExceeded, LogLimitExceeded, WorkerFailed
-from common.generation import EventBody, FinishReason, OutputDelta, ToolCallDelta, Usage
+from common.generation import EventBody, FinishReason, OutputDelta, PromptScores, ToolCallDelta, Usage
 from common.jobs import ItemKind, JobState, Reason
 from gateway import convert
 from gateway.progress import LogPosition, Verdict
@@ -183,6 +183,29 @@ def test_a_generation_shows_all_that_its_log_holds() -> None:
     assert (failed.state, failed.error_reason) == (pb.GENERATION_STATE_FAILED, "WORKER_FAILED")
     assert failed.HasField("timings")
     assert not failed.outputs[1].HasField("end")
+
+
+def test_what_is_reported_of_tokens_reaches_callers_unchanged() -> None:
+    part = OutputDelta(0, 0, (7,), "a", (-0.5,), top_logprobs=(((7, -0.5), (8, -1.5)),), ranks=(1,))
+    end = OutputDelta(0, 1, finish_reason=FinishReason.LENGTH, score=-0.5)
+    message = convert.delta_message(part, GENERATION_ID)
+    assert message.top_logprobs == [pb.TokenAlternatives(token_ids=[7, 8], logprobs=[-0.5, -1.5])]
+    assert message.ranks == [1]
+    assert convert.output_end(end).score == -0.5
+    assert not convert.output_end(delta(finish_reason=FinishReason.LENGTH)).HasField("score")
+    scores = PromptScores(1, (-0.25,), (3,), (((4, -0.25),),))
+    expected = pb.PromptScores(
+        first_token_index=1,
+        logprobs=[-0.25],
+        ranks=[3],
+        top_logprobs=[pb.TokenAlternatives(token_ids=[4], logprobs=[-0.25])],
+    )
+    event = convert.scores_event(scores, LogPosition(2, b"12345678"))
+    assert (event.sequence, event.chain_hash, event.prompt_scores) == (2, b"12345678", expected)
+    accepted = pb.Accepted(config=pb.GenerationConfig(num_outputs=1))
+    whole = convert.generation_message(make_record(), accepted, [part], LogPosition(2, b"12345678"), scores)
+    assert whole.prompt_scores == expected
+    assert (whole.outputs[0].top_logprobs, whole.outputs[0].ranks) == (message.top_logprobs, [1])
 
 
 def test_a_position_drops_old_copies_and_asks_for_what_is_missing() -> None:

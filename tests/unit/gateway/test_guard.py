@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf import struct_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -173,6 +174,15 @@ async def test_an_unknown_field_is_refused_by_its_path(
     assert [violation.field for violation in error.violations] == [path]
     assert "99" in error.message
     assert toy.calls == []
+
+
+def test_maps_are_looked_into_where_they_hold_messages() -> None:
+    numbers = pb.GenerationConfig(logit_bias={3: 0.5})
+    assert find_unknown_field(numbers) is None
+    known = struct_pb2.Struct(fields={"a": struct_pb2.Value(number_value=1)})
+    assert find_unknown_field(known) is None
+    known.fields["b"].MergeFromString(b"\x98\x06\x01")  # field 99
+    assert find_unknown_field(known) == "fields[].99"
 
 
 def test_a_known_message_has_no_unknown_field() -> None:

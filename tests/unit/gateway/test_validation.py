@@ -55,6 +55,8 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("num_outputs", [0, 5, UINT32], "FIELD_OUT_OF_RANGE"),
     ("stop", [[""], ["a", ""], ["x" * 257], ["é" * 129], ["a", "b", "c", "d"]], "FIELD_OUT_OF_RANGE"),
     ("stop_token_ids", [[50], [0, UINT32], [1] * 65], "FIELD_OUT_OF_RANGE"),
+    ("best_of", [0, 5, UINT32], "FIELD_OUT_OF_RANGE"),
+    ("prompt_logprobs", [21, UINT32], "FIELD_OUT_OF_RANGE"),
 ]
 GOOD: list[tuple[str, list[Any]]] = [
     ("max_tokens", [1, 90]),
@@ -70,6 +72,11 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("stop", [[], ["x" * 256], ["é" * 128], ["a", "b", "c"]]),
     ("stop_token_ids", [[], [0, 49], [1] * 64]),
     ("logprobs", [False, True]),
+    ("include_stop", [False, True]),
+    ("best_of", [1, 4]),
+    ("top_logprobs", [0]),
+    ("prompt_logprobs", [0, 20]),
+    ("echo", [False, True]),
 ]
 
 
@@ -93,10 +100,47 @@ def test_a_value_at_its_limit_is_taken(name: str, value: Any) -> None:
 
 
 def test_all_bad_fields_are_reported_at_once() -> None:
-    fields = {name: values[0] for name, values, _ in BAD}
+    fields = {name: values[0] for name, values, _ in BAD if name != "prompt_logprobs"}  # allows max_tokens 0
     error = refusal(**fields)
     assert {violation.field for violation in error.violations} == {f"config.{name}" for name in fields}
     assert {violation.reason for violation in error.violations} == {"FIELD_OUT_OF_RANGE"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reasons"),
+    [
+        ({"top_logprobs": 1}, {"top_logprobs": "FIELD_CONFLICT"}),
+        ({"top_logprobs": 21, "logprobs": True}, {"top_logprobs": "FIELD_OUT_OF_RANGE"}),
+        ({"best_of": 2, "num_outputs": 3}, {"best_of": "FIELD_OUT_OF_RANGE"}),
+        ({"max_tokens": 0, "echo": False}, {"max_tokens": "FIELD_OUT_OF_RANGE"}),
+        ({"max_tokens": 0, "echo": True, "best_of": 1}, {"best_of": "FIELD_CONFLICT"}),
+        ({"max_tokens": 0, "top_logprobs": 1}, {"max_tokens": "FIELD_OUT_OF_RANGE", "top_logprobs": "FIELD_CONFLICT"}),
+    ],
+)
+def test_reports_that_contradict_each_other_are_refused(fields: dict[str, Any], reasons: dict[str, str]) -> None:
+    violations = refusal(**fields).violations
+    assert {found.field.removeprefix("config."): found.reason for found in violations} == reasons
+
+
+def test_a_conversation_is_not_echoed() -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        check.resolve_config(pb.GenerationConfig(echo=True, top_p=3), GREEDY, 10, LIMITS, seed=1, is_chat=True)
+    assert [violation.field for violation in raised.value.violations] == ["config.top_p", "config.echo"]
+
+
+@pytest.mark.parametrize("fields", [{"echo": True}, {"prompt_logprobs": 0}])
+def test_no_new_tokens_are_asked_for_where_the_prompt_is_read(fields: dict[str, Any]) -> None:
+    resolved = resolve(pb.GenerationConfig(max_tokens=0, **fields))
+    assert (resolved.HasField("max_tokens"), check.sampling_params(resolved, []).max_tokens) == (True, 0)
+
+
+def test_reports_reach_the_engine() -> None:
+    config = pb.GenerationConfig(num_outputs=2, best_of=4, logprobs=True, top_logprobs=20, include_stop=True)
+    params = check.sampling_params(resolve(config), [])
+    assert (params.num_outputs, params.num_best, params.top_logprobs, params.include_stop) == (4, 2, 20, True)
+    assert params.prompt_logprobs is None
+    assert check.sampling_params(resolve(pb.GenerationConfig(prompt_logprobs=0)), []).prompt_logprobs == 0
+    assert check.sampling_params(resolve(pb.GenerationConfig(best_of=3)), []).num_best == 1
 
 
 def test_max_length_becomes_max_tokens() -> None:

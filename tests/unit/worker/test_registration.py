@@ -123,7 +123,8 @@ def test_defaults_are_the_model_s_within_what_fits(loaded: LoadedModel) -> None:
     generous = dataclasses.replace(loaded, generation_defaults={"max_tokens": 1000, "temperature": 0.6, "top_p": 0.9})
     card, _ = publish(generous)
     assert card.defaults == GenerationDefaults(max_tokens=255, temperature=0.6, top_p=0.9)
-    assert set(GenerationDefaults.__struct_fields__) <= set(SamplingParams.__struct_fields__)
+    of_requests = {*SamplingParams.__struct_fields__, "min_length"}  # which a prompt's length turns into min_tokens
+    assert set(GenerationDefaults.__struct_fields__) <= of_requests
 
 
 def test_without_a_chat_template_none_is_published(loaded: LoadedModel) -> None:

@@ -25,7 +25,7 @@ from tests.builders_engine import make_settings, tiny_model
 from tests.builders_models import VOCAB_SIZE, write_tokenizer
 from worker.detokenizer import IncrementalDetokenizer
 from worker.engine.attention.torch_ref import TorchAttention
-from worker.engine.history import TokenHistory
+from worker.engine.history import NGramFollowers, TokenHistory
 from worker.engine.loop import Engine, _Request
 from worker.engine.runner import ModelRunner
 from worker.engine.stopping import StopStringFilter
@@ -60,7 +60,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def job_of(
-    name: str, prompt: Sequence[int], sampling: SamplingParams, log: Iterable[LogEvent] = (), remaining_ms: int = 10**9
+    name: str,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    log: Iterable[LogEvent] = (),
+    remaining_ms: int = 10**9,
+    echo_text: str = "",
 ) -> ClaimedJob:
     events = tuple(log)
     return ClaimedJob(
@@ -73,7 +78,7 @@ def job_of(
         attempts=0,
         tenant="t",
         usage=Usage(),
-        body=JobBody(prompt_token_ids=tuple(prompt), sampling=sampling),
+        body=JobBody(prompt_token_ids=tuple(prompt), sampling=sampling, echo_text=echo_text),
         events=events,
     )
 
@@ -107,6 +112,7 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
+    details: list[tuple[int, tuple[tuple[int, float], ...]]] = field(default_factory=list)
     ends: list[tuple[FinishReason, str | int | None]] = field(default_factory=list)
 
     def take(self, delta: OutputDelta) -> None:
@@ -115,6 +121,7 @@ class Output:
         self.token_ids += delta.token_ids
         self.text += delta.text
         self.logprobs += delta.logprobs
+        self.details += zip(delta.ranks, delta.top_logprobs, strict=True)
         if delta.finish_reason is not None:
             self.ends.append((delta.finish_reason, delta.stop_match))
 
@@ -134,6 +141,17 @@ def check_same(found: list[Output], expected: list[Output]) -> None:
         assert one.text == other.text
         assert one.ends == other.ends
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert len(one.details) == len(other.details)
+        for (rank, alternatives), (other_rank, others) in zip(one.details, other.details, strict=True):
+            assert rank == other_rank
+            assert [found for _, found in alternatives] == pytest.approx([found for _, found in others], abs=1e-4)
+
+
+def scored_tokens(log: Iterable[LogEvent]) -> list[int]:
+    """Indices in the prompt, as often and in the order in which the log has their scores."""
+    bodies = [event.body for event in log if isinstance(event.body, EventBody)]
+    parts = [body.prompt_scores for body in bodies if body.prompt_scores is not None]
+    return [part.first_token_index + i for part in parts for i in range(len(part.logprobs))]
 
 
 def free_case(rng: random.Random) -> tuple[list[int], SamplingParams]:
@@ -149,7 +167,9 @@ def free_case(rng: random.Random) -> tuple[list[int], SamplingParams]:
         no_repeat_ngram_size=rng.choice((0, 0, 1, 2, 3)),
         seed=rng.getrandbits(64),
         num_outputs=rng.choice((1, 1, 2)),
-        logprobs=rng.random() < 0.5,
+        logprobs=True,
+        top_logprobs=rng.choice((0, 3)),
+        prompt_logprobs=rng.choice((None, None, 2)),
     )
     return prompt, sampling
 
@@ -182,6 +202,8 @@ def check_every_cut(lab: Lab, rng: random.Random) -> int:
     rests = run_jobs(lab, jobs, rng)
     for head, rest in zip(heads, rests.values(), strict=True):
         check_same(outputs_of([*head, *as_log(rest)], sampling.num_outputs), expected)
+        is_scored = sampling.prompt_logprobs is not None
+        assert scored_tokens([*head, *as_log(rest)]) == (list(range(1, len(prompt))) if is_scored else [])
         last = rest[-1].body.usage
         assert last is not None
         assert last.completion_tokens == rest[-1].completion_tokens == usage.completion_tokens
@@ -197,7 +219,7 @@ def without_ends(log: Sequence[LogEvent]) -> Iterable[list[LogEvent]]:
             deltas = tuple(
                 msgspec.structs.replace(delta, finish_reason=None, stop_match=None) for delta in event.body.deltas
             )
-            yield [*log[:cut], msgspec.structs.replace(event, body=EventBody(deltas))]
+            yield [*log[:cut], msgspec.structs.replace(event, body=EventBody(deltas, None, event.body.prompt_scores))]
 
 
 @given(st.randoms(use_true_random=False))
@@ -225,6 +247,20 @@ def test_a_time_limit_after_a_takeover_shows_all_text_that_was_held_back(lab: La
             assert after.text == lab.tokenizer.decode(after.token_ids, skip_special_tokens=True)
 
 
+def test_an_echo_is_written_once_wherever_the_log_is_cut(lab: Lab) -> None:
+    rng, echo = random.Random(4), "as it was said: "
+    sampling = SamplingParams(max_tokens=6, temperature=1.0, seed=8, num_outputs=3, stop_token_ids=(50, 60, 70))
+    silent = outputs_of(as_log(run_jobs(lab, [job_of("g", [5, 6, 7], sampling)], rng)["g"]), 3)
+    log = as_log(run_jobs(lab, [job_of("g", [5, 6, 7], sampling, echo_text=echo)], rng)["g"])
+    heads = [*(log[:cut] for cut in range(len(log) + 1)), *without_ends(log)]
+    jobs = [job_of(f"cut-{n}", [5, 6, 7], sampling, head, echo_text=echo) for n, head in enumerate(heads)]
+    for head, rest in zip(heads, run_jobs(lab, jobs, rng).values(), strict=True):
+        whole = outputs_of([*head, *as_log(rest)], 3)
+        assert [output.text for output in whole] == [echo + output.text for output in silent]
+    late = job_of("late", [5, 6, 7], sampling, remaining_ms=0, echo_text=echo)
+    assert [output.text for output in outputs_of(as_log(run_jobs(lab, [late], rng, now=1.0)["late"]), 3)] == [echo] * 3
+
+
 # -- the law can be broken: a new worker that forgets one kind of state --------------------------------------------
 
 AfterStart = Callable[[Engine, _Request, int], None]
@@ -250,15 +286,15 @@ def forget_what_was_said(engine: Engine, state: _Request, index: int) -> None:
     """The output's tokens, for penalties and n-grams; the prompt's are known."""
     sequence = state.outputs[index].sequence
     if sequence.history is not None:
-        sequence.history = TokenHistory(state.request.sampling)
-        sequence.history.extend(sequence.token_ids[: sequence.num_prompt_tokens])
+        prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+        sequence.history = TokenHistory(state.request.sampling, prompt)
 
 
 def forget_what_was_forbidden(engine: Engine, state: _Request, index: int) -> None:
     """N-grams alone."""
     history = state.outputs[index].sequence.history
-    if history is not None:
-        history._followers = {}
+    if history is not None and history._ngrams is not None:
+        history._ngrams = NGramFollowers(state.request.sampling.no_repeat_ngram_size)
 
 
 def forget_the_seed(engine: Engine, state: _Request, index: int) -> None:

@@ -154,6 +154,38 @@ def test_several_outputs_are_all_shown(run: Command) -> None:
     assert "stop_match" not in value
 
 
+def test_what_is_reported_of_tokens_and_prompt_is_in_the_json(run: Command) -> None:
+    deltas = [
+        pb.Delta(
+            token_ids=[8],
+            text="b",
+            logprobs=[-0.5],
+            ranks=[2],
+            top_logprobs=[pb.TokenAlternatives(token_ids=[9], logprobs=[-0.25])],
+        )
+    ]
+    parts = [
+        pb.PromptScores(first_token_index=first, logprobs=[-0.5] * count, ranks=[first] * count)
+        for first, count in ((1, 2), (3, 1), (3, 1))  # the last part came twice
+    ]
+    run.toy.log = [
+        *(pb.GenerationEvent(sequence=1, prompt_scores=part) for part in parts),
+        pb.GenerationEvent(sequence=2, deltas=pb.Deltas(deltas=deltas)),
+        pb.GenerationEvent(
+            sequence=3,
+            finished=pb.Finished(outputs=[pb.OutputEnd(finish_reason=pb.FINISH_REASON_LENGTH, score=-0.5)]),
+        ),
+    ]
+    options = ("--best-of", "2", "--top-logprobs", "1", "--prompt-logprobs", "0", "--include-stop", "--echo")
+    (value,) = run.objects("generate", "hi", "--raw", "--logprobs", *options, "--max-tokens", "1", "--json")
+    assert value["top_logprobs"] == [{"rank": 2, "alternatives": [[9, -0.25]]}]
+    assert value["score"] == -0.5
+    assert [score["rank"] for score in value["prompt_scores"]] == [1, 1, 3]
+    assert run.toy.requests[-1].config == pb.GenerationConfig(
+        max_tokens=1, logprobs=True, best_of=2, top_logprobs=1, prompt_logprobs=0, include_stop=True, echo=True
+    )
+
+
 def test_raw_text_goes_without_the_chat_template(run: Command) -> None:
     run("generate", "Once upon", "--raw")
     assert run.toy.requests[-1].input == pb.GenerationInput(text="Once upon")

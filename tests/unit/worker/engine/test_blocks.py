@@ -153,6 +153,24 @@ def test_a_lost_block_is_noticed() -> None:
         pool.check_integrity()
 
 
+def test_a_block_that_is_counted_otherwise_than_held_is_noticed() -> None:
+    pool = make_pool()
+    block_ids = pool.allocate(2)
+    pool.share(block_ids[1:])
+    pool.check_integrity([block_ids, block_ids[1:]])
+    with pytest.raises(AssertionError, match="held"):
+        pool.check_integrity([block_ids])
+
+
+def test_without_a_free_block_none_is_replaced() -> None:
+    pool = make_pool(2)
+    block_ids = pool.allocate(2)
+    pool.share(block_ids)
+    with pytest.raises(OutOfBlocks):
+        pool.replace(block_ids[0])
+    pool.check_integrity([block_ids, block_ids])
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Sequences take, share, fill and give back blocks in any order; a model remembers what each holds."""
 
@@ -181,6 +199,25 @@ class PoolMachine(RuleBasedStateMachine):
         self.held.append((tokens, block_ids))
 
     @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        tokens, block_ids = data.draw(st.sampled_from(self.held))
+        self.pool.share(block_ids)
+        self.held.append((tokens, list(block_ids)))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def write(self, data: st.DataObject) -> None:
+        """Replace a sequence's last block, as if it were partly full."""
+        _, block_ids = data.draw(st.sampled_from(self.held))
+        num_holders = sum(block_ids[-1] in others for _, others in self.held)
+        assert self.pool.is_shared(block_ids[-1]) == (num_holders > 1)
+        if num_holders > 1 and self.pool.num_free_blocks:
+            copy = self.pool.replace(block_ids[-1])
+            assert not any(copy in others for _, others in self.held)
+            block_ids[-1] = copy
+
+    @precondition(lambda self: self.held)
     @rule(data=st.data(), forget=st.booleans())
     def leave(self, data: st.DataObject, forget: bool) -> None:
         _, block_ids = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
@@ -190,7 +227,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_block_is_in_one_place(self) -> None:
-        self.pool.check_integrity()
+        self.pool.check_integrity(block_ids for _, block_ids in self.held)
         num_held = len({block_id for _, block_ids in self.held for block_id in block_ids})
         assert self.pool.num_free_blocks == self.pool.num_usable_blocks - num_held
 

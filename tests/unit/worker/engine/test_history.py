@@ -9,8 +9,8 @@ from common.generation import SamplingParams
 from worker.engine.history import TokenHistory
 
 
-def make_history(token_ids: list[int], **params: object) -> TokenHistory:
-    history = TokenHistory(SamplingParams(max_tokens=1, **params))  # type: ignore[arg-type]
+def make_history(token_ids: list[int], prompt: list[int] | None = None, **params: object) -> TokenHistory:
+    history = TokenHistory(SamplingParams(max_tokens=1, **params), prompt or [])  # type: ignore[arg-type]
     history.extend(token_ids)
     return history
 

@@ -372,7 +372,7 @@ def test_a_block_shared_in_the_step_that_writes_it_is_noticed(monkeypatch: pytes
     monkeypatch.setattr(BlockPool, "register", _register_as_ready)
     engine = make_engine(PaperRunner(), token_budget=64)
     with pytest.raises(AssertionError, match="reads a slot that is not its own"):
-        generate(engine, make_request("r", range(30), num_outputs=2))
+        generate(engine, make_request("r", range(30)), make_request("q", range(30)))
 
 
 def _register_as_ready(self: BlockPool, block_id: int, block_hash: bytes) -> None:

@@ -8,17 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from common.generation import SamplingParams
+from tests.reference_sampling import processors_of
 from tests.waits import Waits
 from worker.engine.kernels.build import supported_levels
 from worker.engine.kernels.library import Kernels
@@ -29,26 +21,15 @@ from worker.engine.sequence import Sequence
 CPU = torch.device("cpu")
 
 
-def make_row(prompt: list[int], **params: Any) -> Sequence:
-    return Sequence("s", prompt, SamplingParams(max_tokens=10, **params))
+def make_row(prompt: list[int], output: list[int] | None = None, **params: Any) -> Sequence:
+    return Sequence("s", prompt, SamplingParams(**{"max_tokens": 10, **params}), emitted=output or [])
 
 
 def transformers_scores(logits: torch.Tensor, row: Sequence) -> torch.Tensor:
     """[vocab_size], -inf for what transformers drops."""
-    params = row.sampling
-    processors = LogitsProcessorList()
-    if params.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    if params.no_repeat_ngram_size > 0:
-        processors.append(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
-    if params.temperature > 0:
-        processors.append(TemperatureLogitsWarper(params.temperature))
-        if params.top_k > 0:
-            processors.append(TopKLogitsWarper(params.top_k))
-        if params.top_p < 1:
-            processors.append(TopPLogitsWarper(params.top_p))
-        processors.append(MinPLogitsWarper(params.min_p))
-    return processors(torch.tensor([list(row.token_ids)]), logits[None])[0]
+    ids = row.token_ids.tolist()
+    processors = processors_of(row.sampling, ids[: row.num_prompt_tokens])
+    return processors(torch.tensor([ids]), logits[None])[0]
 
 
 def reference_token(logits: torch.Tensor, row: Sequence) -> int:
@@ -61,17 +42,52 @@ def reference_token(logits: torch.Tensor, row: Sequence) -> int:
     return int((scores.double() + noise).argmax())
 
 
+def can_be_made(params: SamplingParams) -> bool:
+    """Whether transformers takes it: a penalty for ends needs some, and nothing forced may be suppressed."""
+    return (
+        bool(params.stop_token_ids) or params.exponential_decay_length_penalty is None
+    ) and params.forced_eos_token_id not in params.suppress_tokens
+
+
+_ids = st.integers(0, 30)
+_ids_of_row = st.lists(_ids, min_size=1, max_size=3)
+_phrases = st.lists(st.lists(_ids, min_size=1, max_size=3).map(tuple), max_size=4).map(tuple)
+
+
+def rarely(*values: Any) -> st.SearchStrategy[Any]:
+    """The first of them, which is off, in most rows: they are tried alone and in pairs, besides all together."""
+    return st.sampled_from([values[0]] * (2 * len(values)) + list(values))
+
+
 _rows = st.builds(
     make_row,
-    prompt=st.lists(st.integers(0, 30), min_size=1, max_size=30),
+    prompt=st.lists(_ids, min_size=1, max_size=30),
+    output=st.lists(_ids, max_size=9),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
-    top_k=st.sampled_from([0, 0, 1, 5, 50, 300, 5000]),
-    top_p=st.sampled_from([1.0, 0.1, 0.5, 0.9, 0.999]),
+    top_k=st.sampled_from([0, 0, 0, 1, 5, 50, 300, 5000]),
+    top_p=st.sampled_from([1.0, 1.0, 0.1, 0.5, 0.9, 0.999]),
     min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5]),
+    top_h=rarely(0.0, 0.1, 0.5, 1.0),
+    typical_p=rarely(1.0, 0.1, 0.6, 0.95, 0.9999),
+    epsilon_cutoff=rarely(0.0, 1e-5, 3e-3, 0.2),
+    eta_cutoff=rarely(0.0, 1e-5, 3e-3, 0.2),
     repetition_penalty=st.sampled_from([1.0, 1.0, 0.7, 1.4]),
     no_repeat_ngram_size=st.sampled_from([0, 0, 1, 2, 3]),
+    encoder_repetition_penalty=rarely(1.0, 0.7, 1.6),
+    encoder_no_repeat_ngram_size=rarely(0, 1, 2, 3),
+    presence_penalty=rarely(0.0, -1.5, 0.7),
+    frequency_penalty=rarely(0.0, -0.3, 1.1),
+    stop_token_ids=st.lists(_ids, max_size=3, unique=True).map(tuple),
+    min_tokens=rarely(0, 3, 8),
+    bad_words_ids=st.just(()) | _phrases,
+    sequence_bias=st.just(())
+    | st.dictionaries(_ids_of_row.map(tuple), st.floats(-9, 9), max_size=5).map(lambda found: tuple(found.items())),
+    suppress_tokens=st.just(()) | _ids_of_row.map(tuple),
+    begin_suppress_tokens=st.just(()) | _ids_of_row.map(tuple),
+    exponential_decay_length_penalty=st.none() | st.tuples(st.integers(0, 7), st.sampled_from([0.8, 1.0, 1.3, 4.0])),
+    forced_eos_token_id=st.none() | st.none() | _ids,
     seed=st.integers(0, (1 << 64) - 1),
-)
+).filter(lambda row: can_be_made(row.sampling))
 
 
 @settings(max_examples=150, deadline=None)
@@ -82,15 +98,32 @@ _rows = st.builds(
     vocab_size=st.sampled_from([31, 256, 257, 3000]),
     may_wait=st.booleans(),
 )
-def test_every_row_of_a_mixed_batch_gets_the_token_that_transformers_filters_give(
+def test_every_row_of_a_mixed_batch_gets_the_token_that_transformers_gives(
     rows: list[Sequence], seed: int, scale: float, vocab_size: int, may_wait: bool
 ) -> None:
     logits = torch.randn(len(rows), vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
     before = logits.clone()
     sampled = Sampler(CPU, may_wait=may_wait).sample(logits, rows)
-    assert sampled.token_ids == [reference_token(logits[i], row) for i, row in enumerate(rows)]
+    for i, row in enumerate(rows):
+        if not transformers_scores(logits[i], make_row(**greedy(row))).isfinite().any():
+            assert i in sampled.forbidden_rows
+        else:
+            assert i not in sampled.forbidden_rows
+            assert sampled.token_ids[i] == reference_token(logits[i], row), row.sampling
     assert torch.equal(logits, before)
     assert sampled.invalid_rows == []
+
+
+def greedy(row: Sequence) -> dict[str, Any]:
+    """How to make the same row without temperature and filters."""
+    ids = row.token_ids.tolist()
+    params = {name: getattr(row.sampling, name) for name in SamplingParams.__struct_fields__}
+    return {
+        **params,
+        "temperature": 0.0,
+        "prompt": ids[: row.num_prompt_tokens],
+        "output": ids[row.num_prompt_tokens :],
+    }
 
 
 @pytest.mark.parametrize(
@@ -108,8 +141,21 @@ def test_filters_wider_than_the_candidates_lose_no_token(params: dict[str, Any])
     assert any(token not in largest[i] for i, token in enumerate(expected)), "the candidates were enough"
 
 
+_rows_of_prefix_filters = st.builds(
+    make_row,
+    prompt=st.lists(_ids, min_size=1, max_size=30),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 0, 1, 5, 50, 300, 5000]),
+    top_p=st.sampled_from([1.0, 0.1, 0.5, 0.9, 0.999]),
+    min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 0.7, 1.4]),
+    no_repeat_ngram_size=st.sampled_from([0, 0, 1, 2, 3]),
+    seed=st.integers(0, (1 << 64) - 1),
+)
+
+
 @settings(max_examples=60, deadline=None)
-@given(row=_rows, seed=st.integers(0, 1000), vocab_size=st.sampled_from([300, 3000]))
+@given(row=_rows_of_prefix_filters, seed=st.integers(0, 1000), vocab_size=st.sampled_from([300, 3000]))
 def test_ties_are_filtered_as_transformers_filters_them(row: Sequence, seed: int, vocab_size: int) -> None:
     # bf16 logits on a coarse grid have ties everywhere, also at the edge of top_k. With top_p, which of two equal
     # tokens falls out is arbitrary in transformers too: it must only be one that is not less probable.

@@ -55,6 +55,14 @@ def test_text_ends_before_the_match() -> None:
     assert len(progress) == 4
 
 
+def test_text_ends_behind_the_match_where_it_is_included() -> None:
+    progress = run(make_state(stop_strings=("bcd",), include_stop=True), "abcde")
+    assert progress[-1] == Progress("bcd", FinishReason.STOP, "bcd")
+    assert "".join(p.text for p in progress) == "abcd"
+    assert StopStringFilter(["cd"], include=True).push("abcdef") == ("abcd", "cd")
+    assert "".join(p.text for p in run(make_state(stop_strings=("é",), include_stop=True), "ab\0\0x")) == "abé"
+
+
 def test_of_two_stop_strings_in_one_text_the_earlier_wins() -> None:
     assert StopStringFilter(["cd", "bcd"]).push("abcd") == ("a", "bcd")
     assert StopStringFilter(["b", "bc"]).push("abc") == ("a", "b")

@@ -1,0 +1,201 @@
+"""The fields of a config that change scores, filter tokens by their probability, or keep an output from ending.
+
+What they mean is transformers' (`generation/logits_process.py`); ranges are checked here, all bad fields at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from common.errors import InvalidRequest
+from common.registry import GenerationDefaults
+from gateway.violations import Violations
+from torchrelay.v1 import generation_pb2 as pb
+
+MAX_BAD_WORDS: Final = 128
+MAX_BAD_WORD_BYTES: Final = 256
+MAX_PHRASES: Final = 256  # sequences of bad_words_ids, and of sequence_bias
+MAX_PHRASE_IDS: Final = 64
+MAX_TOKEN_IDS: Final = 1024  # of logit_bias, suppress_tokens and begin_suppress_tokens each
+MAX_BIAS: Final = 100.0
+MAX_PENALTY: Final = 2.0
+MAX_FACTOR: Final = 10.0
+MAX_NGRAM: Final = 64
+
+_FILTERS: Final = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+_REPEATED: Final = (
+    "bad_words", "bad_words_ids", "logit_bias", "sequence_bias", "suppress_tokens", "begin_suppress_tokens",
+)  # fmt: skip
+_SCALARS: Final = (
+    "min_tokens", *_FILTERS, "presence_penalty", "frequency_penalty",
+    "forced_eos_token_id", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+)  # fmt: skip
+
+
+def check(config: pb.GenerationConfig, vocab_size: int, bad: Violations) -> None:
+    """Note every field that is out of its range by itself."""
+    _check_number(config, "typical_p", bad, above=0, most=1)
+    _check_number(config, "epsilon_cutoff", bad, least=0, below=1)
+    _check_number(config, "eta_cutoff", bad, least=0, below=1)
+    _check_number(config, "top_h", bad, least=0, most=1)
+    _check_number(config, "presence_penalty", bad, least=-MAX_PENALTY, most=MAX_PENALTY)
+    _check_number(config, "frequency_penalty", bad, least=-MAX_PENALTY, most=MAX_PENALTY)
+    _check_number(config, "encoder_repetition_penalty", bad, above=0, most=MAX_FACTOR)
+    if config.encoder_no_repeat_ngram_size > MAX_NGRAM:
+        bad.add("config.encoder_no_repeat_ngram_size", f"must be at most {MAX_NGRAM}")
+    if config.HasField("exponential_decay_length_penalty"):
+        factor = config.exponential_decay_length_penalty.factor
+        if not 0 < factor <= MAX_FACTOR:
+            path = "config.exponential_decay_length_penalty.factor"
+            bad.add(path, f"must be above 0 and at most {MAX_FACTOR:g}")
+    if config.forced_eos_token_id >= vocab_size:
+        bad.add("config.forced_eos_token_id", f"must be below {vocab_size}")
+    _check_ids("suppress_tokens", config.suppress_tokens, vocab_size, bad)
+    _check_ids("begin_suppress_tokens", config.begin_suppress_tokens, vocab_size, bad)
+    _check_ids("logit_bias", config.logit_bias, vocab_size, bad)
+    if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in config.logit_bias.values()):
+        bad.add("config.logit_bias", f"each must be at least {-MAX_BIAS:g} and at most {MAX_BIAS:g}")
+    if len(config.bad_words) > MAX_BAD_WORDS:
+        bad.add("config.bad_words", f"at most {MAX_BAD_WORDS} words are taken")
+    elif not all(1 <= len(word.encode()) <= MAX_BAD_WORD_BYTES for word in config.bad_words):
+        bad.add("config.bad_words", f"each must be 1 to {MAX_BAD_WORD_BYTES} bytes")
+    _check_phrases("bad_words_ids", [phrase.ids for phrase in config.bad_words_ids], vocab_size, bad)
+    biased = [bias.token_ids for bias in config.sequence_bias]
+    _check_phrases("sequence_bias", biased, vocab_size, bad)
+    if not all(-MAX_BIAS <= bias.bias <= MAX_BIAS for bias in config.sequence_bias):
+        bad.add("config.sequence_bias", f"each bias must be at least {-MAX_BIAS:g} and at most {MAX_BIAS:g}")
+    if len(biased) <= MAX_PHRASES and len({tuple(ids) for ids in biased}) < len(biased):
+        bad.add("config.sequence_bias", "each sequence may occur once", "FIELD_CONFLICT")
+
+
+def clear_replaced(resolved: pb.GenerationConfig, config: pb.GenerationConfig) -> None:
+    """Take out what the model's defaults hold of fields that a request sets as a whole."""
+    for name in _REPEATED:
+        if getattr(config, name):
+            resolved.ClearField(name)
+    if config.HasField("exponential_decay_length_penalty"):
+        resolved.ClearField("exponential_decay_length_penalty")
+
+
+def has_filter(config: pb.GenerationConfig) -> bool:
+    """Whether a request asks for a filter of these, and so to sample."""
+    return any(config.HasField(name) for name in _FILTERS)
+
+
+def resolve(
+    resolved: pb.GenerationConfig, config: pb.GenerationConfig, num_prompt_tokens: int, *, has_eos: bool
+) -> None:
+    """Turn min_length into min_tokens, and hold what a request sets to the rest of what is in force.
+
+    `resolved` has its max_tokens, `config` is the request's. Raises InvalidRequest.
+    """
+    for name, num_before in (("min_tokens", 0), ("min_length", num_prompt_tokens)):
+        most = resolved.max_tokens + num_before
+        if getattr(config, name) > most:
+            raise InvalidRequest(
+                f"must be at most {most}: max_tokens is {resolved.max_tokens}, the prompt has {num_prompt_tokens}",
+                reason="FIELD_OUT_OF_RANGE",
+                field=f"config.{name}",
+                limit=most,
+                got=getattr(config, name),
+            )
+    # What only the model asks for gives way to a shorter output.
+    least = min(max(resolved.min_tokens, resolved.min_length - num_prompt_tokens), resolved.max_tokens)
+    resolved.ClearField("min_length")
+    resolved.ClearField("min_tokens")
+    if least > 0:
+        resolved.min_tokens = least
+    if resolved.HasField("forced_eos_token_id") and resolved.forced_eos_token_id in resolved.suppress_tokens:
+        raise InvalidRequest(
+            "must not be among suppress_tokens", reason="FIELD_CONFLICT", field="config.forced_eos_token_id"
+        )
+    has_end = bool(resolved.stop_token_ids) or (has_eos and not resolved.ignore_eos)
+    if not has_end and resolved.HasField("exponential_decay_length_penalty"):
+        if config.HasField("exponential_decay_length_penalty"):
+            raise InvalidRequest(
+                "needs an id that ends the output: an end-of-sequence id that is not ignored, or stop_token_ids",
+                reason="FIELD_CONFLICT",
+                field="config.exponential_decay_length_penalty",
+            )
+        resolved.ClearField("exponential_decay_length_penalty")
+
+
+def default_config(defaults: GenerationDefaults) -> pb.GenerationConfig:
+    """Return those of the model's defaults that change anything."""
+    own = GenerationDefaults()
+    config = pb.GenerationConfig()
+    for name in (*_SCALARS, "min_length"):
+        value = getattr(defaults, name, None)
+        if value is not None and value != getattr(own, name):
+            setattr(config, name, value)
+    for ids in defaults.bad_words_ids:
+        config.bad_words_ids.add(ids=ids)
+    for ids, bias in defaults.sequence_bias:
+        config.sequence_bias.add(token_ids=ids, bias=bias)
+    config.suppress_tokens.extend(defaults.suppress_tokens)
+    config.begin_suppress_tokens.extend(defaults.begin_suppress_tokens)
+    if defaults.exponential_decay_length_penalty is not None:
+        start, factor = defaults.exponential_decay_length_penalty
+        config.exponential_decay_length_penalty.MergeFrom(pb.ExponentialDecay(start=start, factor=factor))
+    return config
+
+
+def params_of(config: pb.GenerationConfig, bad_words_ids: Iterable[Sequence[int]]) -> dict[str, Any]:
+    """Return the fields of SamplingParams that a resolved config sets; `bad_words_ids` join its own."""
+    params: dict[str, Any] = {name: getattr(config, name) for name in _SCALARS if config.HasField(name)}
+    bad = [*(tuple(phrase.ids) for phrase in config.bad_words_ids), *map(tuple, bad_words_ids)]
+    if bad:
+        params["bad_words_ids"] = tuple(dict.fromkeys(bad))
+    biases = {tuple(bias.token_ids): bias.bias for bias in config.sequence_bias}
+    for token_id, value in sorted(config.logit_bias.items()):
+        biases[(token_id,)] = biases.get((token_id,), 0.0) + value
+    if biases:
+        params["sequence_bias"] = tuple(biases.items())
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        ids = getattr(config, name)
+        if ids:
+            params[name] = tuple(ids)
+    if config.HasField("exponential_decay_length_penalty"):
+        decay = config.exponential_decay_length_penalty
+        params["exponential_decay_length_penalty"] = (decay.start, decay.factor)
+    return params
+
+
+def _check_number(
+    config: pb.GenerationConfig,
+    name: Any,
+    bad: Violations,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> None:
+    if not config.HasField(name):
+        return
+    value: float = getattr(config, name)
+    # A value that is not a number is in no range.
+    is_low = not (value > above if above is not None else least is not None and value >= least)
+    is_high = not (value < below if below is not None else most is not None and value <= most)
+    if is_low or is_high:
+        low = f"above {above:g}" if above is not None else f"at least {least:g}"
+        high = f"below {below:g}" if below is not None else f"at most {most:g}"
+        bad.add(f"config.{name}", f"must be {low} and {high}")
+
+
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int, bad: Violations) -> None:
+    found = list(ids)
+    if len(found) > MAX_TOKEN_IDS:
+        bad.add(f"config.{name}", f"at most {MAX_TOKEN_IDS} ids are taken")
+    elif max(found, default=0) >= vocab_size:
+        bad.add(f"config.{name}", f"each id must be below {vocab_size}")
+
+
+def _check_phrases(name: str, phrases: Sequence[Sequence[int]], vocab_size: int, bad: Violations) -> None:
+    if len(phrases) > MAX_PHRASES:
+        bad.add(f"config.{name}", f"at most {MAX_PHRASES} sequences are taken")
+    elif not all(1 <= len(ids) <= MAX_PHRASE_IDS for ids in phrases):
+        bad.add(f"config.{name}", f"each sequence must have 1 to {MAX_PHRASE_IDS} ids")
+    elif any(max(ids) >= vocab_size for ids in phrases):
+        bad.add(f"config.{name}", f"each id must be below {vocab_size}")

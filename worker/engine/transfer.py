@@ -1,0 +1,10 @@
+"""Small tensors on their way from the host to the device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy from the host without waiting for what the device does."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

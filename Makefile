@@ -181,6 +181,10 @@ queue-memory: install-dev  ## what a generation costs in the server's memory; AR
 fairness: install-dev  ## tenants' shares of a real worker, and a flood beside an occasional request; minutes; ARGS=--mutant must fail
 	$(BIN)/python -m tests.benchmarks.fairness $(ARGS)
 
+.PHONY: structured
+structured: install-dev  ## 200 JSON schemas under mixed load: what stops is valid, what is bounded stops, and what it costs; ten minutes
+	$(BIN)/python -m tests.structured.run $(ARGS)
+
 .PHONY: mesh
 mesh: install-dev  ## two gateways behind a real Envoy: 1,000 keyed calls while gateways are killed; ARGS="--mutant no-keys" and so on
 	$(BIN)/python -m tests.mesh.run $(ARGS)
@@ -222,7 +226,7 @@ lock: $(VENV)/.tools  ## the locks again, from pyproject.toml; what they pin alr
 	@$(MAKE) --no-print-directory check-locks
 
 check-locks: $(VENV)/.tools  ## each lock has a wheel for each system and Python that is served; asks the package index
-	@export MACOSX_DEPLOYMENT_TARGET=14.0; for system in x86_64-manylinux_2_28 aarch64-manylinux_2_28 aarch64-apple-darwin; do for python in 3.11 3.12 3.13 3.14; do for lock in $(LOCKS); do \
+	@export MACOSX_DEPLOYMENT_TARGET=14.0; for system in x86_64-manylinux_2_31 aarch64-manylinux_2_31 aarch64-apple-darwin; do for python in 3.11 3.12 3.13 3.14; do for lock in $(LOCKS); do \
 		$(VENV)/tools/bin/uv pip install -q --no-config --dry-run --target build/nothing --no-deps --require-hashes --only-binary :all: \
 			--no-binary $(NO_WHEEL) --python-platform $$system --python-version $$python -r $$lock \
 			|| { echo "$$lock does not hold for $$system, Python $$python"; exit 1; }; done; done; done

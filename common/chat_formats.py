@@ -3,7 +3,7 @@
     hermes    <tool_call>{"name": "f", "arguments": {...}}</tool_call> ...         Hermes 2/3, Qwen 2.5, Qwen 3
     llama3    {"name": "f", "parameters": {...}}; ...  perhaps after <|python_tag|>  Llama 3.1 to 3.3
     mistral   [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]                  Mistral up to v7 of its tokenizer
-              [TOOL_CALLS]f[ARGS]{...}[TOOL_CALLS]...                               from v11 on
+    mistral11 [TOOL_CALLS]f[ARGS]{...}[TOOL_CALLS]...                               from v11 on
     generic   as hermes, for models that were not trained on tools: these and the format are told in the system message
 
     think     <think>...</think>                                                    DeepSeek-R1, Qwen 3, QwQ
@@ -28,16 +28,21 @@ class ReasoningFormat:
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """What a tool call looks like, for a grammar that forces one, and the marks that must survive detokenization."""
+    """What calls look like, for a grammar that allows for nothing else, and the marks that tell them from text.
 
-    begin: str  # before a call's name
-    middle: str  # between name and arguments
-    end: str
+    trigger opening  begin NAME middle ARGUMENTS end  separator (trigger) begin ...  closing
+    """
+
     trigger: str  # a model that writes this has begun a call
-    separator: str  # between two calls
-    opening: str = ""  # before the first of all calls
-    closing: str = ""  # after the last
-    marks: tuple[str, ...] = ()
+    begin: str
+    middle: str
+    end: str
+    separator: str
+    opening: str = ""
+    closing: str = ""
+    repeats_trigger: bool = True  # before every call, not the first alone
+    is_whole_answer: bool = False  # there is no text beside calls
+    marks: tuple[str, ...] = ()  # where they are special tokens, decoding must keep them
 
 
 REASONING_FORMATS: Final = {
@@ -46,10 +51,10 @@ REASONING_FORMATS: Final = {
 }
 
 _HERMES: Final = ToolFormat(
-    begin='<tool_call>\n{"name": "',
+    trigger="<tool_call>",
+    begin='\n{"name": "',
     middle='", "arguments": ',
     end="}\n</tool_call>",
-    trigger="<tool_call>",
     separator="\n",
     marks=("<tool_call>", "</tool_call>"),
 )
@@ -58,21 +63,31 @@ TOOL_FORMATS: Final = {
     "hermes": _HERMES,
     "generic": _HERMES,
     "llama3": ToolFormat(
-        begin='{"name": "',
+        trigger='{"name": "',
+        begin="",
         middle='", "parameters": ',
         end="}",
-        trigger='{"name": "',
         separator="; ",
+        is_whole_answer=True,
         marks=("<|python_tag|>",),
     ),
     "mistral": ToolFormat(
+        trigger="[TOOL_CALLS]",
+        opening="[",
         begin='{"name": "',
         middle='", "arguments": ',
         end="}",
-        trigger="[TOOL_CALLS]",
         separator=", ",
-        opening="[TOOL_CALLS][",
         closing="]",
+        repeats_trigger=False,
+        marks=("[TOOL_CALLS]",),
+    ),
+    "mistral11": ToolFormat(
+        trigger="[TOOL_CALLS]",
+        begin="",
+        middle="[ARGS]",
+        end="",
+        separator="",
         marks=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     ),
 }
@@ -83,7 +98,7 @@ def detect_tool_format(chat_template: str) -> str:
     if "tools" not in chat_template:
         return "generic"
     if "[TOOL_CALLS]" in chat_template:
-        return "mistral"
+        return "mistral11" if "[ARGS]" in chat_template else "mistral"
     if "<function=" in chat_template:  # a dialect of its own inside the same marks
         return "generic"
     if "<tool_call>" in chat_template:

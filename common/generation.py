@@ -25,6 +25,37 @@ class FinishReason(StrEnum):
     TOOL_CALLS = "tool_calls"  # the model calls tools and waits for what they answer
 
 
+class GrammarKind(StrEnum):
+    """How a constraint on an output's text is written."""
+
+    JSON_OBJECT = "json_object"  # any
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICES = "choices"
+    LARK = "lark"
+    TEXT = "text"  # any; of chats, where calls or reasoning are constrained alone
+
+
+class ToolGrammar(msgspec.Struct, frozen=True, array_like=True):
+    """The tool calls that an answer may have."""
+
+    format: str  # of common/chat_formats.py
+    tools: tuple[tuple[str, str], ...]  # names, and JSON schemas of their arguments
+    must_call: bool = False
+    parallel: bool = True  # several in one answer
+
+
+class StructuredOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What an output's text must match."""
+
+    kind: GrammarKind
+    text: str = ""  # the schema, expression or grammar
+    choices: tuple[str, ...] = ()
+    tools: ToolGrammar | None = None  # or calls of these tools
+    reasoning_format: str = ""  # behind reasoning that is marked so
+    in_reasoning: bool = False  # which the prompt has begun
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How tokens are chosen and when an output ends. Everything is resolved: no field means "the model's default".
 
@@ -64,6 +95,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     begin_suppress_tokens: tuple[int, ...] = ()  # as the first token
     exponential_decay_length_penalty: tuple[int, float] | None = None  # begins behind so many tokens; factor > 0
     forced_eos_token_id: int | None = None  # what the last token of max_tokens is
+    structured_output: StructuredOutput | None = None
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):

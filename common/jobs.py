@@ -97,11 +97,30 @@ class Reason(StrEnum):
     ATTEMPTS_EXHAUSTED = "ATTEMPTS_EXHAUSTED"  # F: the dead letter
     LOG_LIMIT = "LOG_LIMIT"  # F: its events outgrew the bound
     WORKER_FAILED = "WORKER_FAILED"  # F: a worker gave it up
+    GRAMMAR_INVALID = "GRAMMAR_INVALID"  # F: the worker's library does not take its structured output
+    GRAMMAR_TOO_COMPLEX = "GRAMMAR_TOO_COMPLEX"  # F: the same, or it outgrew the limits of a step
+    GRAMMAR_STUCK = "GRAMMAR_STUCK"  # F: its structured output came to where no token may follow
+    STRUCTURED_OUTPUT_UNSUPPORTED = "STRUCTURED_OUTPUT_UNSUPPORTED"  # F: the worker has no grammars
     ALL_TOKENS_FORBIDDEN = "ALL_TOKENS_FORBIDDEN"  # F: its own parameters left no token to choose
 
     @classmethod
     def _missing_(cls, value: object) -> Reason:
         return cls.NONE
+
+    @property
+    def is_of_grammar(self) -> bool:
+        """Whether the request's structured output is what it failed by."""
+        return self in _GRAMMAR_REASONS
+
+
+_GRAMMAR_REASONS: Final = frozenset(
+    {
+        Reason.GRAMMAR_INVALID,
+        Reason.GRAMMAR_TOO_COMPLEX,
+        Reason.GRAMMAR_STUCK,
+        Reason.STRUCTURED_OUTPUT_UNSUPPORTED,
+    }
+)
 
 
 class LostReason(StrEnum):

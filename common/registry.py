@@ -91,6 +91,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int = 16  # KV slots of one block
     kv_tokens: int = 0  # KV slots of one worker: a longer request fits nowhere
     tokenizer_files: dict[str, str] = {}  # file name -> SHA-256 in hex
+    structured_output: bool = False  # its workers constrain outputs; earlier ones would read over it
 
 
 _CARD_DECODER: Final = msgspec.msgpack.Decoder(ModelCard)

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 
 from common.errors import FailedPrecondition, InvalidRequest, ModelNotReady
-from common.generation import ChatParsing, SamplingParams
+from common.generation import ChatParsing, SamplingParams, StructuredOutput
 from common.registry import (
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
@@ -21,10 +21,12 @@ from common.registry import (
     ModelEntry,
     ModelRegistry,
 )
-from gateway import token_choice
+from gateway import structured, token_choice
 from gateway import validation as check
+from gateway.chat_constraints import chat_constraint
 from gateway.chat_template import TemplateError
 from gateway.conversation import Conversation, conversation_of
+from gateway.structured import StructuredOutputs
 from gateway.tokenization import MAX_INLINE_CHARS, EncodedChat, TextCodec
 from gateway.tool_calls import GENERIC, as_plain, parsing_of
 from gateway.turns import TenantTurns
@@ -53,6 +55,7 @@ class ServedModel:
     codec: TextCodec
     defaults: pb.GenerationConfig
     turns: TenantTurns = field(default_factory=TenantTurns)  # at what takes long, of all models
+    structured: StructuredOutputs | None = None  # None where its workers do not take any
 
     async def encode(self, source: pb.GenerationInput, tenant: str = "") -> EncodedInput:
         """Tokenize a request's input; a long one waits for the tenant's turn.
@@ -127,6 +130,22 @@ class ServedModel:
 
     async def _beside(self, tenant: str, encode: Callable[[], _T], num_chars: int) -> _T:
         return encode() if num_chars <= MAX_INLINE_CHARS else await self.turns.run(tenant, encode)
+
+    async def constraint_of(
+        self, config: pb.GenerationConfig, encoded: EncodedInput, tenant: str
+    ) -> StructuredOutput | None:
+        """Return what an output must match, by its config and as the answer in its conversation; None: nothing.
+
+        Raises InvalidRequest for a constraint that cannot be kept to, FailedPrecondition if none can.
+        """
+        spec: StructuredOutput | None = None
+        if config.HasField("structured_output"):
+            if self.structured is None:
+                raise structured.unsupported()
+            spec = await self.structured.check(config.structured_output, self.turns, tenant)
+        if encoded.chat is None or encoded.conversation is None:
+            return spec
+        return await chat_constraint(spec, encoded.conversation, encoded.chat, self.structured, self.turns, tenant)
 
     def _check_length(self, num_chars: int) -> None:
         """Refuse what cannot fit before its tokens are counted: tokenizing takes time that others need."""
@@ -235,15 +254,18 @@ class Catalog:
         if failed is not None and failed.card == card and self._monotonic() < failed.until:
             raise _not_ready(failed.message)
         try:
-            codec = await self._codec(card)
+            codec, tokenizer_json = await self._codec(card)
         except ValueError as error:
             self._failed[card.shard] = _Failed(card, str(error), self._monotonic() + _AGAIN_MS / 1000)
             raise _not_ready(str(error)) from error
         self._failed.pop(card.shard, None)
-        return ServedModel(card, codec, default_config(card), self._turns)
+        structured = None
+        if card.structured_output:
+            structured = StructuredOutputs(tokenizer_json, card.vocab_size, card.eos_token_ids)
+        return ServedModel(card, codec, default_config(card), self._turns, structured)
 
-    async def _codec(self, card: ModelCard) -> TextCodec:
-        """Make it of the files that were published. Raises ValueError."""
+    async def _codec(self, card: ModelCard) -> tuple[TextCodec, bytes]:
+        """Make it of the files that were published; return the tokenizer's too. Raises ValueError."""
         files = {name: await self._registry.file(digest) for name, digest in card.tokenizer_files.items()}
         if TOKENIZER_FILE not in files:
             raise ValueError("the model was published without a tokenizer")
@@ -251,9 +273,10 @@ class Catalog:
         try:
             special = msgspec.json.decode(files.get(SPECIAL_TOKENS_FILE, b"{}"), type=dict[str, str])
             text = template.decode() if template is not None else None
-            return await asyncio.to_thread(TextCodec, files[TOKENIZER_FILE], text, special)
+            codec = await asyncio.to_thread(TextCodec, files[TOKENIZER_FILE], text, special)
         except (ValueError, msgspec.MsgspecError) as error:
             raise ValueError("the model was published with files that cannot be used") from error
+        return codec, files[TOKENIZER_FILE]
 
 
 def _not_ready(message: str) -> ModelNotReady:

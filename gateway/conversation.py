@@ -66,6 +66,7 @@ class Tool:
     description: str
     parameters: Mapping[str, Json]  # JSON Schema of an object
     text: str  # of the parameters, as it came
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,8 @@ def _tool(tool: pb.Tool, path: str, bad: Violations) -> Tool:
     if not _TOOL_NAME.fullmatch(tool.name):
         bad.add(f"{path}.name", "must be 1 to 64 of A-Z a-z 0-9 _ -", "FIELD_INVALID")
     text = tool.parameters or '{"type": "object", "properties": {}}'
-    return Tool(tool.name, tool.description, _object(text, MAX_SCHEMA_BYTES, f"{path}.parameters", bad), text)
+    parameters = _object(text, MAX_SCHEMA_BYTES, f"{path}.parameters", bad)
+    return Tool(tool.name, tool.description, parameters, text, tool.strict)
 
 
 def _chosen(chat: pb.ChatInput, tools: Sequence[Tool], bad: Violations) -> tuple[tuple[Tool, ...], bool]:

@@ -13,6 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from common import errors
 from common.generation import Alternatives, FinishReason, OutputDelta, PromptScores, Usage
 from common.jobs import GenerationRecord, JobState, Reason
+from gateway import structured
 from gateway.progress import LogPosition
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -169,6 +170,10 @@ def failure_of(record: GenerationRecord) -> errors.ServingError | None:
             return errors.InvalidRequest(
                 "the config left no token that could be chosen next", reason=str(record.reason), field="config"
             )
+        if record.reason is Reason.STRUCTURED_OUTPUT_UNSUPPORTED:
+            return structured.unsupported()
+        if record.reason.is_of_grammar:
+            return structured.failed(record.reason)
         return errors.WorkerFailed(
             "the generation failed on every worker that tried it", metadata={"detail": str(record.reason)}
         )

@@ -176,7 +176,8 @@ class Generations:
         check_model(caller, check.check_model_name(request.model), reveal=settings.reveal_models)
         priority = priority_of(request.priority, grants.priorities)
         model = await self._catalog.get(request.model)
-        prompt, chat, _ = await model.encode(request.input, caller.tenant)
+        encoded = await model.encode(request.input, caller.tenant)
+        prompt = encoded.token_ids
         card = model.card
         limits = check.ConfigLimits(
             card.context_tokens,
@@ -194,8 +195,9 @@ class Generations:
             seed=secrets.randbits(64),
             is_chat=request.input.HasField("chat"),
         )
+        constraint = await model.constraint_of(config, encoded, caller.tenant)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
-        sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids)
+        sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids, constraint)
         grace_ms = self._grace_ms(request, grants.caps)
         salt = self._salt(secret, caller, check.check_cache_salt(request.cache_salt))
         accepted = pb.Accepted(
@@ -213,7 +215,7 @@ class Generations:
                 prompt_token_ids=tuple(prompt),
                 sampling=sampling,
                 cache_salt=salt,
-                chat=chat,
+                chat=encoded.chat,
                 echo_text=model.text_of(request.input) if config.echo else "",
             ),
             priority=priority,

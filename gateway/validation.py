@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from google.protobuf.duration_pb2 import Duration
 
 from common.errors import InvalidRequest
-from common.generation import SamplingParams
+from common.generation import SamplingParams, StructuredOutput
 from common.grants import Caps
 from gateway import token_choice
 from gateway.violations import Violations
@@ -117,9 +117,15 @@ def resolve_config(
 
 
 def sampling_params(
-    config: pb.GenerationConfig, eos_token_ids: Iterable[int], bad_words_ids: Iterable[Sequence[int]] = ()
+    config: pb.GenerationConfig,
+    eos_token_ids: Iterable[int],
+    bad_words_ids: Iterable[Sequence[int]] = (),
+    constraint: StructuredOutput | None = None,
 ) -> SamplingParams:
-    """Turn a resolved config into the engine's parameters. `bad_words_ids` are those that `bad_words` stand for."""
+    """Turn a resolved config into the engine's parameters.
+
+    `bad_words_ids` are those that `bad_words` stand for; `constraint` is what the output must match.
+    """
     ends = [] if config.ignore_eos else [*eos_token_ids]
     return SamplingParams(
         max_tokens=config.max_tokens,
@@ -138,6 +144,7 @@ def sampling_params(
         include_stop=config.include_stop,
         num_best=(config.num_outputs or 1) if config.HasField("best_of") else 0,
         prompt_logprobs=config.prompt_logprobs if config.HasField("prompt_logprobs") else None,
+        structured_output=constraint,
         **token_choice.params_of(config, bad_words_ids),
     )
 

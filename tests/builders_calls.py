@@ -27,6 +27,8 @@ class Output:
     logprobs: list[float] = field(default_factory=list)
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
+    reasoning: str = ""
+    tool_calls: list[pb.ToolCall] = field(default_factory=list)
     end: pb.OutputEnd | None = None
 
     @property
@@ -115,6 +117,12 @@ class Outcome:
             output.logprobs += delta.logprobs
             output.alternatives += [alternatives_of(found) for found in delta.top_logprobs]
             output.ranks += delta.ranks
+            output.reasoning += delta.reasoning_text
+            for piece in delta.tool_calls:
+                if piece.name:
+                    assert piece.index == len(output.tool_calls), "calls come one after the other"
+                    output.tool_calls.append(pb.ToolCall(id=piece.id, name=piece.name))
+                output.tool_calls[piece.index].arguments += piece.arguments
 
 
 def alternatives_of(found: pb.TokenAlternatives) -> list[tuple[int, float]]:

@@ -31,6 +31,7 @@ from worker.engine.types import OnPart, ignore_part
 from worker.profiling import StepProfiler
 from worker.registration import make_card
 from worker.settings import WorkerSettings
+from worker.structured import make_compiler
 
 log = structlog.get_logger()
 
@@ -78,6 +79,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     cost = measure_cost(model_runner, engine_settings)
     trim()  # what loading and the probe have left behind
     model_runner.populate_cache()  # not before: it would disturb what is measured
+    grammars = make_compiler(loaded.text.tokenizer_json, loaded.vocab_size, loaded.eos_token_ids)
     engine = Engine(
         make_runner(model_runner, engine_settings),
         engine_settings,
@@ -85,6 +87,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         cost=cost,
         cache_salt=f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode(),
         argmax=backend.kernels.argmax if isinstance(backend, CpuAttention) else None,
+        grammars=grammars,
         on_part=on_part,
         read_chat=ChatReader(loaded.text.tokenizer),
     )
@@ -98,6 +101,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         attention_backend=backend.name,
         tool_format=settings.tool_format,
         reasoning_format=settings.reasoning_format,
+        structured_output=grammars is not None,
     )
     log.info(
         "engine.ready",

@@ -16,7 +16,8 @@ from worker.ranking import Ranking
 def _reason_of(error: str | None) -> Reason:
     if error is None:
         return Reason.NONE
-    return Reason.ALL_TOKENS_FORBIDDEN if error == ALL_TOKENS_FORBIDDEN else Reason.WORKER_FAILED
+    reason = Reason(error)
+    return reason if error == ALL_TOKENS_FORBIDDEN or reason.is_of_grammar else Reason.WORKER_FAILED
 
 
 @dataclass(slots=True)

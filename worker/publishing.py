@@ -42,6 +42,7 @@ def register_model(*, as_json: bool) -> int:
     from worker.engine.device import choose_device, choose_dtype
     from worker.engine.model import ModelError, load_model
     from worker.registration import make_card
+    from worker.structured import make_compiler
 
     device = choose_device(settings.device)
     try:
@@ -51,6 +52,7 @@ def register_model(*, as_json: bool) -> int:
         name = settings.model_name or default_name(settings.model)
         # How much a worker can hold is known once one has started; until then the model's own limit holds.
         limit = loaded.context_length
+        grammars = make_compiler(loaded.text.tokenizer_json, loaded.vocab_size, loaded.eos_token_ids)
         card, files = make_card(
             loaded,
             name=name,
@@ -59,6 +61,7 @@ def register_model(*, as_json: bool) -> int:
             kv_tokens=limit,
             tool_format=settings.tool_format,
             reasoning_format=settings.reasoning_format,
+            structured_output=grammars is not None,
         )
     except ModelError as error:
         log.error("model.refused", error=str(error))

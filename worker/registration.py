@@ -45,6 +45,7 @@ def make_card(
     attention_backend: str = "",
     tool_format: str = "auto",
     reasoning_format: str = "auto",
+    structured_output: bool = False,
 ) -> Publication:
     """Return what to publish of `loaded` under `name`.
 
@@ -88,6 +89,7 @@ def make_card(
         block_tokens=block_tokens,
         kv_tokens=kv_tokens,
         tokenizer_files={file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+        structured_output=structured_output,
     )
     return Publication(card, files)
 

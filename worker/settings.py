@@ -21,7 +21,7 @@ class WorkerSettings(BaseSettings):
         default="none",
         description="Weights in 8 or 4 bits: int8 for Llama-shaped models on a CPU, any of them on a GPU, by torchao.",
     )
-    tool_format: Literal["auto", "hermes", "llama3", "mistral", "generic", "none"] = Field(
+    tool_format: Literal["auto", "hermes", "llama3", "mistral", "mistral11", "generic", "none"] = Field(
         default="auto", description="How the model writes tool calls; auto is by its chat template, none refuses tools."
     )
     reasoning_format: Literal["auto", "think", "magistral", "none"] = Field(

@@ -278,7 +278,7 @@ def make_tool_parser(name: str, tool_names: Collection[str]) -> ToolParser:
             return HermesParser()
         case "llama3":
             return LlamaParser(tool_names)
-        case "mistral":
+        case "mistral" | "mistral11":
             return MistralParser()
         case _:
             raise ValueError(f"no such tool format: {name}")

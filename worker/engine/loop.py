@@ -12,20 +12,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 import msgspec
 import torch
 
-from common.deltas import merge_tool_calls
-from common.generation import ChatParsing, FinishReason, OutputDelta, PromptScores, Usage
+from common.generation import ChatParsing, FinishReason, PromptScores, Usage
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
+from worker.engine.grammar import Grammar, GrammarCompiler, GrammarFailure, MaskFiller
+from worker.engine.results import Results, end_delta, token_delta
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import Argmax, SampledTokens, Sampler
 from worker.engine.scheduler import BlockCopy, Chunk, Plan, Scheduler
-from worker.engine.scores import score_prompt, to_device, wants_logprobs
+from worker.engine.scores import score_prompt, to_device
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator, num_accepted
@@ -35,7 +36,6 @@ from worker.engine.types import (
     EngineStats,
     GenerationRequest,
     OnPart,
-    RequestOutput,
     StepResult,
     ignore_part,
 )
@@ -103,11 +103,13 @@ class Engine:
         cost: CostModel = UNMEASURED,
         cache_salt: bytes = b"",
         argmax: Argmax | None = None,
+        grammars: GrammarCompiler | None = None,
         on_part: OnPart = ignore_part,
         read_chat: ReadChat | None = None,
     ) -> None:
         """`cost` is what the runner's steps cost; `cache_salt` stands for whatever else than tokens decides keys and
         values: model revision, adapter, dtype; `argmax` is the sampler's;
+        `grammars` compiles structured outputs, without it requests with one end with an error;
         `on_part` is told of the parts of each step; `read_chat` makes what takes the answers of chats apart, and raises
         ValueError for a format that it does not know: such requests end with an error.
         """
@@ -121,10 +123,10 @@ class Engine:
         speculator = Speculator(settings, cost, runner.max_model_len) if settings.speculation else None
         self._scheduler = Scheduler(settings, self._pool, StepBudget(settings, cost), speculator)
         self._sampler = Sampler(runner.device, argmax)
+        self._grammars = grammars
+        self._masks = MaskFiller(grammars, runner.vocab_size) if grammars is not None else None
         self._requests: dict[str, _Request] = {}
-        self._deltas: dict[str, list[OutputDelta]] = {}  # of the step in progress, by request id
-        self._scores: dict[str, PromptScores] = {}  # likewise
-        self._ended: dict[str, Usage | str] = {}  # requests that are over: what they used, or the error
+        self._results = Results()
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_generated_tokens = 0
@@ -133,7 +135,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do or report anything."""
-        return bool(self._requests or self._ended)
+        return bool(self._requests or self._results)
 
     @property
     def max_model_len(self) -> int:
@@ -141,16 +143,29 @@ class Engine:
 
     # -- requests -------------------------------------------------------------------------------------------------
 
+    def prepare(self, request: GenerationRequest) -> GenerationRequest:
+        """Return the request with its grammar compiled, which may take long: for any thread, before `add`."""
+        spec = request.sampling.structured_output
+        if spec is None or request.grammar is not None:
+            return request
+        if self._grammars is None:
+            return replace(request, grammar=GrammarFailure("STRUCTURED_OUTPUT_UNSUPPORTED"))
+        try:
+            return replace(request, grammar=self._grammars.compile(spec))
+        except GrammarFailure as failure:
+            return replace(request, grammar=failure)
+
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. One that can never run ends with an error in the next step.
 
         Raises DuplicateRequest for an id in use.
         """
-        if request.request_id in self._requests or request.request_id in self._ended:
+        if request.request_id in self._requests or self._results.has_ended(request.request_id):
             raise DuplicateRequest(request.request_id)
+        request = self.prepare(request)
         error = self._refusal(request)
         if error is not None:
-            self._ended[request.request_id] = error
+            self._results.fail(request.request_id, error)
             return
         self._num_arrivals += 1
         state = self._requests[request.request_id] = _Request(request)
@@ -158,7 +173,12 @@ class Engine:
         for output_index, token_ids in enumerate(emitted):
             state.num_completion_tokens += len(token_ids)
             if output_index not in request.finished_outputs:
-                self._start_output(state, output_index, token_ids)
+                try:
+                    self._start_output(state, output_index, token_ids)
+                except GrammarFailure as failure:  # by what the log holds already; nothing waits yet
+                    del self._requests[request.request_id]
+                    self._results.fail(request.request_id, str(failure))
+                    return
         self._queue(state)
         self._end_if_done(state)
 
@@ -188,6 +208,8 @@ class Engine:
             return "UNKNOWN_CHAT_FORMAT"
         if any(min(ids) < 0 or max(ids) >= self._runner.vocab_size for ids in (prompt, *request.emitted) if ids):
             return "INVALID_TOKEN_ID"
+        if isinstance(request.grammar, GrammarFailure):
+            return str(request.grammar)
         return None
 
     def _start_output(self, state: _Request, output_index: int, emitted: tuple[int, ...]) -> None:
@@ -196,18 +218,19 @@ class Engine:
         sampling = request.sampling
         if max_tokens < sampling.max_tokens:  # the token that is forced is the last one that there can be
             sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens)
-        stop = StopState(sampling, max_tokens, *self._text_of(request))
+        matcher = request.grammar.matcher() if isinstance(request.grammar, Grammar) else None
+        stop = StopState(sampling, max_tokens, *self._text_of(request), matcher)
         for token_id in emitted:
             if stop.finished is None:
                 stop.push(token_id)
         if not max_tokens and request.sampling.prompt_logprobs is None:  # nothing to compute
-            self._report(
-                request.request_id, _end_delta(output_index, 0, stop.end(FinishReason.LENGTH), request.echo_text)
+            self._results.add(
+                request.request_id, end_delta(output_index, 0, stop.end(FinishReason.LENGTH), request.echo_text)
             )
             return
         if stop.finished is not None:  # the log has the last token and its text, but not the end
             end = Progress("", stop.finished.finish_reason, stop.finished.stop_match)  # its parts are in the log too
-            self._report(request.request_id, _end_delta(output_index, len(emitted), end))
+            self._results.add(request.request_id, end_delta(output_index, len(emitted), end))
             return
         sequence = Sequence(
             request.request_id,
@@ -221,6 +244,7 @@ class Engine:
             deadline=request.deadline,
             tenant=request.tenant,
             weight=request.weight,
+            matcher=matcher,
         )
         state.first = state.first or sequence
         state.outputs[output_index] = _Output(sequence, stop)
@@ -260,7 +284,7 @@ class Engine:
                 self._update(plan, computed.sampled)
         self._on_part("end")
         self._last_step_ms = (time.perf_counter() - started) * 1000
-        return StepResult(self._num_steps, self._take_outputs())
+        return StepResult(self._num_steps, self._results.take())
 
     def _plan(self, now: float) -> Plan:
         for sequence in self._scheduler.expired(now):
@@ -274,15 +298,20 @@ class Engine:
         """None when memory was short: the step is void, and the likeliest cause has been set aside."""
         if plan.copies and not self._copy_blocks(plan):
             return None
+        indices = plan.sampled_indices
+        rows = plan.logit_rows if indices is None else [*plan.logit_rows, *plan.forks]
+        filling = self._masks.begin(rows) if self._masks is not None else None
         try:
-            logits = self._runner.execute(plan)
+            try:
+                logits = self._runner.execute(plan)
+            finally:
+                masks = filling.result() if filling is not None else None
             self._on_part("sample")
             with memory_guard():
-                indices = plan.sampled_indices
                 if indices is None:
-                    return _Computed(self._sampler.sample(logits, plan.logit_rows), [])
+                    return _Computed(self._sampler.sample(logits, rows, masks), [])
                 picked = logits[to_device(indices, logits.device)]
-                sampled = self._sampler.sample(picked, [*plan.logit_rows, *plan.forks])
+                sampled = self._sampler.sample(picked, rows, masks)
                 return _Computed(sampled, [_score(chunk, rows, logits) for chunk, rows in plan.scored])
         except StepOutOfMemory:
             self._scheduler.fail_step(plan)
@@ -312,18 +341,23 @@ class Engine:
     def _take_scores(self, scores: Iterable[tuple[Sequence, PromptScores]]) -> None:
         for sequence, found in scores:
             sequence.num_scored_tokens = found.first_token_index + len(found.logprobs)
-            self._scores[sequence.request_id] = found
+            self._results.scores[sequence.request_id] = found
 
     def _update(self, plan: Plan, sampled: SampledTokens) -> None:
         self._scheduler.finish_step(plan)
         forks = plan.forks
-        for request_id in [name for name, scores in self._scores.items() if any(map(math.isnan, scores.logprobs))]:
+        for request_id in [
+            name for name, scores in self._results.scores.items() if any(map(math.isnan, scores.logprobs))
+        ]:
             for output in self._requests[request_id].outputs.values():
                 self._scheduler.forget_blocks(output.sequence)
             self._fail(request_id, "NAN_LOGITS")
         accepted: list[tuple[Chunk, range]] = []
         forbidden = set(sampled.forbidden_rows)  # none of a draft: sequences whose scores are edited do not draft
         for chunk, rows in _valid_rows(plan, sampled):
+            if chunk.sequence.matcher is not None and chunk.sequence.matcher.failure is not None:
+                self._fail(chunk.sequence.request_id, chunk.sequence.matcher.failure)
+                continue
             if not rows:
                 self._scheduler.forget_blocks(chunk.sequence)
                 self._fail(chunk.sequence.request_id, "NAN_LOGITS")
@@ -354,30 +388,19 @@ class Engine:
         steps: list[Progress] = []
         for row in rows:
             sequence.append(sampled.token_ids[row])
-            progress = output.stop.push(sampled.token_ids[row])
+            try:
+                progress = output.stop.push(sampled.token_ids[row])
+            except GrammarFailure as failure:
+                self._fail(sequence.request_id, str(failure))
+                return
             steps.append(progress)
             if progress.finish_reason is not None:
                 break
         taken = rows[: sequence.num_output_tokens - first_token_index]
-        details_of = [sampled.details[row] for row in taken] if sequence.sampling.top_logprobs else []
         state.num_completion_tokens += len(taken)
         self._num_generated_tokens += len(taken)
-        self._report(
-            sequence.request_id,
-            OutputDelta(
-                output_index=sequence.output_index,
-                first_token_index=first_token_index,
-                token_ids=tuple(sampled.token_ids[row] for row in taken),
-                text=echo + "".join(step.text for step in steps),
-                logprobs=tuple(sampled.logprobs[row] for row in taken) if wants_logprobs(sequence.sampling) else (),
-                finish_reason=progress.finish_reason,
-                stop_match=progress.stop_match,
-                top_logprobs=tuple(details.alternatives for details in details_of),
-                ranks=tuple(details.rank for details in details_of),
-                reasoning_text="".join(step.reasoning_text for step in steps),
-                tool_calls=merge_tool_calls(call for step in steps for call in step.tool_calls),
-            ),
-        )
+        delta = token_delta(sequence, first_token_index, taken, sampled, steps, echo)
+        self._results.add(sequence.request_id, delta)
         if chunk.drafts:
             self._scheduler.accept_drafts(sequence, len(taken) - 1)
         if progress.finish_reason is not None:
@@ -390,8 +413,8 @@ class Engine:
         sequence = output.sequence
         end = output.stop.end(reason)
         echo_text = "" if sequence.num_output_tokens else state.request.echo_text
-        delta = _end_delta(sequence.output_index, sequence.num_output_tokens, end, echo_text)
-        self._report(sequence.request_id, delta)
+        delta = end_delta(sequence.output_index, sequence.num_output_tokens, end, echo_text)
+        self._results.add(sequence.request_id, delta)
         self._drop(state, output)
 
     def _drop(self, state: _Request, output: _Output) -> None:
@@ -401,7 +424,7 @@ class Engine:
 
     def _end_if_done(self, state: _Request) -> None:
         if not state.outputs:
-            self._ended[state.request.request_id] = state.usage
+            self._results.end(state.request.request_id, state.usage)
             del self._requests[state.request.request_id]
 
     def _fail(self, request_id: str, error: str) -> None:
@@ -410,31 +433,9 @@ class Engine:
             return
         for output in state.outputs.values():
             self._scheduler.remove(output.sequence)
-        self._deltas.pop(request_id, None)
-        self._scores.pop(request_id, None)
-        self._ended[request_id] = error
+        self._results.fail(request_id, error)
 
-    # -- results --------------------------------------------------------------------------------------------------
-
-    def _report(self, request_id: str, delta: OutputDelta) -> None:
-        self._deltas.setdefault(request_id, []).append(delta)
-
-    def _take_outputs(self) -> tuple[RequestOutput, ...]:
-        deltas, scores, ended = self._deltas, self._scores, self._ended
-        self._deltas, self._scores, self._ended = {}, {}, {}
-        outputs = []
-        for request_id in dict.fromkeys((*scores, *deltas, *ended)):
-            end = ended.get(request_id)
-            outputs.append(
-                RequestOutput(
-                    request_id,
-                    tuple(deltas.get(request_id, ())),
-                    usage=end if isinstance(end, Usage) else None,
-                    error=end if isinstance(end, str) else None,
-                    prompt_scores=scores.get(request_id),
-                )
-            )
-        return tuple(outputs)
+    # -- state ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """The state after the latest step."""
@@ -480,17 +481,4 @@ def _score(chunk: Chunk, rows: range, logits: torch.Tensor) -> tuple[Sequence, P
     token_ids = sequence.token_ids[first : first + len(rows)]
     return sequence, score_prompt(
         logits[rows.start : rows.stop], token_ids, first, sequence.sampling.prompt_logprobs or 0
-    )
-
-
-def _end_delta(output_index: int, num_output_tokens: int, end: Progress, echo_text: str = "") -> OutputDelta:
-    """An output's end, without a token."""
-    return OutputDelta(
-        output_index=output_index,
-        first_token_index=num_output_tokens,
-        text=echo_text + end.text,
-        finish_reason=end.finish_reason,
-        stop_match=end.stop_match,
-        reasoning_text=end.reasoning_text,
-        tool_calls=merge_tool_calls(end.tool_calls),
     )

@@ -4,6 +4,7 @@ Rows are told apart by what they ask for, and pay only for that:
 
     greedy                       argmax
     penalties, biases, bans      a copy of the row, changed at the tokens concerned only (`edits.py`)
+    a grammar                    a copy of the row, without the tokens that may not come next (`masking.py`)
     top_k, top_p, typical_p ...  the CANDIDATES largest scores; all filters work on those (`filters.py`)
     no filter                    the candidates, then the few other tokens whose noise could beat them
     filter wider than that       eight times as many candidates, and so on
@@ -28,7 +29,9 @@ import torch
 from common.generation import SamplingParams
 from worker.engine.edits import edit_scores
 from worker.engine.filters import Filters, filter_candidates, is_unfiltered
+from worker.engine.grammar import TokenMasks
 from worker.engine.history import TokenHistory
+from worker.engine.masking import apply_masks, rows_to_mask
 from worker.engine.noise import gumbel, least_hash, ordered_hash, row_key
 from worker.engine.scores import TokenDetails, TokenScores, wants_logprobs
 from worker.engine.transfer import on_device
@@ -86,26 +89,34 @@ class Sampler:
         self._vocabulary = torch.empty(0, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, rows: Rows[LogitRow]) -> SampledTokens:
-        """Choose the token of each row. `logits` is [num_rows, vocab_size], any float type, not changed."""
-        sampled = self._sample(logits, rows, self._may_wait)
+    def sample(self, logits: torch.Tensor, rows: Rows[LogitRow], masks: TokenMasks | None = None) -> SampledTokens:
+        """Choose the token of each row. `logits` is [num_rows, vocab_size], any float type, not changed.
+
+        A row with a mask gets one of the tokens that this allows.
+        """
+        sampled = self._sample(logits, rows, masks, self._may_wait)
         again = [i for i, token_id in enumerate(sampled.token_ids) if token_id == _UNDECIDED]
         if not again:
             return sampled
         index = on_device(torch.tensor(again), self._device)
-        widened = self._sample(logits[index], [rows[i] for i in again], may_wait=True)
+        masks = masks.of(again) if masks is not None else None
+        widened = self._sample(logits[index], [rows[i] for i in again], masks, may_wait=True)
         for i, token_id in zip(again, widened.token_ids, strict=True):
             sampled.token_ids[i] = token_id
         sampled.logprobs.update((again[i], logprob) for i, logprob in widened.logprobs.items())
         sampled.details.update((again[i], details) for i, details in widened.details.items())
         return sampled
 
-    def _sample(self, logits: torch.Tensor, rows: Rows[LogitRow], may_wait: bool) -> SampledTokens:
+    def _sample(
+        self, logits: torch.Tensor, rows: Rows[LogitRow], masks: TokenMasks | None, may_wait: bool
+    ) -> SampledTokens:
         """One copy from the device at the end. The token of a row that needs more candidates is _UNDECIDED."""
         scores = logits.float()
         best = self._argmax(scores)
-        edited = [i for i, row in enumerate(rows) if row.history is not None]
-        sampled = [i for i, row in enumerate(rows) if row.history is None and row.sampling.temperature > 0]
+        masked = rows_to_mask(masks, rows, best.tolist() if masks is not None and may_wait else None)
+        edited = [i for i, row in enumerate(rows) if row.history is not None or i in masked]
+        unedited = [i for i, row in enumerate(rows) if row.history is None and i not in masked]
+        sampled = [i for i in unedited if rows[i].sampling.temperature > 0]
         wanted = [(i, row.sampling.top_logprobs) for i, row in enumerate(rows) if wants_logprobs(row.sampling)]
         if not (edited or sampled or wanted):  # a small step's time is felt: nothing but what it needs
             found = best.tolist()
@@ -120,7 +131,8 @@ class Sampler:
             edited.sort(key=lambda i: rows[i].sampling.temperature > 0)  # greedy ones first
             order = edited + sampled
             index = on_device(torch.tensor(order), self._device)
-            chosen = self._sample_rows(scores[index], [rows[i] for i in order], len(edited), may_wait)
+            of_order = masks.of(order) if masks is not None else None
+            chosen = self._sample_rows(scores[index], [rows[i] for i in order], len(edited), of_order, may_wait)
             tokens.index_copy_(0, index, chosen)
         scored = TokenScores.of(scores, tokens, wanted) if wanted else []
         results = [tokens.double(), is_valid.double(), *(group.table.flatten() for group in scored)]
@@ -136,11 +148,14 @@ class Sampler:
             group.read(table.tolist(), chosen_tokens.logprobs, chosen_tokens.details)
         return chosen_tokens
 
-    def _sample_rows(self, scores: torch.Tensor, rows: Rows[LogitRow], num_edited: int, may_wait: bool) -> torch.Tensor:
-        """Edited rows first, greedy ones before sampled ones. Overwrites `scores`."""
+    def _sample_rows(
+        self, scores: torch.Tensor, rows: Rows[LogitRow], num_edited: int, masks: TokenMasks | None, may_wait: bool
+    ) -> torch.Tensor:
+        """Edited and masked rows first, greedy ones before sampled ones. Overwrites `scores`."""
         if num_edited:
             edit_scores(scores[:num_edited], rows[:num_edited])
-        # Here, behind all edits and before the temperature, is the place of masks of allowed tokens.
+        if masks is not None:
+            apply_masks(scores, masks)
         num_greedy = sum(1 for row in rows if row.sampling.temperature == 0)
         tokens = self._argmax(scores[:num_greedy])
         tokens = tokens.masked_fill(tokens < 0, _FORBIDDEN)  # of a row whose logits are invalid, it means nothing

@@ -89,6 +89,11 @@ class DraftRow:
         """Sequences with a history do not draft."""
         return None
 
+    @property
+    def matcher(self) -> None:
+        """Nor do sequences with a matcher."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

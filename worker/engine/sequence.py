@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from common.generation import SamplingParams
+from worker.engine.grammar import Matcher
 from worker.engine.history import TokenHistory
 from worker.engine.lookup import PromptLookup
 
@@ -33,6 +34,7 @@ class Sequence:
         "forks",
         "history",
         "lookup",
+        "matcher",
         "num_computed_tokens",
         "num_hit_tokens",
         "num_memory_failures",
@@ -64,6 +66,7 @@ class Sequence:
         deadline: float | None = None,
         tenant: str = "",
         weight: float = 1.0,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request_id: Final = request_id
         self.output_index: Final = output_index
@@ -83,6 +86,7 @@ class Sequence:
         if TokenHistory.is_needed(sampling):
             self.history = TokenHistory(sampling, self.token_ids[: self.num_prompt_tokens])
             self.history.extend(self.token_ids[self.num_prompt_tokens :])
+        self.matcher: Final = matcher  # masks its next token; its output's StopState pushes the tokens
         self.lookup: PromptLookup | None = None  # made when it first may draft
         self.block_ids: array[int] = array("i")
         self.block_hashes: list[bytes] = []

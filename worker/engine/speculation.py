@@ -39,7 +39,8 @@ class Speculator:
         """Return drafts by index into `decodes`.
 
         `decodes` are the sequences that compute their last token in a step of `num_rows` rows; `max_drafts` is how many
-        more there may be. Sequences with a history draft nothing: what is done to scores changes with each token.
+        more there may be. Sequences with a history or a matcher draft nothing: what is done to scores changes with each
+        token.
         """
         if not self._may_pay(len(decodes), num_rows, max_drafts):
             return {}
@@ -59,7 +60,7 @@ class Speculator:
     def _chances(self, sequence: Sequence) -> list[float]:
         max_tokens = min(sequence.sampling.max_tokens, self._max_model_len - sequence.num_prompt_tokens)
         num_left = max_tokens - sequence.num_output_tokens
-        if num_left < 2 or sequence.history is not None:
+        if num_left < 2 or sequence.history is not None or sequence.matcher is not None:
             return []
         if sequence.lookup is None:
             sequence.lookup = PromptLookup(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.generation import FinishReason, SamplingParams, ToolCallDelta
+from worker.engine.grammar import Matcher
 from worker.engine.types import Parts
 
 
@@ -115,9 +116,18 @@ class StopState:
     """Follows one output, token by token, until it ends."""
 
     def __init__(
-        self, sampling: SamplingParams, max_tokens: int, detokenizer: Detokenizer, parser: TextParser | None = None
+        self,
+        sampling: SamplingParams,
+        max_tokens: int,
+        detokenizer: Detokenizer,
+        parser: TextParser | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
-        """`max_tokens` is the request's, cut to what the model's context leaves. Without a parser text is text."""
+        """`max_tokens` is the request's, cut to what the model's context leaves; `matcher` follows the output.
+
+        Without a parser text is text.
+        """
+        self._matcher = matcher
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
         self._min_tokens = sampling.min_tokens
         self._max_tokens = max_tokens
@@ -129,15 +139,18 @@ class StopState:
 
     def push(self, token_id: int) -> Progress:
         """Take the next token. The first of these ends the output: a stop id, a stop string, as many tool calls as may
-        be, the last token allowed.
+        be, a grammar that allows nothing more, the last token allowed.
 
         A stop id adds no text of its own; what was held back before it is shown. Before min_tokens no stop string ends
-        the output; the sampler then chooses no stop id.
+        the output; the sampler then chooses no stop id. Raises GrammarFailure for a token that the grammar does not
+        allow; the output cannot go on then.
         """
         assert self.finished is None, "the output has ended"
         self._num_tokens += 1
         if token_id in self._stop_token_ids:
             return self._finish(Parts(), FinishReason.STOP, token_id)
+        if self._matcher is not None:
+            self._matcher.push(token_id)
         may_end = self._num_tokens >= self._min_tokens
         text, stop_string = self._filter.push(self._detokenizer.push(token_id), may_end=may_end)
         parts = self._parse(text)
@@ -145,6 +158,8 @@ class StopState:
             return self._end(parts, FinishReason.STOP, stop_string)
         if self._parser is not None and self._parser.has_enough:
             return self._end(parts, FinishReason.TOOL_CALLS)
+        if self._matcher is not None and self._matcher.is_complete:
+            return self._finish(parts, FinishReason.STOP)
         if self._num_tokens >= self._max_tokens:
             return self._finish(parts, FinishReason.LENGTH)
         return Progress(parts.text, reasoning_text=parts.reasoning, tool_calls=parts.calls)
@@ -165,7 +180,7 @@ class StopState:
     def _end(self, parts: Parts, reason: FinishReason, stop_match: str | int | None = None) -> Progress:
         if self._parser is not None:
             parts += self._parser.flush()
-            if isinstance(stop_match, int) and self._parser.num_calls:
+            if reason is FinishReason.STOP and not isinstance(stop_match, str) and self._parser.num_calls:
                 reason, stop_match = FinishReason.TOOL_CALLS, None  # the model waits for what the tools answer
         self.finished = Progress(parts.text, reason, stop_match, parts.reasoning, parts.calls)
         return self.finished

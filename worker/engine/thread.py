@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import structlog
@@ -42,12 +43,14 @@ class EngineThread:
         self._engine = engine
         self._clock = clock
         self._changed = threading.Condition()
-        self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next three
+        self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next four
+        self._preparing: dict[str, bool] = {}  # requests whose grammar is compiled; whether they were aborted
         self._unacknowledged: deque[int] = deque()
         self._most_unacknowledged = MAX_UNACKNOWLEDGED_STEPS
         self._is_stopping = False
         self._results: asyncio.Queue[StepResult | None] = asyncio.Queue()  # two steps at most; None is the end
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._compiling = ThreadPoolExecutor(1, "grammars")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._crash: BaseException | None = None
         self._stats = engine.stats()
@@ -64,12 +67,30 @@ class EngineThread:
     def submit(self, request: GenerationRequest) -> None:
         """Decode a request; every outcome, a refusal too, comes as a result.
 
-        A request whose id is in the engine is dropped: the results of that id are those of the first.
+        A request whose id is in the engine is dropped: the results of that id are those of the first. One with a
+        grammar comes in once that is compiled, beside the steps of the others.
         """
-        self._command(lambda: self._add(request))
+        if request.sampling.structured_output is None:
+            self._command(lambda: self._add(request))
+            return
+        with self._changed:
+            self._preparing[request.request_id] = False
+        preparing = self._compiling.submit(self._engine.prepare, request)
+        preparing.add_done_callback(lambda _: self._command(lambda: self._add_prepared(preparing.result())))
+
+    def _add_prepared(self, request: GenerationRequest) -> None:
+        with self._changed:
+            aborted = self._preparing.pop(request.request_id, False)
+        self._add(request)
+        if aborted:
+            self._engine.abort(request.request_id)
 
     def abort(self, request_id: str) -> None:
         """Cancel a request; does nothing when it is over already."""
+        with self._changed:
+            if request_id in self._preparing:
+                self._preparing[request_id] = True
+                return
         self._command(lambda: self._engine.abort(request_id))
 
     async def settled(self) -> None:

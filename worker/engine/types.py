@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from common.generation import ChatParsing, OutputDelta, PromptScores, SamplingParams, ToolCallDelta, Usage
+from worker.engine.grammar import Grammar, GrammarFailure
 
 # A request's error: its own parameters left no token to choose.
 ALL_TOKENS_FORBIDDEN: Final = "ALL_TOKENS_FORBIDDEN"
@@ -54,6 +55,7 @@ class GenerationRequest:
     chat: ChatParsing | None = None  # None: text is text
     num_scored_tokens: int = 0  # of the prompt, in the log already; where its log-probabilities are asked for
     echo_text: str = ""  # stands before the text of every output
+    grammar: Grammar | GrammarFailure | None = None  # of sampling.structured_output, where it was compiled beforehand
 
 
 @dataclass(frozen=True, slots=True)

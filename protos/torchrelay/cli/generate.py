@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
@@ -27,6 +28,30 @@ SystemOption = Annotated[str, typer.Option("--system", help="System message.")]
 def make_options(**values: object) -> GenerationOptions:
     """Keep the options that were given."""
     return {key: value for key, value in values.items() if value is not None and value != []}  # type: ignore[return-value]
+
+
+def make_structured_output(json_schema: str, regex: str, choices: list[str]) -> pb.StructuredOutput | None:
+    """Return what the answer must match, None for anything. A schema begins as JSON does; else it is a file's name.
+
+    Raises BadParameter for more than one of them, and for a file that cannot be read.
+    """
+    given = [
+        name for name, value in (("--json-schema", json_schema), ("--regex", regex), ("--choice", choices)) if value
+    ]
+    if len(given) > 1:
+        raise typer.BadParameter(f"not together with {given[0]}", param_hint=given[1])
+    if choices:
+        return pb.StructuredOutput(choices=pb.Choices(values=choices))
+    if regex:
+        return pb.StructuredOutput(regex=regex)
+    if not json_schema:
+        return None
+    if not json_schema.lstrip().startswith("{"):
+        try:
+            json_schema = Path(json_schema).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"cannot be read: {error}", param_hint="--json-schema") from error
+    return pb.StructuredOutput(json_schema=json_schema)
 
 
 def choose_model(client: Client, name: str) -> str:
@@ -186,6 +211,9 @@ def generate(
     num_outputs: Annotated[int | None, typer.Option("--num-outputs", "-n", min=1, help="Number of answers.")] = None,
     stop: StopOption = None,
     logprobs: Annotated[bool | None, typer.Option("--logprobs", help="Report log-probabilities (--json).")] = None,
+    json_schema: Annotated[str, typer.Option("--json-schema", help="The answer's schema: JSON, or a file.")] = "",
+    regex: Annotated[str, typer.Option("--regex", help="Expression that the whole answer matches.")] = "",
+    possible: Annotated[list[str] | None, typer.Option("--choice", help="A possible answer; repeatable.")] = None,
     min_tokens: choice.MinTokensOption = None,
     min_length: choice.MinLengthOption = None,
     max_length: choice.MaxLengthOption = None,
@@ -244,6 +272,7 @@ def generate(
         num_outputs=num_outputs,
         stop=stop,
         logprobs=logprobs,
+        structured_output=make_structured_output(json_schema, regex, possible or []),
         min_tokens=min_tokens,
         min_length=min_length,
         max_length=max_length,

@@ -48,6 +48,7 @@ class GenerationOptions(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     logprobs: bool
+    structured_output: pb.StructuredOutput
     min_tokens: int
     min_length: int
     ignore_eos: bool
@@ -124,6 +125,7 @@ def make_chat(
                 name=tool["name"],
                 description=tool.get("description", ""),
                 parameters=_json_text(tool["parameters"]) if tool.get("parameters") is not None else "",
+                strict=tool.get("strict", False),
             )
             for tool in tools
         ],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.deltas import merge_tool_calls
-from common.errors import DeadlineExceeded, LogLimitExceeded, WorkerFailed
+from common.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, LogLimitExceeded, WorkerFailed
 from common.generation import EventBody, FinishReason, OutputDelta, PromptScores, ToolCallDelta, Usage
 from common.jobs import ItemKind, JobState, Reason
 from gateway import convert
@@ -49,6 +49,11 @@ def test_failures_say_why() -> None:
     assert exhausted.metadata == {"detail": "ATTEMPTS_EXHAUSTED"}
     assert isinstance(convert.failure_of(make_record(JobState.FAILED, reason=Reason.LOG_LIMIT)), LogLimitExceeded)
     assert isinstance(convert.failure_of(make_record(JobState.EXPIRED, started_ms=0)), DeadlineExceeded)
+    stuck = convert.failure_of(make_record(JobState.FAILED, reason=Reason.GRAMMAR_STUCK))
+    assert isinstance(stuck, InvalidRequest)
+    assert stuck.reason == "GRAMMAR_STUCK"
+    unsupported = convert.failure_of(make_record(JobState.FAILED, reason=Reason.STRUCTURED_OUTPUT_UNSUPPORTED))
+    assert isinstance(unsupported, FailedPrecondition)
 
 
 def test_timings_are_measured_from_acceptance() -> None:
@@ -183,6 +188,9 @@ def test_a_generation_shows_all_that_its_log_holds() -> None:
     assert (failed.state, failed.error_reason) == (pb.GENERATION_STATE_FAILED, "WORKER_FAILED")
     assert failed.HasField("timings")
     assert not failed.outputs[1].HasField("end")
+    forbidden = convert.failure_of(make_record(JobState.FAILED, reason=Reason.ALL_TOKENS_FORBIDDEN))
+    assert isinstance(forbidden, InvalidRequest)
+    assert (forbidden.reason, forbidden.violations[0].field) == ("ALL_TOKENS_FORBIDDEN", "config")
 
 
 def test_what_is_reported_of_tokens_reaches_callers_unchanged() -> None:

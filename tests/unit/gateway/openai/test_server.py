@@ -113,8 +113,8 @@ async def test_clients_show_certificates_where_they_must(tmp_path: Path) -> None
         body, _ = await get(server, trusting(tmp_path, CLIENT))
         assert body == b"known"
         for client in (None, STRANGER):
-            with pytest.raises((ssl.SSLError, ConnectionError)):
-                await get(server, trusting(tmp_path, client))
+            with contextlib.suppress(ssl.SSLError, ConnectionError):  # or nothing, if it learns of it later
+                assert (await get(server, trusting(tmp_path, client)))[0] == b""
     assert app.num_calls == 1
 
 

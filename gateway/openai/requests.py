@@ -11,6 +11,7 @@ import msgspec
 from google.protobuf import json_format
 
 from common.errors import InvalidRequest
+from gateway import beams
 from gateway.openai import schemas
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -149,7 +150,7 @@ def _config(parsed: Parsed, default_temperature: float) -> pb.GenerationConfig:
         value = getattr(request, name)
         if value is not None:
             setattr(config, name, value)
-    if not config.HasField("temperature"):
+    if not config.HasField("temperature") and not beams.is_asked_for(config):  # which are not sampled
         config.temperature = default_temperature
     if request.n is not None:
         config.num_outputs = _count(request.n, "n")

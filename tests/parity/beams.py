@@ -57,7 +57,13 @@ def with_processors(prompt: Sequence[int], plain: Sequence[int]) -> list[Case]:
         Case(
             f"beams, {case.name}",
             case.prompt,
-            msgspec.structs.replace(case.params, num_beams=3, num_outputs=2, renormalize_logits=i % 2 == 1),
+            msgspec.structs.replace(
+                case.params,
+                num_beams=3,
+                num_outputs=2,
+                renormalize_logits=i % 2 == 1,
+                sequence_bias=tuple(dict(case.params.sequence_bias).items()),  # each once, if `plain` repeats itself
+            ),
         )
         for i, case in enumerate(alone(prompt, plain))
     ]

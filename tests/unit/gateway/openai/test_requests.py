@@ -93,6 +93,12 @@ def test_own_parameters_are_taken_by_their_names() -> None:
     assert made.config.bad_words_ids[0].ids == [1, 2]
 
 
+def test_beams_are_not_sampled_at_the_default_temperature() -> None:
+    made = chat(num_beams=4, early_stopping="EARLY_STOPPING_NEVER", n=2)
+    assert made.config == pb.GenerationConfig(num_beams=4, early_stopping=pb.EARLY_STOPPING_NEVER, num_outputs=2)
+    assert chat(num_beams=4, temperature=0.5).config.temperature == 0.5  # to be refused
+
+
 @pytest.mark.parametrize(
     ("fields", "reason", "field"),
     [

@@ -162,6 +162,9 @@ takeovers: install-dev  ## kill -9 behind every token of a generation, greedy an
 soak: install-dev  ## an hour of steady load with a fault a minute: memory of every process and of the server; SEED=1 DURATION=3600
 	$(BIN)/python -m tests.chaos.soak --seed $(or $(SEED),1) --duration $(or $(DURATION),3600) $(ARGS)
 
+compat: install-dev  ## the unmodified openai client, grpcurl, buf, grpc-js, connect-node and Go against a running system
+	$(BIN)/pytest -q tests/compat
+
 bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
 	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)
 

@@ -56,6 +56,13 @@ class StructuredOutput(msgspec.Struct, frozen=True, array_like=True):
     in_reasoning: bool = False  # which the prompt has begun
 
 
+class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
+    """A revision of an adapter, as a worker publishes it."""
+
+    name: str
+    revision: str  # digest of its files
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How tokens are chosen and when an output ends. Everything is resolved: no field means "the model's default".
 
@@ -96,6 +103,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     exponential_decay_length_penalty: tuple[int, float] | None = None  # begins behind so many tokens; factor > 0
     forced_eos_token_id: int | None = None  # what the last token of max_tokens is
     structured_output: StructuredOutput | None = None
+    adapter: AdapterRef | None = None  # what is added to the model's weights
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
 
 import grpc.aio
+import msgspec
 
 from common import errors, keys
 from common.deltas import merge_deltas, merge_scores
@@ -230,6 +231,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         check_model(caller, check.check_model_name(request.model), reveal=settings.reveal_models)
         priority = priority_of(request.priority, grants.priorities)
         model = await self._catalog.get(request.model)
+        adapter = model.adapter(request.adapter)
         encoded = await model.encode(request.input, caller.tenant)
         prompt = encoded.token_ids
         card = model.card
@@ -252,6 +254,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         constraint = await model.constraint_of(config, encoded, caller.tenant)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
         sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids, constraint)
+        if adapter is not None:
+            sampling = msgspec.structs.replace(sampling, adapter=adapter)
         grace_ms = self._grace_ms(request, grants.caps)
         salt = self._salt(secret, caller, check.check_cache_salt(request.cache_salt))
         accepted = pb.Accepted(
@@ -260,6 +264,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             model_revision=card.revision,
             config=config,
             prompt_tokens=len(prompt),
+            adapter="" if adapter is None else adapter.name,
+            adapter_revision="" if adapter is None else adapter.revision,
         )
         kv_tokens, peak_kv_tokens = model.kv_tokens(len(prompt), sampling)
         job = NewJob(
@@ -371,11 +377,13 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     @staticmethod
     def _digest(secret: bytes, request: NewGeneration) -> bytes:
-        """Return what must be equal when an idempotency key is used again: model, input and config.
+        """Return what must be equal when an idempotency key is used again: model, adapter, input and config.
 
         Keyed, so that what is stored says nothing about a guessed prompt.
         """
-        body = pb.StreamGenerateRequest(model=request.model, input=request.input, config=request.config)
+        body = pb.StreamGenerateRequest(
+            model=request.model, input=request.input, config=request.config, adapter=request.adapter
+        )
         return hmac.digest(secret, body.SerializeToString(deterministic=True), "sha256")
 
     @staticmethod

@@ -19,6 +19,8 @@ import msgspec
 import torch
 
 from common.generation import ChatParsing, FinishReason, PromptScores, Usage
+from worker.engine.adapters.requests import cache_salt, release, unmet_adapter
+from worker.engine.adapters.types import AdapterLease
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.grammar import Grammar, GrammarCompiler, GrammarFailure, MaskFiller
@@ -161,10 +163,12 @@ class Engine:
         Raises DuplicateRequest for an id in use.
         """
         if request.request_id in self._requests or self._results.has_ended(request.request_id):
+            release(request)
             raise DuplicateRequest(request.request_id)
         request = self.prepare(request)
         error = self._refusal(request)
         if error is not None:
+            release(request)
             self._results.fail(request.request_id, error)
             return
         self._num_arrivals += 1
@@ -176,7 +180,7 @@ class Engine:
                 try:
                     self._start_output(state, output_index, token_ids)
                 except GrammarFailure as failure:  # by what the log holds already; nothing waits yet
-                    del self._requests[request.request_id]
+                    release(self._requests.pop(request.request_id).request)
                     self._results.fail(request.request_id, str(failure))
                     return
         self._queue(state)
@@ -208,6 +212,8 @@ class Engine:
             return "UNKNOWN_CHAT_FORMAT"
         if any(min(ids) < 0 or max(ids) >= self._runner.vocab_size for ids in (prompt, *request.emitted) if ids):
             return "INVALID_TOKEN_ID"
+        if unmet := unmet_adapter(request):
+            return unmet
         if isinstance(request.grammar, GrammarFailure):
             return str(request.grammar)
         return None
@@ -238,13 +244,14 @@ class Engine:
             sampling,
             output_index=output_index,
             emitted=emitted,
-            cache_salt=request.cache_salt,
+            cache_salt=cache_salt(request),
             priority=request.priority,
             arrival=self._num_arrivals,
             deadline=request.deadline,
             tenant=request.tenant,
             weight=request.weight,
             matcher=matcher,
+            adapter=request.adapter.adapter if isinstance(request.adapter, AdapterLease) else None,
         )
         state.first = state.first or sequence
         state.outputs[output_index] = _Output(sequence, stop)
@@ -425,7 +432,7 @@ class Engine:
     def _end_if_done(self, state: _Request) -> None:
         if not state.outputs:
             self._results.end(state.request.request_id, state.usage)
-            del self._requests[state.request.request_id]
+            release(self._requests.pop(state.request.request_id).request)
 
     def _fail(self, request_id: str, error: str) -> None:
         state = self._requests.pop(request_id, None)
@@ -433,6 +440,7 @@ class Engine:
             return
         for output in state.outputs.values():
             self._scheduler.remove(output.sequence)
+        release(state.request)
         self._results.fail(request_id, error)
 
     # -- state ----------------------------------------------------------------------------------------------------

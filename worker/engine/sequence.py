@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from common.generation import SamplingParams
+from worker.engine.adapters.types import Adapter
 from worker.engine.grammar import Matcher
 from worker.engine.history import TokenHistory
 from worker.engine.lookup import PromptLookup
@@ -26,6 +27,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter",
         "arrival",
         "block_hashes",
         "block_ids",
@@ -67,6 +69,7 @@ class Sequence:
         tenant: str = "",
         weight: float = 1.0,
         matcher: Matcher | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.request_id: Final = request_id
         self.output_index: Final = output_index
@@ -77,6 +80,7 @@ class Sequence:
         self.deadline: Final = deadline
         self.tenant: Final = tenant
         self.weight: Final = weight
+        self.adapter: Final = adapter  # `cache_salt` stands for it too
         self.order: Final[OrderKey] = (priority, arrival, output_index)
         # Arrays of C ints: a slice is hashed and copied into a batch without touching single Python ints.
         self.token_ids: array[int] = array("i", prompt_token_ids)

@@ -125,6 +125,10 @@ bench-quality: install-dev  ## what each precision of each engine loses against 
 bench-outputs: install-dev  ## time and KV blocks of eight outputs of one prompt before they decode, against one; ARGS="--outputs 4" and so on
 	$(BIN)/python -m tests.benchmarks.outputs $(ARGS)
 
+.PHONY: bench-adapters
+bench-adapters: install-dev  ## two adapters and the base in one batch against the base alone, and each rank; ARGS="--int8" and so on
+	$(BIN)/python -m tests.benchmarks.adapters $(ARGS)
+
 bench-gpu: install-dev  ## correctness and speed on an NVIDIA GPU, ten minutes; says so where there is none
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 

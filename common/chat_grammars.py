@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from llguidance import LLTokenizer
 
@@ -21,9 +21,6 @@ from common.chat_formats import REASONING_FORMATS, TOOL_FORMATS, ToolFormat
 from common.generation import ToolGrammar
 
 Part: TypeAlias = dict[str, Any]  # one grammar of llguidance's list
-
-_TEXT: Final = "TEXT: /(.|\\n)*/\n"
-_GAP: Final = "GAP: /\\n{0,2}/\n"  # between reasoning and answer
 
 
 def chat_grammar(
@@ -39,53 +36,86 @@ def chat_grammar(
 
     `schema_part` turns a JSON schema into a part.
     """
-    lark = ["%llguidance {}\n"]
+    lark = ["%llguidance {}\n", "TEXT: /(.|\\n)*/\n", "GAP: /\\n{0,2}/\n"]
+    answer: Callable[[str], str] = _main
     parts: list[Part] = []
-    start = ""
-    if reasoning_format:
-        start = _reasoning(reasoning_format, tokenizer, lark, in_reasoning=in_reasoning)
-    if tools is None:
-        start += " @main"
-    else:
-        start += _tools(tools, tokenizer, lark, has_main=main is not None)
+    if tools is not None:
+        answer = _tools(tools, tokenizer, lark, has_main=main is not None)
         for index, (_, schema) in enumerate(tools.tools):
             parts.append({**schema_part(schema), "name": f"arguments_{index}"})
     if main is not None:
         parts.append({**main, "name": "main"})
+    start = answer("TEXT")
+    if reasoning_format:
+        start = _behind_reasoning(answer, reasoning_format, tokenizer, lark, in_reasoning=in_reasoning)
     lark.append(f"start: {start}\n")
-    if any("TEXT" in line for line in lark):
-        lark.append(_TEXT)
     return json.dumps({"grammars": [{"name": "chat", "lark_grammar": "".join(lark)}, *parts]})
 
 
-def _reasoning(name: str, tokenizer: LLTokenizer, lark: list[str], *, in_reasoning: bool) -> str:
+def _main(text: str) -> str:
+    """An answer that must match, whatever else text may be."""
+    return "@main"
+
+
+def _behind_reasoning(
+    answer: Callable[[str], str], name: str, tokenizer: LLTokenizer, lark: list[str], *, in_reasoning: bool
+) -> str:
     marks = REASONING_FORMATS[name]
-    lark += [_until("thought", _mark(marks.end, tokenizer)), _GAP]
-    return "thought GAP" if in_reasoning else f"({_mark(marks.begin, tokenizer)} thought GAP)?"
+    lark.append(_until("thought", "TEXT", _mark(marks.end, tokenizer)))
+    thoughtful = f"thought GAP {answer('TEXT')}"
+    if in_reasoning:
+        return thoughtful
+    begin = _mark(marks.begin, tokenizer)
+    if begin.startswith("<["):
+        return f"{begin} {thoughtful} | {answer('TEXT')}"
+    # The reader of lexemes never goes back: text that may be a thought must not be taken for other text meanwhile.
+    lark.append(f"OTHER_TEXT: /(.|\\n)*/ & ~/{_escaped(marks.begin)}(.|\\n)*/\n")
+    return f"{begin} {thoughtful} | {answer('OTHER_TEXT')}"
 
 
-def _tools(tools: ToolGrammar, tokenizer: LLTokenizer, lark: list[str], *, has_main: bool) -> str:
+def _tools(tools: ToolGrammar, tokenizer: LLTokenizer, lark: list[str], *, has_main: bool) -> Callable[[str], str]:
+    """Write the rules of calls; return what makes an answer whose text, up to the first call, is this terminal."""
     format_ = TOOL_FORMATS[tools.format]
+    whole_calls = has_main and format_.is_whole_answer  # told from other JSON lexeme by lexeme
     for index, (name, _) in enumerate(tools.tools):
-        head = _marked(format_.begin + name + format_.middle, tokenizer, format_)
-        lark.append(f"call_{index}: {head} @arguments_{index} {_marked(format_.end, tokenizer, format_)}\n")
+        head = format_.begin + name + format_.middle
+        written = _lexemes(format_.trigger + head) if whole_calls else _marked(head, tokenizer, format_)
+        lark.append(f"call_{index}: {written} @arguments_{index} {_marked(format_.end, tokenizer, format_)}\n")
     lark.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools.tools))) + "\n")
-    trigger = _mark(format_.trigger, tokenizer)
-    opened = f"{trigger} {_quoted(format_.opening)}"
-    more = (
-        f"({_quoted(format_.separator)} {trigger if format_.repeats_trigger else ''} call)*" if tools.parallel else ""
-    )
-    calls = f"{opened} call {more} {_quoted(format_.closing)}"
+    trigger = "" if whole_calls else _mark(format_.trigger, tokenizer)
+    again = trigger if format_.repeats_trigger else ""
+    more = f"({_quoted(format_.separator)} {again} call)*" if tools.parallel else ""
+    calls = f"{_quoted(format_.opening)} call {more} {_quoted(format_.closing)}"
     if tools.must_call:
-        return f" {calls}"
+        return lambda text: f"{trigger} {calls}"
     if has_main:
-        return f" ({calls} | @main)"
+        return lambda text: f"({trigger} {calls} | @main)"
     if format_.is_whole_answer:
-        lark.append(f"OTHER: /(.|\\n)*/ & ~/{_escaped(format_.trigger)}(.|\\n)*/\n")
-        return f" ({calls} | OTHER)"
-    lark.append(_until("before", trigger))
-    rest = f"{_quoted(format_.opening)} call {more} {_quoted(format_.closing)}"
-    return f" (before {rest})* TEXT" if tools.parallel else f" (before {rest} | TEXT)"
+        return lambda text: f"({trigger} {calls} | {_unless(format_.trigger, text, lark)})"
+    lark.append(_until("before", "TEXT", trigger))
+
+    def answer(text: str) -> str:
+        first = "before"
+        if text != "TEXT":
+            first = f"before_{text.lower()}"
+            lark.append(_until(first, text, trigger))
+        return f"({first} {calls} {f'(before {calls})* TEXT' if tools.parallel else ''} | {text})"
+
+    return answer
+
+
+def _unless(beginning: str, text: str, lark: list[str]) -> str:
+    """Return a terminal of this text that does not begin so."""
+    name = f"{text}_UNLESS_CALL"
+    rule = f"{name}: {text} & ~/{_escaped(beginning)}(.|\\n)*/\n"
+    if rule not in lark:
+        lark.append(rule)
+    return name
+
+
+def _lexemes(text: str) -> str:
+    """Write JSON as the library reads it."""
+    return " ".join(map(_quoted, re.findall(r'"[^"]*"|[{}]|: |, ', text)))
 
 
 def _marked(text: str, tokenizer: LLTokenizer, format_: ToolFormat) -> str:
@@ -94,9 +124,9 @@ def _marked(text: str, tokenizer: LLTokenizer, format_: ToolFormat) -> str:
     return " ".join(_mark(piece, tokenizer) for piece in pieces if piece)
 
 
-def _until(rule: str, mark: str) -> str:
+def _until(rule: str, text: str, mark: str) -> str:
     """A rule that ends with the first of this mark."""
-    return f"{rule}: TEXT {mark}\n" if mark.startswith("<[") else f"{rule}[lazy]: TEXT {mark}\n"
+    return f"{rule}: {text} {mark}\n" if mark.startswith("<[") else f"{rule}[lazy]: {text} {mark}\n"
 
 
 def _mark(text: str, tokenizer: LLTokenizer) -> str:

@@ -224,21 +224,27 @@ def wait_until_served(supervisor: Supervisor, address: str, key: str, stop: list
     return None
 
 
-def banner(model: model_pb2.Model, address: str, admin_address: str, key: str, program: str) -> str:
+def banner(
+    model: model_pb2.Model, address: str, admin_address: str, openai_address: str, key: str, program: str
+) -> str:
     """Return how to call what is served."""
     where = "" if address == "127.0.0.1:50051" else f" --address {address}"
     question = "What is the capital of France?"
     body = (
         f'{{"model": "{model.name}", "input": {{"text": "The capital of France is"}}, "config": {{"max_tokens": 16}}}}'
     )
+    chat = f'{{"model": "{model.name}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
     return (
         f"\n  gateway  {address} (gRPC, reflection on)   admin {admin_address}\n"
+        f"  openai   http://{openai_address}/v1 (completions, chat completions, models)\n"
         f"  model    {model.name} ({model.family}, {model.dtype}, context {model.context_length})\n"
         f"  key      {key}   for development; kept in {credentials_file()}\n\n"
         f'  {program} generate{where} "{question}"\n\n'
         f"  grpcurl -plaintext -H 'authorization: Bearer {key}' \\\n"
         f"    -d '{body}' \\\n"
         f"    {address} torchrelay.v1.GenerationService/StreamGenerate\n\n"
+        f"  curl http://{openai_address}/v1/chat/completions -H 'authorization: Bearer {key}' \\\n"
+        f"    -d '{chat}'\n\n"
     )
 
 
@@ -250,6 +256,9 @@ def serve(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     address: Annotated[str, typer.Option("--address", "-a", help="Where clients call.")] = "127.0.0.1:50051",
     admin_address: Annotated[str, typer.Option("--admin-address", help="Where operators call.")] = "127.0.0.1:50052",
+    openai_address: Annotated[
+        str, typer.Option("--openai-address", help="Where OpenAI's clients call.")
+    ] = "127.0.0.1:8000",
     data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the queue is kept.")] = None,
     redis_url: Annotated[str, typer.Option("--redis-url", help="A server of your own instead.")] = "",
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond loopback.")] = False,
@@ -262,6 +271,7 @@ def serve(
     settings = read_settings(RedisSettings)
     check_address(address, insecure=insecure)
     check_address(admin_address, insecure=insecure)
+    check_address(openai_address, insecure=insecure)
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: stop.append(received))
@@ -289,7 +299,7 @@ def serve(
     shared = {"TORCHRELAY_REDIS_URL": redis_url}
     supervisor = Supervisor(
         server,
-        Child("gateway", "gateway", shared | _gateway_env(address, admin_address, insecure=insecure)),
+        Child("gateway", "gateway", shared | _gateway_env(address, admin_address, openai_address, insecure=insecure)),
         [
             Child(f"worker-{index}", "worker", shared | _worker_env(model, model_name, dtype, device))
             for index in range(workers)
@@ -301,7 +311,7 @@ def serve(
             found = wait_until_served(supervisor, address, key, stop) if workers else None
         if found is not None:
             program = os.path.relpath(Path(sys.argv[0])) if Path(sys.argv[0]).exists() else "torchrelay"
-            sys.stdout.write(banner(found, address, admin_address, key, program))
+            sys.stdout.write(banner(found, address, admin_address, openai_address, key, program))
             sys.stdout.flush()
         while not stop:
             supervisor.tend()
@@ -322,10 +332,11 @@ def _failed(console: Console, reason: str) -> typer.Exit:
     return typer.Exit(1)
 
 
-def _gateway_env(address: str, admin_address: str, *, insecure: bool) -> dict[str, str]:
+def _gateway_env(address: str, admin_address: str, openai_address: str, *, insecure: bool) -> dict[str, str]:
     env = {
         "TORCHRELAY_GATEWAY_ADDRESS": address,
         "TORCHRELAY_GATEWAY_ADMIN_ADDRESS": admin_address,
+        "TORCHRELAY_GATEWAY_OPENAI_ADDRESS": openai_address,
         "TORCHRELAY_GATEWAY_REFLECTION": "true",
     }
     if insecure:

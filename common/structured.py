@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
-from itertools import chain, product
+from itertools import chain
 from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -49,10 +49,9 @@ _LIMITS: Final = LLParserLimits(
     verbose_errors=False,
 )
 _BOUNDS: Final = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
-_NEIGHBOURS: Final = {
-    "exclusiveMinimum": ("maximum", "exclusiveMaximum"),
-    "exclusiveMaximum": ("minimum", "exclusiveMinimum"),
-}
+_BESIDE_A_REFERENCE: Final = frozenset(
+    {"$ref", "$defs", "definitions", "$schema", "$id", "$comment", "title", "description", "default", "examples"}
+)
 _EMBEDDED: Final = re.compile(r"%(json|lark|llguidance|regex)\b")
 _IGNORED_ATTRIBUTE: Final = re.compile(r"\btemperature\s*=")
 
@@ -232,17 +231,33 @@ def _check_bounds(objects: list[dict[str, Any]]) -> None:
     """Refuse what the library gets wrong: a whole number as an exclusive bound is let in by another bound of the other
     side that is less than 1 away. Where schemas are merged, bounds of any two of them may meet.
     """
-    bounds = [{name: bound for name in _BOUNDS if _is_number(bound := found.get(name))} for found in objects]
-    merges = any("allOf" in found or ("$ref" in found and len(found) > 1) for found in objects)
-    pairs = product(bounds, bounds) if merges else zip(bounds, bounds, strict=True)
-    for one, other in pairs:
-        for exclusive, others in _NEIGHBOURS.items():
-            edge = one.get(exclusive)
-            if edge is None or edge != int(edge):
-                continue
-            if any(0 < abs(other[name] - edge) < 1 for name in others if name in other):
-                message = f"{exclusive} at a whole number is not taken where the other bound is less than 1 away"
-                raise GrammarError("GRAMMAR_INVALID", message)
+    leads_anywhere = False
+    for found in objects:
+        _check_edges([found])
+        if "allOf" in found or ("$ref" in found and not found.keys() <= _BESIDE_A_REFERENCE):
+            inside = [value for value in _values(found) if isinstance(value, dict)]
+            leads_anywhere = leads_anywhere or any("$ref" in value for value in inside)
+            _check_edges(inside)
+    if leads_anywhere:
+        _check_edges(objects)
+
+
+def _check_edges(objects: list[dict[str, Any]]) -> None:
+    """In time linear in their number. The other bound is further from zero than the exclusive one."""
+    bounds = [_bounds_of(found) for found in objects]
+    for exclusive, others, towards_zero in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum"), math.floor),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum"), math.ceil),
+    ):
+        sign = 1 if towards_zero is math.floor else -1
+        near = {towards_zero(own[name]) for own in bounds for name in others if name in own and own[name] % 1}
+        if any(own[exclusive] * sign >= 0 and own[exclusive] in near for own in bounds if exclusive in own):
+            message = f"{exclusive} at a whole number is not taken where the other bound is less than 1 away"
+            raise GrammarError("GRAMMAR_INVALID", message)
+
+
+def _bounds_of(found: dict[str, Any]) -> dict[str, float]:
+    return {name: found[name] for name in _BOUNDS if _is_number(found.get(name))}
 
 
 def _is_number(value: object) -> bool:

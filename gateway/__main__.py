@@ -37,13 +37,17 @@ from gateway.admission import Admission
 from gateway.audit import Audit, AuditFile
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
+from gateway.generations import Generations
 from gateway.identity.assembly import build_authenticator, check_identity
 from gateway.identity.settings import IDENTITY_SETTINGS, IdentitySettings, ProxySettings
 from gateway.interceptors.guard import Guard
 from gateway.model_servicer import ModelServicer
+from gateway.openai.app import OpenAiDoor
+from gateway.openai.exchange import Door
+from gateway.openai.server import OpenAiServer
 from gateway.rights import check_method
 from gateway.secret import SharedSecret
-from gateway.server import GatewayServer, check_plaintext, is_admin_open
+from gateway.server import GatewayServer, certificates_of, check_plaintext, is_admin_open
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.stream import StreamFactory, StreamTimes
@@ -105,9 +109,10 @@ async def run(
     pipelined = PipelinedConnection(redis, redis_settings.socket_timeout_ms / 1000)
     quotas = QuotaMeter(pipelined, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
     admission = Admission(queue, quotas)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationServicer(queue, admission, streams, catalog, settings, secret), server.public
-    )
+    generations = Generations(queue, admission, streams, catalog, settings, secret)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generations), server.public)
+    door = Door(authenticator.authenticate, check_method, Audit(audit_file), send_timeout_s=settings.send_timeout_s)
+    openai = OpenAiServer(OpenAiDoor(generations, catalog, settings, door).app, settings, certificates_of(settings))
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         ModelServicer(catalog, queue, reveal=settings.reveal_models), server.public
     )
@@ -124,7 +129,12 @@ async def run(
     async def on_connected() -> None:
         await server.health.set_ready(True)
         log.info("queue.durability", promise=(await describe_durability(redis)).summary())
-        log.info("gateway.ready", address=server.address, admin_address=server.admin_address)
+        log.info(
+            "gateway.ready",
+            address=server.address,
+            admin_address=server.admin_address,
+            openai_address=openai.address,
+        )
 
     upkeep = Upkeep(
         queue,
@@ -138,13 +148,20 @@ async def run(
         on_connected=on_connected,
     )
     await server.start()
-    log.info("gateway.started", address=server.address, gateway_id=queue.gateway_id, version=version("torchrelay"))
+    await openai.start()
+    log.info(
+        "gateway.started",
+        address=server.address,
+        openai_address=openai.address,
+        gateway_id=queue.gateway_id,
+        version=version("torchrelay"),
+    )
     running = asyncio.create_task(upkeep.run())
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
         log.info("gateway.draining", streams=len(hub))
-        await server.stop()
+        await asyncio.gather(server.stop(), openai.stop())
     finally:
         stopping.cancel()
         upkeep.stop()

@@ -11,6 +11,7 @@ import typer
 def gateway(
     address: Annotated[str, typer.Option("--address", "-a", help="Where clients call, host:port.")] = "",
     admin_address: Annotated[str, typer.Option("--admin-address", help="Where operators call, host:port.")] = "",
+    openai_address: Annotated[str, typer.Option("--openai-address", help="Where OpenAI's clients call.")] = "",
     health_address: Annotated[str, typer.Option("--health-address", help="Plaintext port for probes.")] = "",
     redis_url: Annotated[
         str, typer.Option("--redis-url", help="redis://, rediss://, unix:// or redis+sentinel:// address.")
@@ -26,6 +27,7 @@ def gateway(
     given = {
         "TORCHRELAY_GATEWAY_ADDRESS": address,
         "TORCHRELAY_GATEWAY_ADMIN_ADDRESS": admin_address,
+        "TORCHRELAY_GATEWAY_OPENAI_ADDRESS": openai_address,
         "TORCHRELAY_GATEWAY_HEALTH_ADDRESS": health_address,
         "TORCHRELAY_REDIS_URL": redis_url,
         "TORCHRELAY_GATEWAY_REFLECTION": "" if reflection is None else str(reflection),

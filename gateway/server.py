@@ -117,7 +117,7 @@ def check_plaintext(settings: GatewaySettings) -> None:
     """
     if certificates_of(settings) is not None:
         return
-    for name in ("address", "admin_address"):
+    for name in ("address", "admin_address", "openai_address"):
         address: str = getattr(settings, name)
         if address and not settings.insecure and not is_loopback(address):
             raise ValueError(

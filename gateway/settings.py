@@ -20,6 +20,9 @@ class GatewaySettings(BaseSettings):
     admin_address: str = Field(
         default="127.0.0.1:50052", description="Where operators call, host:port; empty is nowhere."
     )
+    openai_address: str = Field(
+        default="", description="Where OpenAI's clients call over HTTP, host:port; empty is nowhere."
+    )
     health_address: str = Field(default="", description="Plaintext port for probes only, host:port; empty is none.")
     admin_redis_url: str = Field(
         default="", description="As the Redis user that may write API keys; empty: the same as TORCHRELAY_REDIS_URL."

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from gateway.chat_template import ChatTemplate, Shield
 from gateway.conversation import Conversation
+from gateway.token_bytes import TokenBytes
 
 # What is longer is tokenized beside the event loop, since it would hold up every other call.
 MAX_INLINE_CHARS = 2048
@@ -50,6 +51,7 @@ class TextCodec:
         self._control_ids = frozenset(control)
         # Where some are looked for in normalized text, other spellings of them count too.
         self._has_other_spellings = any(token.normalized for token in control.values())
+        self._token_bytes = TokenBytes(tokenizer_json, self._with_control)
         self._template = ChatTemplate(chat_template, special_tokens or {}) if chat_template else None
 
     @property
@@ -96,6 +98,10 @@ class TextCodec:
         encoding = self._with_control.encode(text, add_special_tokens=False)
         found = zip(encoding.ids, encoding.offsets, strict=True)
         return [span for token_id, span in found if token_id in self._control_ids]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for; control tokens stand for their names."""
+        return self._token_bytes(token_id)
 
     def decode(self, token_ids: Iterable[int], *, keep_special_tokens: bool = False) -> str:
         """Return the text of ids; invalid UTF-8 becomes U+FFFD."""

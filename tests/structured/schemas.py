@@ -133,7 +133,7 @@ class _Builder:
         return {
             "type": "number",
             self.rng.choice(kinds): low,
-            self.rng.choice(("maximum", "exclusiveMaximum")): low + span,
+            self.rng.choice(("maximum", "exclusiveMaximum") if span > 1 else ("maximum",)): low + span,
         }
 
     def enum(self) -> Schema:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -11,7 +12,7 @@ import typer
 from torchrelay.cli import connection as at
 from torchrelay.cli import output
 from torchrelay.cli import token_choice as choice
-from torchrelay.client import Client, GenerationOptions, GenerationStream, Prompt, RelayError
+from torchrelay.client import Client, GenerationOptions, GenerationStream, Prompt, RelayError, make_chat
 from torchrelay.client.requests import Priority
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -54,6 +55,17 @@ def make_structured_output(json_schema: str, regex: str, choices: list[str]) -> 
     return pb.StructuredOutput(json_schema=json_schema)
 
 
+def read_tools(tools: str) -> list[dict[str, Any]]:
+    """Return tools as `make_chat` takes them, also from OpenAI's form. Raises typer.BadParameter."""
+    try:
+        text = tools if tools.lstrip().startswith("[") else Path(tools).read_text(encoding="utf-8")
+        return [{"name": "", **tool.get("function", tool)} for tool in json.loads(text)]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise typer.BadParameter(
+            "is neither a JSON array of tools nor a file with one", param_hint="--tools"
+        ) from error
+
+
 def choose_model(client: Client, name: str) -> str:
     """Return the model to use; without a name, the only one that is served."""
     if name:
@@ -74,6 +86,8 @@ class Answer:
         self.generation_id = ""
         self.config = pb.GenerationConfig()
         self.text: dict[int, str] = {}
+        self.reasoning: dict[int, str] = {}
+        self.tool_calls: dict[int, list[dict[str, str]]] = {}
         self.token_ids: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[float]] = {}
         self.details: dict[int, list[dict[str, Any]]] = {}  # of each token, where alternatives were asked for
@@ -94,16 +108,26 @@ class Answer:
             elif kind == "finished":
                 self.finished = event.finished
         if self._echo:
+            for call in self.tool_calls.get(0, ()):
+                output.write(f"{call['name']}({call['arguments']})\n")
             output.write("\n")
 
     def _take(self, delta: pb.Delta) -> None:
         index = delta.output_index
         self.text[index] = self.text.get(index, "") + delta.text
+        self.reasoning[index] = self.reasoning.get(index, "") + delta.reasoning_text
+        calls = self.tool_calls.setdefault(index, [])
+        for piece in delta.tool_calls:
+            if piece.name:
+                calls.append({"id": piece.id, "name": piece.name, "arguments": ""})
+            calls[piece.index]["arguments"] += piece.arguments
         self.token_ids.setdefault(index, []).extend(delta.token_ids)
         self.logprobs.setdefault(index, []).extend(delta.logprobs)
         for rank, alternatives in zip(delta.ranks, delta.top_logprobs, strict=True):
             self.details.setdefault(index, []).append({"rank": rank, "alternatives": _pairs(alternatives)})
         if self._echo and index == 0:
+            if delta.reasoning_text:
+                output.stderr.print(delta.reasoning_text, style="dim", end="", markup=False, highlight=False)
             output.write(delta.text)
 
     def outputs(self) -> list[dict[str, Any]]:
@@ -115,6 +139,10 @@ class Answer:
                 "token_ids": self.token_ids.get(index, []),
                 "finish_reason": pb.FinishReason.Name(end.finish_reason).removeprefix("FINISH_REASON_").lower(),
             }
+            if self.reasoning.get(index):
+                item["reasoning"] = self.reasoning[index]
+            if self.tool_calls.get(index):
+                item["tool_calls"] = self.tool_calls[index]
             if end.WhichOneof("stop_match"):
                 item["stop_match"] = end.stop if end.WhichOneof("stop_match") == "stop" else end.stop_token_id
             if self.logprobs.get(index):
@@ -245,6 +273,10 @@ def generate(
     best_of: Annotated[int | None, typer.Option("--best-of", min=1, help="Sample so many, return the best.")] = None,
     include_stop: Annotated[bool | None, typer.Option("--include-stop", help="Keep the stop string.")] = None,
     echo: Annotated[bool | None, typer.Option("--echo", help="Begin with the prompt (--raw).")] = None,
+    tools: Annotated[str, typer.Option("--tools", help="What may be called: a JSON array, or a file with one.")] = "",
+    tool_choice: Annotated[
+        str | None, typer.Option("--tool-choice", help="auto, none, required, or a tool's name.")
+    ] = None,
     system: SystemOption = "",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     adapter: Annotated[str, typer.Option("--adapter", help="One of the model's adapters.")] = "",
@@ -310,6 +342,10 @@ def generate(
         if as_chat:
             prompt = [{"role": "system", "content": system}] if system else []
             prompt = [*prompt, {"role": "user", "content": text}]
+            if tools:
+                prompt = make_chat(prompt, tools=read_tools(tools), tool_choice=tool_choice)
+        elif tools:
+            raise typer.BadParameter("needs a model with a chat template, and no --raw", param_hint="--tools")
         elif system:
             raise typer.BadParameter("needs a model with a chat template, and no --raw", param_hint="--system")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shlex
 import socket
 import stat
@@ -58,19 +59,22 @@ def line_with(shown: str, beginning: str) -> list[str]:
 
 
 def test_the_banner_s_lines_can_be_pasted() -> None:
-    shown = banner(MODEL, "127.0.0.1:50051", "127.0.0.1:50052", "tr_key", ".venv/bin/torchrelay")
+    shown = banner(MODEL, "127.0.0.1:50051", "127.0.0.1:50052", "127.0.0.1:8000", "tr_key", ".venv/bin/torchrelay")
     question = "What is the capital of France?"
     assert line_with(shown, ".venv/bin/torchrelay") == [".venv/bin/torchrelay", "generate", question]
     words = line_with(shown, "grpcurl")
     assert words[:4] == ["grpcurl", "-plaintext", "-H", "authorization: Bearer tr_key"]
     assert words[-2:] == ["127.0.0.1:50051", "torchrelay.v1.GenerationService/StreamGenerate"]
     assert '"model": "tiny"' in words[5]
-    for part in ("127.0.0.1:50052", "llama, float32, context 64", str(credentials_file())):
+    words = line_with(shown, "curl")
+    assert words[1] == "http://127.0.0.1:8000/v1/chat/completions"
+    assert json.loads(words[-1])["messages"] == [{"role": "user", "content": question}]
+    for part in ("http://127.0.0.1:8000/v1", "127.0.0.1:50052", "llama, float32, context 64", str(credentials_file())):
         assert part in shown
 
 
 def test_the_banner_names_another_address() -> None:
-    shown = banner(MODEL, "127.0.0.1:7000", "127.0.0.1:7001", "tr_key", "torchrelay")
+    shown = banner(MODEL, "127.0.0.1:7000", "127.0.0.1:7001", "127.0.0.1:7002", "tr_key", "torchrelay")
     assert line_with(shown, "torchrelay")[1:4] == ["generate", "--address", "127.0.0.1:7000"]
 
 

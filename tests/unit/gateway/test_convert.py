@@ -188,6 +188,9 @@ def test_a_generation_shows_all_that_its_log_holds() -> None:
     assert (failed.state, failed.error_reason) == (pb.GENERATION_STATE_FAILED, "WORKER_FAILED")
     assert failed.HasField("timings")
     assert not failed.outputs[1].HasField("end")
+    forbidden = convert.failure_of(make_record(JobState.FAILED, reason=Reason.ALL_TOKENS_FORBIDDEN))
+    assert isinstance(forbidden, InvalidRequest)
+    assert (forbidden.reason, forbidden.violations[0].field) == ("ALL_TOKENS_FORBIDDEN", "config")
 
 
 def test_what_is_reported_of_tokens_reaches_callers_unchanged() -> None:

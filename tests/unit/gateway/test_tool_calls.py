@@ -8,18 +8,20 @@ from typing import Any
 
 import msgspec
 import pytest
+from google.protobuf.struct_pb2 import Struct
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from common import keys
 from common.chat_formats import detect_reasoning_format, detect_tool_format
-from common.errors import FailedPrecondition
+from common.errors import FailedPrecondition, InvalidRequest
 from common.generation import ChatParsing
 from common.registry import ModelCard
 from gateway.catalog import ServedModel
 from gateway.chat_template import TemplateError
 from gateway.conversation import Conversation, Message, Tool, ToolCall, conversation_of
+from gateway.structured import StructuredOutputs
 from gateway.tokenization import TextCodec
 from gateway.tool_calls import as_plain, parsing_of
 from torchrelay.v1 import generation_pb2 as pb
@@ -264,3 +266,106 @@ def test_a_template_is_charged_for_tools_and_calls_too() -> None:
     turns = [Message("assistant", "", "", (call,) * 4), *[Message("tool", "y" * 500, tool_call_id="abcdefghi")] * 4]
     talk = Conversation((Message("user", "go"), *turns * 50), tuple(make_tool(f"f{i}") for i in range(128)))
     assert len(codec_of(HERMES).encode_chat(talk).rendered) > 400_000
+
+
+def arguments_of(**values: Any) -> Struct:
+    struct = Struct()
+    struct.update(values)
+    return struct
+
+
+def talk(**fields: Any) -> pb.ChatInput:
+    """A conversation with a call in it, whose last message may be continued."""
+    return pb.ChatInput(
+        messages=[
+            pb.ChatMessage(role=pb.ROLE_USER, parts=[pb.ContentPart(text="Rain?")]),
+            pb.ChatMessage(role=pb.ROLE_ASSISTANT, parts=[pb.ContentPart(text="No.")]),
+        ],
+        **fields,
+    )
+
+
+def with_last(**fields: Any) -> pb.ChatInput:
+    made = talk()
+    made.messages[1].CopyFrom(pb.ChatMessage(**{"role": pb.ROLE_ASSISTANT, **fields}))
+    return made
+
+
+TOOL = pb.Tool(name="f", parameters=json.dumps(SCHEMA))
+UNENFORCEABLE = pb.Tool(name="f", parameters='{"type": "object", "properties": {"a": {"not": {"type": "null"}}}}')
+STRUCTURED = StructuredOutputs((demo_model_dir() / "tokenizer.json").read_bytes(), 49152, (2,))
+SHOWS_ALL = (  # a template that shows what it is given
+    "{{ tools | tojson }}{{ flag }}{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    "{% if not add_generation_prompt %}{{ messages[-1].content }}{% endif %}"
+)
+# Each field of a conversation, and two that differ by it.
+FIELDS: dict[str, tuple[pb.ChatInput, pb.ChatInput]] = {
+    "ChatInput.messages": (talk(), pb.ChatInput(messages=talk().messages[:1])),
+    "ChatInput.tools": (talk(), talk(tools=[TOOL])),
+    "ChatInput.tool_choice": (
+        talk(tools=[TOOL]),
+        talk(tools=[TOOL], tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED)),
+    ),
+    "ChatInput.parallel_tool_calls": (talk(tools=[TOOL]), talk(tools=[TOOL], parallel_tool_calls=False)),
+    "ChatInput.template_arguments": (talk(), talk(template_arguments=arguments_of(flag="x"))),
+    "ChatInput.continue_last_message": (talk(), talk(continue_last_message=True)),
+    "ChatMessage.role": (talk(), with_last(role=pb.ROLE_USER, parts=[pb.ContentPart(text="No.")])),
+    "ChatMessage.parts": (talk(), with_last(parts=[pb.ContentPart(text="Yes.")])),
+    "ChatMessage.tool_calls": (talk(), with_last(parts=talk().messages[1].parts, tool_calls=[pb.ToolCall(name="f")])),
+    "ChatMessage.tool_call_id": (
+        with_last(role=pb.ROLE_TOOL, parts=[pb.ContentPart(text="x")], tool_call_id="1"),
+        with_last(role=pb.ROLE_TOOL, parts=[pb.ContentPart(text="x")], tool_call_id="2"),
+    ),
+    "ChatMessage.name": (talk(), with_last(parts=talk().messages[1].parts, name="Ann")),
+    "ContentPart.text": (talk(), with_last(parts=[pb.ContentPart(text="Yes.")])),
+    "ContentPart.reasoning": (talk(), with_last(parts=[*talk().messages[1].parts, pb.ContentPart(reasoning="so")])),
+    "ToolCall.id": (
+        with_last(tool_calls=[pb.ToolCall(name="f")]),
+        with_last(tool_calls=[pb.ToolCall(name="f", id="1")]),
+    ),
+    "ToolCall.name": (with_last(tool_calls=[pb.ToolCall(name="f")]), with_last(tool_calls=[pb.ToolCall(name="g")])),
+    "ToolCall.arguments": (
+        with_last(tool_calls=[pb.ToolCall(name="f")]),
+        with_last(tool_calls=[pb.ToolCall(name="f", arguments='{"a": 1}')]),
+    ),
+    "Tool.name": (talk(tools=[TOOL]), talk(tools=[pb.Tool(name="g", parameters=TOOL.parameters)])),
+    "Tool.description": (
+        talk(tools=[TOOL]),
+        talk(tools=[pb.Tool(name="f", parameters=TOOL.parameters, description="x")]),
+    ),
+    "Tool.parameters": (talk(tools=[TOOL]), talk(tools=[pb.Tool(name="f")])),
+    "Tool.strict": (
+        talk(tools=[UNENFORCEABLE]),
+        talk(tools=[pb.Tool(name="f", parameters=UNENFORCEABLE.parameters, strict=True)]),
+    ),
+    "ToolChoice.mode": (
+        talk(tools=[TOOL], tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_AUTO)),
+        talk(tools=[TOOL], tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NONE)),
+    ),
+    "ToolChoice.name": (
+        talk(tools=[TOOL, pb.Tool(name="g")], tool_choice=pb.ToolChoice(name="f")),
+        talk(tools=[TOOL, pb.Tool(name="g")], tool_choice=pb.ToolChoice(name="g")),
+    ),
+}
+
+
+def test_every_field_of_a_conversation_has_a_case() -> None:
+    kinds = (pb.ChatInput, pb.ChatMessage, pb.ContentPart, pb.ToolCall, pb.Tool, pb.ToolChoice)
+    assert FIELDS.keys() == {f"{kind.DESCRIPTOR.name}.{f.name}" for kind in kinds for f in kind.DESCRIPTOR.fields}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+async def test_each_field_of_a_conversation_has_its_effect(name: str) -> None:
+    """On the prompt, on what the answer is held to, or on what is looked for in it."""
+    model = replace(served(SHOWS_ALL, "hermes"), structured=STRUCTURED)
+
+    async def effect_of(chat: pb.ChatInput) -> object:
+        try:
+            encoded = await model.encode(pb.GenerationInput(chat=chat))
+            constraint = await model.constraint_of(pb.GenerationConfig(), encoded, "")
+        except InvalidRequest as error:
+            return error.violations
+        return encoded.token_ids, encoded.chat, constraint
+
+    one, other = [await effect_of(chat) for chat in FIELDS[name]]
+    assert one != other

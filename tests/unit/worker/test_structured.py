@@ -24,7 +24,7 @@ from worker.engine.loop import Engine
 from worker.engine.sampler import Sampler
 from worker.engine.thread import EngineThread
 from worker.engine.types import GenerationRequest
-from worker.structured import MAX_NUMBER_CHARS, LlguidanceCompiler, NumberLength, make_compiler
+from worker.structured import MAX_NUMBER_CHARS, LlguidanceCompiler, LlguidanceMatcher, NumberLength, make_compiler
 
 EOS = 2
 CPU = torch.device("cpu")
@@ -155,6 +155,31 @@ def test_what_cannot_go_on_fails_alone_and_by_name(names: dict[int, str], compil
     for name, (_, reason) in bad.items():
         assert results[name].error == reason
     assert re.fullmatch(LONG.text, results["good"].texts[0])
+
+
+def test_a_matcher_that_fails_under_its_mask_ends_its_request(
+    names: dict[int, str], compiler: LlguidanceCompiler
+) -> None:
+    """The library allows an end of sequence then, which would pass for the end of a text that matches."""
+    matcher = compiler.compile(LONG).matcher()
+    matcher.inner.consume_token(100)
+    words = np.full((1, -(-VOCAB_SIZE // 32)), -1, dtype=np.int32)
+    compiler.fill([matcher], words)
+    assert TokenMasks([0], words).allows(0, EOS)
+    assert matcher.failure == "GRAMMAR_STUCK"
+
+    class Broken(SlowCompiler):
+        def fill(self, matchers: Sequence[Matcher], masks: TokenMask) -> None:
+            for each in matchers:
+                assert isinstance(each, LlguidanceMatcher)
+                each.inner.consume_token(100)
+            super().fill(matchers, masks)
+
+    broken = Broken(compiler)
+    broken.may_go_on.set()
+    results = generate(make_engine(names, broken)[0], constrained("r", LONG), make_request("free", max_tokens=3))
+    assert results["r"].error == "GRAMMAR_STUCK"
+    assert results["free"].error is None
 
 
 def test_without_a_compiler_it_is_an_error(names: dict[int, str]) -> None:

@@ -114,6 +114,28 @@ def test_generate_writes_text_to_stdout_and_figures_to_stderr(run: Command) -> N
     assert [part.text for message in request.input.chat.messages for part in message.parts] == ["What is it?"]
 
 
+def test_generate_passes_on_every_parameter(run: Command) -> None:
+    options = """
+        --min-tokens 1 --min-length 2 --max-length 30 --ignore-eos --stop-token-id 3 --typical-p 0.9
+        --epsilon-cutoff 0.1 --eta-cutoff 0.2 --top-h 0.3 --presence-penalty -1 --frequency-penalty 1 --bad-word x
+        --bad-words-ids 4,5 --bad-words-ids 6 --logit-bias 7=-1.5 --sequence-bias 8,9=2 --suppress-token 10
+        --begin-suppress-token 11 --exponential-decay-length-penalty 12,1.5 --forced-eos-token-id 13
+        --encoder-repetition-penalty 1.2 --encoder-no-repeat-ngram-size 3
+    """
+    run("generate", "hi", *options.split())
+    (request,) = (request for request in run.toy.requests if isinstance(request, pb.StreamGenerateRequest))
+    assert request.config == pb.GenerationConfig(
+        min_tokens=1, min_length=2, max_length=30, ignore_eos=True, stop_token_ids=[3], typical_p=0.9,
+        epsilon_cutoff=0.1, eta_cutoff=0.2, top_h=0.3, presence_penalty=-1, frequency_penalty=1, bad_words=["x"],
+        bad_words_ids=[pb.TokenIds(ids=[4, 5]), pb.TokenIds(ids=[6])], logit_bias={7: -1.5},
+        sequence_bias=[pb.SequenceBias(token_ids=[8, 9], bias=2)], suppress_tokens=[10], begin_suppress_tokens=[11],
+        exponential_decay_length_penalty=pb.ExponentialDecay(start=12, factor=1.5), forced_eos_token_id=13,
+        encoder_repetition_penalty=1.2, encoder_no_repeat_ngram_size=3,
+    )  # fmt: skip
+    for option, value in (("--logit-bias", "7"), ("--sequence-bias", "7,=1"), ("--bad-words-ids", "x")):
+        assert option in run("generate", "hi", option, value, status=2).stderr
+
+
 def test_generate_goes_on_after_a_break(run: Command) -> None:
     run.toy.breaks = [Break(0), Break(2), Break(4, None)]
     assert run("generate", "hi").stdout == TEXT + "\n"

@@ -15,7 +15,14 @@ from gateway.conversation import conversation_of
 from torchrelay.client import FieldViolation, RelayError
 from torchrelay.client.channel import auth_metadata, is_loopback
 from torchrelay.client.errors import from_rpc_error
-from torchrelay.client.requests import make_chat, make_duration, make_input, make_stream_request
+from torchrelay.client.requests import (
+    GenerationOptions,
+    make_chat,
+    make_config,
+    make_duration,
+    make_input,
+    make_stream_request,
+)
 from torchrelay.v1 import generation_pb2 as pb
 
 
@@ -101,6 +108,30 @@ def test_a_request_without_a_key_gets_its_own() -> None:
     assert first.idempotency_key != second.idempotency_key
     assert not first.HasField("time_limit")
     assert first.config == pb.GenerationConfig(top_k=3)
+
+
+def test_options_are_written_as_for_transformers() -> None:
+    config = make_config(
+        {
+            "bad_words_ids": [[1, 2], [3]],
+            "sequence_bias": [((4, 5), 1.5)],
+            "exponential_decay_length_penalty": (6, 1.1),
+            "logit_bias": {7: -2.0},
+            "min_tokens": 8,
+        }
+    )
+    assert config == pb.GenerationConfig(
+        bad_words_ids=[pb.TokenIds(ids=[1, 2]), pb.TokenIds(ids=[3])],
+        sequence_bias=[pb.SequenceBias(token_ids=[4, 5], bias=1.5)],
+        exponential_decay_length_penalty=pb.ExponentialDecay(start=6, factor=1.1),
+        logit_bias={7: -2.0},
+        min_tokens=8,
+    )
+
+
+def test_every_field_of_the_config_is_an_option() -> None:
+    fields = {descriptor.name for descriptor in pb.GenerationConfig.DESCRIPTOR.fields}
+    assert GenerationOptions.__annotations__.keys() == fields
 
 
 class Failed:

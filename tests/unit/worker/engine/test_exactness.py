@@ -136,6 +136,8 @@ SAMPLED: list[dict[str, Any]] = [
     {"temperature": 0.9, "min_p": 0.05, "top_k": 50, "no_repeat_ngram_size": 2},
     {"temperature": 0.0},
     {"temperature": 1.0, "num_outputs": 2},
+    {"temperature": 1.1, "typical_p": 0.9, "presence_penalty": 0.8, "frequency_penalty": -0.4, "min_tokens": 14},
+    {"sequence_bias": (((7, 9), 14.0), ((9,), 9.0), ((9, 7), 15.0)), "forced_eos_token_id": 11, "stop_token_ids": (5,)},
 ]
 
 
@@ -167,7 +169,7 @@ def test_seeded_output_is_the_same_alone_and_in_a_batch(
 
 
 @settings(max_examples=15, deadline=None)
-@given(cuts=st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15)), min_size=6, max_size=6))
+@given(cuts=st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15)), min_size=8, max_size=8))
 def test_seeded_output_goes_on_alike_after_a_takeover_anywhere(
     llama: PreTrainedModel, sampled_alone: dict[str, list[list[int]]], cuts: list[tuple[int, int]]
 ) -> None:

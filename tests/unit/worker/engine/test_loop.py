@@ -206,6 +206,25 @@ def test_nan_logits_end_their_request_and_no_other() -> None:
     assert results["good"].tokens == [other]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_forbids_all_tokens_ends_and_no_other(temperature: float) -> None:
+    runner = PaperRunner(vocab_size=40)
+    others = tuple((token,) for token in range(1, 40))
+    # Token 0 alone is left, and may not follow itself.
+    bad = make_request("bad", [4], bad_words_ids=(*others, (0, 0)), temperature=temperature)
+    driver = Driver(make_engine(runner))
+    driver.add(bad, make_request("good", [4, 5, 6]))
+    results = driver.run()
+    assert (results["bad"].tokens, results["bad"].error, results["bad"].usage) == ([[0]], "ALL_TOKENS_FORBIDDEN", None)
+    assert results["good"].tokens == [paper_tokens([4, 5, 6], 8)]
+
+
+def test_the_last_token_that_the_context_leaves_is_the_one_that_is_forced() -> None:
+    runner = PaperRunner(max_model_len=8)
+    results = generate(make_engine(runner), make_request("r", [1, 2, 3], max_tokens=50, forced_eos_token_id=9))
+    assert results["r"].tokens == [[*paper_tokens([1, 2, 3], 4), 9]]
+
+
 def test_what_a_request_with_nan_computed_is_not_shared() -> None:
     runner = PaperRunner()
     runner.poisoned_token = 19

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from common.generation import SamplingParams
 from tests.reference_sampling import processors_of
 from tests.waits import Waits
+from worker.engine.edits import edit_scores
+from worker.engine.filters import Filters, filter_candidates
 from worker.engine.kernels.build import supported_levels
 from worker.engine.kernels.library import Kernels
 from worker.engine.noise import gumbel, ordered_hash, row_key
@@ -112,6 +114,42 @@ def test_every_row_of_a_mixed_batch_gets_the_token_that_transformers_gives(
             assert sampled.token_ids[i] == reference_token(logits[i], row), row.sampling
     assert torch.equal(logits, before)
     assert sampled.invalid_rows == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(_rows, min_size=1, max_size=6), seed=st.integers(0, 1000), vocab_size=st.sampled_from([31, 300]))
+def test_every_score_is_edited_as_transformers_edits_it(rows: list[Sequence], seed: int, vocab_size: int) -> None:
+    logits = torch.randn(len(rows), vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+    scores = logits.clone()
+    edit_scores(scores, rows)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(scores[i], transformers_scores(logits[i], make_row(**greedy(row))))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(_rows.filter(lambda row: row.sampling.temperature > 0), min_size=1, max_size=6),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+    num_candidates=st.sampled_from([110, 256, 700]),
+)
+def test_what_is_known_to_be_kept_is_what_transformers_keeps(
+    rows: list[Sequence], seed: int, scale: float, num_candidates: int
+) -> None:
+    logits = torch.randn(len(rows), 700, generator=torch.Generator().manual_seed(seed)) * scale
+    rows = [make_row([1], **{name: getattr(row.sampling, name) for name in FILTERS}) for row in rows]
+    filters = Filters.of([row.sampling for row in rows], CPU)
+    scores = logits / filters.temperature
+    top, ids = scores.topk(num_candidates)
+    keep, is_complete = filter_candidates(scores, top.double(), filters)
+    if num_candidates == 700:
+        assert bool(is_complete.all())
+    for i in is_complete.nonzero()[:, 0].tolist():
+        kept = transformers_scores(logits[i], rows[i]).isfinite().nonzero()[:, 0].tolist()
+        assert sorted(ids[i][keep[i]].tolist()) == kept, rows[i].sampling
+
+
+FILTERS = ("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def greedy(row: Sequence) -> dict[str, Any]:

@@ -155,3 +155,48 @@ def test_a_replay_reaches_the_same_state(text: str, stop_strings: tuple[str, ...
         assert run(resumed, text[cut:]) == progress[cut:]
     else:
         assert resumed.finished == progress[-1]
+
+
+class TestBeforeMinTokens:
+    def test_a_stop_string_is_ordinary_text(self) -> None:
+        progress = run(make_state(stop_strings=("bc",), min_tokens=4), "abcdbc")
+        assert "".join(p.text for p in progress) == "abcd"
+        assert progress[-1] == Progress("", FinishReason.STOP, "bc")
+        assert len(progress) == 6
+
+    def test_one_that_is_begun_then_counts(self) -> None:
+        progress = run(make_state(stop_strings=("bcd",), min_tokens=4), "abcd")
+        assert [p.text for p in progress] == ["a", "", "", ""]
+        assert progress[-1].stop_match == "bcd"
+
+    def test_one_that_was_complete_then_does_not(self) -> None:
+        progress = run(make_state(stop_strings=("bc", "bcde"), min_tokens=4), "abcdx")
+        assert "".join(p.text for p in progress) == "abcdx"
+        assert progress[-1].finish_reason is None
+
+    def test_the_output_may_end_otherwise(self) -> None:
+        state = make_state(stop_strings=("bc",), min_tokens=4)
+        run(state, "ab")
+        assert state.end(FinishReason.CANCELLED) == Progress("b", FinishReason.CANCELLED)
+
+    @given(
+        text=st.text("ab", max_size=14),
+        stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+        min_tokens=st.integers(0, 12),
+    )
+    def test_the_first_one_that_is_complete_later_ends_it(self, text: str, stops: list[str], min_tokens: int) -> None:
+        state = make_state(stop_strings=tuple(stops), min_tokens=min_tokens)
+        shown = "".join(progress.text for progress in run(state, text))
+        lengths = range(max(1, min_tokens), len(text) + 1)
+        end = next((n for n in lengths if any(text[:n].endswith(stop) for stop in stops)), None)
+        if end is None:
+            assert state.finished is None
+            assert shown + state.end(FinishReason.LENGTH).text == text
+        else:
+            assert state.finished is not None
+            found = str(state.finished.stop_match)
+            assert text[:end].endswith(found)
+            assert len(found) == max(len(stop) for stop in stops if text[:end].endswith(stop)), (
+                "the one that begins first"
+            )
+            assert shown == text[:end].removesuffix(found)

@@ -1,0 +1,249 @@
+"""The routes of the OpenAI door."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from itertools import accumulate
+from typing import Any, Final
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from gateway.catalog import Catalog
+from gateway.generations import Generations
+from gateway.identity.caller import current_caller
+from gateway.openai import schemas
+from gateway.openai.answers import ChatChoices, Choices, CompletionChoices, Envelope
+from gateway.openai.errors import HttpError, answer_to, merge_headers
+from gateway.openai.exchange import Door, Exchange, while_wanted
+from gateway.openai.requests import Parsed, chat_request, completion_requests, parse
+from gateway.rights import check_model
+from gateway.settings import GatewaySettings
+from gateway.stream import EventStream
+from gateway.validation import check_model_name
+from torchrelay.v1 import generation_pb2 as pb
+
+_GENERATE: Final = "/torchrelay.v1.GenerationService/StreamGenerate"
+_MODELS: Final = "/torchrelay.v1.ModelService/ListModels"
+_DEFAULT_TEMPERATURE: Final = 1.0  # as OpenAI documents it, for models that have no own
+
+
+class OpenAiDoor:
+    """Completions, chat completions and models."""
+
+    def __init__(self, generations: Generations, catalog: Catalog, settings: GatewaySettings, door: Door) -> None:
+        self._generations = generations
+        self._catalog = catalog
+        self._settings = settings
+        self.app = Starlette(
+            routes=[
+                Route("/v1/completions", door.route(_GENERATE, self._completions), methods=["POST"]),
+                Route(
+                    "/v1/chat/completions",
+                    door.route(_GENERATE, self._chat_completions, is_chat=True),
+                    methods=["POST"],
+                ),
+                Route("/v1/models", door.route(_MODELS, self._models), methods=["GET"]),
+                Route("/v1/models/{model:path}", door.route(_MODELS, self._model), methods=["GET"]),
+            ],
+            exception_handlers={404: _no_such_path, 405: _no_such_path},
+        )
+
+    async def _completions(self, exchange: Exchange) -> None:
+        parsed = parse(await exchange.body(self._settings.max_message_bytes), schemas.CompletionRequest)
+        requests = completion_requests(
+            parsed,
+            default_temperature=await self._temperature(parsed),
+            idempotency_key=exchange.header("idempotency-key"),
+        )
+        config = requests[0].config
+        prompts: list[list[int]] = []
+        if config.HasField("prompt_logprobs"):
+            model = await self._catalog.get(requests[0].model)
+            prompts = [(await model.encode(request.input, current_caller().tenant)).token_ids for request in requests]
+        choices = CompletionChoices(await self._token_bytes(parsed), config.logprobs, config.num_outputs or 1, prompts)
+        await self._answer(exchange, parsed, requests, choices)
+
+    async def _chat_completions(self, exchange: Exchange) -> None:
+        parsed = parse(await exchange.body(self._settings.max_message_bytes), schemas.ChatRequest)
+        request = chat_request(
+            parsed,
+            default_temperature=await self._temperature(parsed),
+            idempotency_key=exchange.header("idempotency-key"),
+        )
+        choices = ChatChoices(await self._token_bytes(parsed), request.config.logprobs)
+        await self._answer(exchange, parsed, [request], choices)
+
+    async def _answer(
+        self, exchange: Exchange, parsed: Parsed, requests: Sequence[pb.StreamGenerateRequest], choices: Choices
+    ) -> None:
+        """Queue the generations, and send what they come to. Those of a client that goes away are cancelled."""
+
+        async def work() -> None:
+            async with AsyncExitStack() as stack:
+                call = _HttpCall(exchange)
+                opened = [
+                    await stack.enter_async_context(self._generations.open(request, current_caller(), call))
+                    for request in requests
+                ]
+                accepted = opened[0][1]
+                options = parsed.request.stream_options
+                envelope = Envelope(
+                    f"{'chatcmpl' if isinstance(choices, ChatChoices) else 'cmpl'}-{accepted.generation_id}",
+                    int(time.time()),
+                    accepted.model,
+                    accepted.model_revision,
+                    include_usage=options is not None and bool(options.include_usage),
+                )
+                if parsed.request.stream:
+                    await exchange.answer_events(_chunks(opened, choices, envelope))
+                else:
+                    await exchange.answer(await self._whole(opened, choices, envelope))
+
+        await while_wanted(exchange, work())
+
+    async def _whole(
+        self, opened: Sequence[tuple[EventStream, pb.Accepted]], choices: Choices, envelope: Envelope
+    ) -> dict[str, Any]:
+        async def drain(stream: EventStream) -> None:
+            async for _ in stream.events():
+                pass
+
+        async with asyncio.TaskGroup() as group:
+            for stream, _ in opened:
+                group.create_task(drain(stream))
+        found = [await self._generations.whole(accepted.generation_id, current_caller()) for _, accepted in opened]
+        made: list[dict[str, Any]] = []
+        for generation in found:
+            for output in generation.outputs:
+                made.append(choices.of_output(len(made), output, generation.prompt_scores))
+        return envelope.whole(choices.whole_kind, made, [generation.usage for generation in found])
+
+    async def _models(self, exchange: Exchange) -> None:
+        grants = current_caller().grants
+        names = [entry.card.name for entry in self._catalog.entries() if grants.allows_model(entry.card.name)]
+        await exchange.answer({"object": "list", "data": [_model_object(name) for name in names]})
+
+    async def _model(self, exchange: Exchange) -> None:
+        name = exchange.scope["path_params"]["model"]
+        check_model(current_caller(), name, reveal=self._settings.reveal_models)
+        await exchange.answer(_model_object(self._catalog.entry(name).card.name))
+
+    async def _temperature(self, parsed: Parsed) -> float:
+        """Return what an unset temperature is: the model's own, if that samples."""
+        model = await self._catalog.get(self._allowed(parsed.request.model))
+        return model.defaults.temperature or _DEFAULT_TEMPERATURE
+
+    async def _token_bytes(self, parsed: Parsed) -> Any:
+        return (await self._catalog.get(parsed.request.model)).codec.token_bytes
+
+    def _allowed(self, name: str) -> str:
+        """Raises PermissionDenied, ModelNotFound, InvalidRequest: before anything is told of the model."""
+        check_model(current_caller(), check_model_name(name), reveal=self._settings.reveal_models)
+        return name
+
+
+class _HttpCall:
+    """A call by HTTP: it has no deadline of its own, and lasts while its client is there."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def time_remaining(self) -> float | None:
+        return None
+
+    async def announce(self, generation_id: str) -> None:
+        self._exchange.generation_id = self._exchange.generation_id or generation_id
+
+
+async def _chunks(
+    opened: Sequence[tuple[EventStream, pb.Accepted]], choices: Choices, envelope: Envelope
+) -> AsyncIterator[dict[str, Any]]:
+    """Yield the chunks of all generations as they come."""
+    counts = [accepted.config.num_outputs or 1 for _, accepted in opened]
+    starts = [0, *accumulate(counts)]
+    for number in range(starts[-1]):
+        for choice in choices.first(number):
+            yield envelope.chunk(choices.chunk_kind, [choice])
+    usages: list[pb.Usage] = []
+    async with aclosing(_merged([stream for stream, _ in opened])) as events:
+        async for number, event in events:
+            for choice in _choices_of(event, starts[number], choices, counts[number]):
+                yield envelope.chunk(choices.chunk_kind, [choice])
+            if event.HasField("finished"):
+                usages.append(event.finished.usage)
+    if envelope.include_usage:
+        yield envelope.last_chunk(choices.chunk_kind, usages)
+
+
+def _choices_of(event: pb.GenerationEvent, start: int, choices: Choices, num_outputs: int) -> list[dict[str, Any]]:
+    match event.WhichOneof("event"):
+        case "deltas":
+            return [choices.of_delta(start + delta.output_index, delta) for delta in event.deltas.deltas]
+        case "prompt_scores":
+            return [c for i in range(num_outputs) for c in choices.of_prompt(start + i, event.prompt_scores)]
+        case "finished":
+            return [choices.of_end(start + end.output_index, end) for end in event.finished.outputs]
+        case _:
+            return []
+
+
+async def _merged(streams: Sequence[EventStream]) -> AsyncGenerator[tuple[int, pb.GenerationEvent], None]:
+    """Yield the events of streams as they come, with the number of the stream; an error of one ends all."""
+    if len(streams) == 1:
+        async for event in streams[0].events():
+            yield 0, event
+        return
+    queue: asyncio.Queue[tuple[int, pb.GenerationEvent] | None] = asyncio.Queue(maxsize=1)  # nothing runs ahead
+
+    async def pump(number: int, stream: EventStream) -> None:
+        async for event in stream.events():
+            await queue.put((number, event))
+
+    async def pump_all() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, stream in enumerate(streams):
+                    group.create_task(pump(number, stream))
+        finally:
+            await queue.put(None)
+
+    pumping = asyncio.create_task(pump_all())
+    try:
+        while (item := await queue.get()) is not None:
+            yield item
+        await pumping
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    finally:
+        pumping.cancel()
+        await asyncio.gather(pumping, return_exceptions=True)
+
+
+def _model_object(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "torchrelay"}
+
+
+async def _no_such_path(request: Any, error: Exception) -> Any:
+    status = getattr(error, "status_code", 404)
+    message = "no such path" if status == 404 else "this path does not take this method"
+    found = answer_to(HttpError(status, message, "not_found" if status == 404 else "method_not_allowed"), is_chat=False)
+    return _Plain(found.status, found.body)
+
+
+class _Plain:
+    """An answer of Starlette's own."""
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        self._status = status
+        self._data = msgspec.json.encode(body)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = merge_headers({"content-type": "application/json", "content-length": str(len(self._data))})
+        await send({"type": "http.response.start", "status": self._status, "headers": headers})
+        await send({"type": "http.response.body", "body": self._data})

@@ -1,0 +1,234 @@
+"""One HTTP request and its answer, below the routes: who calls, the body, what an error becomes, who has gone away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Final, TypeAlias
+
+import msgspec
+import structlog
+from starlette.types import Message, Receive, Scope, Send
+
+from common.errors import ClientTooSlow, ServingError
+from common.logs import frames_of
+from gateway.audit import Audit
+from gateway.identity.caller import CALLER, Caller, CallInfo
+from gateway.interceptors.guard import outcome_of
+from gateway.openai.errors import HttpError, answer_to, body_of, merge_headers
+from gateway.openai.server import auth_context_of
+from gateway.status import GenerationEndedError
+
+log = structlog.get_logger()
+
+_BODY_S: Final = 30.0  # how long a body may take to arrive
+_JSON: Final = {"content-type": "application/json"}
+_EVENTS: Final = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+_ENCODER: Final = msgspec.json.Encoder()
+
+Run: TypeAlias = "Callable[[Exchange], Awaitable[None]]"
+
+
+class Gone(Exception):
+    """The client has gone away: nobody waits for an answer."""
+
+
+class Exchange:
+    """A request that is being answered. Not for more than one task but for `until_gone`."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, send_timeout_s: float, is_chat: bool) -> None:
+        self.scope = scope
+        self.headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        self.generation_id = ""  # once there is one, told in a header
+        self._receive = receive
+        self._send = send
+        self._send_timeout_s = send_timeout_s
+        self._is_chat = is_chat
+        self._has_begun = False
+
+    def header(self, name: str) -> str:
+        """Return the last value of a header, empty if there is none."""
+        return next((value for key, value in reversed(self.headers) if key == name), "")
+
+    def peer(self) -> str:
+        """Return who is at the other end, as gRPC names it."""
+        client = self.scope.get("client")
+        if not client:
+            return "unix:"
+        host, port = client
+        return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+
+    def call_info(self) -> CallInfo:
+        """Return what the call brings along to show whose it is."""
+        return CallInfo(self.headers, self.peer(), auth_context_of(self.scope))
+
+    async def body(self, max_bytes: int) -> bytes:
+        """Read the body. Raises HttpError for one that is too long or does not arrive, Gone."""
+        length = self.header("content-length")
+        if length.isdecimal() and int(length[:20]) > max_bytes:
+            raise _too_long(max_bytes)
+        pieces, size = list[bytes](), 0
+        try:
+            async with asyncio.timeout(_BODY_S):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise Gone
+                    piece = message.get("body", b"")
+                    size += len(piece)
+                    if size > max_bytes:
+                        raise _too_long(max_bytes)
+                    pieces.append(piece)
+                    if not message.get("more_body", False):
+                        return b"".join(pieces)
+        except TimeoutError:
+            raise HttpError(408, "the body did not arrive in time", "request_timeout") from None
+
+    async def until_gone(self) -> None:
+        """Return when the client has gone away; only once the body has been read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def answer(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        """Send a whole answer."""
+        data = _ENCODER.encode(value)
+        own = {"content-length": str(len(data)), **_JSON, **self._id_header(), **(headers or {})}
+        self._has_begun = True
+        await self._out({"type": "http.response.start", "status": status, "headers": merge_headers(own)})
+        await self._out({"type": "http.response.body", "body": data})
+
+    async def answer_events(self, chunks: AsyncIterator[Any]) -> None:
+        """Send server-sent events, one for each chunk, and the mark of the end. An error in between is the last event.
+
+        Raises ClientTooSlow, and whatever the chunks raise, once that has been sent.
+        """
+        self._has_begun = True
+        headers = merge_headers(_EVENTS, self._id_header())
+        await self._out({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async with contextlib.aclosing(chunks) as closing:  # type: ignore[type-var]
+                async for chunk in closing:
+                    await self._event(_ENCODER.encode(chunk))
+            await self._event(b"[DONE]")
+        except (ServingError, GenerationEndedError) as error:
+            if not isinstance(error, ClientTooSlow):
+                await self._event(_ENCODER.encode(self._answer_to(error).body))
+                await self._out({"type": "http.response.body", "body": b""})
+            raise
+        await self._out({"type": "http.response.body", "body": b""})
+
+    async def answer_error(self, error: BaseException, path: str) -> None:
+        """Send the answer to an error, unless the answer had begun already."""
+        if isinstance(error, HttpError | ServingError | GenerationEndedError):
+            if not self._has_begun:
+                found = self._answer_to(error)
+                await self.answer(found.body, found.status, found.headers)
+            return
+        incident = secrets.token_hex(8)
+        # Where, not what: the text of an exception may hold what a caller wrote.
+        log.error("call.failed", method=path, incident=incident, error=type(error).__name__, frames=frames_of(error))
+        if not self._has_begun:
+            await self.answer(body_of(f"internal error {incident}", "server_error", None, "internal"), 500)
+
+    def _answer_to(self, error: HttpError | ServingError | GenerationEndedError) -> Any:
+        return answer_to(error.error if isinstance(error, GenerationEndedError) else error, is_chat=self._is_chat)
+
+    def _id_header(self) -> dict[str, str]:
+        return {"x-request-id": self.generation_id} if self.generation_id else {}
+
+    async def _event(self, data: bytes) -> None:
+        await self._out({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+
+    async def _out(self, message: Message) -> None:
+        """Returns when there is room for more: the back-pressure. Raises ClientTooSlow."""
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientTooSlow from None
+
+
+class Door:
+    """What stands around every route: the call is recorded, its caller known, its errors answered."""
+
+    def __init__(
+        self,
+        authenticate: Callable[[CallInfo], Awaitable[Caller]],
+        authorize: Callable[[str, Caller], None],
+        audit: Audit,
+        *,
+        send_timeout_s: float,
+    ) -> None:
+        self._authenticate = authenticate
+        self._authorize = authorize
+        self._audit = audit
+        self._send_timeout_s = send_timeout_s
+
+    def route(self, method: str, run: Run, *, is_chat: bool = False) -> _Route:
+        """Return the ASGI application of a path. `method` is the one of gRPC whose rights it takes."""
+        return _Route(self, method, run, is_chat=is_chat)
+
+    async def handle(self, exchange: Exchange, method: str, run: Run) -> None:
+        path = f"{exchange.scope['method']} {exchange.scope['path']}"
+        record = self._audit.begin(method, exchange.peer())
+        try:
+            caller = record.caller = await self._authenticate(exchange.call_info())
+            CALLER.set(caller)
+            self._authorize(method, caller)
+            await run(exchange)
+        except Gone:
+            self._audit.end(record, "CANCELLED")
+        except BaseException as error:
+            self._audit.end(record, *_outcome_of(error))
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            if not isinstance(error, Exception | asyncio.CancelledError):
+                raise
+            with contextlib.suppress(ClientTooSlow):
+                await exchange.answer_error(error, path)
+        else:
+            self._audit.end(record, "OK")
+
+
+class _Route:
+    """An ASGI application."""
+
+    def __init__(self, door: Door, method: str, run: Run, *, is_chat: bool) -> None:
+        self._door = door
+        self._method = method
+        self._run = run
+        self._is_chat = is_chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, send_timeout_s=self._door._send_timeout_s, is_chat=self._is_chat)
+        await self._door.handle(exchange, self._method, self._run)
+
+
+async def while_wanted(exchange: Exchange, work: Awaitable[None]) -> None:
+    """Do the work, or give it up when the client goes away. Raises Gone."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(exchange.until_gone())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        await task
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def _too_long(max_bytes: int) -> HttpError:
+    return HttpError(413, f"the body is longer than {max_bytes} bytes", "request_too_large")
+
+
+def _outcome_of(error: BaseException) -> tuple[str, str]:
+    return ("INVALID_ARGUMENT", error.code) if isinstance(error, HttpError) else outcome_of(error)

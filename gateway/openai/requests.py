@@ -1,0 +1,269 @@
+"""From the bodies of OpenAI's requests to ours. Nothing is dropped: what cannot be done is refused by its name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+from google.protobuf import json_format
+
+from common.errors import InvalidRequest
+from gateway.openai import schemas
+from torchrelay.v1 import generation_pb2 as pb
+
+MAX_PROMPTS: Final = 128
+_DEFAULT_MAX_TOKENS: Final = 16  # of completions, as OpenAI documents it
+_EXTENSIONS: Final = frozenset(pb.GenerationConfig.DESCRIPTOR.fields_by_name) - {"num_outputs", "max_length"}
+_ROLES: Final = {
+    "system": pb.ROLE_SYSTEM,
+    "developer": pb.ROLE_SYSTEM,
+    "user": pb.ROLE_USER,
+    "assistant": pb.ROLE_ASSISTANT,
+    "tool": pb.ROLE_TOOL,
+}
+_MODES: Final = {
+    "none": pb.TOOL_CHOICE_MODE_NONE,
+    "auto": pb.TOOL_CHOICE_MODE_AUTO,
+    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
+}
+_PRIORITIES: Final = {"flex": pb.PRIORITY_LOW, "priority": pb.PRIORITY_HIGH}
+_WHERE: Final = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
+
+_T = TypeVar("_T", schemas.CompletionRequest, schemas.ChatRequest)
+AnyRequest: TypeAlias = schemas.CompletionRequest | schemas.ChatRequest
+
+
+class Parsed(NamedTuple):
+    """A request's own fields, and those of GenerationConfig that it has besides."""
+
+    request: AnyRequest
+    extensions: Mapping[str, Any]
+
+
+def parse(body: bytes, kind: type[_T]) -> Parsed:
+    """Read a body. Raises InvalidRequest."""
+    try:
+        fields = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise InvalidRequest("the body is not valid JSON", reason="MALFORMED_MESSAGE") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest("the body must be a JSON object", reason="MALFORMED_MESSAGE")
+    own = set(kind.__struct_fields__)
+    extensions: dict[str, Any] = {}
+    for name in sorted(fields.keys() - own):
+        if name not in _EXTENSIONS:
+            raise InvalidRequest("this parameter is not known here", reason="UNKNOWN_FIELD", field=name[:64])
+        extensions[name] = fields.pop(name)
+    try:
+        return Parsed(msgspec.convert(fields, kind), extensions)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deep", reason="MALFORMED_MESSAGE") from None
+
+
+def _invalid(text: str) -> InvalidRequest:
+    """Say what was expected and where; what was sent is not repeated."""
+    found = _WHERE.search(text)
+    path = found.group(1) if found else ""
+    told = text[: found.start()] if found else text
+    missing = re.match(r"Object missing required field `(\w+)`", told)
+    unknown = re.match(r"Object contains unknown field `(\w{1,64})`", told)
+    if missing or unknown:
+        name = (missing or unknown).group(1)  # type: ignore[union-attr]
+        path = f"{path}.{name}" if path else name
+        if missing:
+            return InvalidRequest("is required", reason="FIELD_REQUIRED", field=path)
+        return InvalidRequest("this parameter is not known here", reason="UNKNOWN_FIELD", field=path)
+    if told.startswith(("Expected", "Object")):
+        return InvalidRequest(told, reason="FIELD_INVALID", field=path or "body")
+    return InvalidRequest("is not one of the values that are taken here", reason="FIELD_INVALID", field=path or "body")
+
+
+def completion_requests(
+    parsed: Parsed, *, default_temperature: float, idempotency_key: str = ""
+) -> list[pb.StreamGenerateRequest]:
+    """Return a generation for each prompt. Raises InvalidRequest."""
+    request = parsed.request
+    assert isinstance(request, schemas.CompletionRequest)
+    config = _config(parsed, default_temperature)
+    config.max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else _count(request.max_tokens, "max_tokens")
+    if request.best_of is not None:
+        config.best_of = _count(request.best_of, "best_of")
+    if request.echo:
+        config.echo = True
+    if request.logprobs is not None:
+        config.logprobs = True
+        config.top_logprobs = _count(request.logprobs, "logprobs")
+        if request.echo:
+            config.prompt_logprobs = config.top_logprobs
+    inputs = _prompts(request.prompt)
+    keys = [f"{idempotency_key}-{i}" if len(inputs) > 1 else idempotency_key for i in range(len(inputs))]
+    return [
+        pb.StreamGenerateRequest(
+            model=request.model, input=source, config=config, idempotency_key=key if idempotency_key else ""
+        )
+        for source, key in zip(inputs, keys, strict=True)
+    ]
+
+
+def chat_request(parsed: Parsed, *, default_temperature: float, idempotency_key: str = "") -> pb.StreamGenerateRequest:
+    """Return the generation. Raises InvalidRequest."""
+    request = parsed.request
+    assert isinstance(request, schemas.ChatRequest)
+    config = _config(parsed, default_temperature)
+    limits = [value for value in (request.max_tokens, request.max_completion_tokens) if value is not None]
+    if len(set(limits)) > 1:
+        raise InvalidRequest("must not differ from max_tokens", reason="FIELD_CONFLICT", field="max_completion_tokens")
+    if limits:
+        config.max_tokens = _count(limits[0], "max_completion_tokens" if request.max_tokens is None else "max_tokens")
+    if request.logprobs is not None:
+        config.logprobs = request.logprobs
+    if request.top_logprobs is not None:
+        config.top_logprobs = _count(request.top_logprobs, "top_logprobs")
+    if request.response_format is not None:
+        _add_format(config, request.response_format)
+    return pb.StreamGenerateRequest(
+        model=request.model,
+        input=pb.GenerationInput(chat=_chat(request)),
+        config=config,
+        idempotency_key=idempotency_key,
+        priority=_PRIORITIES.get(request.service_tier or "", pb.PRIORITY_UNSPECIFIED),
+    )
+
+
+def _config(parsed: Parsed, default_temperature: float) -> pb.GenerationConfig:
+    request = parsed.request
+    config = pb.GenerationConfig()
+    for name, value in parsed.extensions.items():
+        if value is None:
+            continue
+        try:
+            json_format.ParseDict({name: value}, config)
+        except (json_format.ParseError, ValueError, TypeError, RecursionError):
+            raise InvalidRequest("is not a value of this parameter", reason="FIELD_INVALID", field=name) from None
+    for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
+        value = getattr(request, name)
+        if value is not None:
+            setattr(config, name, value)
+    if not config.HasField("temperature"):
+        config.temperature = default_temperature
+    if request.n is not None:
+        config.num_outputs = _count(request.n, "n")
+    if request.seed is not None:
+        config.seed = request.seed % (1 << 64)
+    if request.stop is not None:
+        config.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop)
+    for text, bias in (request.logit_bias or {}).items():
+        if not text.isascii() or not text.isdecimal() or int(text[:11]) >= 1 << 32:
+            raise InvalidRequest("keys must be token ids", reason="FIELD_INVALID", field="logit_bias")
+        config.logit_bias[int(text)] = bias
+    return config
+
+
+def _count(value: int, field: str) -> int:
+    """Return what our messages can hold; whether it is in range is the gateway's business."""
+    if not 0 <= value < 1 << 32:
+        raise InvalidRequest("must be at least 0", reason="FIELD_OUT_OF_RANGE", field=field)
+    return value
+
+
+def _prompts(prompt: str | list[Any]) -> list[pb.GenerationInput]:
+    if isinstance(prompt, str):
+        return [pb.GenerationInput(text=prompt)]
+    if not prompt:
+        raise InvalidRequest("must not be empty", reason="FIELD_REQUIRED", field="prompt")
+    if all(_is_id(item) for item in prompt):
+        return [pb.GenerationInput(token_ids=pb.TokenIds(ids=prompt))]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidRequest(
+            f"at most {MAX_PROMPTS} prompts are taken", reason="FIELD_OUT_OF_RANGE", field="prompt", limit=MAX_PROMPTS
+        )
+    if all(isinstance(item, str) for item in prompt):
+        return [pb.GenerationInput(text=item) for item in prompt]
+    if all(isinstance(item, list) and all(_is_id(one) for one in item) for item in prompt):
+        return [pb.GenerationInput(token_ids=pb.TokenIds(ids=item)) for item in prompt]
+    raise InvalidRequest(
+        "must be a text, an array of texts, of token ids, or of arrays of token ids",
+        reason="FIELD_INVALID",
+        field="prompt",
+    )
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32
+
+
+def _chat(request: schemas.ChatRequest) -> pb.ChatInput:
+    chat = pb.ChatInput(messages=[_message(message, i) for i, message in enumerate(request.messages)])
+    for i, tool in enumerate(request.tools or ()):
+        function = tool.function
+        chat.tools.add(
+            name=function.name,
+            description=function.description or "",
+            parameters="" if function.parameters is None else _text_of(function.parameters, f"tools[{i}].function"),
+            strict=bool(function.strict),
+        )
+    if isinstance(request.tool_choice, schemas.NamedTool):
+        chat.tool_choice.name = request.tool_choice.function.name
+    elif request.tool_choice is not None:
+        chat.tool_choice.mode = _MODES[request.tool_choice]
+    if request.parallel_tool_calls is not None:
+        chat.parallel_tool_calls = request.parallel_tool_calls
+    if request.chat_template_kwargs is not None:
+        try:
+            chat.template_arguments.update(request.chat_template_kwargs)
+        except (ValueError, TypeError, RecursionError):
+            raise InvalidRequest("must be an object", reason="FIELD_INVALID", field="chat_template_kwargs") from None
+    chat.continue_last_message = bool(request.continue_final_message)
+    return chat
+
+
+def _message(message: schemas.ChatMessage, index: int) -> pb.ChatMessage:
+    parts = [pb.ContentPart(reasoning=message.reasoning_content)] if message.reasoning_content else []
+    if isinstance(message.content, str):
+        if message.content or not message.tool_calls:
+            parts.append(pb.ContentPart(text=message.content))
+    else:
+        for number, part in enumerate(message.content or ()):
+            text = part.get("text")
+            if part.get("type") != "text" or not isinstance(text, str) or part.keys() != {"type", "text"}:
+                raise InvalidRequest(
+                    "only parts of type text are served, with their text",
+                    reason="UNSUPPORTED_PART",
+                    field=f"messages[{index}].content[{number}]",
+                )
+            parts.append(pb.ContentPart(text=text))
+    return pb.ChatMessage(
+        role=_ROLES[message.role],
+        parts=parts,
+        tool_calls=[
+            pb.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+            for call in message.tool_calls or ()
+        ],
+        tool_call_id=message.tool_call_id or "",
+        name=message.name or "",
+    )
+
+
+def _add_format(config: pb.GenerationConfig, wanted: schemas.ResponseFormat) -> None:
+    if wanted.type == "json_object":
+        config.structured_output.json_object.SetInParent()
+    elif wanted.type == "json_schema":
+        if wanted.json_schema is None or wanted.json_schema.schema is None:
+            raise InvalidRequest(
+                "a schema is required", reason="FIELD_REQUIRED", field="response_format.json_schema.schema"
+            )
+        config.structured_output.json_schema = _text_of(wanted.json_schema.schema, "response_format.json_schema.schema")
+
+
+def _text_of(value: Mapping[str, Any], field: str) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
+    except (ValueError, RecursionError):
+        raise InvalidRequest("must be plain JSON", reason="FIELD_INVALID", field=field) from None
+    return text

@@ -1,0 +1,51 @@
+"""What is taken of generation_config.json, and what is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from common.registry import GenerationDefaults
+from worker.engine.generation_defaults import read_defaults
+
+GREEDY = {"temperature": 0.0}
+
+
+def test_what_transformers_has_is_taken() -> None:
+    generation = {
+        "min_new_tokens": 3, "min_length": 7, "typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 2e-3,
+        "top_h": 0.4, "encoder_repetition_penalty": 1.2, "encoder_no_repeat_ngram_size": 3,
+        "bad_words_ids": [[5], [6, 7]],
+        "sequence_bias": [[[8], 1.5], [[8, 9], -2]], "suppress_tokens": [1, 2], "begin_suppress_tokens": [3],
+        "exponential_decay_length_penalty": [4, 1.1], "forced_eos_token_id": 9,
+    }  # fmt: skip
+    found = read_defaults(generation, 50)
+    assert found == GREEDY | {
+        "min_tokens": 3, "min_length": 7, "typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 2e-3, "top_h": 0.4,
+        "encoder_repetition_penalty": 1.2, "encoder_no_repeat_ngram_size": 3, "bad_words_ids": ((5,), (6, 7)),
+        "sequence_bias": (((8,), 1.5), ((8, 9), -2.0)), "suppress_tokens": (1, 2), "begin_suppress_tokens": (3,),
+        "exponential_decay_length_penalty": (4, 1.1), "forced_eos_token_id": 9,
+    }  # fmt: skip
+    assert msgspec.convert(found, GenerationDefaults).sequence_bias == (((8,), 1.5), ((8, 9), -2.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("typical_p", 0), ("top_h", 2), ("epsilon_cutoff", 1), ("min_length", -1), ("min_length", True),
+        ("bad_words_ids", [[]]), ("bad_words_ids", [[50]]), ("bad_words_ids", [5]), ("bad_words_ids", [[1]] * 257),
+        ("sequence_bias", {"5": 1.0}), ("sequence_bias", [[[5], 101]]), ("sequence_bias", [[[5], "x"]]),
+        ("suppress_tokens", [-1]), ("suppress_tokens", [1.0]), ("suppress_tokens", "12"), ("begin_suppress_tokens", []),
+        ("exponential_decay_length_penalty", [1]), ("exponential_decay_length_penalty", [1, float("nan")]),
+        ("exponential_decay_length_penalty", [-1, 1.5]), ("forced_eos_token_id", 50), ("forced_eos_token_id", [1, 2]),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_left_out(name: str, value: Any) -> None:
+    assert read_defaults({name: value}, 50) == GREEDY
+
+
+def test_a_forced_token_that_is_suppressed_is_left_out() -> None:
+    found = read_defaults({"forced_eos_token_id": [2], "suppress_tokens": [2, 3]}, 50)
+    assert found == GREEDY | {"suppress_tokens": (2, 3)}

@@ -292,7 +292,7 @@ class Catalog:
 
 def _differ_in_adapters_alone(one: ModelCard, other: ModelCard) -> bool:
     """Adapters come and go while a model is served; its tokenizer need not be made again for that."""
-    return msgspec.structs.replace(one, adapters=other.adapters) == other
+    return one != other and msgspec.structs.replace(one, adapters=other.adapters) == other
 
 
 def _not_ready(message: str) -> ModelNotReady:

@@ -136,12 +136,16 @@ def test_generate_passes_on_every_parameter(run: Command) -> None:
         assert option in run("generate", "hi", option, value, status=2).stderr
 
 
+def test_generate_names_an_adapter(run: Command) -> None:
+    run("generate", "hi", "--adapter", "polite")
+    assert run.toy.requests[-1].adapter == "polite"
+    run("generate", "hi")
+    assert run.toy.requests[-1].adapter == ""
+
+
 def test_generate_goes_on_after_a_break(run: Command) -> None:
     run.toy.breaks = [Break(0), Break(2), Break(4, None)]
     assert run("generate", "hi").stdout == TEXT + "\n"
-    assert run.toy.requests[-1].adapter == ""
-    run("generate", "hi", "--adapter", "polite")
-    assert run.toy.requests[-1].adapter == "polite"
 
 
 def test_generate_as_json_is_one_object(run: Command) -> None:

@@ -88,6 +88,12 @@ class ModelNotFound(NotFound):
     default_reason = "MODEL_NOT_FOUND"
 
 
+class AdapterNotFound(NotFound):
+    """The model has no such adapter, or not any more."""
+
+    default_reason = "ADAPTER_NOT_FOUND"
+
+
 class GenerationNotFound(NotFound):
     """No such generation, or another tenant's, or one whose result has expired: one text for all three."""
 

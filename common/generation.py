@@ -64,6 +64,13 @@ class StructuredOutput(msgspec.Struct, frozen=True, array_like=True):
     in_reasoning: bool = False  # which the prompt has begun
 
 
+class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
+    """A revision of an adapter, as a worker publishes it."""
+
+    name: str
+    revision: str  # digest of its files
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How tokens are chosen and when an output ends. Everything is resolved: no field means "the model's default".
 
@@ -108,6 +115,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     length_penalty: float = 1.0  # a sequence's score is the sum of its log-probabilities over length ** this
     early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
     renormalize_logits: bool = False  # scores of beams are log-probabilities again after all edits
+    adapter: AdapterRef | None = None  # what is added to the model's weights
 
     @property
     def num_sequences(self) -> int:

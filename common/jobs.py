@@ -101,6 +101,7 @@ class Reason(StrEnum):
     GRAMMAR_TOO_COMPLEX = "GRAMMAR_TOO_COMPLEX"  # F: the same, or it outgrew the limits of a step
     GRAMMAR_STUCK = "GRAMMAR_STUCK"  # F: its structured output came to where no token may follow
     STRUCTURED_OUTPUT_UNSUPPORTED = "STRUCTURED_OUTPUT_UNSUPPORTED"  # F: the worker has no grammars
+    ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"  # F: its adapter was removed or changed, or the worker serves none
     ALL_TOKENS_FORBIDDEN = "ALL_TOKENS_FORBIDDEN"  # F: its own parameters left no token to choose
 
     @classmethod

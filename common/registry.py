@@ -66,6 +66,14 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_default
     forced_eos_token_id: int | None = None
 
 
+class AdapterCard(msgspec.Struct, frozen=True, array_like=True):
+    """An adapter that the workers of a model serve."""
+
+    name: str
+    revision: str  # digest of its files
+    rank: int
+
+
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """What a gateway must know of one model revision. Only grows, with defaults."""
 
@@ -92,6 +100,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: int = 0  # KV slots of one worker: a longer request fits nowhere
     max_sequences: int = 0  # that one worker decodes together; 0 unknown
     tokenizer_files: dict[str, str] = {}  # file name -> SHA-256 in hex
+    adapters: tuple[AdapterCard, ...] = ()  # by name; changes while workers run, and all of them serve the same
     structured_output: bool = False  # its workers constrain outputs; earlier ones would read over it
 
 

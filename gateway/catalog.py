@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
-from common.errors import FailedPrecondition, InvalidRequest, ModelNotReady
-from common.generation import ChatParsing, SamplingParams, StructuredOutput, peak_kv_tokens
+from common.errors import AdapterNotFound, FailedPrecondition, InvalidRequest, ModelNotReady
+from common.generation import AdapterRef, ChatParsing, SamplingParams, StructuredOutput, peak_kv_tokens
 from common.registry import (
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
@@ -121,6 +121,15 @@ class ServedModel:
             if not conversation.tools or conversation.messages[0].role == "system":
                 raise
             return self.codec.encode_chat(as_plain(conversation, in_system=False))  # it may take no system message
+
+    def adapter(self, name: str) -> AdapterRef | None:
+        """Return an adapter of this model; None for no name. Raises AdapterNotFound."""
+        if not name:
+            return None
+        found = next((adapter for adapter in self.card.adapters if adapter.name == name), None)
+        if found is None:
+            raise AdapterNotFound("the model has no such adapter", metadata={"field": "adapter"})
+        return AdapterRef(found.name, found.revision)
 
     async def bad_words_ids(self, words: Sequence[str], tenant: str = "") -> list[list[int]]:
         """Return the token sequences that words stand for: see `TextCodec.encode_words`."""
@@ -244,6 +253,8 @@ class Catalog:
         if served is None or served.card != card:
             async with self._loading:  # those that waited find what the first one has loaded
                 served = self._served.get(card.shard)
+                if served is not None and _differ_in_adapters_alone(served.card, card):
+                    served = self._served[card.shard] = replace(served, card=card)
                 if served is None or served.card != card:
                     served = await self._load(card)
                     self._served[card.shard] = served
@@ -277,6 +288,11 @@ class Catalog:
         except (ValueError, msgspec.MsgspecError) as error:
             raise ValueError("the model was published with files that cannot be used") from error
         return codec, files[TOKENIZER_FILE]
+
+
+def _differ_in_adapters_alone(one: ModelCard, other: ModelCard) -> bool:
+    """Adapters come and go while a model is served; its tokenizer need not be made again for that."""
+    return one != other and msgspec.structs.replace(one, adapters=other.adapters) == other
 
 
 def _not_ready(message: str) -> ModelNotReady:

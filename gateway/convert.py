@@ -170,6 +170,10 @@ def failure_of(record: GenerationRecord) -> errors.ServingError | None:
             return errors.InvalidRequest(
                 "the config left no token that could be chosen next", reason=str(record.reason), field="config"
             )
+        if record.reason is Reason.ADAPTER_NOT_FOUND:
+            return errors.AdapterNotFound(
+                "the adapter was removed or changed before the generation had ended", metadata={"field": "adapter"}
+            )
         if record.reason is Reason.STRUCTURED_OUTPUT_UNSUPPORTED:
             return structured.unsupported()
         if record.reason.is_of_grammar:

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Final, Protocol, TypeAlias
 
+import msgspec
+
 from common import errors, keys
 from common.deltas import merge_deltas, merge_scores
 from common.generation import JobBody, OutputDelta, PromptScores
@@ -171,11 +173,12 @@ class Generations:
     async def _job(
         self, request: NewGeneration, caller: Caller, call_remaining_s: float | None
     ) -> tuple[NewJob, pb.Accepted]:
-        """Validate and tokenize a request. Raises InvalidRequest, ModelNotFound and FailedPrecondition."""
+        """Validate and tokenize a request. Raises InvalidRequest, NotFound and FailedPrecondition."""
         settings, grants, policy = self._settings, caller.grants, caller.policy
         check_model(caller, check.check_model_name(request.model), reveal=settings.reveal_models)
         priority = priority_of(request.priority, grants.priorities)
         model = await self._catalog.get(request.model)
+        adapter = model.adapter(request.adapter)
         encoded = await model.encode(request.input, caller.tenant)
         prompt = encoded.token_ids
         card = model.card
@@ -200,6 +203,8 @@ class Generations:
         beams.check_constraint(config, constraint)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
         sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids, constraint)
+        if adapter is not None:
+            sampling = msgspec.structs.replace(sampling, adapter=adapter)
         grace_ms = self._grace_ms(request, grants.caps)
         salt = self._salt(secret, caller, check.check_cache_salt(request.cache_salt))
         accepted = pb.Accepted(
@@ -208,6 +213,8 @@ class Generations:
             model_revision=card.revision,
             config=config,
             prompt_tokens=len(prompt),
+            adapter="" if adapter is None else adapter.name,
+            adapter_revision="" if adapter is None else adapter.revision,
         )
         kv_tokens, peak_kv_tokens = model.kv_tokens(len(prompt), sampling)
         job = NewJob(
@@ -327,11 +334,13 @@ class Generations:
 
     @staticmethod
     def _digest(secret: bytes, request: NewGeneration) -> bytes:
-        """Return what must be equal when an idempotency key is used again: model, input and config.
+        """Return what must be equal when an idempotency key is used again: model, adapter, input and config.
 
         Keyed, so that what is stored says nothing about a guessed prompt.
         """
-        body = pb.StreamGenerateRequest(model=request.model, input=request.input, config=request.config)
+        body = pb.StreamGenerateRequest(
+            model=request.model, input=request.input, config=request.config, adapter=request.adapter
+        )
         return hmac.digest(secret, body.SerializeToString(deterministic=True), "sha256")
 
     def place(self, caller: Caller) -> AbstractContextManager[None]:

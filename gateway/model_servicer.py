@@ -110,6 +110,9 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
             weight_format=card.weight_format,
             weight_bytes=card.weight_bytes,
             attention_backend=card.attention_backend,
+            adapters=[
+                pb.Adapter(name=adapter.name, revision=adapter.revision, rank=adapter.rank) for adapter in card.adapters
+            ],
             tool_format=card.tool_format,
             reasoning_format=card.reasoning_format,
         )

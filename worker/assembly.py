@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import structlog
 import torch
 
 from common.registry import ModelCard
+from worker.adapters import AdapterFolder
 from worker.chat.text import ChatReader
 from worker.detokenizer import IncrementalDetokenizer
+from worker.engine.adapters.files import AdapterLimits
+from worker.engine.adapters.store import AdapterStore
 from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.attention.interface import AttentionBackend
 from worker.engine.attention.torch_ref import TorchAttention
@@ -46,6 +50,8 @@ class Assembly:
     card: ModelCard
     files: dict[str, bytes]
     device: str
+    adapters: AdapterFolder | None = None  # None: none are served
+    store: AdapterStore | None = None
 
 
 def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assembly:
@@ -75,7 +81,8 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     on_part: OnPart = ignore_part
     if settings.profile_steps:
         on_part = StepProfiler(settings.profile_steps, Path(settings.profile_file), device, loaded.decoder).on_part
-    model_runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder, on_part)
+    adapt = loaded.linear_layers if settings.adapters_dir else None
+    model_runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder, on_part, adapt=adapt)
     cost = measure_cost(model_runner, engine_settings)
     trim()  # what loading and the probe have left behind
     model_runner.populate_cache()  # not before: it would disturb what is measured
@@ -104,6 +111,12 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         reasoning_format=settings.reasoning_format,
         structured_output=grammars is not None,
     )
+    folder = store = None
+    if settings.adapters_dir:
+        limits = AdapterLimits(settings.max_adapter_rank, settings.adapter_bytes)
+        folder = AdapterFolder(Path(settings.adapters_dir), model_runner.adaptable, limits, model_runner.load_adapter)
+        store = AdapterStore(folder, max_adapters=settings.max_loaded_adapters, max_bytes=settings.adapter_bytes)
+        card = msgspec.structs.replace(card, adapters=folder.scan())
     log.info(
         "engine.ready",
         model=card.name,
@@ -115,8 +128,9 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         threads=torch.get_num_threads(),
         kv_tokens=card.kv_tokens,
         context_tokens=card.context_tokens,
+        adapters=[adapter.name for adapter in card.adapters],
     )
-    return Assembly(engine, card, files, describe_device(device))
+    return Assembly(engine, card, files, describe_device(device), folder, store)
 
 
 def check_narrow(narrow: Narrow, device: torch.device, dtype: torch.dtype, backend: AttentionBackend) -> None:

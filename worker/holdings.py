@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from common.deltas import merge_deltas, merge_scores
 from common.generation import EventBody, OutputDelta, PromptScores
 from common.jobs import ClaimedJob, JobState, NewEvent, Reason
+from worker.engine.adapters.types import ADAPTER_NOT_FOUND
 from worker.engine.types import ALL_TOKENS_FORBIDDEN, GenerationRequest, RequestOutput, StepResult
 from worker.preemption import HIGHEST_CLASS, Runner
 from worker.ranking import Ranking
+
+# Errors that are no fault of the worker's.
+_OF_THE_REQUEST: Final = frozenset({ALL_TOKENS_FORBIDDEN, ADAPTER_NOT_FOUND})
 
 
 def _reason_of(error: str | None) -> Reason:
     if error is None:
         return Reason.NONE
     reason = Reason(error)
-    return reason if error == ALL_TOKENS_FORBIDDEN or reason.is_of_grammar else Reason.WORKER_FAILED
+    return reason if error in _OF_THE_REQUEST or reason.is_of_grammar else Reason.WORKER_FAILED
 
 
 @dataclass(slots=True)

@@ -11,16 +11,18 @@ import time
 from importlib.metadata import version
 from typing import Final
 
+import msgspec
 import structlog
 
 from common import keys
 from common.job_claims import JobClaims
 from common.jobs import WorkerInfo
 from common.redis import Redis, Retry, connect
-from common.registry import ModelRegistry
+from common.registry import AdapterCard, ModelRegistry
 from common.sealing import Sealer
 from common.settings import QueueSettings, RedisSettings
 from common.startup import CANNOT_START, ignore_signals
+from worker.adapters import watch_adapters
 from worker.agent import Agent, StepHungError
 from worker.assembly import Assembly, assemble
 from worker.engine.settings import EngineSettings
@@ -66,6 +68,18 @@ def describe(assembly: Assembly, engine: EngineThread, agent: Agent, started_ms:
     )
 
 
+async def watch(registry: ModelRegistry, assembly: Assembly, interval_s: float) -> None:
+    """Publish the adapters of a worker's folder again whenever they change."""
+    if assembly.adapters is None:
+        return
+
+    async def tell(found: tuple[AdapterCard, ...]) -> None:
+        await publish(registry, msgspec.structs.replace(assembly.card, adapters=found), assembly.files)
+        log.info("adapters.published", adapters=[adapter.name for adapter in found])
+
+    await watch_adapters(assembly.adapters.scan, assembly.card.adapters, tell, interval_s)
+
+
 async def run(
     assembly: Assembly,
     settings: WorkerSettings,
@@ -78,9 +92,10 @@ async def run(
     """Serve jobs until `stop` is set, then drain."""
     redis: Redis = connect(redis_settings)
     retry = Retry.from_settings(redis_settings)
-    await publish(ModelRegistry(redis, retry=retry), assembly.card, assembly.files)
+    registry = ModelRegistry(redis, retry=retry)
+    await publish(registry, assembly.card, assembly.files)
     claims = JobClaims(redis, assembly.card.shard, keys.random_id(), queue_settings, retry=retry, sealer=sealer)
-    engine = EngineThread(assembly.engine)
+    engine = EngineThread(assembly.engine, adapters=assembly.store)
     engine.start(asyncio.get_running_loop())
     started_ms = int(time.time() * 1000)
     agent = Agent(
@@ -97,6 +112,7 @@ async def run(
         agent.stop()
 
     stopper = asyncio.create_task(stop_agent())
+    watcher = asyncio.create_task(watch(registry, assembly, settings.adapters_scan_s))
     log.info("worker.ready", model=assembly.card.name, worker_id=claims.worker_id, shard=assembly.card.shard)
     join_s = _JOIN_S
     try:
@@ -107,6 +123,7 @@ async def run(
         raise
     finally:
         stopper.cancel()
+        watcher.cancel()
         engine.stop()
         with contextlib.suppress(TimeoutError):
             await engine.join(join_s)

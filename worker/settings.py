@@ -27,6 +27,14 @@ class WorkerSettings(BaseSettings):
     reasoning_format: Literal["auto", "think", "magistral", "none"] = Field(
         default="auto", description="How the model marks its reasoning; auto is by its chat template."
     )
+    adapters_dir: str = Field(
+        default="",
+        description="Folder of LoRA adapters in PEFT's format, each in a sub-directory of its name; watched.",
+    )
+    adapters_scan_s: float = Field(default=5, gt=0, description="How often to look whether adapters came or went.")
+    max_loaded_adapters: int = Field(default=16, gt=0, description="Most adapters in memory at a time.")
+    adapter_bytes: int = Field(default=1 << 30, gt=0, description="Memory for adapters, all together.")
+    max_adapter_rank: int = Field(default=256, gt=0, description="Adapters of a higher rank are refused.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     num_threads: int = Field(default=0, ge=0, description="Threads that compute on a CPU; 0 is one per physical core.")
     max_jobs: int = Field(default=256, gt=0, description="Most generations held at a time.")

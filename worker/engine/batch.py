@@ -7,12 +7,22 @@ are views of them, so a step's batch must not be kept beyond it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from worker.engine.adapters.types import Adapter
 from worker.engine.attention.interface import AttentionBatch
 from worker.engine.scheduler import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """Which rows of a step have an adapter; there is at least one."""
+
+    forms: tuple[Any, ...]  # of the adapters, as the runner made them
+    of_rows: torch.Tensor  # [num_tokens] int32, on the host: index in `forms`, -1 for none
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +33,7 @@ class StepBatch:
     position_ids: torch.Tensor  # [1, num_tokens] int64
     logit_rows: torch.Tensor  # [num_logit_rows] int64: the rows whose logits are needed
     attention: AttentionBatch
+    adapters: AdapterRows | None = None  # None: no row has one
 
 
 class _Buffer:
@@ -36,6 +47,10 @@ class _Buffer:
     def take(self, size: int) -> torch.Tensor:
         """The first elements, on the device; on the CPU a view."""
         return self._tensor[:size].to(self._device, non_blocking=True)
+
+    def host(self, size: int) -> torch.Tensor:
+        """The first elements, where they were written."""
+        return self._tensor[:size]
 
 
 class BatchBuffers:
@@ -59,6 +74,7 @@ class BatchBuffers:
         self._position_ids = _Buffer(max_num_tokens, torch.int64, device)
         self._logit_rows = _Buffer(max_num_seqs + max_scored_rows, torch.int64, device)
         self._slots = _Buffer(max_num_tokens, torch.int32, device)
+        self._row_adapters = _Buffer(max_num_tokens, torch.int32, device)
         self._query_starts = _Buffer(max_num_seqs + 1, torch.int32, device)
         self._context_lens = _Buffer(max_num_seqs, torch.int32, device)
         self._block_tables = _Buffer(max_num_seqs * max_num_blocks, torch.int32, device)
@@ -104,4 +120,17 @@ class BatchBuffers:
                 max_query_len=max(chunk.num_tokens for chunk in plan.chunks),
                 max_context_len=max_context_len,
             ),
+            adapters=self._adapters(plan, row),
         )
+
+    def _adapters(self, plan: Plan, num_rows: int) -> AdapterRows | None:
+        if not any(chunk.sequence.adapter is not None for chunk in plan.chunks):
+            return None  # as in most steps of most workers
+        indices: dict[Adapter, int] = {}
+        row, of_rows = 0, self._row_adapters.array
+        for chunk in plan.chunks:
+            adapter = chunk.sequence.adapter
+            index = -1 if adapter is None else indices.setdefault(adapter, len(indices))
+            of_rows[row : row + chunk.num_tokens] = index
+            row += chunk.num_tokens
+        return AdapterRows(tuple(adapter.form for adapter in indices), self._row_adapters.host(num_rows))

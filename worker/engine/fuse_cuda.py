@@ -80,6 +80,12 @@ class GatedLayer(nn.Module):
         self.gate_up_proj = _joined((gate, up))
         self._activation = activation
         self.down_proj: nn.Module = down
+        self._gate_size = gate.out_features
+
+    @property
+    def parts(self) -> dict[str, tuple[nn.Module, int]]:
+        """The layers that are computed together: in which module, from which of its outputs on."""
+        return {"gate_proj": (self.gate_up_proj, 0), "up_proj": (self.gate_up_proj, self._gate_size)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.down_proj(layers.gated(self.gate_up_proj(x), self._activation))

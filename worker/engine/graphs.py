@@ -2,8 +2,8 @@
 
 Python and dispatch cost a forward pass of transformers' classes about 0.25 ms a layer, more than a GPU computes at
 small batches. A step of nothing but decodes is therefore padded to the next recorded batch size, copied into the
-tensors that the recording reads, and replayed; prefills and mixed steps run as usual. Rows of padding decode token 0 at
-position 0 of the scratch block, which no sequence ever reads.
+tensors that the recording reads, and replayed; prefills, mixed steps and steps with adapters run as usual. Rows of
+padding decode token 0 at position 0 of the scratch block, which no sequence ever reads.
 
 How a step is recorded is behind `Recorder`, so that everything else runs, and is tested, without a GPU.
 """
@@ -20,7 +20,7 @@ import torch
 from worker.engine.attention.interface import AttentionBatch
 from worker.engine.batch import BatchBuffers, StepBatch
 from worker.engine.runner import ModelRunner
-from worker.engine.scheduler import BlockCopy, Plan
+from worker.engine.scheduler import BlockCopy, Chunk, Plan
 
 _log = structlog.get_logger(__name__)
 
@@ -180,9 +180,14 @@ class GraphRunner:
         """Compute the plan and return the logits of its rows that give a token. Raises StepOutOfMemory."""
         num_seqs = len(plan.chunks)
         size = next((size for size in self._replays if size >= num_seqs), None)
-        if size is None or any(chunk.num_tokens != 1 or not chunk.is_last for chunk in plan.chunks):
+        if size is None or not all(_is_recorded(chunk) for chunk in plan.chunks):
             return self._runner.execute(plan)
         self._runner.on_part("batch")
         self._static.put(self._host.fill(plan), size)
         self._runner.on_part("forward")
         return self._replays[size]()[:num_seqs]
+
+
+def _is_recorded(chunk: Chunk) -> bool:
+    """Whether a recording computes it: a decode, with the model's own weights."""
+    return chunk.num_tokens == 1 and chunk.is_last and chunk.sequence.adapter is None

@@ -19,6 +19,8 @@ import msgspec
 import torch
 
 from common.generation import ChatParsing, FinishReason, PromptScores, Usage
+from worker.engine.adapters.requests import cache_salt, release, unmet_adapter
+from worker.engine.adapters.types import AdapterLease
 from worker.engine.beam_request import BeamRequest, Continuations, continue_beams, without_beams
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
@@ -166,10 +168,12 @@ class Engine:
         Raises DuplicateRequest for an id in use.
         """
         if request.request_id in self._requests or self._results.has_ended(request.request_id):
+            release(request)
             raise DuplicateRequest(request.request_id)
         request = self.prepare(request)
         error = self._refusal(request)
         if error is not None:
+            release(request)
             self._results.fail(request.request_id, error)
             return
         self._num_arrivals += 1
@@ -182,7 +186,7 @@ class Engine:
                 try:
                     self._start_output(state, output_index, token_ids)
                 except GrammarFailure as failure:  # by what the log holds already; nothing waits yet
-                    del self._requests[request.request_id]
+                    release(self._requests.pop(request.request_id).request)
                     self._results.fail(request.request_id, str(failure))
                     return
         self._queue(state)
@@ -205,7 +209,7 @@ class Engine:
             self._text_of(request)
         except ValueError:
             return "UNKNOWN_CHAT_FORMAT"
-        return refusal(
+        return unmet_adapter(request) or refusal(
             request,
             vocab_size=self._runner.vocab_size,
             max_model_len=self._runner.max_model_len,
@@ -240,13 +244,14 @@ class Engine:
             sampling,
             output_index=output_index,
             emitted=emitted,
-            cache_salt=request.cache_salt,
+            cache_salt=cache_salt(request),
             priority=request.priority,
             arrival=self._num_arrivals,
             deadline=request.deadline,
             tenant=request.tenant,
             weight=request.weight,
             matcher=matcher,
+            adapter=request.adapter.adapter if isinstance(request.adapter, AdapterLease) else None,
         )
         state.first = state.first or sequence
         state.outputs[output_index] = _Output(sequence, stop)
@@ -462,7 +467,7 @@ class Engine:
     def _end_if_done(self, state: _Request) -> None:
         if not state.outputs:
             self._results.end(state.request.request_id, state.usage)
-            del self._requests[state.request.request_id]
+            release(self._requests.pop(state.request.request_id).request)
 
     def _fail(self, request_id: str, error: str) -> None:
         state = self._requests.pop(request_id, None)
@@ -470,6 +475,7 @@ class Engine:
             return
         for output in state.outputs.values():
             self._scheduler.remove(output.sequence)
+        release(state.request)
         self._results.fail(request_id, error)
 
     # -- state ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import structlog
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from worker.engine import formats, model_files, quantize
+from worker.engine.adapters.files import LinearShape
 from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.decoder.compile import DecoderDiffers, compile_decoder
 from worker.engine.decoder.layout import NotLlamaShaped
@@ -53,6 +55,7 @@ class LoadedModel:
     weight_bytes: int  # memory that the weights take in that; 0 without them
     quantization: str | None = None  # of the files, by its name; None where they hold plain weights
     not_compiled: str | None = None  # why there is no decoder, where one was asked for
+    linear_layers: Mapping[str, LinearShape] = field(default_factory=dict)  # by path, as the model came; not the head
     decoder: CompiledDecoder | None = None  # runs in the module's place; the module's linear layers are then empty
 
     @property
@@ -153,6 +156,7 @@ def load_model(
         weight_bytes=weight_bytes,
         quantization=None if quantization is None else quantization.name,
         not_compiled=not_compiled,
+        linear_layers=_linear_layers(skeleton),
         decoder=decoder,
     )
     _log.info(
@@ -199,6 +203,19 @@ def _check_size(source: str, skeleton: PreTrainedModel, weights: Weights) -> Non
     described, stored = _num_parameters(skeleton), weights.num_elements
     if described > 2 * stored:
         raise ModelError(f"{source}: config.json describes {described} parameters; the files hold {stored}")
+
+
+def _linear_layers(skeleton: PreTrainedModel) -> dict[str, LinearShape]:
+    head: object = skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]
+    layers: dict[str, LinearShape] = {}
+    for name, layer in skeleton.named_modules():
+        if layer is head:
+            continue
+        if isinstance(layer, torch.nn.Linear):
+            layers[name] = LinearShape(layer.in_features, layer.out_features)
+        elif isinstance(layer, Conv1D):
+            layers[name] = LinearShape(layer.weight.shape[0], layer.weight.shape[1])
+    return layers
 
 
 def _num_parameters(module: PreTrainedModel) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
 
+from common.generation import AdapterRef
+from worker.engine.adapters.files import AdapterWeights, LinearShape
+from worker.engine.adapters.modules import AdaptedModule
+from worker.engine.adapters.types import Adapter
 from worker.engine.attention import hf
 from worker.engine.attention.interface import AttentionBackend, LayerShape
 from worker.engine.batch import BatchBuffers, StepBatch
@@ -49,11 +53,14 @@ class ModelRunner:
         settings: EngineSettings,
         decoder: CompiledDecoder | None = None,
         on_part: OnPart = ignore_part,
+        *,
+        adapt: Mapping[str, LinearShape] | None = None,
     ) -> None:
         """Takes the model over: its attention is replaced and it is put into evaluation mode.
 
         With a decoder, compiled from the model, the model itself is not run any more. `on_part` is told when a
-        step's batch is laid out and when its forward pass begins.
+        step's batch is laid out and when its forward pass begins. `adapt` are the model's linear layers as it came,
+        where adapters are to be served.
 
         Raises UnsupportedModel when its class ignores the replacement, ValueError when the KV cache holds no block.
         """
@@ -67,6 +74,7 @@ class ModelRunner:
         if decoder is None:
             hf.install(model)
         shapes = hf.probe_layer_shapes(model, self.device) if decoder is None else decoder.layer_shapes
+        self._adapted = None if adapt is None or decoder is not None else AdaptedModule(model, adapt)
         self.num_blocks = settings.num_blocks or 0
         if settings.num_blocks is None:
             size = cache_bytes(model, settings)
@@ -101,6 +109,19 @@ class ModelRunner:
             settings.max_model_len,
         ]
         return min(limit for limit in limits if limit is not None)
+
+    @property
+    def adaptable(self) -> Mapping[str, LinearShape]:
+        """The linear layers that adapters may add to, by path."""
+        source = self._decoder or self._adapted
+        return {} if source is None else source.adaptable
+
+    def load_adapter(self, ref: AdapterRef, weights: AdapterWeights) -> Adapter:
+        """Make an adapter, all of whose layers are adaptable, what steps read. For any thread."""
+        source = self._decoder or self._adapted
+        assert source is not None, "no adapters are served"
+        form = source.adapter_form(weights)
+        return Adapter(ref, weights.rank, form.num_bytes, form)
 
     def populate_cache(self) -> None:
         """Take the memory of the KV cache, which so far only has addresses; on a CPU, in the background."""
@@ -138,6 +159,8 @@ class ModelRunner:
             with memory_guard():
                 return self._decoder.forward(batch)
         self._attention.batch = batch.attention
+        if self._adapted is not None:
+            self._adapted.begin(batch.adapters)
         extra = {"logits_to_keep": batch.logit_rows} if self._takes_logit_rows else {}
         with memory_guard(), hf.attention(self._attention):
             output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **extra)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from common.generation import SamplingParams
+from worker.engine.adapters.types import Adapter
 from worker.engine.grammar import Matcher
 from worker.engine.history import TokenHistory
 from worker.engine.lookup import PromptLookup
@@ -26,6 +27,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter",
         "arrival",
         "block_hashes",
         "block_ids",
@@ -69,6 +71,7 @@ class Sequence:
         weight: float = 1.0,
         matcher: Matcher | None = None,
         history: TokenHistory | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """`history` is that of these tokens, where there is one already."""
         self.request_id: Final = request_id
@@ -80,6 +83,7 @@ class Sequence:
         self.deadline: Final = deadline
         self.tenant: Final = tenant
         self.weight: Final = weight
+        self.adapter: Final = adapter  # `cache_salt` stands for it too
         self.order: Final[OrderKey] = (priority, arrival, output_index)
         # Arrays of C ints: a slice is hashed and copied into a batch without touching single Python ints.
         self.token_ids: array[int] = array("i", prompt_token_ids)

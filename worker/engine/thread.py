@@ -15,11 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Final
 
 import structlog
 
 from common.logs import describe_exception
+from worker.engine.adapters.store import AdapterStore
 from worker.engine.loop import DuplicateRequest, Engine
 from worker.engine.types import EngineStats, GenerationRequest, StepResult
 
@@ -39,12 +41,16 @@ class EngineStopped(Exception):
 class EngineThread:
     """Runs an engine. All methods but `next_result` may be called from any thread."""
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, engine: Engine, clock: Callable[[], float] = time.monotonic, adapters: AdapterStore | None = None
+    ) -> None:
+        """Requests that name an adapter take it from `adapters`; without, they end with an error."""
         self._engine = engine
+        self._adapters = adapters
         self._clock = clock
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next four
-        self._preparing: dict[str, bool] = {}  # requests whose grammar is compiled; whether they were aborted
+        self._preparing: dict[str, bool] = {}  # requests that wait for grammar or adapter; whether they were aborted
         self._unacknowledged: deque[int] = deque()
         self._most_unacknowledged = MAX_UNACKNOWLEDGED_STEPS
         self._is_stopping = False
@@ -68,15 +74,27 @@ class EngineThread:
         """Decode a request; every outcome, a refusal too, comes as a result.
 
         A request whose id is in the engine is dropped: the results of that id are those of the first. One with a
-        grammar comes in once that is compiled, beside the steps of the others.
+        grammar comes in once that is compiled, one with an adapter once that is loaded, beside the steps of the others.
         """
-        if request.sampling.structured_output is None:
+        if request.sampling.structured_output is None and request.sampling.adapter is None:
             self._command(lambda: self._add(request))
             return
         with self._changed:
             self._preparing[request.request_id] = False
+        if request.sampling.structured_output is None:
+            self._take_adapter(request)
+            return
         preparing = self._compiling.submit(self._engine.prepare, request)
-        preparing.add_done_callback(lambda _: self._command(lambda: self._add_prepared(preparing.result())))
+        preparing.add_done_callback(lambda _: self._take_adapter(preparing.result()))
+
+    def _take_adapter(self, request: GenerationRequest) -> None:
+        ref = request.sampling.adapter
+        if ref is None or self._adapters is None:
+            self._command(lambda: self._add_prepared(request))
+            return
+        self._adapters.acquire(
+            ref, lambda adapter: self._command(lambda: self._add_prepared(replace(request, adapter=adapter)))
+        )
 
     def _add_prepared(self, request: GenerationRequest) -> None:
         with self._changed:
@@ -120,6 +138,8 @@ class EngineThread:
         with self._changed:
             self._is_stopping = True
             self._changed.notify()
+        if self._adapters is not None:
+            self._adapters.stop()
 
     async def join(self, timeout: float) -> None:
         """Wait for the thread's end after `stop`. Raises TimeoutError, with `timeout` in seconds."""

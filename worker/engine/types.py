@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from common.generation import ChatParsing, OutputDelta, PromptScores, SamplingParams, ToolCallDelta, Usage
+from worker.engine.adapters.types import AdapterFailure, AdapterLease
 from worker.engine.grammar import Grammar, GrammarFailure
 
 # A request's error: its own parameters left no token to choose.
@@ -55,6 +56,8 @@ class GenerationRequest:
     chat: ChatParsing | None = None  # None: text is text
     num_scored_tokens: int = 0  # of the prompt, in the log already; where its log-probabilities are asked for
     echo_text: str = ""  # stands before the text of every output
+    # What sampling.adapter names, in memory; released when the request is over.
+    adapter: AdapterLease | AdapterFailure | None = None
     grammar: Grammar | GrammarFailure | None = None  # of sampling.structured_output, where it was compiled beforehand
 
 

@@ -283,6 +283,7 @@ def generate(
     ] = None,
     system: SystemOption = "",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    adapter: Annotated[str, typer.Option("--adapter", help="One of the model's adapters.")] = "",
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds.")] = None,
     priority: Annotated[str | None, typer.Option("--priority", help="high, normal or low; as the key allows.")] = None,
     as_json: at.JsonOption = False,
@@ -357,7 +358,12 @@ def generate(
             raise typer.BadParameter("needs a model with a chat template, and no --raw", param_hint="--system")
         try:
             stream = client.stream(
-                prompt, model=name, time_limit_s=time_limit, priority=cast(Priority | None, priority), **options
+                prompt,
+                model=name,
+                adapter=adapter,
+                time_limit_s=time_limit,
+                priority=cast(Priority | None, priority),
+                **options,
             )
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--priority") from error

@@ -13,7 +13,19 @@ from torchrelay.cli import output
 from torchrelay.cli.admin import AdminKeyOption, admin_channel
 from torchrelay.v1 import generation_pb2, model_pb2
 
-_MODEL_COLUMNS = ("NAME", "STATE", "WORKERS", "QUEUED", "CONTEXT", "DTYPE", "WEIGHTS", "SIZE", "ATTENTION", "REVISION")
+_MODEL_COLUMNS = (
+    "NAME",
+    "STATE",
+    "WORKERS",
+    "QUEUED",
+    "CONTEXT",
+    "DTYPE",
+    "WEIGHTS",
+    "SIZE",
+    "ATTENTION",
+    "ADAPTERS",
+    "REVISION",
+)
 
 models = typer.Typer(no_args_is_help=True, help="The models that are served.")
 
@@ -48,6 +60,7 @@ def list_models(
             model.weight_format or "-",
             output.size(model.weight_bytes),
             model.attention_backend or "-",
+            ", ".join(adapter.name for adapter in model.adapters) or "-",
             model.revision[:12],
         )
         for model in found

@@ -148,6 +148,7 @@ class AsyncClient:
         idempotency_key: str | None = None,
         priority: Priority | None = None,
         cache_salt: bytes = b"",
+        adapter: str = "",
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerationStream:
         """Generate, and return the stream of events; nothing is sent until it is iterated."""
@@ -160,6 +161,7 @@ class AsyncClient:
             idempotency_key=idempotency_key,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=adapter,
         )
         return AsyncGenerationStream(self, request, StreamPosition(self._retry))
 
@@ -179,6 +181,7 @@ class AsyncClient:
         idempotency_key: str | None = None,
         priority: Priority | None = None,
         cache_salt: bytes = b"",
+        adapter: str = "",
         **options: Unpack[GenerationOptions],
     ) -> pb.Generation:
         """Generate, wait for the end, and return the whole result."""
@@ -189,6 +192,7 @@ class AsyncClient:
             idempotency_key=idempotency_key,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=adapter,
             **options,
         )
         async for _ in stream:

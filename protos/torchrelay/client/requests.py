@@ -194,6 +194,7 @@ def make_stream_request(
     idempotency_key: str | None,
     priority: Priority | None = None,
     cache_salt: bytes = b"",
+    adapter: str = "",
 ) -> pb.StreamGenerateRequest:
     """Build the request of a stream. Raises ValueError for an unknown priority.
 
@@ -210,4 +211,5 @@ def make_stream_request(
         idempotency_key=idempotency_key or uuid.uuid4().hex,
         priority=pb.PRIORITY_UNSPECIFIED if priority is None else _PRIORITIES[priority],
         cache_salt=cache_salt,
+        adapter=adapter,
     )

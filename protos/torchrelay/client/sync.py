@@ -140,6 +140,7 @@ class Client:
         idempotency_key: str | None = None,
         priority: Priority | None = None,
         cache_salt: bytes = b"",
+        adapter: str = "",
         **options: Unpack[GenerationOptions],
     ) -> GenerationStream:
         """Generate, and return the stream of events; nothing is sent until it is iterated."""
@@ -152,6 +153,7 @@ class Client:
             idempotency_key=idempotency_key,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=adapter,
         )
         return GenerationStream(self, request, StreamPosition(self._retry))
 
@@ -171,6 +173,7 @@ class Client:
         idempotency_key: str | None = None,
         priority: Priority | None = None,
         cache_salt: bytes = b"",
+        adapter: str = "",
         **options: Unpack[GenerationOptions],
     ) -> pb.Generation:
         """Generate, wait for the end, and return the whole result."""
@@ -181,6 +184,7 @@ class Client:
             idempotency_key=idempotency_key,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=adapter,
             **options,
         )
         for _ in stream:

@@ -1118,6 +1118,8 @@ class Accepted(_message.Message):
     PLACE_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    ADAPTER_REVISION_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Opaque id, to resume, get or cancel."""
     model: _builtins.str
@@ -1130,6 +1132,10 @@ class Accepted(_message.Message):
     """Generations in the queue before this one; 0 when it is next or no longer queued."""
     replayed: _builtins.bool
     """True if an idempotency key named a generation that existed already; its events follow from the first."""
+    adapter: _builtins.str
+    """The adapter's name; empty without one."""
+    adapter_revision: _builtins.str
+    """Digest of the adapter's files."""
     @_builtins.property
     def config(self) -> Global___GenerationConfig:
         """Every parameter in force, defaults and the drawn seed included; max_tokens is always set, max_length and min_length
@@ -1153,10 +1159,12 @@ class Accepted(_message.Message):
         place: _builtins.int = ...,
         replayed: _builtins.bool = ...,
         expected_wait: _duration_pb2.Duration | None = ...,
+        adapter: _builtins.str = ...,
+        adapter_revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "expected_wait", b"expected_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "expected_wait", b"expected_wait", "generation_id", b"generation_id", "model", b"model", "model_revision", b"model_revision", "place", b"place", "prompt_tokens", b"prompt_tokens", "replayed", b"replayed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_revision", b"adapter_revision", "config", b"config", "expected_wait", b"expected_wait", "generation_id", b"generation_id", "model", b"model", "model_revision", b"model_revision", "place", b"place", "prompt_tokens", b"prompt_tokens", "replayed", b"replayed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1703,6 +1711,7 @@ class GenerateRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     idempotency_key: _builtins.str
@@ -1716,6 +1725,10 @@ class GenerateRequest(_message.Message):
     cache_salt: _builtins.bytes
     """Keeps cached prefixes of the prompt apart from those of requests with another salt. Prefixes are never shared
     between tenants (or their trust groups), whatever is given here. At most 128 bytes.
+    """
+    adapter: _builtins.str
+    """Name of one of the model's adapters, see Model.adapters; empty: the model alone. NOT_FOUND, reason ADAPTER_NOT_FOUND,
+    for one that the model does not have, and for one that is removed or changed before a worker has taken it up.
     """
     @_builtins.property
     def input(self) -> Global___GenerationInput:
@@ -1746,10 +1759,11 @@ class GenerateRequest(_message.Message):
         idempotency_key: _builtins.str = ...,
         priority: Global___Priority.ValueType = ...,
         cache_salt: _builtins.bytes = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "disconnect_grace", b"disconnect_grace", "input", b"input", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "config", b"config", "disconnect_grace", b"disconnect_grace", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "priority", b"priority", "time_limit", b"time_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "config", b"config", "disconnect_grace", b"disconnect_grace", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "priority", b"priority", "time_limit", b"time_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1793,6 +1807,7 @@ class StreamGenerateRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     idempotency_key: _builtins.str
@@ -1801,6 +1816,8 @@ class StreamGenerateRequest(_message.Message):
     """See GenerateRequest.priority."""
     cache_salt: _builtins.bytes
     """See GenerateRequest.cache_salt."""
+    adapter: _builtins.str
+    """See GenerateRequest.adapter."""
     @_builtins.property
     def input(self) -> Global___GenerationInput:
         """What to generate from."""
@@ -1828,10 +1845,11 @@ class StreamGenerateRequest(_message.Message):
         idempotency_key: _builtins.str = ...,
         priority: Global___Priority.ValueType = ...,
         cache_salt: _builtins.bytes = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "disconnect_grace", b"disconnect_grace", "input", b"input", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "config", b"config", "disconnect_grace", b"disconnect_grace", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "priority", b"priority", "time_limit", b"time_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "config", b"config", "disconnect_grace", b"disconnect_grace", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "priority", b"priority", "time_limit", b"time_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1874,6 +1892,7 @@ class SubmitGenerationRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     idempotency_key: _builtins.str
@@ -1882,6 +1901,8 @@ class SubmitGenerationRequest(_message.Message):
     """See GenerateRequest.priority."""
     cache_salt: _builtins.bytes
     """See GenerateRequest.cache_salt."""
+    adapter: _builtins.str
+    """See GenerateRequest.adapter."""
     @_builtins.property
     def input(self) -> Global___GenerationInput:
         """What to generate from."""
@@ -1904,10 +1925,11 @@ class SubmitGenerationRequest(_message.Message):
         idempotency_key: _builtins.str = ...,
         priority: Global___Priority.ValueType = ...,
         cache_salt: _builtins.bytes = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "input", b"input", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "config", b"config", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "priority", b"priority", "time_limit", b"time_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "config", b"config", "idempotency_key", b"idempotency_key", "input", b"input", "model", b"model", "priority", b"priority", "time_limit", b"time_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -87,6 +87,7 @@ class Model(_message.Message):
     WEIGHT_FORMAT_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     ATTENTION_BACKEND_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     TOOL_FORMAT_FIELD_NUMBER: _builtins.int
     REASONING_FORMAT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -135,6 +136,10 @@ class Model(_message.Message):
     def default_config(self) -> _generation_pb2.GenerationConfig:
         """What an unset field of a request's config takes."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """The adapters that its workers serve now, by name. Whoever may use the model may use them."""
+
     def __init__(
         self,
         *,
@@ -155,16 +160,47 @@ class Model(_message.Message):
         weight_format: _builtins.str = ...,
         weight_bytes: _builtins.int = ...,
         attention_backend: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
         tool_format: _builtins.str = ...,
         reasoning_format: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_config", b"default_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "context_length", b"context_length", "default_config", b"default_config", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "name", b"name", "num_parameters", b"num_parameters", "num_queued", b"num_queued", "num_workers", b"num_workers", "reasoning_format", b"reasoning_format", "revision", b"revision", "state", b"state", "tasks", b"tasks", "tool_format", b"tool_format", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "weight_format", b"weight_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "attention_backend", b"attention_backend", "context_length", b"context_length", "default_config", b"default_config", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "name", b"name", "num_parameters", b"num_parameters", "num_queued", b"num_queued", "num_workers", b"num_workers", "reasoning_format", b"reasoning_format", "revision", b"revision", "state", b"state", "tasks", b"tasks", "tool_format", b"tool_format", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "weight_format", b"weight_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    """A change to a model's weights, of low rank (LoRA), that a request may ask for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name that requests use."""
+    revision: _builtins.str
+    """Digest of its files."""
+    rank: _builtins.int
+    """Its rank; the largest, where its layers differ."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "rank", b"rank", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

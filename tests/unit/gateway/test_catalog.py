@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import keys
-from common.errors import FailedPrecondition, InvalidRequest, ModelNotReady
-from common.generation import SamplingParams
+from common.errors import AdapterNotFound, FailedPrecondition, InvalidRequest, ModelNotReady
+from common.generation import AdapterRef, SamplingParams
 from common.registry import (
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
+    AdapterCard,
     GenerationDefaults,
     ModelCard,
     ModelDirectory,
@@ -189,6 +190,22 @@ async def test_a_model_whose_files_cannot_be_used_is_not_ready(model: ServedMode
     published.files[file] = good
     published.now = 5.0
     assert (await catalog.get("tiny")).codec.has_chat_template
+
+
+async def test_adapters_come_and_go_without_the_files_being_read_again(model: ServedModel) -> None:
+    published = Published(model.card)
+    catalog = published.catalog()
+    before = await catalog.get("tiny")
+    with pytest.raises(AdapterNotFound):
+        before.adapter("polite")
+    assert before.adapter("") is None
+    published.card = msgspec.structs.replace(published.card, adapters=(AdapterCard("polite", "r7", 8),))
+    after = await catalog.get("tiny")
+    assert after.adapter("polite") == AdapterRef("polite", "r7")
+    assert after.codec is before.codec
+    published.card = msgspec.structs.replace(published.card, adapters=(), context_tokens=100)
+    assert (await catalog.get("tiny")).codec is not before.codec
+    assert published.num_read == 2
 
 
 async def test_a_model_is_loaded_once_for_all_that_want_it(model: ServedModel) -> None:

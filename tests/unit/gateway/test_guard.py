@@ -288,6 +288,7 @@ CODES = {
     "PermissionDenied": "PERMISSION_DENIED",
     "NotFound": "NOT_FOUND",
     "ModelNotFound": "NOT_FOUND",
+    "AdapterNotFound": "NOT_FOUND",
     "GenerationNotFound": "NOT_FOUND",
     "ApiKeyNotFound": "NOT_FOUND",
     "TenantNotFound": "NOT_FOUND",

@@ -14,6 +14,7 @@ from worker.engine import loadcheck
 from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.closeness import TOLERANCE, Closeness
 from worker.engine.decoder.layout import NotLlamaShaped, read_layout
+from worker.engine.decoder.low_rank import read_places
 from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.decoder.smoothing import observed_magnitudes
 from worker.engine.host_memory import trim
@@ -49,6 +50,7 @@ def compile_decoder(
     with observed_magnitudes(layout) as magnitudes:
         expected = {first: loadcheck.plain_logits(module, first) for first in (0, far)}
     decoder = CompiledDecoder(layout, module.dtype, backend.kernels, int8=int8, magnitudes=magnitudes if int8 else None)
+    decoder.places = read_places(layout, module)
     _let_go_of_files(module)
     trim()
     errors = [

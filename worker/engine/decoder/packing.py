@@ -115,8 +115,8 @@ def pack(
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias.detach() for layer in layers]).float()
     if gated:
-        weight = _interleave(weight)
-        bias = None if bias is None else _interleave(bias[:, None])[:, 0]
+        weight = interleave(weight)
+        bias = None if bias is None else interleave(bias[:, None])[:, 0]
     outputs, inputs = weight.shape
     extra = padded(outputs) - outputs
     panels = arena.empty(_panels_shape(inputs, outputs, linear_format), _panels_dtype(linear_format))
@@ -162,7 +162,7 @@ def _scales(rows: torch.Tensor) -> torch.Tensor:
     return torch.where(exact > 0, scales, torch.ones_like(scales))
 
 
-def _interleave(rows: torch.Tensor) -> torch.Tensor:
+def interleave(rows: torch.Tensor) -> torch.Tensor:
     """Rows of gates, then of ups [2 * size, n] as 16 gates, 16 ups, 16 gates and so on, padded with zeros."""
     size, width = rows.shape[0] // 2, rows.shape[1]
     halves = rows.view(2, size, width)

@@ -8,10 +8,12 @@ from typing import Final
 
 import torch
 
+from worker.engine.adapters.files import AdapterWeights, LinearShape
 from worker.engine.attention.interface import LayerCache, LayerShape
 from worker.engine.batch import StepBatch
 from worker.engine.closeness import Closeness
 from worker.engine.decoder.layout import DecoderLayout, LayerLayout, LinearLayout, NotLlamaShaped
+from worker.engine.decoder.low_rank import PRODUCTS, DecoderAdapter, LowRank, Place, pack_adapter
 from worker.engine.decoder.packing import (
     Arena,
     LinearFormat,
@@ -31,7 +33,7 @@ _FAILURES: Final = {
     1: "a slot or a block table names a block that the cache does not have",
     2: "the batch contradicts itself: query_starts, context_lens or block table width",
     3: "out of memory",
-    4: "a token id, position or logit row does not exist",
+    4: "a token id, position, logit row or adapter does not exist",
 }
 
 
@@ -93,12 +95,12 @@ class _Step(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("token_ids", "positions", "logit_rows", "slots", "block_tables", "query_starts", "context_lens"),
-                *("logits", "times"),
+                *("logits", "times", "row_adapters", "adapters"),
             )
         ],
         *[
             (name, ctypes.c_int64)
-            for name in ("num_tokens", "num_seqs", "num_logit_rows", "block_table_width", "num_threads")
+            for name in ("num_tokens", "num_seqs", "num_logit_rows", "block_table_width", "num_threads", "num_adapters")
         ],
     ]
 
@@ -136,6 +138,8 @@ class CompiledDecoder:
             raise NotLlamaShaped("layers differ in their heads")
         self._call = kernels.decoder_step
         self._magnitudes = magnitudes or {}
+        self.places: Mapping[str, Place] = {}  # of the model's linear layers, for adapters
+        self._factors: dict[tuple[int, str], torch.Tensor] = {}  # what inputs of products are divided by
         self._kept: list[torch.Tensor] = []  # what the structures point to
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
         formats = _Formats(dtype, int8=int8)
@@ -147,7 +151,7 @@ class CompiledDecoder:
         embedding = None if is_tied else arena.empty(tuple(layout.embedding.shape), dtype).copy_(layout.embedding)
         self._tables = tables = dict(layout.rope_tables)
         self._layers = (_Layer * len(layout.layers))(
-            *(self._layer(layer, formats, arena, tables) for layer in layout.layers)
+            *(self._layer(index, layer, formats, arena, tables) for index, layer in enumerate(layout.layers))
         )
         head = self._linear(pack(layout.head.layers, formats.head, arena))
         for layer in layout.head.layers:
@@ -176,6 +180,7 @@ class CompiledDecoder:
             logit_softcap=layout.logit_softcap,
         )
         self._arena = arena
+        self._outputs = {name: getattr(first, name).outputs for name in PRODUCTS}
         # Storages, since most tensors are views of the arena.
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._kept}
         self.weight_bytes = sum(storage.nbytes() for storage in storages.values())
@@ -198,6 +203,7 @@ class CompiledDecoder:
 
     def _layer(
         self,
+        index: int,
         layer: LayerLayout,
         formats: _Formats,
         arena: Arena,
@@ -210,6 +216,7 @@ class CompiledDecoder:
             norm, factors = norms.get(name), input_factors(product, self._magnitudes)
             if norm is not None and factors is not None:
                 norms[name] = norm / factors
+                self._factors[index, name] = factors
             packed = pack(product.layers, formats.of(name), arena, gated=name == "gate_up", factors=factors)
             linears[name] = self._linear(packed)
             for linear in product.layers:
@@ -231,6 +238,15 @@ class CompiledDecoder:
             scale=options.scale,
             softcap=options.softcap or 0.0,
         )
+
+    @property
+    def adaptable(self) -> Mapping[str, LinearShape]:
+        """The linear layers that adapters may add to, by their paths in the model."""
+        return {name: place.shape for name, place in self.places.items()}
+
+    def adapter_form(self, weights: AdapterWeights) -> DecoderAdapter:
+        """Return an adapter of this model as steps read it."""
+        return pack_adapter(weights, self.places, len(self._layers), self._outputs, self._factors)
 
     def bind(self, caches: Mapping[int, LayerCache]) -> Callable[[StepBatch], torch.Tensor]:
         """Use these caches, by layer, laid out as `CpuAttention` allocates them; return `forward`.
@@ -258,6 +274,9 @@ class CompiledDecoder:
         if num_rows > len(self._logits):  # kept: each step would fault fresh memory in, 6 MB for 32 rows
             self._logits = lazy_zeros((num_rows, self.vocab_size), torch.float32)
         logits = self._logits[:num_rows]
+        adapters = batch.adapters
+        forms = () if adapters is None else adapters.forms
+        products = (ctypes.POINTER(LowRank) * len(forms))(*(form.products for form in forms))
         step = _Step(
             token_ids=batch.input_ids.data_ptr(),
             positions=batch.position_ids.data_ptr(),
@@ -268,6 +287,9 @@ class CompiledDecoder:
             context_lens=attention.context_lens.data_ptr(),
             logits=logits.data_ptr(),
             times=None if self.times is None else ctypes.addressof(self.times),
+            row_adapters=None if adapters is None else adapters.of_rows.data_ptr(),
+            adapters=ctypes.addressof(products),
+            num_adapters=len(forms),
             num_tokens=batch.input_ids.shape[1],
             num_seqs=len(attention.context_lens),
             num_logit_rows=num_rows,

@@ -62,6 +62,20 @@ struct Decoder {
   float logit_softcap;  // 0: none
 };
 
+// Outputs that an adapter reaches by the numbers first to first + count - 1 of its rank.
+struct LowRankBlock {
+  int64_t first, count;
+  int64_t offset;  // in LowRank::up, of [count][16]
+};
+
+// What an adapter adds to a product: up * (down * x), with its scale in `up`. See low_rank.h.
+struct LowRank {
+  const float* down;           // [rank, inputs]
+  const float* up;             // for each block, behind one another
+  const LowRankBlock* blocks;  // one for 16 outputs each, in the order of the product's panels
+  int64_t rank;                // of all its modules together; 0: nothing is added
+};
+
 // Seconds of the calling thread by part of a step.
 struct DecoderTimes {
   double norms, linears, attention, rotary, head;
@@ -77,8 +91,10 @@ struct DecoderStep {
   const int32_t* context_lens;  // [num_seqs]
   float* logits;                // [num_logit_rows, vocab_size]
   DecoderTimes* times;          // added to, or null
+  const int32_t* row_adapters;  // [num_tokens]: which of `adapters` a row has, -1 for none; or null: no row has any
+  const LowRank* const* adapters;  // [num_adapters], each [num_layers][qkv, output, gate_up, down]
   int64_t num_tokens, num_seqs, num_logit_rows, block_table_width;
-  int64_t num_threads;
+  int64_t num_threads, num_adapters;
 };
 
 }  // namespace torchrelay

@@ -3,6 +3,9 @@
 //     x    float32 [tokens, hidden_size]: the residual stream, never rounded
 //     layer    norm | qkv | rotary, keys and values into the cache | attention | output | norm | gate_up | down
 //
+// Rows with an adapter get what it adds to each product: projected down where the product's inputs are made, and up where
+// its outputs are taken.
+//
 // The bars are where threads wait for each other. Of the last layer only rows whose logits are wanted go beyond attention.
 #pragma once
 
@@ -12,6 +15,7 @@
 
 #include "attend.h"
 #include "decoder.h"
+#include "low_rank.h"
 #include "matmul.h"
 #include "rows.h"
 #include "team.h"
@@ -57,7 +61,16 @@ template <typename T>
 class Step {
  public:
   Step(const Decoder& decoder, const DecoderStep& step, int num_threads)
-      : d_(decoder), s_(step), team_(num_threads), rows_(step.num_tokens) {}
+      : d_(decoder), s_(step), team_(num_threads), rows_(step.num_tokens) {
+    if (!s_.row_adapters) return;
+    adapts_.resize(d_.num_layers * kProducts);
+    for (int64_t i = 0; i < s_.num_adapters; i++)
+      for (size_t at = 0; at < adapts_.size(); at++) {
+        adapts_[at] |= s_.adapters[i][at].rank > 0;
+        most_rank_ = std::max(most_rank_, s_.adapters[i][at].rank);
+      }
+    for (int64_t i = 0; i < s_.num_logit_rows; i++) kept_adapters_.push_back(s_.row_adapters[s_.logit_rows[i]]);
+  }
 
   void make_plans() {
     for (int64_t i = 0; i < d_.num_layers; i++) {
@@ -115,6 +128,7 @@ class Step {
     attended_ = arena.take<T>(rows_ * query_size);
     kept_attended_ = arena.take<T>(s_.num_logit_rows * query_size);
     mlp_ = arena.take<float>(has_mlp ? rows_ * d_.mlp_size : 0);
+    projected_ = arena.take<float>(rows_ * most_rank_);
     const int64_t widest = std::max({d_.hidden_size, d_.mlp_size, query_size});
     row_ = arena.take<float>(team_.size() * (widest + 64));
     row_size_ = widest + 64;
@@ -136,14 +150,19 @@ class Step {
     each_row([&](int64_t row) { embed(row); });
     int64_t num_rows = rows_;
     float* x = x_;
+    const int32_t* adapters = s_.row_adapters;
     for (int64_t i = 0; i < d_.num_layers; i++) {
       const Layer& layer = d_.layers[i];
+      const auto adapted = [&](int product) {
+        const int64_t at = i * kProducts + product;
+        return Adapted{adapters && adapts_[at] ? adapters : nullptr, at};
+      };
       const bool is_last = i + 1 == d_.num_layers;
       // What the layer before added under a norm of its own joins here.
       const float* pending = i > 0 ? d_.layers[i - 1].mlp_output_norm : nullptr;
-      norm_rows(thread, x, num_rows, pending, layer.attention_norm, layer.qkv, inputs_);
+      norm_rows(thread, x, num_rows, pending, layer.attention_norm, layer.qkv, inputs_, adapted(0));
       spent(thread, &DecoderTimes::norms);
-      multiply(layer.qkv, inputs_, num_rows, [&](int64_t row, int64_t first, int64_t count, const float* y) {
+      multiply(layer.qkv, inputs_, num_rows, adapted(0), [&](int64_t row, int64_t first, int64_t count, const float* y) {
         std::memcpy(qkv_ + row * layer.qkv.outputs + first, y, count * sizeof(float));
       });
       spent(thread, &DecoderTimes::linears);
@@ -158,16 +177,19 @@ class Step {
         num_rows = s_.num_logit_rows;
         x = kept_x_;
         attended = kept_attended_;
+        if (adapters) adapters = kept_adapters_.data();
       }
       const uint32_t* words = attention_output(thread, attended, layer.output, num_rows);
+      project_rows(thread, adapted(1), num_rows, attended, layer.output.inputs, layer.output.inputs);
       spent(thread, &DecoderTimes::attention);
-      multiply_add(layer.output, words, num_rows, x, layer.attention_output_norm);
+      multiply_add(layer.output, words, num_rows, adapted(1), x, layer.attention_output_norm);
       spent(thread, &DecoderTimes::linears);
-      norm_rows(thread, x, num_rows, layer.attention_output_norm, layer.mlp_norm, layer.gate_up, inputs_);
+      norm_rows(thread, x, num_rows, layer.attention_output_norm, layer.mlp_norm, layer.gate_up, inputs_,
+                adapted(2));
       spent(thread, &DecoderTimes::norms);
       const bool down_is_plain = is_plain(layer.down);
       const int64_t down_words = row_words(layer.down);
-      multiply(layer.gate_up, inputs_, num_rows, [&](int64_t row, int64_t first, int64_t, const float* y) {
+      multiply(layer.gate_up, inputs_, num_rows, adapted(2), [&](int64_t row, int64_t first, int64_t, const float* y) {
         float active[kColumns];
         gate(d_.activation, y, y + kColumns, active);
         const int64_t at = first / 2, count = std::min<int64_t>(kColumns, d_.mlp_size - at);
@@ -180,11 +202,19 @@ class Step {
       });
       if (!down_is_plain)
         each_row([&](int64_t row) { prepare(layer.down, mlp_ + row * d_.mlp_size, row, mlp_inputs_); }, num_rows);
-      multiply_add(layer.down, mlp_inputs_, num_rows, x, layer.mlp_output_norm);
+      if (!down_is_plain)
+        project_rows(thread, adapted(3), num_rows, mlp_, d_.mlp_size, d_.mlp_size);
+      else if (layer.down.format == kLinearFloat32)
+        project_rows(thread, adapted(3), num_rows, reinterpret_cast<const float*>(mlp_inputs_), down_words, d_.mlp_size);
+      else
+        project_rows(thread, adapted(3), num_rows, reinterpret_cast<const BFloat16Format::Input*>(mlp_inputs_),
+                     down_words * static_cast<int64_t>(sizeof(uint32_t) / sizeof(BFloat16Format::Input)), d_.mlp_size);
+      multiply_add(layer.down, mlp_inputs_, num_rows, adapted(3), x, layer.mlp_output_norm);
       spent(thread, &DecoderTimes::linears);
     }
-    norm_rows(thread, x, num_rows, d_.layers[d_.num_layers - 1].mlp_output_norm, d_.final_norm, d_.head, inputs_);
-    multiply(d_.head, inputs_, num_rows, [&](int64_t row, int64_t first, int64_t count, const float* y) {
+    norm_rows(thread, x, num_rows, d_.layers[d_.num_layers - 1].mlp_output_norm, d_.final_norm, d_.head, inputs_,
+              Adapted{});
+    multiply(d_.head, inputs_, num_rows, Adapted{}, [&](int64_t row, int64_t first, int64_t count, const float* y) {
       float* target = s_.logits + row * d_.vocab_size + first;
       for (int64_t i = 0; i < count; i++) target[i] = y[i] * d_.logit_scale;
       if (d_.logit_softcap > 0.0f)
@@ -194,6 +224,44 @@ class Step {
   }
 
  private:
+  // A product of a layer, and which adapter each of its rows has; null where none of the step's adapters is of it.
+  struct Adapted {
+    const int32_t* of_rows = nullptr;
+    int64_t at = 0;  // in an adapter's array
+  };
+
+  // What is added to a row of a product; null for nothing.
+  const LowRank* low_rank(const Adapted& adapted, int64_t row) const {
+    if (!adapted.of_rows || adapted.of_rows[row] < 0) return nullptr;
+    const LowRank* const found = s_.adapters[adapted.of_rows[row]] + adapted.at;
+    return found->rank > 0 ? found : nullptr;
+  }
+
+  void project_row(const Adapted& adapted, int64_t row, const float* x, int64_t inputs) {
+    if (const LowRank* const found = low_rank(adapted, row))
+      project_down(*found, x, inputs, projected_ + row * most_rank_);
+  }
+
+  // A phase of rows, where any has something added to its product. Rows of x lie `stride` numbers apart.
+  template <typename X>
+  void project_rows(int thread, const Adapted& adapted, int64_t num_rows, const X* x, int64_t stride, int64_t inputs) {
+    if (!adapted.of_rows) return;
+    float* const row_floats = row_ + thread * row_size_;
+    each_row(
+        [&](int64_t row) {
+          if (!low_rank(adapted, row)) return;
+          const float* source;
+          if constexpr (std::is_same_v<X, float>) {
+            source = x + row * stride;
+          } else {
+            convert_row(x + row * stride, inputs, row_floats);
+            source = row_floats;
+          }
+          project_row(adapted, row, source, inputs);
+        },
+        num_rows);
+  }
+
   void spent(int thread, double DecoderTimes::*part) {
     if (thread != 0 || !s_.times) return;
     const auto now = std::chrono::steady_clock::now();
@@ -236,7 +304,7 @@ class Step {
 
   // Adds what waits in branch_ under the norm `pending`, then makes inputs of the rows under the norm `weight`.
   void norm_rows(int thread, float* x, int64_t num_rows, const float* pending, const float* weight, const Linear& linear,
-                 uint32_t* inputs) {
+                 uint32_t* inputs, const Adapted& adapted) {
     float* const normed = row_ + thread * row_size_;
     each_row(
         [&](int64_t row) {
@@ -247,6 +315,7 @@ class Step {
           }
           if (weight) rms_norm(residual, weight, d_.hidden_size, d_.norm_epsilon, normed);
           prepare(linear, weight ? normed : residual, row, inputs);
+          project_row(adapted, row, weight ? normed : residual, linear.inputs);
         },
         num_rows);
   }
@@ -319,8 +388,9 @@ class Step {
   }
 
   // x += layer's product, or, when a norm is to come in between, the product into branch_.
-  void multiply_add(const Linear& linear, const uint32_t* words, int64_t num_rows, float* x, const float* norm) {
-    multiply(linear, words, num_rows,
+  void multiply_add(const Linear& linear, const uint32_t* words, int64_t num_rows, const Adapted& adapted, float* x,
+                    const float* norm) {
+    multiply(linear, words, num_rows, adapted,
              [&](int64_t row, int64_t first, int64_t count, const float* y) {
                float* const target = (norm ? branch_ : x) + row * d_.hidden_size + first;
                if (norm) {
@@ -331,14 +401,14 @@ class Step {
              });
   }
 
-  // Calls take(row, first output, number of outputs, float outputs[kPanel]) for all of the product.
+  // Calls take(row, first output, number of outputs, float outputs[kPanel]) for all of the product, with what adapters add.
   template <typename Take>
-  void multiply(const Linear& linear, const uint32_t* rows, int64_t num_rows, Take take) {
+  void multiply(const Linear& linear, const uint32_t* rows, int64_t num_rows, const Adapted& adapted, Take take) {
     switch (linear.format) {
-      case kLinearFloat32: return multiply<PlainProduct<Float32Format>>(linear, rows, num_rows, take);
-      case kLinearBFloat16: return multiply<PlainProduct<BFloat16Format>>(linear, rows, num_rows, take);
-      case kLinearInt8: return multiply<GroupedProduct<false>>(linear, rows, num_rows, take);
-      default: return multiply<GroupedProduct<true>>(linear, rows, num_rows, take);
+      case kLinearFloat32: return multiply<PlainProduct<Float32Format>>(linear, rows, num_rows, adapted, take);
+      case kLinearBFloat16: return multiply<PlainProduct<BFloat16Format>>(linear, rows, num_rows, adapted, take);
+      case kLinearInt8: return multiply<GroupedProduct<false>>(linear, rows, num_rows, adapted, take);
+      default: return multiply<GroupedProduct<true>>(linear, rows, num_rows, adapted, take);
     }
   }
 
@@ -362,7 +432,7 @@ class Step {
   // A piece of work is a few panels, which then stay in the second-level cache, for a stretch of rows. The first tile
   // waits for memory to bring them; while the others compute, the panels of the piece after are fetched.
   template <typename Product, typename Take>
-  void multiply(const Linear& linear, const uint32_t* rows, int64_t num_rows, Take take) {
+  void multiply(const Linear& linear, const uint32_t* rows, int64_t num_rows, const Adapted& adapted, Take take) {
     const int64_t panel_words = Product::panel_words(linear.inputs), row_words = Product::row_words(linear.inputs);
     const int64_t most_panels = fitting(kPanelBytes, panel_words, 1, kMostPanels);
     const int64_t tiles_together = fitting(kStretchBytes, Product::kMostRows * row_words, 2, 8);
@@ -398,6 +468,8 @@ class Step {
               if (linear.bias) y += load(linear.bias + first + c * kLanes);
               store(outputs + c * kLanes, y);
             }
+            if (const LowRank* const found = low_rank(adapted, r))
+              add_up(*found, projected_ + r * most_rank_, first, linear.outputs, outputs);
             take(r, first, count, outputs);
           }
         }
@@ -412,10 +484,13 @@ class Step {
   const int64_t rows_;
   std::vector<AttentionPlan> plans_;
   float *x_ = nullptr, *kept_x_ = nullptr, *branch_ = nullptr, *qkv_ = nullptr, *mlp_ = nullptr, *row_ = nullptr;
-  float *scratch_ = nullptr, *partials_ = nullptr;
+  float *scratch_ = nullptr, *partials_ = nullptr, *projected_ = nullptr;
   T *query_ = nullptr, *key_ = nullptr, *value_ = nullptr, *attended_ = nullptr, *kept_attended_ = nullptr;
   uint32_t *inputs_ = nullptr, *mlp_inputs_ = nullptr;
   int64_t row_size_ = 0, scratch_size_ = 0;
+  std::vector<char> adapts_;             // by layer and product: whether any of the step's adapters adds to it
+  std::vector<int32_t> kept_adapters_;  // of the rows whose logits are wanted
+  int64_t most_rank_ = 0;
   std::chrono::steady_clock::time_point clock_;
 };
 

@@ -79,6 +79,8 @@ bool tokens_exist(const Decoder& d, const DecoderStep& s) {
     if (s.token_ids[i] < 0 || s.token_ids[i] >= d.vocab_size) return false;
     if (s.positions[i] < 0 || s.positions[i] >= d.num_positions) return false;
   }
+  for (int64_t i = 0; s.row_adapters && i < s.num_tokens; i++)
+    if (s.row_adapters[i] < -1 || s.row_adapters[i] >= s.num_adapters) return false;
   for (int64_t i = 0; i < s.num_logit_rows; i++)
     if (s.logit_rows[i] < (i > 0 ? s.logit_rows[i - 1] + 1 : 0) || s.logit_rows[i] >= s.num_tokens) return false;
   return true;

@@ -10,7 +10,7 @@
 namespace torchrelay {
 
 // Raised with every change of what Python fills or reads.
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 constexpr int kBlockSize = 16;
 

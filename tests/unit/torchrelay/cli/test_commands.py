@@ -136,6 +136,13 @@ def test_generate_passes_on_every_parameter(run: Command) -> None:
         assert option in run("generate", "hi", option, value, status=2).stderr
 
 
+def test_generate_names_an_adapter(run: Command) -> None:
+    run("generate", "hi", "--adapter", "polite")
+    assert run.toy.requests[-1].adapter == "polite"
+    run("generate", "hi")
+    assert run.toy.requests[-1].adapter == ""
+
+
 def test_generate_goes_on_after_a_break(run: Command) -> None:
     run.toy.breaks = [Break(0), Break(2), Break(4, None)]
     assert run("generate", "hi").stdout == TEXT + "\n"
@@ -395,12 +402,29 @@ def test_chat_forgets_a_turn_that_failed(run: Command) -> None:
 
 
 def test_models_are_listed_and_shown(run: Command) -> None:
+    run.toy.models[0].adapters.add(name="polite", rank=8)
+    run.toy.models[0].adapters.add(name="terse", rank=8)
     run.toy.models.append(model_pb2.Model(name="a [red]name[/]", state=model_pb2.MODEL_STATE_COLD))
     lines = run("models", "list").stdout.splitlines()
     assert lines[0].split() == [
-        *("NAME", "STATE", "WORKERS", "QUEUED", "CONTEXT", "DTYPE", "WEIGHTS", "SIZE", "ATTENTION", "REVISION")
+        *("NAME", "STATE", "WORKERS", "QUEUED", "CONTEXT", "DTYPE", "WEIGHTS", "SIZE", "ATTENTION", "ADAPTERS"),
+        "REVISION",
     ]
-    cells = ["tiny", "ready", "1", "0", "64", "float32", "int8", "1.5", "GB", "cpu_ext", "0123456789ab"]
+    cells = [
+        "tiny",
+        "ready",
+        "1",
+        "0",
+        "64",
+        "float32",
+        "int8",
+        "1.5",
+        "GB",
+        "cpu_ext",
+        "polite,",
+        "terse",
+        "0123456789ab",
+    ]
     assert lines[1].split() == cells
     assert lines[2].startswith("a [red]name[/]  cold")
     assert [model["name"] for model in run.objects("models", "list", "--json")] == ["tiny", "a [red]name[/]"]

@@ -233,7 +233,7 @@ def test_a_priority_is_named_and_another_is_refused() -> None:
         )
 
     assert made().priority == pb.PRIORITY_UNSPECIFIED
-    assert made(priority="low", cache_salt=b"s") == pb.StreamGenerateRequest(
+    assert made(priority="low", cache_salt=b"s", adapter="polite") == pb.StreamGenerateRequest(
         model="m",
         input=pb.GenerationInput(text="hi"),
         config=pb.GenerationConfig(),
@@ -241,6 +241,7 @@ def test_a_priority_is_named_and_another_is_refused() -> None:
         idempotency_key="k",
         priority=pb.PRIORITY_LOW,
         cache_salt=b"s",
+        adapter="polite",
     )
     with pytest.raises(ValueError, match="high, normal, low"):
         made(priority="urgent")

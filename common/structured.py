@@ -28,6 +28,7 @@ MAX_DEPTH: Final = 64  # of a schema's text
 MAX_MULTIPLE: Final = 10_000  # 0.1 s to compile
 JSON_KINDS: Final = frozenset({GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA})
 
+_MAX_BITS: Final = 512  # of a number in a schema: more is none that a float comes near
 _MAX_REASON: Final = 240
 _UNWRITABLE: Final = re.compile("[\\x00-\\x07\\x0b\\x0e-\\x1f]")  # JSON has only \\u for these
 _JSON_OPTIONS: Final = {
@@ -89,22 +90,28 @@ def compile_grammar(spec: StructuredOutput, tokenizer: LLTokenizer) -> LLMatcher
     Raises GrammarError.
     """
     check_size(spec)
-    grammar = _grammar(spec)
-    if spec.tools is not None or spec.reasoning_format:
-        grammar = chat_grammar(
-            None if spec.kind is GrammarKind.TEXT else _part(grammar),
-            spec.tools,
-            spec.reasoning_format,
-            tokenizer,
-            lambda schema: _part(_grammar(StructuredOutput(GrammarKind.JSON_SCHEMA, schema))),
-            in_reasoning=spec.in_reasoning,
-        )
     try:
-        return _compile(grammar, tokenizer)
+        return _compile(_whole_grammar(spec, tokenizer), tokenizer)
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        raise GrammarError("GRAMMAR_INVALID", "it cannot be compiled") from error
     except BaseException as error:
         if not is_panic(error):
             raise
         raise GrammarError("GRAMMAR_INVALID", "llguidance cannot compile it") from error
+
+
+def _whole_grammar(spec: StructuredOutput, tokenizer: LLTokenizer) -> str:
+    grammar = _grammar(spec)
+    if spec.tools is None and not spec.reasoning_format:
+        return grammar
+    return chat_grammar(
+        None if spec.kind is GrammarKind.TEXT else _part(grammar),
+        spec.tools,
+        spec.reasoning_format,
+        tokenizer,
+        lambda schema: _part(_grammar(StructuredOutput(GrammarKind.JSON_SCHEMA, schema))),
+        in_reasoning=spec.in_reasoning,
+    )
 
 
 def _compile(grammar: str, tokenizer: LLTokenizer) -> LLMatcher:
@@ -154,6 +161,8 @@ def _refusal(messages: Sequence[str]) -> GrammarError:
 
 def _part(grammar: str) -> dict[str, Any]:
     """Return the one part that a grammar of llguidance's own making has."""
+    if not grammar.startswith("{"):
+        return {"lark_grammar": grammar}
     (part,) = json.loads(grammar)["grammars"]
     found: dict[str, Any] = part
     return found
@@ -202,7 +211,10 @@ def _check_schema(schema: object) -> None:
         raise GrammarError("GRAMMAR_INVALID", "a schema is a JSON object")
     if "x-guidance" in schema:
         raise GrammarError("GRAMMAR_INVALID", "x-guidance is not taken: how JSON is written is the same for all")
-    objects = [found for found in _values(schema) if isinstance(found, dict)]
+    values = list(_values(schema))
+    if any(isinstance(value, int) and value.bit_length() > _MAX_BITS for value in values):
+        raise GrammarError("GRAMMAR_TOO_COMPLEX", f"whole numbers of more than {_MAX_BITS} bits are not taken")
+    objects = [found for found in values if isinstance(found, dict)]
     _check_bounds(objects)
     for found in objects:
         _check_counts(found)
@@ -211,7 +223,7 @@ def _check_schema(schema: object) -> None:
         if _UNWRITABLE.search(key) or (key in ("const", "enum") and _has_unwritable(value)):
             raise GrammarError("GRAMMAR_INVALID", "names and values with control characters are not taken")
         # Also where it is no keyword: a property of this name has a schema for a value, which is no number.
-        if key == "multipleOf" and isinstance(value, int | float):
+        if key == "multipleOf" and _is_number(value):
             multiple = math.lcm(multiple, _coefficient(value))
             if multiple > MAX_MULTIPLE:
                 raise GrammarError(
@@ -274,8 +286,6 @@ def _has_unwritable(value: object) -> bool:
 
 def _coefficient(number: float) -> int:
     """The digits of a number: 25 of 0.25."""
-    if not math.isfinite(number):
-        raise GrammarError("GRAMMAR_INVALID", "multipleOf is no finite number")
     return max(1, abs(int("".join(map(str, Decimal(repr(number)).normalize().as_tuple().digits)))))
 
 

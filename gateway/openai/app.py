@@ -199,30 +199,34 @@ async def _merged(streams: Sequence[EventStream]) -> AsyncGenerator[tuple[int, p
         async for event in streams[0].events():
             yield 0, event
         return
-    queue: asyncio.Queue[tuple[int, pb.GenerationEvent] | None] = asyncio.Queue(maxsize=1)  # nothing runs ahead
+    queue: asyncio.Queue[tuple[int, pb.GenerationEvent]] = asyncio.Queue(maxsize=1)  # nothing runs ahead
 
     async def pump(number: int, stream: EventStream) -> None:
         async for event in stream.events():
             await queue.put((number, event))
 
     async def pump_all() -> None:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for number, stream in enumerate(streams):
-                    group.create_task(pump(number, stream))
-        finally:
-            await queue.put(None)
+        async with asyncio.TaskGroup() as group:
+            for number, stream in enumerate(streams):
+                group.create_task(pump(number, stream))
 
     pumping = asyncio.create_task(pump_all())
+    getting = asyncio.create_task(queue.get())
     try:
-        while (item := await queue.get()) is not None:
-            yield item
+        while True:
+            await asyncio.wait({getting, pumping}, return_when=asyncio.FIRST_COMPLETED)
+            if getting.done():
+                yield getting.result()
+                getting = asyncio.create_task(queue.get())
+            elif queue.empty():
+                break
         await pumping
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
     finally:
+        getting.cancel()
         pumping.cancel()
-        await asyncio.gather(pumping, return_exceptions=True)
+        await asyncio.gather(getting, pumping, return_exceptions=True)
 
 
 def _model_object(name: str) -> dict[str, Any]:

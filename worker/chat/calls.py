@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Final
 
 from common.generation import ToolCallDelta
 from worker.chat.json_scan import ObjectScanner, ValuePiece
 
+# Characters before a call's name. What followed a mark in vain is read again, once for each mark in it.
+_MAX_NAMELESS: Final = 1024
 _NAME = "name"
 _ARGUMENTS = ("arguments", "parameters")  # Llama says parameters
 
@@ -22,9 +25,11 @@ class CallScanner:
         self.index = index
         self._object = ObjectScanner()
         self._name_text = ""
+        self._num_read = 0  # before the name was known
         self._arguments = ""  # not passed on yet
         self._is_string: bool | None = None
         self._has_arguments = False
+        self._are_arguments_whole = False
         self._is_nameless = False
         self.name: str | None = None  # None until it is known
 
@@ -43,6 +48,20 @@ class CallScanner:
 
     def push(self, text: str) -> list[ToolCallDelta]:
         """Return what is new of the call."""
+        if self.name is not None:
+            return self._read(text)
+        head, rest = text[: _MAX_NAMELESS - self._num_read], text[_MAX_NAMELESS - self._num_read :]
+        self._num_read += len(head)
+        deltas = self._read(head)
+        if self.is_done or self.is_bad:
+            self._object.rest += rest
+        elif self.name is not None:
+            deltas += self._read(rest)
+        elif rest:
+            self._is_nameless = True
+        return deltas
+
+    def _read(self, text: str) -> list[ToolCallDelta]:
         deltas: list[ToolCallDelta] = []
         for piece in self._object.push(text):
             if piece.key == _NAME and self.name is None:
@@ -59,6 +78,9 @@ class CallScanner:
 
     def _take_name(self, piece: ValuePiece) -> list[ToolCallDelta]:
         self._name_text += piece.text
+        if not self._name_text.startswith('"'):
+            self._is_nameless = True
+            return []
         if not piece.is_end:
             return []
         name = _string(self._name_text)
@@ -69,9 +91,12 @@ class CallScanner:
         return [ToolCallDelta(self.index, name), *self._release()]
 
     def _take_arguments(self, piece: ValuePiece) -> list[ToolCallDelta]:
+        if self._are_arguments_whole:
+            return []  # a second time: the first one counts
         if self._is_string is None:
             self._is_string = piece.text.startswith('"')
         self._has_arguments = True
+        self._are_arguments_whole = piece.is_end
         self._arguments += piece.text
         if self._is_string:
             if not piece.is_end:
@@ -95,6 +120,6 @@ def _string(text: str) -> str | None:
         if isinstance(value, str):
             value.encode()
             return value
-    except ValueError:  # UnicodeEncodeError too
+    except (ValueError, RecursionError):  # UnicodeEncodeError too
         pass
     return None

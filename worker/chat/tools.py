@@ -26,6 +26,27 @@ class ToolParser(Protocol):
         ...
 
 
+class _Blanks:
+    """White space that is held back: text's, if more text follows, and nobody's before a call."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+
+    def before(self, text: str) -> str:
+        """Return what of the blanks and this text is certain; hold what it ends with."""
+        certain = text.rstrip()
+        if certain:
+            certain = self.take() + certain
+        if blanks := text[len(text.rstrip()) :]:
+            self._pieces.append(blanks)
+        return certain
+
+    def take(self) -> str:
+        """Return the blanks, and hold none."""
+        taken, self._pieces = "".join(self._pieces), []
+        return taken
+
+
 class HermesParser:
     """Calls between marks; plain text may stand around them, white space between calls is nobody's."""
 
@@ -33,7 +54,8 @@ class HermesParser:
     _END: Final = "</tool_call>"
 
     def __init__(self) -> None:
-        self._held = ""  # outside a call: white space, and what may be a mark; inside: what the scanner has not taken
+        self._held = ""  # outside a call: what may be a mark; inside: what the scanner has not taken
+        self._blanks = _Blanks()
         self._mark = ""  # of the call's beginning, with the white space before it
         self._raw = ""  # that, and all that followed it
         self._scanner: CallScanner | None = None
@@ -51,7 +73,7 @@ class HermesParser:
     def flush(self) -> Parts:
         held, self._held = self._held, ""
         if self._scanner is None:
-            return Parts(held)
+            return Parts(self._blanks.take() + held)
         if self._scanner.name is None:
             raw, self._raw = self._raw, ""
             return Parts(raw + held)
@@ -60,11 +82,11 @@ class HermesParser:
     def _outside(self) -> tuple[Parts, bool]:
         at = self._held.find(self._BEGIN)
         if at < 0:
-            certain = self._held[: len(self._held) - num_undecided(self._held, (self._BEGIN,))].rstrip()
-            self._held = self._held[len(certain) :]
-            return Parts(certain), False
-        before = self._held[:at].rstrip()
-        self._mark = self._raw = self._held[len(before) : at + len(self._BEGIN)]
+            decided = len(self._held) - num_undecided(self._held, (self._BEGIN,))
+            text, self._held = self._held[:decided], self._held[decided:]
+            return Parts(self._blanks.before(text)), False
+        before = self._blanks.before(self._held[:at])
+        self._mark = self._raw = self._blanks.take() + self._BEGIN
         self._held = self._held[at + len(self._BEGIN) :]
         self._scanner = CallScanner(self.num_calls)
         return Parts(before), True
@@ -75,7 +97,7 @@ class HermesParser:
         text, self._held = self._held, ""
         self._raw += text
         deltas = scanner.push(text)
-        if scanner.is_bad and scanner.name is None:
+        if scanner.name is None and (scanner.is_bad or scanner.is_done):
             # Not the call that the mark promised: all of it is text, and the search goes on behind the mark.
             self._scanner = None
             self._held = self._raw[len(self._mark) :]
@@ -160,6 +182,7 @@ class MistralParser:
 
     def __init__(self) -> None:
         self._held = ""
+        self._blanks = _Blanks()
         self._mark = ""  # with the white space before it
         self._raw = ""  # that, and all that followed it, while it may turn out to be text
         self._scanner: CallScanner | None = None
@@ -179,21 +202,22 @@ class MistralParser:
     def flush(self) -> Parts:
         held, self._held = self._held, ""
         if self._state == self._outside:
-            return Parts(held)
+            return Parts(self._blanks.take() + held)
         raw, self._raw = self._raw, ""
         return Parts(raw)
 
     def _outside(self) -> Parts | None:
         at = self._held.find(self._MARK)
         if at >= 0:
-            before = self._held[:at].rstrip()
-            self._raw = self._held[len(before) :]
-            self._mark = self._held[len(before) : at + len(self._MARK)]
+            before = self._blanks.before(self._held[:at])
+            self._mark = self._blanks.take() + self._MARK
+            self._raw = self._mark + self._held[at + len(self._MARK) :]
             self._held = self._held[at + len(self._MARK) :]
             self._state = self._behind_mark
             return Parts(before)
-        certain = self._held[: len(self._held) - num_undecided(self._held, (self._MARK,))].rstrip()
-        self._held = self._held[len(certain) :]
+        decided = len(self._held) - num_undecided(self._held, (self._MARK,))
+        text, self._held = self._held[:decided], self._held[decided:]
+        certain = self._blanks.before(text)
         return Parts(certain) if certain else None
 
     def _behind_mark(self) -> Parts | None:
@@ -216,6 +240,8 @@ class MistralParser:
         if self._held.startswith("{"):
             self._scanner = CallScanner(self.num_calls)
             self._state = self._object
+            if not self._raw:  # a later one of an array
+                self._mark, self._raw = "", self._held
             return Parts()
         if self._raw:
             return self._give_back()

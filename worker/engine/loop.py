@@ -412,8 +412,8 @@ class Engine:
             sequence.append(sampled.token_ids[row])
             try:
                 progress = output.stop.push(sampled.token_ids[row])
-            except GrammarFailure as failure:
-                self._fail(sequence.request_id, str(failure))
+            except Exception as error:  # noqa: BLE001 - what one answer's text does must not end all others
+                self._fail(sequence.request_id, str(error) if isinstance(error, GrammarFailure) else "TEXT_FAILED")
                 return
             steps.append(progress)
             if progress.finish_reason is not None:
@@ -482,16 +482,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state after the latest step."""
+        scheduler, pool = self._scheduler, self._pool
         return EngineStats(
             num_steps=self._num_steps,
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            num_blocks=self._pool.num_usable_blocks,
-            num_free_blocks=self._pool.num_free_blocks,
-            block_size=self._pool.block_size,
-            num_preemptions=self._scheduler.num_preemptions,
-            prompt_tokens=self._scheduler.num_prompt_tokens,
-            cached_prompt_tokens=self._scheduler.num_cached_prompt_tokens,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=pool.num_usable_blocks,
+            num_free_blocks=pool.num_free_blocks,
+            block_size=pool.block_size,
+            num_preemptions=scheduler.num_preemptions,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            cached_prompt_tokens=scheduler.num_cached_prompt_tokens,
             generated_tokens=self._num_generated_tokens,
             last_step_ms=self._last_step_ms,
             held_request_ids=tuple(self._requests),

@@ -134,6 +134,20 @@ def test_what_an_answer_must_match_comes_behind_its_reasoning() -> None:
     assert takes(optional, "<think></think>no")
 
 
+@pytest.mark.parametrize(
+    "main",
+    [
+        StructuredOutput(GrammarKind.LARK, 'start: "yes"'),
+        StructuredOutput(GrammarKind.REGEX, "yes"),
+        StructuredOutput(GrammarKind.CHOICES, choices=("yes",)),
+    ],
+)
+def test_what_an_answer_must_match_may_be_written_in_any_way(main: StructuredOutput) -> None:
+    for spec in (grammar(main=main), grammar(tools=False, main=main, reasoning="think")):
+        assert takes(spec, "yes")
+        assert not takes(spec, "no")
+
+
 @pytest.mark.parametrize("format_", CALLS)
 def test_an_answer_calls_or_matches(format_: str) -> None:
     schema = StructuredOutput(GrammarKind.JSON_SCHEMA, '{"type": "object", "properties": {"ok": {"type": "boolean"}}}')

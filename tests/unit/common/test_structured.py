@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,18 @@ def test_a_tokenizer_without_fixed_bytes_is_refused(tmp_path: Path) -> None:
     changed["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     with pytest.raises(ValueError, match="fixed bytes"):
         make_tokenizer(json.dumps(changed).encode(), VOCAB_SIZE, (EOS,))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"properties": {"multipleOf": true}}',
+        '{"const": {"multipleOf": true}}',
+        '{"multipleOf": true}',
+        '{"type": "integer", "minimum": 1' + "0" * 400 + "}",
+        '{"type": "integer", "multipleOf": 1' + "0" * 400 + "}",
+    ],
+)
+def test_odd_numbers_are_taken_or_refused(schema: str, tokenizer: LLTokenizer) -> None:
+    with contextlib.suppress(GrammarError):
+        assert compile_grammar(StructuredOutput(GrammarKind.JSON_SCHEMA, schema), tokenizer) is not None

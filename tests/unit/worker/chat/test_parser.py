@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.deltas import merge_tool_calls
 from common.generation import ChatParsing, ToolCallDelta
+from worker.chat.json_scan import ValueScanner
 from worker.chat.parser import ChatParser
 from worker.engine.types import Parts
 
@@ -106,6 +107,19 @@ CASES: dict[str, tuple[ChatParsing, str, Parts, int]] = {
         'x <tool_call>{"arguments": {}}</tool_call>',
         Parts('x <tool_call>{"arguments": {}}</tool_call>'),
         0,
+    ),
+    "a name without end": (HERMES, '<tool_call>{"name": ' + "[" * 2000, Parts('<tool_call>{"name": ' + "[" * 2000), 0),
+    "arguments twice": (
+        HERMES,
+        '<tool_call>{"name": "f", "arguments": {}, "arguments": {"a": 1}, "parameters": {}}</tool_call>',
+        Parts(calls=(call(0, "f", "{}"),)),
+        1,
+    ),
+    "mistral's array goes wrong": (
+        MISTRAL,
+        '[TOOL_CALLS][{"name": "f", "arguments": {}}, {"x": 1}] and text',
+        Parts('{"x": 1}] and text', "", (call(0, "f", "{}"),)),
+        1,
     ),
     "a name that is no text": (HERMES, '<tool_call>{"name": 7}', Parts('<tool_call>{"name": 7}'), 0),
     "half a mark": (HERMES, "x <tool_", Parts("x <tool_"), 0),
@@ -272,6 +286,36 @@ def test_arguments_are_passed_on_as_they_come() -> None:
         (),
         (),
     ]
+
+
+@pytest.mark.parametrize(("parsing", "mark"), [(HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]")])
+def test_marks_in_vain_are_not_read_again_without_end(
+    parsing: ChatParsing, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes the scanner over what follows it; a text of nothing but such marks must not take it over all of it."""
+    num_scanned = 0
+    take = ValueScanner._take
+
+    def counting(self: ValueScanner, character: str) -> bool:
+        nonlocal num_scanned
+        num_scanned += 1
+        return take(self, character)
+
+    monkeypatch.setattr(ValueScanner, "_take", counting)
+    texts = [f'{mark}{{"a":[' * num_marks + "]}" * num_marks for num_marks in (400, 1600)]
+    counts = []
+    for text in texts:
+        num_scanned = 0
+        assert parsed(parsing, [text]) == (Parts(text), 0)
+        counts.append(num_scanned)
+    assert counts[1] < 6 * counts[0], "four times the text, some four times the work"
+
+
+def test_blanks_are_held_without_being_looked_at_again() -> None:
+    parser = ChatParser(HERMES)
+    for _ in range(50_000):
+        assert parser.push(" ") == Parts()
+    assert parser.push("x").text == " " * 50_000 + "x"
 
 
 def test_one_call_may_be_enough() -> None:

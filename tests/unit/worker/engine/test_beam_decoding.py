@@ -16,6 +16,7 @@ from tests.builders_engine import (
     Collected,
     Driver,
     PaperRunner,
+    TokenNames,
     generate,
     make_engine,
     make_request,
@@ -25,6 +26,7 @@ from tests.builders_engine import (
 )
 from worker.engine.beams import BeamSearch, Candidate, best_candidates
 from worker.engine.scheduler import Scheduler
+from worker.engine.stopping import StopState
 from worker.engine.types import ALL_TOKENS_FORBIDDEN, GenerationRequest
 
 
@@ -359,3 +361,10 @@ def test_a_beam_that_keeps_its_blocks_is_noticed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Scheduler, "_release", lambda self, sequence: None)
     with pytest.raises(AssertionError):
         generate(make_engine(PaperRunner(num_blocks=60)), beams())
+
+
+def test_the_text_of_a_beam_goes_on_without_that_of_another() -> None:
+    state = StopState(SamplingParams(max_tokens=9, stop_strings=("5 6 ",)), 9, TokenNames())
+    state.push(5)
+    assert state.branch().push(7).text == "5 7 "
+    assert state.push(6).stop_match == "5 6 "

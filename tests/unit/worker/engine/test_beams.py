@@ -55,7 +55,7 @@ def transformers_search(
     mixin: Any = GenerationMixin()
     beams, most = params.num_beams, params.max_tokens
     early_stopping = THEIRS[params.early_stopping]
-    keep = num_candidates(params)
+    keep = max(2, 1 + len(params.stop_token_ids)) * beams
     mask = torch.arange(keep) < beams
     running = torch.zeros((1, beams, 1 + most), dtype=torch.int64)
     sequences = running.clone()
@@ -156,6 +156,37 @@ def test_without_enough_continuations_fewer_beams_go_on_and_none_end_the_search(
     assert (going, search.is_done) == ([Candidate(-1.0, 0, 4)], False)
     assert (search.advance([], [], [(4,)]), search.is_done) == ([], True)
     assert search.finished == [Hypothesis(-2.0, (1,))]
+
+
+@pytest.mark.parametrize(("num_ends", "expected"), [(0, 6), (1, 6), (2, 9), (5, 18)])
+def test_enough_go_on_however_many_end(num_ends: int, expected: int) -> None:
+    assert num_candidates(SamplingParams(max_tokens=5, num_beams=3, stop_token_ids=tuple(range(num_ends)))) == expected
+
+
+@pytest.mark.parametrize(
+    ("early_stopping", "length_penalty", "is_done"),
+    [
+        (EarlyStopping.WHEN_FULL, 1.0, True),
+        (EarlyStopping.HEURISTIC, 1.0, True),
+        (EarlyStopping.NEVER, 1.0, False),  # -5 over ten tokens would be better than -1.2
+        (EarlyStopping.NEVER, 0.0, True),
+    ],
+)
+def test_how_far_a_beam_may_still_come_decides(
+    early_stopping: EarlyStopping, length_penalty: float, is_done: bool
+) -> None:
+    search = BeamSearch(
+        SamplingParams(
+            max_tokens=10,
+            num_beams=2,
+            stop_token_ids=(1, 2),
+            early_stopping=early_stopping,
+            length_penalty=length_penalty,
+        )
+    )
+    candidates = [Candidate(-1.0, 0, 1), Candidate(-1.2, 0, 2), Candidate(-5.0, 0, 7)]
+    search.advance(candidates, [True, True, False], [()])
+    assert search.is_done is is_done
 
 
 def test_ends_behind_the_best_candidates_are_not_taken() -> None:

@@ -1,4 +1,4 @@
-"""Clients that share no code with ours: grpcurl and buf (Go), grpc-js (Node)."""
+"""Clients that share no code with ours: grpcurl and buf (Go), grpc-js and connect-node (Node)."""
 
 from __future__ import annotations
 
@@ -77,6 +77,39 @@ def test_grpc_js_generates_in_one_call(env: Mapping[str, str]) -> None:
     assert generation["state"] == "GENERATION_STATE_FINISHED"
     assert "Paris" in generation["outputs"][0]["text"]
     assert generation["usage"]["completionTokens"] == len(generation["outputs"][0]["tokenIds"])
+
+
+@pytest.fixture(scope="module")
+def connect_env(env: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What connect-node needs besides: the contract as descriptors."""
+    descriptors = tmp_path_factory.mktemp("connect") / "torchrelay.binpb"
+    run(["buf", "build", str(ROOT / "protos"), "-o", str(descriptors)], env)
+    return {**env, "DESCRIPTORS": str(descriptors)}
+
+
+def connect_node(env: Mapping[str, str], call: str) -> Any:
+    return json.loads(run([NODE, COMPAT / "connect.js", call], env).stdout)
+
+
+def test_connect_node_generates_and_streams(connect_env: Mapping[str, str]) -> None:
+    generation = connect_node(connect_env, "generate")
+    assert generation["state"] == "GENERATION_STATE_FINISHED"
+    assert "Paris" in generation["outputs"][0]["text"]
+    assert "Paris" in connect_node(connect_env, "stream")["text"]
+    assert connect_node(connect_env, "refused")["code"] == "InvalidArgument"
+
+
+async def test_a_broken_call_of_connect_node_ends_its_generation(
+    system: System, connect_env: Mapping[str, str]
+) -> None:
+    result = connect_node(connect_env, "cancel")
+    assert result["code"] == "Canceled"
+    async with system.client() as client:
+
+        async def has_ended() -> bool:
+            return (await client.get(result["generationId"])).state == pb.GENERATION_STATE_CANCELLED
+
+        await until(has_ended, what="the end of the generation")
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,37 @@ def test_what_an_answer_must_match_is_sent(run: Command, tmp_path: Path) -> None
     assert "--json-schema" in run("generate", "hi", "--json-schema", str(tmp_path / "none.json"), status=2).stderr
 
 
+def test_tools_are_sent_and_calls_and_reasoning_shown(run: Command, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}, {"name": "g"}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools), encoding="utf-8")
+    for given in (json.dumps(tools), str(tmp_path / "tools.json")):
+        run("generate", "hi", "--tools", given, "--tool-choice", "required")
+        chat = run.toy.requests[-1].input.chat
+        assert list(chat.tools) == [pb.Tool(name="f", parameters='{"type": "object"}'), pb.Tool(name="g")]
+        assert chat.tool_choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED
+    pieces = [
+        pb.Delta(reasoning_text="so ", tool_calls=[pb.ToolCallDelta(id="abcdefghi", name="f")]),
+        pb.Delta(reasoning_text="be it", tool_calls=[pb.ToolCallDelta(arguments='{"a":')]),
+        pb.Delta(tool_calls=[pb.ToolCallDelta(arguments=" 1}")]),
+    ]
+    run.toy.log = [
+        *(pb.GenerationEvent(sequence=n, deltas=pb.Deltas(deltas=[piece])) for n, piece in enumerate(pieces, 1)),
+        pb.GenerationEvent(
+            sequence=4,
+            finished=pb.Finished(outputs=[pb.OutputEnd(finish_reason=pb.FINISH_REASON_TOOL_CALLS)]),
+        ),
+    ]
+    shown = run("generate", "hi", "--tools", json.dumps(tools))
+    assert 'f({"a": 1})' in shown.stdout
+    assert "so be it" in shown.stderr
+    (value,) = run.objects("generate", "hi", "--tools", json.dumps(tools), "--json")
+    assert value["tool_calls"] == [{"id": "abcdefghi", "name": "f", "arguments": '{"a": 1}'}]
+    assert (value["reasoning"], value["finish_reason"]) == ("so be it", "tool_calls")
+    for bad in ("nothing.json", "[1]", "{}"):
+        assert "--tools" in run("generate", "hi", "--tools", bad, status=2).stderr
+    assert "--tools" in run("generate", "hi", "--tools", json.dumps(tools), "--raw", status=2).stderr
+
+
 def test_a_system_message_needs_a_template(run: Command) -> None:
     run("generate", "hi", "--system", "be kind")
     assert [m.role for m in run.toy.requests[-1].input.chat.messages] == [pb.ROLE_SYSTEM, pb.ROLE_USER]

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from common.generation import AdapterRef
@@ -26,6 +27,7 @@ from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.batch import AdapterRows
 from worker.engine.decoder.compile import compile_decoder
 from worker.engine.fuse import speed_up
+from worker.engine.graphs import GraphRunner, run_again
 from worker.engine.loop import Engine
 from worker.engine.runner import ModelRunner
 from worker.engine.settings import EngineSettings
@@ -227,6 +229,45 @@ def test_logits_are_the_merged_model_s_to_1e_4(tmp_path: Path) -> None:
             logits = lab.truth[name](torch.tensor([[*PROMPTS[2], *tokens]])).logits[0, len(PROMPTS[2]) - 1 : -1]
         expected = logits.log_softmax(-1)[torch.arange(len(tokens)), tokens]
         assert torch.allclose(torch.tensor(results[name].logprobs[0]), expected, atol=1e-4)
+
+
+def test_replayed_decodes_are_those_without_adapters(tmp_path: Path) -> None:
+    lab = Lab.make(tmp_path, "modules")
+    lab.runner = GraphRunner(lab.runner, run_again, lab.limits.max_num_seqs, lab.limits.block_size)  # type: ignore[assignment]
+    requests = mixed(lab)
+    driver = Driver(lab.engine())
+    driver.add(*requests.values())
+    lab.check(driver.run(), requests)
+
+
+class Joined(nn.Module):
+    """An MLP whose gates and ups are one layer, and which tells so."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.both = nn.Linear(64, 2 * 96, bias=False)
+        self.both.weight = nn.Parameter(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach())
+        self.down_proj = mlp.down_proj
+        self.parts = {"gate_proj": (self.both, 0), "up_proj": (self.both, 96)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates, ups = self.both(x).chunk(2, dim=-1)
+        output: torch.Tensor = self.down_proj(nn.functional.silu(gates) * ups)
+        return output
+
+
+def test_layers_that_were_joined_keep_their_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def join(model: Any) -> bool:
+        for layer in model.model.layers:
+            layer.mlp = Joined(layer.mlp)
+        return True
+
+    monkeypatch.setattr("tests.unit.worker.engine.adapters.test_exactness.speed_up", join)
+    lab = Lab.make(tmp_path, "fast modules")
+    requests = mixed(lab)
+    driver = Driver(lab.engine())
+    driver.add(*requests.values())
+    lab.check(driver.run(), requests)
 
 
 class TestWithoutItsAdapterARequestIsNotComputed:

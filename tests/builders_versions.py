@@ -19,7 +19,7 @@ NEW_REASON = "A_LATER_REASON"
 
 
 class LaterDelta(OutputDelta, frozen=True, array_like=True):
-    top_logprobs: tuple[tuple[int, float], ...] = ((7, -0.5),)
+    surprises: tuple[tuple[int, float], ...] = ((7, -0.5),)
 
 
 class LaterUsage(Usage, frozen=True, array_like=True):
@@ -47,7 +47,10 @@ class LaterWorkerInfo(WorkerInfo, frozen=True, kw_only=True):
 
 
 class LaterModelCard(ModelCard, frozen=True, kw_only=True):
-    adapters: tuple[str, ...] = ("one",)
+    regions: tuple[str, ...] = ("one",)
+
+
+LATER = (LaterDelta, LaterUsage, LaterEvent, LaterSampling, LaterJobBody, LaterWorkerInfo, LaterModelCard)
 
 
 def _added(text: str, old: str, new: str, number: int = 1) -> str:

@@ -24,6 +24,7 @@ from common.scripts import ScriptRunner
 from common.settings import QueueSettings
 from tests.builders_common import FlakyRedis, make_event, make_job
 from tests.builders_versions import (
+    LATER,
     NEW_FIELD,
     NEW_REASON,
     NEW_VALUE,
@@ -77,6 +78,12 @@ def lapse(superuser: redis_sync.Redis, claims: JobClaims) -> None:
 
 def tokens_of(events: tuple[Any, ...]) -> list[int]:
     return [one for event in events if event.body for delta in event.body.deltas for one in delta.token_ids]
+
+
+@pytest.mark.parametrize("later", LATER)
+def test_what_a_later_version_adds_we_do_not_have(later: type[msgspec.Struct]) -> None:
+    (ours,) = later.__bases__
+    assert set(later.__annotations__).isdisjoint(ours.__struct_fields__)
 
 
 async def test_a_generation_moves_between_versions_and_back(

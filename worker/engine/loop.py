@@ -37,6 +37,7 @@ from worker.engine.speculation import Speculator, num_accepted
 from worker.engine.stopping import Detokenizer, Progress, StopState, TextParser
 from worker.engine.types import (
     ALL_TOKENS_FORBIDDEN,
+    DuplicateRequest,
     EngineStats,
     GenerationRequest,
     OnPart,
@@ -59,10 +60,6 @@ class Runner(Protocol):
 
 # What makes the text of a chat's output, and what takes it apart.
 ReadChat: TypeAlias = Callable[[ChatParsing], tuple[Detokenizer, TextParser]]
-
-
-class DuplicateRequest(Exception):
-    """A request of this id is in the engine already."""
 
 
 @dataclass(frozen=True, slots=True)

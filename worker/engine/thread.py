@@ -22,8 +22,8 @@ import structlog
 
 from common.logs import describe_exception
 from worker.engine.adapters.store import AdapterStore
-from worker.engine.loop import DuplicateRequest, Engine
-from worker.engine.types import EngineStats, GenerationRequest, StepResult
+from worker.engine.loop import Engine
+from worker.engine.types import DuplicateRequest, EngineStats, GenerationRequest, StepResult
 
 log = structlog.get_logger(__name__)
 

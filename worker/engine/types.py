@@ -22,6 +22,10 @@ def ignore_part(part: Part) -> None:
     """Nobody watches."""
 
 
+class DuplicateRequest(Exception):
+    """A request of this id is in the engine already."""
+
+
 class Parts(NamedTuple):
     """What an output's text, or a piece of it, turns out to be."""
 

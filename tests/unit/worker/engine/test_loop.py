@@ -22,8 +22,8 @@ from tests.builders_engine import (
     prefix_hashes,
 )
 from worker.engine.blocks import BlockPool
-from worker.engine.loop import DuplicateRequest, Engine
-from worker.engine.types import GenerationRequest, RequestOutput
+from worker.engine.loop import Engine
+from worker.engine.types import DuplicateRequest, GenerationRequest, RequestOutput
 
 # -- the ordinary way -------------------------------------------------------------------------
 

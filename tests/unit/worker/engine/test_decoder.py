@@ -204,7 +204,7 @@ def test_a_batch_that_names_what_does_not_exist_is_refused() -> None:
         {"logit_rows": torch.tensor([20])},
         {"logit_rows": torch.tensor([5, 5])},
     ):
-        with pytest.raises(ValueError, match="token id, position or logit row"):
+        with pytest.raises(ValueError, match="token id, position, logit row"):
             forward(**changes)
     bad = AttentionBatch(good.slots + 1000, good.block_tables, good.query_starts, good.context_lens, 20, 20)
     with pytest.raises(ValueError, match="slot or a block table"):

@@ -106,10 +106,7 @@ def resolve(
     resolved.ClearField("min_tokens")
     if least > 0:
         resolved.min_tokens = least
-    if resolved.HasField("forced_eos_token_id") and resolved.forced_eos_token_id in resolved.suppress_tokens:
-        raise InvalidRequest(
-            "must not be among suppress_tokens", reason="FIELD_CONFLICT", field="config.forced_eos_token_id"
-        )
+    _settle_forced_eos(resolved, config)
     has_end = bool(resolved.stop_token_ids) or (has_eos and not resolved.ignore_eos)
     if not has_end and resolved.HasField("exponential_decay_length_penalty"):
         if config.HasField("exponential_decay_length_penalty"):
@@ -119,6 +116,23 @@ def resolve(
                 field="config.exponential_decay_length_penalty",
             )
         resolved.ClearField("exponential_decay_length_penalty")
+
+
+def _settle_forced_eos(resolved: pb.GenerationConfig, config: pb.GenerationConfig) -> None:
+    """A token cannot be forced and suppressed; what only the model asks for gives way. Raises InvalidRequest."""
+    forced = resolved.forced_eos_token_id
+    if not resolved.HasField("forced_eos_token_id") or forced not in resolved.suppress_tokens:
+        return
+    if not config.HasField("forced_eos_token_id"):
+        resolved.ClearField("forced_eos_token_id")
+    elif not config.suppress_tokens:
+        kept = [token_id for token_id in resolved.suppress_tokens if token_id != forced]
+        del resolved.suppress_tokens[:]
+        resolved.suppress_tokens.extend(kept)
+    else:
+        raise InvalidRequest(
+            "must not be among suppress_tokens", reason="FIELD_CONFLICT", field="config.forced_eos_token_id"
+        )
 
 
 def default_config(defaults: GenerationDefaults) -> pb.GenerationConfig:

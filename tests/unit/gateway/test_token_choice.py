@@ -172,6 +172,18 @@ def test_a_forced_token_must_not_be_suppressed() -> None:
     assert (error.reason, error.violations[0].field) == ("FIELD_CONFLICT", "config.forced_eos_token_id")
 
 
+def test_what_the_model_forces_or_suppresses_gives_way_to_the_caller_s() -> None:
+    suppressing = pb.GenerationConfig(suppress_tokens=[2, 3])
+    forced = resolve(pb.GenerationConfig(forced_eos_token_id=3), suppressing)
+    assert (forced.forced_eos_token_id, forced.suppress_tokens) == (3, [2])
+    forcing = pb.GenerationConfig(forced_eos_token_id=3)
+    suppressed = resolve(pb.GenerationConfig(suppress_tokens=[2, 3]), forcing)
+    assert not suppressed.HasField("forced_eos_token_id")
+    assert suppressed.suppress_tokens == [2, 3]
+    kept = resolve(pb.GenerationConfig(suppress_tokens=[2]), forcing)
+    assert (kept.forced_eos_token_id, kept.suppress_tokens) == (3, [2])
+
+
 @pytest.mark.parametrize("fields", [{"typical_p": 0.5}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1}, {"top_h": 0.5}])
 def test_asking_for_a_filter_is_asking_to_sample(fields: dict[str, float]) -> None:
     assert resolve(pb.GenerationConfig(**fields)).temperature == 1.0

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.catalog import MAX_INLINE_BYTES, Catalog
+from gateway.catalog import MAX_INLINE_BYTES, Catalog, ServedModel
 from gateway.generations import Generations
 from gateway.identity.caller import current_caller
 from gateway.openai import schemas
@@ -32,6 +32,7 @@ _T = TypeVar("_T")
 
 _GENERATE: Final = "/torchrelay.v1.GenerationService/StreamGenerate"
 _MODELS: Final = "/torchrelay.v1.ModelService/ListModels"
+_MOST_TOKENS_PER_BYTE: Final = 16  # of a prompt, however its text is normalized; what may be more is counted
 _DEFAULT_TEMPERATURE: Final = 1.0  # as OpenAI documents it, for models that have no own
 
 
@@ -71,8 +72,11 @@ class OpenAiDoor:
             ),
         )
         config = requests[0].config
+        if parsed.request.max_tokens is None:
+            for request in requests:
+                await self._cut_default(request, model)
         prompts: list[list[int]] = []
-        if config.HasField("prompt_logprobs"):
+        if config.echo and config.logprobs:  # without echo nothing of the prompt belongs into the answer
             prompts = [(await model.encode(request.input, current_caller().tenant)).token_ids for request in requests]
         choices = CompletionChoices(model.codec.token_bytes, config.logprobs, config.num_outputs or 1, prompts)
         await self._answer(exchange, parsed, requests, choices)
@@ -143,6 +147,17 @@ class OpenAiDoor:
         check_model(current_caller(), name, reveal=self._settings.reveal_models)
         await exchange.answer(_model_object(self._catalog.entry(name).card.name))
 
+    async def _cut_default(self, request: pb.StreamGenerateRequest, model: ServedModel) -> None:
+        """Unset max_tokens, which nobody asked for, where so many do not fit: then they are what is left."""
+        wanted, caps = request.config.max_tokens, current_caller().grants.caps
+        context = min(model.card.context_tokens, caps.max_context_tokens or model.card.context_tokens)
+        fits = caps.max_tokens is None or wanted <= caps.max_tokens
+        if fits and _MOST_TOKENS_PER_BYTE * request.input.ByteSize() + wanted > context:
+            encoded = await model.encode(request.input, current_caller().tenant)
+            fits = len(encoded.token_ids) + wanted <= context
+        if not fits:
+            request.config.ClearField("max_tokens")
+
     async def _beside(self, body: bytes, read: Callable[[], _T]) -> _T:
         """Read a body here, a long one in the tenant's turn: the event loop is everybody's."""
         if len(body) <= MAX_INLINE_BYTES:
@@ -178,8 +193,8 @@ class _HttpCall:
 
 async def _chunks(
     opened: Sequence[tuple[EventStream, pb.Accepted]], choices: Choices, envelope: Envelope
-) -> AsyncIterator[dict[str, Any]]:
-    """Yield the chunks of all generations as they come."""
+) -> AsyncIterator[dict[str, Any] | None]:
+    """Yield the chunks of all generations as they come; None where there is only word that one goes on."""
     counts = [accepted.config.num_outputs or 1 for _, accepted in opened]
     starts = [0, *accumulate(counts)]
     for number in range(starts[-1]):
@@ -190,6 +205,8 @@ async def _chunks(
         async for number, event in events:
             for choice in _choices_of(event, starts[number], choices, counts[number]):
                 yield envelope.chunk(choices.chunk_kind, [choice])
+            if event.HasField("progress"):
+                yield None
             if event.HasField("finished"):
                 usages.append(event.finished.usage)
     if envelope.include_usage:

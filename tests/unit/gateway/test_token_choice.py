@@ -110,6 +110,21 @@ def test_all_bad_fields_are_reported_at_once() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sequence_bias": biases(([], 101.0)) * 257},
+        {"bad_words_ids": ids([]) * 257},
+        {"logit_bias": dict.fromkeys(range(1025), 101.0)},
+    ],
+)
+def test_what_is_too_long_is_not_looked_into(fields: dict[str, Any]) -> None:
+    """Of what is wrong with them, only that is said."""
+    (violation,) = refusal(pb.GenerationConfig(**fields)).violations
+    assert "at most" in violation.description
+    assert "taken" in violation.description
+
+
 def test_a_sequence_is_biased_once() -> None:
     error = refusal(pb.GenerationConfig(sequence_bias=biases(([1, 2], 1), ([1, 2], 3))))
     assert (error.reason, error.violations[0].field) == ("FIELD_CONFLICT", "config.sequence_bias")

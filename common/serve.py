@@ -234,17 +234,23 @@ def banner(
         f'{{"model": "{model.name}", "input": {{"text": "The capital of France is"}}, "config": {{"max_tokens": 16}}}}'
     )
     chat = f'{{"model": "{model.name}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
+    openai = curl = ""
+    if openai_address:
+        openai = f"  openai   http://{openai_address}/v1 (completions, chat completions, models)\n"
+        curl = (
+            f"  curl http://{openai_address}/v1/chat/completions -H 'authorization: Bearer {key}' \\\n"
+            f"    -d '{chat}'\n\n"
+        )
     return (
         f"\n  gateway  {address} (gRPC, reflection on)   admin {admin_address}\n"
-        f"  openai   http://{openai_address}/v1 (completions, chat completions, models)\n"
+        f"{openai}"
         f"  model    {model.name} ({model.family}, {model.dtype}, context {model.context_length})\n"
         f"  key      {key}   for development; kept in {credentials_file()}\n\n"
         f'  {program} generate{where} "{question}"\n\n'
         f"  grpcurl -plaintext -H 'authorization: Bearer {key}' \\\n"
         f"    -d '{body}' \\\n"
         f"    {address} torchrelay.v1.GenerationService/StreamGenerate\n\n"
-        f"  curl http://{openai_address}/v1/chat/completions -H 'authorization: Bearer {key}' \\\n"
-        f"    -d '{chat}'\n\n"
+        f"{curl}"
     )
 
 
@@ -257,7 +263,7 @@ def serve(
     address: Annotated[str, typer.Option("--address", "-a", help="Where clients call.")] = "127.0.0.1:50051",
     admin_address: Annotated[str, typer.Option("--admin-address", help="Where operators call.")] = "127.0.0.1:50052",
     openai_address: Annotated[
-        str, typer.Option("--openai-address", help="Where OpenAI's clients call.")
+        str, typer.Option("--openai-address", help="Where OpenAI's clients call; empty: nowhere.")
     ] = "127.0.0.1:8000",
     data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the queue is kept.")] = None,
     redis_url: Annotated[str, typer.Option("--redis-url", help="A server of your own instead.")] = "",
@@ -271,7 +277,8 @@ def serve(
     settings = read_settings(RedisSettings)
     check_address(address, insecure=insecure)
     check_address(admin_address, insecure=insecure)
-    check_address(openai_address, insecure=insecure)
+    if openai_address:  # empty: nowhere
+        check_address(openai_address, insecure=insecure)
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: stop.append(received))

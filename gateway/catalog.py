@@ -34,6 +34,7 @@ from torchrelay.v1 import generation_pb2 as pb
 
 _T = TypeVar("_T")
 
+MAX_INLINE_BYTES: Final = 64 * 1024  # of a message that is read in the event loop; a longer one waits for a turn
 _AGAIN_MS: Final = 5000  # when files that could not be used are looked at again
 # No tokenizer makes less than one token of so many characters of ordinary text; a longer one cannot fit the context.
 _MAX_CHARS_PER_TOKEN = 64
@@ -89,7 +90,10 @@ class ServedModel:
         return source.text if source.WhichOneof("input") == "text" else self.codec.decode(source.token_ids.ids)
 
     async def _encode_chat(self, chat: pb.ChatInput, tenant: str) -> EncodedInput:
-        conversation = conversation_of(chat)
+        if chat.ByteSize() <= MAX_INLINE_BYTES:
+            conversation = conversation_of(chat)
+        else:  # its arguments and schemas are JSON, which takes long to read
+            conversation = await self.turns.run(tenant, lambda: conversation_of(chat))
         if not self.codec.has_chat_template:
             raise FailedPrecondition(
                 "the model has no chat template; send text or token ids", reason="NO_CHAT_TEMPLATE"
@@ -208,7 +212,7 @@ class Catalog:
         self._served: dict[str, ServedModel] = {}  # by shard
         self._failed: dict[str, _Failed] = {}  # likewise
         self._loading = asyncio.Lock()
-        self._turns = TenantTurns()
+        self.turns = TenantTurns()  # at what takes long, of all models
 
     async def refresh(self) -> None:
         """Learn of new models and workers. Raises BackendUnavailable."""
@@ -273,7 +277,7 @@ class Catalog:
         structured = None
         if card.structured_output:
             structured = StructuredOutputs(tokenizer_json, card.vocab_size, card.eos_token_ids)
-        return ServedModel(card, codec, default_config(card), self._turns, structured)
+        return ServedModel(card, codec, default_config(card), self.turns, structured)
 
     async def _codec(self, card: ModelCard) -> tuple[TextCodec, bytes]:
         """Make it of the files that were published; return the tokenizer's too. Raises ValueError."""

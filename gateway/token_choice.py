@@ -5,7 +5,7 @@ What they mean is transformers' (`generation/logits_process.py`); ranges are che
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 from common.errors import InvalidRequest
@@ -54,19 +54,24 @@ def check(config: pb.GenerationConfig, vocab_size: int, bad: Violations) -> None
     _check_ids("suppress_tokens", config.suppress_tokens, vocab_size, bad)
     _check_ids("begin_suppress_tokens", config.begin_suppress_tokens, vocab_size, bad)
     _check_ids("logit_bias", config.logit_bias, vocab_size, bad)
-    if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in config.logit_bias.values()):
+    # What is too long is not looked into.
+    if len(config.logit_bias) <= MAX_TOKEN_IDS and not all(
+        -MAX_BIAS <= bias <= MAX_BIAS for bias in config.logit_bias.values()
+    ):
         bad.add("config.logit_bias", f"each must be at least {-MAX_BIAS:g} and at most {MAX_BIAS:g}")
     if len(config.bad_words) > MAX_BAD_WORDS:
         bad.add("config.bad_words", f"at most {MAX_BAD_WORDS} words are taken")
     elif not all(1 <= len(word.encode()) <= MAX_BAD_WORD_BYTES for word in config.bad_words):
         bad.add("config.bad_words", f"each must be 1 to {MAX_BAD_WORD_BYTES} bytes")
-    _check_phrases("bad_words_ids", [phrase.ids for phrase in config.bad_words_ids], vocab_size, bad)
-    biased = [bias.token_ids for bias in config.sequence_bias]
-    _check_phrases("sequence_bias", biased, vocab_size, bad)
-    if not all(-MAX_BIAS <= bias.bias <= MAX_BIAS for bias in config.sequence_bias):
-        bad.add("config.sequence_bias", f"each bias must be at least {-MAX_BIAS:g} and at most {MAX_BIAS:g}")
-    if len(biased) <= MAX_PHRASES and len({tuple(ids) for ids in biased}) < len(biased):
-        bad.add("config.sequence_bias", "each sequence may occur once", "FIELD_CONFLICT")
+    if _is_count("bad_words_ids", len(config.bad_words_ids), bad):
+        _check_phrases("bad_words_ids", [phrase.ids for phrase in config.bad_words_ids], vocab_size, bad)
+    if _is_count("sequence_bias", len(config.sequence_bias), bad):
+        biased = [bias.token_ids for bias in config.sequence_bias]
+        _check_phrases("sequence_bias", biased, vocab_size, bad)
+        if not all(-MAX_BIAS <= bias.bias <= MAX_BIAS for bias in config.sequence_bias):
+            bad.add("config.sequence_bias", f"each bias must be at least {-MAX_BIAS:g} and at most {MAX_BIAS:g}")
+        if len({tuple(ids) for ids in biased}) < len(biased):
+            bad.add("config.sequence_bias", "each sequence may occur once", "FIELD_CONFLICT")
 
 
 def clear_replaced(resolved: pb.GenerationConfig, config: pb.GenerationConfig) -> None:
@@ -106,10 +111,7 @@ def resolve(
     resolved.ClearField("min_tokens")
     if least > 0:
         resolved.min_tokens = least
-    if resolved.HasField("forced_eos_token_id") and resolved.forced_eos_token_id in resolved.suppress_tokens:
-        raise InvalidRequest(
-            "must not be among suppress_tokens", reason="FIELD_CONFLICT", field="config.forced_eos_token_id"
-        )
+    _settle_forced_eos(resolved, config)
     has_end = bool(resolved.stop_token_ids) or (has_eos and not resolved.ignore_eos)
     if not has_end and resolved.HasField("exponential_decay_length_penalty"):
         if config.HasField("exponential_decay_length_penalty"):
@@ -119,6 +121,23 @@ def resolve(
                 field="config.exponential_decay_length_penalty",
             )
         resolved.ClearField("exponential_decay_length_penalty")
+
+
+def _settle_forced_eos(resolved: pb.GenerationConfig, config: pb.GenerationConfig) -> None:
+    """A token cannot be forced and suppressed; what only the model asks for gives way. Raises InvalidRequest."""
+    forced = resolved.forced_eos_token_id
+    if not resolved.HasField("forced_eos_token_id") or forced not in resolved.suppress_tokens:
+        return
+    if not config.HasField("forced_eos_token_id"):
+        resolved.ClearField("forced_eos_token_id")
+    elif not config.suppress_tokens:
+        kept = [token_id for token_id in resolved.suppress_tokens if token_id != forced]
+        del resolved.suppress_tokens[:]
+        resolved.suppress_tokens.extend(kept)
+    else:
+        raise InvalidRequest(
+            "must not be among suppress_tokens", reason="FIELD_CONFLICT", field="config.forced_eos_token_id"
+        )
 
 
 def default_config(defaults: GenerationDefaults) -> pb.GenerationConfig:
@@ -184,18 +203,22 @@ def _check_number(
         bad.add(f"config.{name}", f"must be {low} and {high}")
 
 
-def _check_ids(name: str, ids: Iterable[int], vocab_size: int, bad: Violations) -> None:
-    found = list(ids)
-    if len(found) > MAX_TOKEN_IDS:
+def _check_ids(name: str, ids: Collection[int], vocab_size: int, bad: Violations) -> None:
+    if len(ids) > MAX_TOKEN_IDS:
         bad.add(f"config.{name}", f"at most {MAX_TOKEN_IDS} ids are taken")
-    elif max(found, default=0) >= vocab_size:
+    elif max(ids, default=0) >= vocab_size:
         bad.add(f"config.{name}", f"each id must be below {vocab_size}")
 
 
-def _check_phrases(name: str, phrases: Sequence[Sequence[int]], vocab_size: int, bad: Violations) -> None:
-    if len(phrases) > MAX_PHRASES:
+def _is_count(name: str, count: int, bad: Violations) -> bool:
+    """Whether so many sequences are taken."""
+    if count > MAX_PHRASES:
         bad.add(f"config.{name}", f"at most {MAX_PHRASES} sequences are taken")
-    elif not all(1 <= len(ids) <= MAX_PHRASE_IDS for ids in phrases):
+    return count <= MAX_PHRASES
+
+
+def _check_phrases(name: str, phrases: Sequence[Sequence[int]], vocab_size: int, bad: Violations) -> None:
+    if not all(1 <= len(ids) <= MAX_PHRASE_IDS for ids in phrases):
         bad.add(f"config.{name}", f"each sequence must have 1 to {MAX_PHRASE_IDS} ids")
     elif any(max(ids) >= vocab_size for ids in phrases):
         bad.add(f"config.{name}", f"each id must be below {vocab_size}")

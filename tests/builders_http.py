@@ -24,8 +24,8 @@ class Answer:
 
     @property
     def events(self) -> list[Any]:
-        """The events of a stream, the mark of the end as a string."""
-        lines = [line for line in self.body.decode().split("\n\n") if line]
+        """The events of a stream without comments, the mark of the end as a string."""
+        lines = [line for line in self.body.decode().split("\n\n") if line and not line.startswith(":")]
         assert all(line.startswith("data: ") for line in lines)
         return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, TypeAlias, cast
 
 import grpc
@@ -28,6 +28,7 @@ from gateway.status import DOMAIN, GenerationEndedError, code_of, status_of, to_
 log = structlog.get_logger()
 
 _STATUS_S: Final = 1.0
+_MAX_SEARCHED: Final = 10_000  # messages, for the name of a field that is refused anyway
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -144,35 +145,64 @@ def parse(deserialize: Callable[[bytes], Message], data: bytes) -> Message:
         message = deserialize(data)
     except (DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest("the request is not a valid message", reason="MALFORMED_MESSAGE") from error
+    if not has_unknown_field(message):
+        return message
     unknown = find_unknown_field(message)
-    if unknown is not None:
-        number = unknown.rpartition(".")[2]
-        raise InvalidRequest(
-            f"field number {number} is not known to this server", reason="UNKNOWN_FIELD", field=unknown
-        )
-    return message
+    if unknown is None:  # too many messages to look for it in
+        raise InvalidRequest("a field is not known to this server", reason="UNKNOWN_FIELD")
+    number = unknown.rpartition(".")[2]
+    raise InvalidRequest(f"field number {number} is not known to this server", reason="UNKNOWN_FIELD", field=unknown)
 
 
-def find_unknown_field(message: Message, path: str = "") -> str | None:
-    """Return the path of the first field that this server does not know, its number last; None if there is none."""
-    unknown = UnknownFieldSet(message)
-    if len(unknown):
-        return f"{path}{unknown[0].field_number}"
-    for descriptor, value in message.ListFields():
-        if descriptor.message_type is None:
-            continue
-        inside = f"{path}{descriptor.name}"
-        items = [(f"{inside}.", value)]
-        if descriptor.message_type.GetOptions().map_entry:
-            holds_messages = descriptor.message_type.fields_by_name["value"].message_type is not None
-            items = [(f"{inside}[].", item) for item in value.values()] if holds_messages else []
-        elif descriptor.is_repeated:
-            items = [(f"{inside}[{index}].", item) for index, item in enumerate(value)]
-        for item_path, item in items:
-            found = find_unknown_field(item, item_path)
-            if found is not None:
-                return found
-    return None
+def has_unknown_field(message: Message) -> bool:
+    """Whether there is a field anywhere that this server does not know.
+
+    The library looks, not Python: a message of some megabytes can hold a million others.
+    """
+    known = type(message)()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    return known.ByteSize() != message.ByteSize()
+
+
+def find_unknown_field(message: Message, max_messages: int = _MAX_SEARCHED) -> str | None:
+    """Return the path of the first field that this server does not know, its number last.
+
+    None if there is none in the first `max_messages` messages.
+    """
+    left = max_messages
+
+    def find(message: Message, path: str) -> str | None:
+        nonlocal left
+        left -= 1
+        unknown = UnknownFieldSet(message)
+        if len(unknown):
+            return f"{path}{unknown[0].field_number}"
+        for descriptor, value in message.ListFields():
+            if descriptor.message_type is None:
+                continue
+            for item_path, item in _messages_of(descriptor, value, f"{path}{descriptor.name}"):
+                if left <= 0:
+                    return None
+                found = find(item, item_path)
+                if found is not None:
+                    return found
+        return None
+
+    return find(message, "")
+
+
+def _messages_of(descriptor: Any, value: Any, path: str) -> Iterator[tuple[str, Message]]:
+    """Yield the messages that a field holds, and the beginning of their fields' paths."""
+    if descriptor.message_type.GetOptions().map_entry:
+        if descriptor.message_type.fields_by_name["value"].message_type is not None:
+            for key in value:
+                yield f"{path}[].", value[key]
+    elif descriptor.is_repeated:
+        for index, item in enumerate(value):
+            yield f"{path}[{index}].", item
+    else:
+        yield f"{path}.", value
 
 
 def outcome_of(error: BaseException) -> tuple[str, str]:

@@ -15,6 +15,7 @@ _FINISH_REASONS: Final = {
     pb.FINISH_REASON_TIME_LIMIT: "length",  # the nearest that clients know
     pb.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
+_LOWEST: Final = -9999.0  # as OpenAI writes the logarithm of nothing, which JSON has no number for
 # Bytes of a token of the model's vocabulary.
 TokenBytes = Callable[[int], bytes]
 
@@ -55,7 +56,7 @@ def chat_logprobs(scored: Scored, token_bytes: TokenBytes) -> dict[str, Any]:
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         data = token_bytes(token_id)
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+        return {"token": data.decode(errors="replace"), "logprob": max(logprob, _LOWEST), "bytes": list(data)}
 
     content = []
     for index, (token_id, logprob) in enumerate(zip(scored.token_ids, scored.logprobs, strict=True)):
@@ -84,12 +85,15 @@ def completion_logprobs(
         offsets.append(offset)
         offset += len(text)
         at = index - num_unscored
-        shown_logprobs.append(logprobs[at] if at >= 0 else None)
+        shown_logprobs.append(max(logprobs[at], _LOWEST) if at >= 0 else None)
         best = top_logprobs[at] if 0 <= at < len(top_logprobs) else None
         tops.append(
             None
             if best is None
-            else {_shown(token_bytes(i)): value for i, value in zip(best.token_ids, best.logprobs, strict=True)}
+            else {
+                _shown(token_bytes(i)): max(value, _LOWEST)
+                for i, value in zip(best.token_ids, best.logprobs, strict=True)
+            }
         )
     shown = {"tokens": tokens, "token_logprobs": shown_logprobs, "top_logprobs": tops, "text_offset": offsets}
     return shown, offset
@@ -221,7 +225,7 @@ def _call_piece(piece: pb.ToolCallDelta) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class CompletionChoices:
-    """Choices of completions. `prompts` are the prompts' token ids, where their scores are shown too."""
+    """Choices of completions. `prompts` are the prompts' token ids, where their scores are shown too: with echo."""
 
     token_bytes: TokenBytes
     logprobs: bool
@@ -234,7 +238,8 @@ class CompletionChoices:
     def of_output(self, index: int, output: pb.GenerationOutput, prompt_scores: pb.PromptScores) -> dict[str, Any]:
         choice = self._choice(index, output.text)
         if self.logprobs:
-            for one in (*self.of_prompt(index, prompt_scores), self._scored(index, output)):
+            prompt = (*self.first(index), *self.of_prompt(index, prompt_scores))
+            for one in (*prompt, self._scored(index, output)):
                 if choice["logprobs"] is None:
                     choice["logprobs"] = one["logprobs"]
                 else:
@@ -243,28 +248,36 @@ class CompletionChoices:
         return choice | {"finish_reason": finish_reason(output.end)}
 
     def first(self, index: int) -> list[dict[str, Any]]:
-        return []
+        # A prompt's first token has no probability, and comes with the second; where it is alone, nothing else comes.
+        if not self.logprobs or not self.prompts or len(self.prompts[index // self.num_outputs]) != 1:
+            return []
+        return [self._choice(index, "") | self._logprobs(index, self.prompts[index // self.num_outputs], (), ())]
 
     def of_delta(self, index: int, delta: pb.Delta) -> dict[str, Any]:
         return self._choice(index, delta.text) | (self._scored(index, delta) if self.logprobs else {})
 
     def of_prompt(self, index: int, scores: pb.PromptScores) -> list[dict[str, Any]]:
-        if not self.prompts or not scores.first_token_index:
+        if not self.logprobs or not self.prompts or not scores.first_token_index:
             return []
-        # The first token has no probability, and comes with the second.
         first = 0 if scores.first_token_index == 1 else scores.first_token_index
         ids = self.prompts[index // self.num_outputs][first : scores.first_token_index + len(scores.logprobs)]
-        shown, self.offsets[index] = completion_logprobs(
-            ids, scores.logprobs, scores.top_logprobs, self.token_bytes, self.offsets.get(index, 0)
-        )
-        return [{**self._choice(index, ""), "logprobs": shown}]
+        return [self._choice(index, "") | self._logprobs(index, ids, scores.logprobs, scores.top_logprobs)]
 
     def of_end(self, index: int, end: pb.OutputEnd) -> dict[str, Any]:
         return self._choice(index, "") | {"finish_reason": finish_reason(end)}
 
     def _scored(self, index: int, scored: Scored) -> dict[str, Any]:
+        return self._logprobs(index, scored.token_ids, scored.logprobs, scored.top_logprobs)
+
+    def _logprobs(
+        self,
+        index: int,
+        ids: Sequence[int],
+        logprobs: Sequence[float],
+        top_logprobs: Sequence[pb.TokenAlternatives],
+    ) -> dict[str, Any]:
         shown, self.offsets[index] = completion_logprobs(
-            scored.token_ids, scored.logprobs, scored.top_logprobs, self.token_bytes, self.offsets.get(index, 0)
+            ids, logprobs, top_logprobs, self.token_bytes, self.offsets.get(index, 0)
         )
         return {"logprobs": shown}
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from itertools import accumulate
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.catalog import Catalog
+from gateway.catalog import MAX_INLINE_BYTES, Catalog, ServedModel
 from gateway.generations import Generations
 from gateway.identity.caller import current_caller
 from gateway.openai import schemas
@@ -28,8 +28,11 @@ from gateway.stream import EventStream
 from gateway.validation import check_model_name
 from torchrelay.v1 import generation_pb2 as pb
 
+_T = TypeVar("_T")
+
 _GENERATE: Final = "/torchrelay.v1.GenerationService/StreamGenerate"
 _MODELS: Final = "/torchrelay.v1.ModelService/ListModels"
+_MOST_TOKENS_PER_BYTE: Final = 16  # of a prompt, however its text is normalized; what may be more is counted
 _DEFAULT_TEMPERATURE: Final = 1.0  # as OpenAI documents it, for models that have no own
 
 
@@ -55,26 +58,36 @@ class OpenAiDoor:
         )
 
     async def _completions(self, exchange: Exchange) -> None:
-        parsed = parse(await exchange.body(self._settings.max_message_bytes), schemas.CompletionRequest)
-        requests = completion_requests(
-            parsed,
-            default_temperature=await self._temperature(parsed),
-            idempotency_key=exchange.header("idempotency-key"),
+        body = await exchange.body(self._settings.max_message_bytes)
+        parsed = await self._beside(body, lambda: parse(body, schemas.CompletionRequest))
+        temperature = await self._temperature(parsed)
+        model = await self._catalog.get(parsed.request.model)
+        requests = await self._beside(
+            body,
+            lambda: completion_requests(
+                parsed,
+                default_temperature=temperature,
+                context_tokens=model.card.context_tokens,
+                idempotency_key=exchange.header("idempotency-key"),
+            ),
         )
         config = requests[0].config
+        if parsed.request.max_tokens is None:
+            for request in requests:
+                await self._cut_default(request, model)
         prompts: list[list[int]] = []
-        if config.HasField("prompt_logprobs"):
-            model = await self._catalog.get(requests[0].model)
+        if config.echo and config.logprobs:  # without echo nothing of the prompt belongs into the answer
             prompts = [(await model.encode(request.input, current_caller().tenant)).token_ids for request in requests]
-        choices = CompletionChoices(await self._token_bytes(parsed), config.logprobs, config.num_outputs or 1, prompts)
+        choices = CompletionChoices(model.codec.token_bytes, config.logprobs, config.num_outputs or 1, prompts)
         await self._answer(exchange, parsed, requests, choices)
 
     async def _chat_completions(self, exchange: Exchange) -> None:
-        parsed = parse(await exchange.body(self._settings.max_message_bytes), schemas.ChatRequest)
-        request = chat_request(
-            parsed,
-            default_temperature=await self._temperature(parsed),
-            idempotency_key=exchange.header("idempotency-key"),
+        body = await exchange.body(self._settings.max_message_bytes)
+        parsed = await self._beside(body, lambda: parse(body, schemas.ChatRequest))
+        temperature = await self._temperature(parsed)
+        key = exchange.header("idempotency-key")
+        request = await self._beside(
+            body, lambda: chat_request(parsed, default_temperature=temperature, idempotency_key=key)
         )
         choices = ChatChoices(await self._token_bytes(parsed), request.config.logprobs)
         await self._answer(exchange, parsed, [request], choices)
@@ -134,6 +147,23 @@ class OpenAiDoor:
         check_model(current_caller(), name, reveal=self._settings.reveal_models)
         await exchange.answer(_model_object(self._catalog.entry(name).card.name))
 
+    async def _cut_default(self, request: pb.StreamGenerateRequest, model: ServedModel) -> None:
+        """Unset max_tokens, which nobody asked for, where so many do not fit: then they are what is left."""
+        wanted, caps = request.config.max_tokens, current_caller().grants.caps
+        context = min(model.card.context_tokens, caps.max_context_tokens or model.card.context_tokens)
+        fits = caps.max_tokens is None or wanted <= caps.max_tokens
+        if fits and _MOST_TOKENS_PER_BYTE * request.input.ByteSize() + wanted > context:
+            encoded = await model.encode(request.input, current_caller().tenant)
+            fits = len(encoded.token_ids) + wanted <= context
+        if not fits:
+            request.config.ClearField("max_tokens")
+
+    async def _beside(self, body: bytes, read: Callable[[], _T]) -> _T:
+        """Read a body here, a long one in the tenant's turn: the event loop is everybody's."""
+        if len(body) <= MAX_INLINE_BYTES:
+            return read()
+        return await self._catalog.turns.run(current_caller().tenant, read)
+
     async def _temperature(self, parsed: Parsed) -> float:
         """Return what an unset temperature is: the model's own, if that samples."""
         model = await self._catalog.get(self._allowed(parsed.request.model))
@@ -163,8 +193,8 @@ class _HttpCall:
 
 async def _chunks(
     opened: Sequence[tuple[EventStream, pb.Accepted]], choices: Choices, envelope: Envelope
-) -> AsyncIterator[dict[str, Any]]:
-    """Yield the chunks of all generations as they come."""
+) -> AsyncIterator[dict[str, Any] | None]:
+    """Yield the chunks of all generations as they come; None where there is only word that one goes on."""
     counts = [accepted.config.num_outputs or 1 for _, accepted in opened]
     starts = [0, *accumulate(counts)]
     for number in range(starts[-1]):
@@ -175,6 +205,8 @@ async def _chunks(
         async for number, event in events:
             for choice in _choices_of(event, starts[number], choices, counts[number]):
                 yield envelope.chunk(choices.chunk_kind, [choice])
+            if event.HasField("progress"):
+                yield None
             if event.HasField("finished"):
                 usages.append(event.finished.usage)
     if envelope.include_usage:

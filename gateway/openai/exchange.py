@@ -30,6 +30,7 @@ _EVENTS: Final = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
+_COMMENT: Final = b": \n\n"
 _ENCODER: Final = msgspec.json.Encoder()
 
 Run: TypeAlias = "Callable[[Exchange], Awaitable[None]]"
@@ -106,6 +107,8 @@ class Exchange:
     async def answer_events(self, chunks: AsyncIterator[Any]) -> None:
         """Send server-sent events, one for each chunk, and the mark of the end. An error in between is the last event.
 
+        A chunk that is None is a comment: proxies end a connection that is silent for long.
+
         Raises ClientTooSlow, and whatever the chunks raise, once that has been sent.
         """
         self._has_begun = True
@@ -114,7 +117,10 @@ class Exchange:
         try:
             async with contextlib.aclosing(chunks) as closing:  # type: ignore[type-var]
                 async for chunk in closing:
-                    await self._event(_ENCODER.encode(chunk))
+                    if chunk is None:
+                        await self._out({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+                    else:
+                        await self._event(_ENCODER.encode(chunk))
             await self._event(b"[DONE]")
         except (ServingError, GenerationEndedError) as error:
             if not isinstance(error, ClientTooSlow):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from google.protobuf import json_format
 
 from common.errors import InvalidRequest
-from gateway import beams
+from gateway import beams, token_choice, validation
+from gateway.conversation import MAX_MESSAGES, MAX_TEMPLATE_ARGUMENTS_BYTES, MAX_TOOLS
 from gateway.openai import schemas
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -31,7 +32,18 @@ _MODES: Final = {
     "required": pb.TOOL_CHOICE_MODE_REQUIRED,
 }
 _PRIORITIES: Final = {"flex": pb.PRIORITY_LOW, "priority": pb.PRIORITY_HIGH}
-_WHERE: Final = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
+_WHERE: Final = re.compile(r"(?:key in )?\$\.?(.*)`", re.DOTALL)
+_MAX_ITEMS: Final = {  # what would be refused anyway is not looked into
+    "bad_words": token_choice.MAX_BAD_WORDS,
+    "bad_words_ids": token_choice.MAX_PHRASES,
+    "sequence_bias": token_choice.MAX_PHRASES,
+    "suppress_tokens": token_choice.MAX_TOKEN_IDS,
+    "begin_suppress_tokens": token_choice.MAX_TOKEN_IDS,
+    "stop_token_ids": validation.MAX_STOP_TOKEN_IDS,
+}
+# Values inside one parameter: more than the most that any takes, which is as many phrases as are taken, full of ids.
+_MAX_VALUES: Final = 2 * token_choice.MAX_PHRASES * token_choice.MAX_PHRASE_IDS
+_MAX_ID_DIGITS: Final = 10
 
 _T = TypeVar("_T", schemas.CompletionRequest, schemas.ChatRequest)
 AnyRequest: TypeAlias = schemas.CompletionRequest | schemas.ChatRequest
@@ -52,12 +64,16 @@ def parse(body: bytes, kind: type[_T]) -> Parsed:
         raise InvalidRequest("the body is not valid JSON", reason="MALFORMED_MESSAGE") from None
     if not isinstance(fields, dict):
         raise InvalidRequest("the body must be a JSON object", reason="MALFORMED_MESSAGE")
-    own = set(kind.__struct_fields__)
-    extensions: dict[str, Any] = {}
-    for name in sorted(fields.keys() - own):
-        if name not in _EXTENSIONS:
-            raise InvalidRequest("this parameter is not known here", reason="UNKNOWN_FIELD", field=name[:64])
-        extensions[name] = fields.pop(name)
+    fields = {name: value for name, value in fields.items() if value is not None}
+    others = fields.keys() - set(kind.__struct_fields__)
+    unknown = others - _EXTENSIONS
+    if unknown:
+        raise InvalidRequest("this parameter is not known here", reason="UNKNOWN_FIELD", field=min(unknown)[:64])
+    extensions = {name: fields.pop(name) for name in sorted(others)}
+    for name in ("messages", "tools"):
+        value = fields.get(name)
+        if isinstance(value, list):
+            _check_number_of(value, name, MAX_MESSAGES if name == "messages" else MAX_TOOLS)
     try:
         return Parsed(msgspec.convert(fields, kind), extensions)
     except msgspec.ValidationError as error:
@@ -68,9 +84,11 @@ def parse(body: bytes, kind: type[_T]) -> Parsed:
 
 def _invalid(text: str) -> InvalidRequest:
     """Say what was expected and where; what was sent is not repeated."""
-    found = _WHERE.search(text)
+    told, mark, where = text.rpartition(" - at `")  # what is told may hold names of the caller's, of any length
+    found = _WHERE.fullmatch(where) if mark else None
     path = found.group(1) if found else ""
-    told = text[: found.start()] if found else text
+    if not found:
+        told = text
     missing = re.match(r"Object missing required field `(\w+)`", told)
     unknown = re.match(r"Object contains unknown field `(\w{1,64})`", told)
     if missing or unknown:
@@ -85,9 +103,9 @@ def _invalid(text: str) -> InvalidRequest:
 
 
 def completion_requests(
-    parsed: Parsed, *, default_temperature: float, idempotency_key: str = ""
+    parsed: Parsed, *, default_temperature: float, context_tokens: int, idempotency_key: str = ""
 ) -> list[pb.StreamGenerateRequest]:
-    """Return a generation for each prompt. Raises InvalidRequest."""
+    """Return a generation for each prompt, none of more ids than the model's context. Raises InvalidRequest."""
     request = parsed.request
     assert isinstance(request, schemas.CompletionRequest)
     config = _config(parsed, default_temperature)
@@ -98,10 +116,12 @@ def completion_requests(
         config.echo = True
     if request.logprobs is not None:
         config.logprobs = True
-        config.top_logprobs = _count(request.logprobs, "logprobs")
-        if request.echo:
-            config.prompt_logprobs = config.top_logprobs
-    inputs = _prompts(request.prompt)
+        num_alternatives = _count(request.logprobs, "logprobs")
+        for name in ("top_logprobs", "prompt_logprobs") if request.echo else ("top_logprobs",):
+            if parsed.extensions.get(name, num_alternatives) != num_alternatives:
+                raise InvalidRequest("must not differ from logprobs", reason="FIELD_CONFLICT", field=name)
+            setattr(config, name, num_alternatives)
+    inputs = _prompts(request.prompt, context_tokens)
     keys = [f"{idempotency_key}-{i}" if len(inputs) > 1 else idempotency_key for i in range(len(inputs))]
     return [
         pb.StreamGenerateRequest(
@@ -126,6 +146,10 @@ def chat_request(parsed: Parsed, *, default_temperature: float, idempotency_key:
     if request.top_logprobs is not None:
         config.top_logprobs = _count(request.top_logprobs, "top_logprobs")
     if request.response_format is not None:
+        if request.response_format.type != "text" and config.HasField("structured_output"):
+            raise InvalidRequest(
+                "must not be given together with response_format", reason="FIELD_CONFLICT", field="structured_output"
+            )
         _add_format(config, request.response_format)
     return pb.StreamGenerateRequest(
         model=request.model,
@@ -139,9 +163,15 @@ def chat_request(parsed: Parsed, *, default_temperature: float, idempotency_key:
 def _config(parsed: Parsed, default_temperature: float) -> pb.GenerationConfig:
     request = parsed.request
     config = pb.GenerationConfig()
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("is taken only together with stream", reason="FIELD_CONFLICT", field="stream_options")
     for name, value in parsed.extensions.items():
-        if value is None:
-            continue
+        if isinstance(value, list) and name in _MAX_ITEMS:
+            _check_number_of(value, name, _MAX_ITEMS[name])
+        if _holds_more(value, _MAX_VALUES):
+            raise InvalidRequest(
+                f"at most {_MAX_VALUES} values are taken", reason="FIELD_OUT_OF_RANGE", field=name, limit=_MAX_VALUES
+            )
         try:
             json_format.ParseDict({name: value}, config)
         except (json_format.ParseError, ValueError, TypeError, RecursionError):
@@ -158,8 +188,10 @@ def _config(parsed: Parsed, default_temperature: float) -> pb.GenerationConfig:
         config.seed = request.seed % (1 << 64)
     if request.stop is not None:
         config.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop)
+    _check_number_of(request.logit_bias or {}, "logit_bias", token_choice.MAX_TOKEN_IDS)
     for text, bias in (request.logit_bias or {}).items():
-        if not text.isascii() or not text.isdecimal() or int(text[:11]) >= 1 << 32:
+        is_id = len(text) <= _MAX_ID_DIGITS and text.isascii() and text.isdecimal() and int(text) < 1 << 32
+        if not is_id:
             raise InvalidRequest("keys must be token ids", reason="FIELD_INVALID", field="logit_bias")
         config.logit_bias[int(text)] = bias
     return config
@@ -172,12 +204,45 @@ def _count(value: int, field: str) -> int:
     return value
 
 
-def _prompts(prompt: str | list[Any]) -> list[pb.GenerationInput]:
+def _check_number_of(values: Sized, field: str, most: int) -> None:
+    if len(values) > most:
+        raise InvalidRequest(
+            f"at most {most} are taken", reason="FIELD_OUT_OF_RANGE", field=field, limit=most, got=len(values)
+        )
+
+
+def _holds_more(value: object, most: int) -> bool:
+    """Whether there are more values inside a value of JSON; no more than that are looked at."""
+    inside, num_values = [value], 0
+    while inside:
+        one = inside.pop()
+        if isinstance(one, list | dict):
+            num_values += len(one)
+            if num_values > most:
+                return True
+            inside.extend(one.values() if isinstance(one, dict) else one)
+    return False
+
+
+def _check_prompt_ids(ids: Sized, context_tokens: int) -> None:
+    if len(ids) >= context_tokens:
+        raise InvalidRequest(
+            f"the prompt has {len(ids)} tokens, which leaves no room in the model's context of {context_tokens}",
+            reason="CONTEXT_LENGTH_EXCEEDED",
+            field="prompt",
+            limit=context_tokens - 1,
+            got=len(ids),
+        )
+
+
+def _prompts(prompt: str | list[Any], context_tokens: int) -> list[pb.GenerationInput]:
     if isinstance(prompt, str):
         return [pb.GenerationInput(text=prompt)]
     if not prompt:
         raise InvalidRequest("must not be empty", reason="FIELD_REQUIRED", field="prompt")
-    if all(_is_id(item) for item in prompt):
+    if _is_id(prompt[0]):
+        _check_prompt_ids(prompt, context_tokens)
+    if len(prompt) < context_tokens and all(_is_id(item) for item in prompt):
         return [pb.GenerationInput(token_ids=pb.TokenIds(ids=prompt))]
     if len(prompt) > MAX_PROMPTS:
         raise InvalidRequest(
@@ -185,6 +250,9 @@ def _prompts(prompt: str | list[Any]) -> list[pb.GenerationInput]:
         )
     if all(isinstance(item, str) for item in prompt):
         return [pb.GenerationInput(text=item) for item in prompt]
+    for item in prompt:
+        if isinstance(item, list):
+            _check_prompt_ids(item, context_tokens)
     if all(isinstance(item, list) and all(_is_id(one) for one in item) for item in prompt):
         return [pb.GenerationInput(token_ids=pb.TokenIds(ids=item)) for item in prompt]
     raise InvalidRequest(
@@ -199,6 +267,7 @@ def _is_id(value: object) -> bool:
 
 
 def _chat(request: schemas.ChatRequest) -> pb.ChatInput:
+    _check_template_arguments(request.chat_template_kwargs or {})
     chat = pb.ChatInput(messages=[_message(message, i) for i, message in enumerate(request.messages)])
     for i, tool in enumerate(request.tools or ()):
         function = tool.function
@@ -221,6 +290,21 @@ def _chat(request: schemas.ChatRequest) -> pb.ChatInput:
             raise InvalidRequest("must be an object", reason="FIELD_INVALID", field="chat_template_kwargs") from None
     chat.continue_last_message = bool(request.continue_final_message)
     return chat
+
+
+def _check_template_arguments(values: Mapping[str, Any]) -> None:
+    try:
+        size = len(msgspec.json.encode(values))
+    except (ValueError, RecursionError):
+        raise InvalidRequest("must be plain JSON", reason="FIELD_INVALID", field="chat_template_kwargs") from None
+    if size > MAX_TEMPLATE_ARGUMENTS_BYTES:
+        raise InvalidRequest(
+            f"at most {MAX_TEMPLATE_ARGUMENTS_BYTES} bytes of JSON are taken",
+            reason="FIELD_OUT_OF_RANGE",
+            field="chat_template_kwargs",
+            limit=MAX_TEMPLATE_ARGUMENTS_BYTES,
+            got=size,
+        )
 
 
 def _message(message: schemas.ChatMessage, index: int) -> pb.ChatMessage:
@@ -251,6 +335,10 @@ def _message(message: schemas.ChatMessage, index: int) -> pb.ChatMessage:
 
 
 def _add_format(config: pb.GenerationConfig, wanted: schemas.ResponseFormat) -> None:
+    if wanted.json_schema is not None and wanted.type != "json_schema":
+        raise InvalidRequest(
+            "is taken only with the type json_schema", reason="FIELD_CONFLICT", field="response_format.json_schema"
+        )
     if wanted.type == "json_object":
         config.structured_output.json_object.SetInParent()
     elif wanted.type == "json_schema":

@@ -119,6 +119,16 @@ async def test_log_probabilities_in_both_shapes(door: HttpDoor, system: System) 
     parts = [e["choices"][0]["logprobs"] for e in streamed.events[:-1] if e["choices"][0]["logprobs"]]
     assert [t for part in parts for t in part["tokens"]] == choice["logprobs"]["tokens"]
     assert [t for part in parts for t in part["text_offset"]] == choice["logprobs"]["text_offset"]
+    # Scores of the prompt belong to its text: without echo nothing of them is in the answer.
+    unechoed = await complete(door, logprobs=2, prompt_logprobs=2, max_tokens=4)
+    assert unechoed.json["choices"][0]["logprobs"]["tokens"] == found["tokens"]
+    alone = await complete(door, prompt=[504], logprobs=0, max_tokens=2, echo=True)
+    streamed = await complete(door, prompt=[504], logprobs=0, max_tokens=2, echo=True, stream=True)
+    choice = alone.json["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    parts = [e["choices"][0]["logprobs"] for e in streamed.events[:-1] if e["choices"][0]["logprobs"]]
+    assert [t for part in parts for t in part["tokens"]] == choice["logprobs"]["tokens"]
+    assert choice["logprobs"]["token_logprobs"][0] is None
     talk = await chat(door, logprobs=True, top_logprobs=3, max_tokens=4)
     content = talk.json["choices"][0]["logprobs"]["content"]
     assert "".join(entry["token"] for entry in content) == talk.json["choices"][0]["message"]["content"]

@@ -27,6 +27,7 @@ from common.serve import (
     check_address,
     data_dir_of,
     prepare,
+    serve,
     without_password,
 )
 from common.settings import RedisSettings
@@ -71,6 +72,28 @@ def test_the_banner_s_lines_can_be_pasted() -> None:
     assert json.loads(words[-1])["messages"] == [{"role": "user", "content": question}]
     for part in ("http://127.0.0.1:8000/v1", "127.0.0.1:50052", "llama, float32, context 64", str(credentials_file())):
         assert part in shown
+
+
+def test_without_an_address_for_openai_s_clients_the_banner_names_none() -> None:
+    shown = banner(MODEL, "127.0.0.1:50051", "127.0.0.1:50052", "", "tr_key", "torchrelay")
+    assert "openai" not in shown
+    assert "/v1" not in shown.replace("torchrelay.v1", "")
+    assert line_with(shown, "grpcurl")[-1] == "torchrelay.v1.GenerationService/StreamGenerate"
+
+
+def test_no_address_for_openai_s_clients_is_nothing_to_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr("common.serve.check_address", lambda address, insecure: checked.append(address))
+    monkeypatch.setattr(EmbeddedServer, "start", fail_to_start)
+    monkeypatch.setattr("common.serve.signal.signal", lambda number, handler: None)  # the test run's own stay
+    monkeypatch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")
+    with pytest.raises(typer.Exit):
+        serve(address="127.0.0.1:1", admin_address="127.0.0.1:2", openai_address="", data_dir=tmp_path)
+    assert checked == ["127.0.0.1:1", "127.0.0.1:2"]
+
+
+def fail_to_start(server: EmbeddedServer) -> None:
+    raise EmbeddedServerError("not in this test")
 
 
 def test_the_banner_names_another_address() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from dataclasses import replace
 from typing import cast
@@ -27,7 +28,7 @@ from common.registry import (
     ModelRegistry,
 )
 from gateway.catalog import Catalog, EncodedInput, ServedModel, default_config
-from gateway.conversation import Conversation
+from gateway.conversation import Conversation, conversation_of
 from gateway.tokenization import EncodedChat, TextCodec
 from torchrelay.v1 import generation_pb2 as pb
 from worker.engine.demo import demo_model_dir
@@ -69,6 +70,26 @@ async def test_all_kinds_of_input_become_ids(model: ServedModel) -> None:
 async def test_a_long_text_is_tokenized_beside_the_event_loop_and_alike(model: ServedModel) -> None:
     text = "word " * 800  # more characters than are tokenized at once, fewer than are refused
     assert (await model.encode(pb.GenerationInput(text=text))).token_ids == model.codec.encode_text(text)
+
+
+async def test_a_long_conversation_is_read_beside_the_event_loop(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[threading.Thread] = []
+
+    def reading(source: pb.ChatInput) -> Conversation:
+        readers.append(threading.current_thread())
+        return conversation_of(source)
+
+    monkeypatch.setattr("gateway.catalog.conversation_of", reading)
+    call = pb.ToolCall(id="abcdefghi", name="f", arguments='{"a": [' + ",".join(["[]"] * 30_000) + "]}")
+    long = chat("hi")
+    long.chat.messages.add(role=pb.ROLE_ASSISTANT, tool_calls=[call])
+    with contextlib.suppress(InvalidRequest):
+        await model.encode(long)
+    await model.encode(chat("hi"))
+    here = threading.current_thread()
+    assert [reader is here for reader in readers] == [False, True]
 
 
 @pytest.mark.parametrize(

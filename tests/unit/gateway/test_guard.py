@@ -18,7 +18,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from common import errors
 from gateway.identity.caller import Caller, CallInfo, current_caller
-from gateway.interceptors.guard import Guard, find_unknown_field
+from gateway.interceptors.guard import Guard, find_unknown_field, parse
 from gateway.status import GenerationEndedError
 from torchrelay.client.errors import RelayError, from_rpc_error
 from torchrelay.v1 import generation_pb2 as pb
@@ -504,3 +504,29 @@ async def test_silence_of_the_handler_is_not_the_client_s(toy: Toy) -> None:
 async def test_an_unknown_method_is_the_library_s_to_refuse(channel: grpc.aio.Channel) -> None:
     error = await refusal(channel.unary_unary("/torchrelay.v1.GenerationService/Nothing")(b"", metadata=KEY, timeout=5))
     assert error.code is grpc.StatusCode.UNIMPLEMENTED
+
+
+def many_values() -> pb.StreamGenerateRequest:
+    request = pb.StreamGenerateRequest()
+    items = request.input.chat.template_arguments.fields["a"].list_value.values
+    for _ in range(20_000):
+        items.add().bool_value = True
+    return request
+
+
+def test_a_message_of_many_others_is_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[Any] = []
+
+    def counting(message: Any) -> UnknownFieldSet:
+        looked_at.append(message)
+        return UnknownFieldSet(message)
+
+    monkeypatch.setattr("gateway.interceptors.guard.UnknownFieldSet", counting)
+    request = many_values()
+    assert parse(pb.StreamGenerateRequest.FromString, request.SerializeToString()) == request
+    assert looked_at == []
+    with pytest.raises(errors.InvalidRequest) as raised:
+        parse(pb.StreamGenerateRequest.FromString, request.SerializeToString() + b"\x1a\x03" + UNKNOWN)
+    assert raised.value.reason == "UNKNOWN_FIELD"
+    assert 0 < len(looked_at) <= 10_000
+    assert find_unknown_field(pb.StreamGenerateRequest.FromString(UNKNOWN)) == "99"

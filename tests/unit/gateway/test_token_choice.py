@@ -110,6 +110,21 @@ def test_all_bad_fields_are_reported_at_once() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sequence_bias": biases(([], 101.0)) * 257},
+        {"bad_words_ids": ids([]) * 257},
+        {"logit_bias": dict.fromkeys(range(1025), 101.0)},
+    ],
+)
+def test_what_is_too_long_is_not_looked_into(fields: dict[str, Any]) -> None:
+    """Of what is wrong with them, only that is said."""
+    (violation,) = refusal(pb.GenerationConfig(**fields)).violations
+    assert "at most" in violation.description
+    assert "taken" in violation.description
+
+
 def test_a_sequence_is_biased_once() -> None:
     error = refusal(pb.GenerationConfig(sequence_bias=biases(([1, 2], 1), ([1, 2], 3))))
     assert (error.reason, error.violations[0].field) == ("FIELD_CONFLICT", "config.sequence_bias")
@@ -170,6 +185,18 @@ def test_a_penalty_for_ends_needs_one(options: dict[str, Any]) -> None:
 def test_a_forced_token_must_not_be_suppressed() -> None:
     error = refusal(pb.GenerationConfig(forced_eos_token_id=3, suppress_tokens=[2, 3]))
     assert (error.reason, error.violations[0].field) == ("FIELD_CONFLICT", "config.forced_eos_token_id")
+
+
+def test_what_the_model_forces_or_suppresses_gives_way_to_the_caller_s() -> None:
+    suppressing = pb.GenerationConfig(suppress_tokens=[2, 3])
+    forced = resolve(pb.GenerationConfig(forced_eos_token_id=3), suppressing)
+    assert (forced.forced_eos_token_id, forced.suppress_tokens) == (3, [2])
+    forcing = pb.GenerationConfig(forced_eos_token_id=3)
+    suppressed = resolve(pb.GenerationConfig(suppress_tokens=[2, 3]), forcing)
+    assert not suppressed.HasField("forced_eos_token_id")
+    assert suppressed.suppress_tokens == [2, 3]
+    kept = resolve(pb.GenerationConfig(suppress_tokens=[2]), forcing)
+    assert (kept.forced_eos_token_id, kept.suppress_tokens) == (3, [2])
 
 
 @pytest.mark.parametrize("fields", [{"typical_p": 0.5}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1}, {"top_h": 0.5}])

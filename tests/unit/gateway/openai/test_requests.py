@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidRequest, ModelNotFound, QuotaExceeded, RateLimited, Unavailable
-from gateway.openai import schemas
+from gateway.openai import requests, schemas
 from gateway.openai.errors import HttpError, answer_to, param_of
 from gateway.openai.requests import chat_request, completion_requests, parse
 from torchrelay.v1 import generation_pb2 as pb
@@ -26,12 +28,13 @@ def chat(**fields: Any) -> pb.StreamGenerateRequest:
 
 def completions(**fields: Any) -> list[pb.StreamGenerateRequest]:
     body = json.dumps({"model": "m", "prompt": "p", **fields}).encode()
-    return completion_requests(parse(body, schemas.CompletionRequest), default_temperature=1.0, idempotency_key="k")
+    parsed = parse(body, schemas.CompletionRequest)
+    return completion_requests(parsed, default_temperature=1.0, context_tokens=64, idempotency_key="k")
 
 
-def refusal(**fields: Any) -> tuple[str, str]:
+def refusal(make: Callable[..., Any] = chat, **fields: Any) -> tuple[str, str]:
     with pytest.raises(InvalidRequest) as raised:
-        chat(**fields)
+        make(**fields)
     assert "secret" not in raised.value.message
     return raised.value.reason, raised.value.violations[0].field
 
@@ -117,6 +120,26 @@ def test_beams_are_not_sampled_at_the_default_temperature() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "UNSUPPORTED_PART", "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": 5}]}, "FIELD_INVALID", "messages[0].content"),
         ({"logit_bias": {"-1": 1}}, "FIELD_INVALID", "logit_bias"),
+        ({"logit_bias": {"0" * 24 + "5" * 24: 1}}, "FIELD_INVALID", "logit_bias"),
+        ({"logit_bias": {"0" * 5000: 1}}, "FIELD_INVALID", "logit_bias"),
+        ({"logit_bias": {"4294967296": 1}}, "FIELD_INVALID", "logit_bias"),
+        (
+            {"structured_output": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "FIELD_CONFLICT",
+            "structured_output",
+        ),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "secret"}}},
+            "FIELD_CONFLICT",
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"name": "secret"}}},
+            "FIELD_CONFLICT",
+            "response_format.json_schema",
+        ),
+        ({"stream_options": {"include_usage": True}}, "FIELD_CONFLICT", "stream_options"),
+        ({"messages": [{"role": "user", "content": "hi", " - at `$.x`\n": 1}]}, "FIELD_INVALID", "messages[0]"),
         ({"chat_template_kwargs": {"x": {"y": "z"}, "w": 1 << 70}}, "", ""),
     ],
 )
@@ -125,6 +148,64 @@ def test_what_cannot_be_done_is_refused_by_name(fields: dict[str, Any], reason: 
         assert refusal(**fields) == (reason, field)
     else:
         chat(**fields)
+
+
+def test_unknown_parameters_that_are_null_are_as_if_they_were_not_there() -> None:
+    assert chat(functions=None, suffix=None, reasoning_effort=None) == chat()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"logprobs": 1, "top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": 1, "echo": True, "prompt_logprobs": 2}, "prompt_logprobs"),
+    ],
+)
+def test_what_one_parameter_says_another_must_not_contradict(fields: dict[str, Any], field: str) -> None:
+    assert refusal(completions, **fields) == ("FIELD_CONFLICT", field)
+    assert completions(**{**fields, field: 1})[0].config.top_logprobs == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (chat, {"suppress_tokens": [0] * 1025}),
+        (chat, {"begin_suppress_tokens": [0] * 1025}),
+        (chat, {"stop_token_ids": [0] * 65}),
+        (chat, {"bad_words": [""] * 129}),
+        (chat, {"bad_words_ids": [{"ids": []}] * 257}),
+        (chat, {"bad_words_ids": [{"ids": [0] * 40_000}]}),
+        (chat, {"sequence_bias": [{}] * 257}),
+        (chat, {"structured_output": {"choices": {"choices": [""] * 40_000}}}),
+        (chat, {"logit_bias": {str(i): 0 for i in range(1025)}}),
+        (chat, {"chat_template_kwargs": {"a": [0] * 10_000}}),
+        (chat, {"messages": HELLO * 4097}),
+        (chat, {"tools": [{"function": {"name": "f"}}] * 129}),
+        (completions, {"prompt": [0] * 64}),
+        (completions, {"prompt": [[1], [0] * 64]}),
+        (completions, {"prompt": ["a"] * 129}),
+    ],
+)
+def test_what_is_too_long_is_not_converted(
+    make: Callable[..., Any], fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted: list[object] = []
+
+    def counted(convert: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*values: Any) -> Any:
+            converted.append(values)
+            return convert(*values)
+
+        return counting
+
+    for name in ("json_format.ParseDict", "_is_id", "_message"):
+        path = f"gateway.openai.requests.{name}"
+        monkeypatch.setattr(path, counted(operator.attrgetter(name)(requests)))
+    (name,) = fields
+    reason, field = refusal(make, **fields)
+    assert field == name
+    assert reason in ("FIELD_OUT_OF_RANGE", "CONTEXT_LENGTH_EXCEEDED")
+    assert len(converted) <= 3
 
 
 def test_messages_come_back_as_they_were_given_out() -> None:

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any, cast
 
 import pytest
@@ -34,13 +35,17 @@ CARD = ModelCard(
 )  # fmt: skip
 
 
+@cache
+def _codec() -> TextCodec:
+    return TextCodec((demo_model_dir() / "tokenizer.json").read_bytes(), None)
+
+
 class OneModel:
     """A catalog of one model."""
 
     def __init__(self) -> None:
         self.turns = TenantTurns()
-        codec = TextCodec((demo_model_dir() / "tokenizer.json").read_bytes(), None)
-        self._model = ServedModel(CARD, codec, default_config(CARD), self.turns)
+        self._model = ServedModel(CARD, _codec(), default_config(CARD), self.turns)
 
     async def get(self, name: str) -> ServedModel:
         return self._model

@@ -233,7 +233,8 @@ def banner(
     body = (
         f'{{"model": "{model.name}", "input": {{"text": "The capital of France is"}}, "config": {{"max_tokens": 16}}}}'
     )
-    chat = f'{{"model": "{model.name}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
+    message = f'{{"role": "user", "content": "{question}"}}'
+    chat = f'{{"model": "{model.name}", "messages": [{message}], "temperature": 0, "max_tokens": 32}}'
     openai = curl = ""
     if openai_address:
         openai = f"  openai   http://{openai_address}/v1 (completions, chat completions, models)\n"

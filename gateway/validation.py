@@ -18,7 +18,6 @@ from torchrelay.v1 import generation_pb2 as pb
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_ALTERNATIVES = 20
-MAX_NGRAM = 64
 MAX_TEMPERATURE = 2.0
 MIN_TEMPERATURE = 1e-6
 MAX_REPETITION_PENALTY = 10.0
@@ -244,8 +243,8 @@ def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violat
     _check_number(config, "repetition_penalty", 0, MAX_REPETITION_PENALTY, bad, above=True)
     if config.HasField("min_p") and not 0 <= config.min_p < 1:
         bad.add("config.min_p", "must be at least 0 and below 1")
-    if config.no_repeat_ngram_size > MAX_NGRAM:
-        bad.add("config.no_repeat_ngram_size", f"must be at most {MAX_NGRAM}")
+    if config.no_repeat_ngram_size > token_choice.MAX_NGRAM:
+        bad.add("config.no_repeat_ngram_size", f"must be at most {token_choice.MAX_NGRAM}")
     if config.HasField("num_outputs") and not 1 <= config.num_outputs <= limits.max_outputs:
         bad.add("config.num_outputs", f"must be 1 to {limits.max_outputs}")
     if len(config.stop) > limits.max_stop_strings:

@@ -13,9 +13,9 @@ from worker.engine.beam_scores import PlainRow, best_continuations
 from worker.engine.beams import BeamSearch, Candidate, Hypothesis, best_candidates, num_candidates
 from worker.engine.plan import DraftRow
 from worker.engine.results import beam_delta
-from worker.engine.scores import to_device
 from worker.engine.sequence import Sequence, SequenceGroup
 from worker.engine.stopping import StopState
+from worker.engine.transfer import to_device
 
 # Of each beam, the sums of log-probabilities of its best continuations, with their token ids.
 Continuations: TypeAlias = list[list[tuple[float, int]]]

@@ -16,8 +16,7 @@ import torch
 from common.generation import SamplingParams
 from worker.engine.edits import edit_scores
 from worker.engine.history import TokenHistory
-from worker.engine.scores import to_device
-from worker.engine.transfer import on_device
+from worker.engine.transfer import on_device, to_device
 
 _NEG_INF = float("-inf")
 

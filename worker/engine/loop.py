@@ -30,11 +30,11 @@ from worker.engine.results import Results, end_delta, score_chunk, token_delta, 
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import Argmax, SampledTokens, Sampler
 from worker.engine.scheduler import BlockCopy, Chunk, Plan, Scheduler
-from worker.engine.scores import to_device
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator, num_accepted
 from worker.engine.stopping import Detokenizer, Progress, StopState, TextParser
+from worker.engine.transfer import to_device
 from worker.engine.types import (
     ALL_TOKENS_FORBIDDEN,
     DuplicateRequest,

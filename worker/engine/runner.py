@@ -21,8 +21,8 @@ from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.host_memory import populate
 from worker.engine.memory import cache_bytes
 from worker.engine.scheduler import MAX_SCORED_ROWS, BlockCopy, Plan
-from worker.engine.scores import to_device
 from worker.engine.settings import EngineSettings
+from worker.engine.transfer import to_device
 from worker.engine.types import OnPart, ignore_part
 
 

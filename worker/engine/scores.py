@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 
 from common.generation import Alternatives, PromptScores, SamplingParams
+from worker.engine.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,6 @@ Scores: TypeAlias = tuple[dict[int, float], dict[int, TokenDetails]]
 def wants_logprobs(sampling: SamplingParams) -> bool:
     """Whether the sampled tokens of such a request are scored, be it only to choose the best outputs."""
     return sampling.logprobs or sampling.num_best > 0
-
-
-def to_device(values: Iterable[int], device: torch.device) -> torch.Tensor:
-    """Return [n] int64 on the device, copied without waiting for what that does."""
-    tensor = torch.tensor(list(values), dtype=torch.int64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, num_alternatives: int, *, ranked: bool) -> torch.Tensor:

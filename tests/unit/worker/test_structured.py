@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,42 @@ async def test_others_go_on_while_a_grammar_compiles(names: dict[int, str], comp
                 if output.finished:
                     reasons[output.request_id] = output.deltas[-1].finish_reason
         assert reasons == {"slow": FinishReason.STOP, "gone": FinishReason.CANCELLED}
+    finally:
+        thread.stop()
+        await thread.join(10)
+
+
+async def test_tenants_take_turns_at_having_their_grammars_compiled(
+    names: dict[int, str], compiler: LlguidanceCompiler
+) -> None:
+    """And what fails to compile for a reason of its own ends its request alone."""
+    compiled: list[str] = []
+
+    class Noting(SlowCompiler):
+        def compile(self, spec: StructuredOutput) -> Grammar:
+            found = super().compile(spec)
+            compiled.append(spec.text)
+            if spec.text == "a2":
+                raise RuntimeError("a fault in the library")
+            return found
+
+    slow = Noting(compiler)
+    engine, _ = make_engine(names, slow)
+    thread = EngineThread(engine)
+    thread.start(asyncio.get_running_loop())
+    try:
+        for name in ("x0", "a1", "a2", "a3", "a4", "b1", "b2", "c1"):
+            request = constrained(name, StructuredOutput(GrammarKind.REGEX, name))
+            thread.submit(replace(request, tenant=name[0]))
+        slow.may_go_on.set()
+        errors: dict[str, str | None] = {}
+        while len(errors) < 8:
+            result = await thread.next_result()
+            thread.ack(result.step)
+            errors |= {output.request_id: output.error for output in result.outputs if output.finished}
+        assert compiled == ["x0", "a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+        assert {name for name, error in errors.items() if error is not None} == {"a2"}
+        assert errors["a2"] == "GRAMMAR_INVALID"
     finally:
         thread.stop()
         await thread.join(10)

@@ -25,7 +25,14 @@ from worker.engine.loop import Engine
 from worker.engine.sampler import Sampler
 from worker.engine.thread import EngineThread
 from worker.engine.types import GenerationRequest
-from worker.structured import MAX_NUMBER_CHARS, LlguidanceCompiler, LlguidanceMatcher, NumberLength, make_compiler
+from worker.structured import (
+    MAX_NUMBER_CHARS,
+    LlguidanceCompiler,
+    LlguidanceMatcher,
+    NumberLength,
+    TokenBytes,
+    make_compiler,
+)
 
 EOS = 2
 CPU = torch.device("cpu")
@@ -267,6 +274,29 @@ def test_a_number_without_bounds_ends(compiler: LlguidanceCompiler, tokenizer_js
     assert taken('{"const": 1000000000000000000000000000000}', "1" + "0" * 30) == 31, "a bound asks for them"
     assert taken('{"type": "string"}', '"' + "1" * 60 + '"') == 62
     assert digits_taken(compiler, tokenizer_json, StructuredOutput(GrammarKind.REGEX, "[0-9]+"), "7" * 60) == 60
+
+
+def test_no_step_looks_at_the_whole_vocabulary(tokenizer_json: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+
+    class Noting(TokenBytes):
+        def of(self, token_id: int) -> bytes:
+            looked_at.append(token_id)
+            return super().of(token_id)
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "_tokenizer":
+                looked_at.append(-1)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr("worker.structured.TokenBytes", Noting)
+    fresh = make_compiler(tokenizer_json, VOCAB_SIZE, (EOS,))
+    assert fresh is not None
+    assert len(looked_at) >= VOCAB_SIZE, "when it is made"
+    looked_at.clear()
+    number = StructuredOutput(GrammarKind.JSON_SCHEMA, '{"type": "number"}')
+    assert digits_taken(fresh, tokenizer_json, number, "0." + "3" * 60) == MAX_NUMBER_CHARS
+    assert len(looked_at) < 2 * MAX_NUMBER_CHARS, "one token at a time"
 
 
 class SlowCompiler:

@@ -85,9 +85,15 @@ class ServedModel:
             raise InvalidRequest("the input has no tokens", reason="FIELD_REQUIRED", field="input")
         return encoded
 
-    def text_of(self, source: pb.GenerationInput) -> str:
-        """Return the text of an input that `encode` took and that is no conversation, as an output repeats it."""
-        return source.text if source.WhichOneof("input") == "text" else self.codec.decode(source.token_ids.ids)
+    async def text_of(self, source: pb.GenerationInput, tenant: str) -> str:
+        """Return the text of an input that `encode` took and that is no conversation, as an output repeats it.
+
+        Many ids wait for the tenant's turn: 8,192 of them take 4 ms, 32,768 take 18 ms.
+        """
+        if source.WhichOneof("input") == "text":
+            return source.text
+        ids = source.token_ids.ids[:]
+        return await self._beside(tenant, lambda: self.codec.decode(ids), len(ids))
 
     async def _encode_chat(self, chat: pb.ChatInput, tenant: str) -> EncodedInput:
         if chat.ByteSize() <= MAX_INLINE_BYTES:

@@ -225,7 +225,7 @@ class Generations:
                 sampling=sampling,
                 cache_salt=salt,
                 chat=encoded.chat,
-                echo_text=model.text_of(request.input) if config.echo else "",
+                echo_text=await model.text_of(request.input, caller.tenant) if config.echo else "",
             ),
             priority=priority,
             weight=policy.weight,

@@ -21,7 +21,7 @@ from common.registry import (
     ModelEntry,
     ModelRegistry,
 )
-from gateway import structured, token_choice
+from gateway import beams, structured, token_choice
 from gateway import validation as check
 from gateway.chat_constraints import chat_constraint
 from gateway.chat_template import TemplateError
@@ -177,6 +177,12 @@ class ServedModel:
                 limit=self.card.context_tokens,
             )
 
+    def has_room_for_beams(self, num_prompt_tokens: int, config: pb.GenerationConfig) -> bool:
+        """Whether the search that a resolved config asks for, if it does, fits this model's workers."""
+        search = SamplingParams(max_tokens=config.max_tokens, num_beams=config.num_beams or 1)
+        peak = peak_kv_tokens(num_prompt_tokens, search, self.card.block_tokens)
+        return not self.card.kv_tokens or peak <= self.card.kv_tokens
+
     def kv_tokens(self, num_prompt_tokens: int, sampling: SamplingParams) -> tuple[int, int]:
         """Return the KV slots that a request needs to begin, and those without which it can never end.
 
@@ -325,4 +331,5 @@ def default_config(card: ModelCard) -> pb.GenerationConfig:
     if defaults.max_tokens is not None:
         config.max_tokens = defaults.max_tokens
     config.MergeFrom(token_choice.default_config(defaults))
+    config.MergeFrom(beams.default_config(defaults))
     return config

@@ -200,6 +200,10 @@ class Generations:
             is_chat=request.input.HasField("chat"),
         )
         constraint = await model.constraint_of(config, encoded, caller.tenant)
+        if not request.config.HasField("num_beams") and (
+            constraint or not model.has_room_for_beams(len(prompt), config)
+        ):
+            beams.give_up(config)  # the model's default refuses no request
         beams.check_constraint(config, constraint)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
         sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids, constraint)

@@ -87,13 +87,14 @@ def resolve_config(
         bad.add("config.echo", "is not for conversations", "FIELD_CONFLICT")
     bad.raise_if_any()
     room = limits.context_length - num_prompt_tokens
-    if room < 1:
+    least = 0 if config.HasField("max_tokens") and config.max_tokens == 0 else 1
+    if room < least:
         raise InvalidRequest(
             f"the prompt has {num_prompt_tokens} tokens, which leaves no room in the model's context of "
             f"{limits.context_length}",
             reason="CONTEXT_LENGTH_EXCEEDED",
             field="input",
-            limit=limits.context_length - 1,
+            limit=limits.context_length - least,
             got=num_prompt_tokens,
         )
     resolved = pb.GenerationConfig()

@@ -300,6 +300,36 @@ def test_tokens_beyond_the_logits_are_not_penalised() -> None:
     assert Sampler(CPU).sample(logits, [row]).token_ids == [0]
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"sequence_bias": (((1,), 2.0), ((3,), 5.0), ((2,), -1.0), ((7, 1), 9.0))},
+        {"repetition_penalty": 4.0},
+        {"bad_words_ids": ((3,), (1,))},
+        {"encoder_repetition_penalty": 0.5},
+        {"presence_penalty": 0.5, "frequency_penalty": 1.0},
+    ],
+)
+def test_an_edit_of_a_token_beyond_the_logits_meets_no_other(params: dict[str, Any]) -> None:
+    """Not the first one of the row behind it, nor does it shift the values of the row's own."""
+    logits = torch.tensor([[1.0, 2.0, 0.5], [3.0, 1.0, 2.0]])
+    row, plain = make_row([1, 3, 7], [1, 1, 3], **params), make_row([0], repetition_penalty=1.0, min_tokens=1)
+    scores = logits.clone()
+    edit_scores(scores, [row, plain])
+    wide = torch.cat([logits, torch.zeros(2, 5)], dim=1)  # with scores for all ids
+    edit_scores(wide, [row, plain])
+    assert torch.equal(scores, wide[:, :3])
+    assert torch.equal(scores[1], logits[1])
+
+
+def test_a_forced_token_that_is_suppressed_is_forbidden_as_the_rest() -> None:
+    """As transformers' processors leave it, in whose order what is suppressed comes last."""
+    row = make_row([1], [2], max_tokens=2, forced_eos_token_id=3, suppress_tokens=(3,))
+    scores = torch.zeros(1, 5)
+    edit_scores(scores, [row])
+    assert scores.eq(float("-inf")).all()
+
+
 class TestWithoutWaiting:
     """As on a GPU: what is chosen is the same, and nobody looks at it before the end."""
 

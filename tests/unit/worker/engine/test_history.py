@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,3 +78,60 @@ def test_the_ids_that_may_not_come_again_are_not_gathered_anew_at_each_step() ->
     assert first.tolist() == list(range(1000))
     shared = history.copy()
     assert np.shares_memory(shared.banned_ids()[0], first), "until one of them goes on"
+
+
+EVERYTHING: dict[str, Any] = {
+    "repetition_penalty": 1.2,
+    "presence_penalty": 0.5,
+    "no_repeat_ngram_size": 2,
+    "encoder_no_repeat_ngram_size": 2,
+    "bad_words_ids": ((1, 2, 3), (2, 0)),
+    "sequence_bias": (((3,), 1.0), ((0, 1, 3), 2.0), ((1, 3), 4.0)),
+}
+
+
+def told(history: TokenHistory) -> dict[str, Any]:
+    ids, values = history.biases()
+    return {
+        "banned": banned(history),
+        "seen": history.seen_ids.tolist(),
+        "counts": dict(zip(history.counted_ids.tolist(), history.counts.tolist(), strict=True)),
+        "biases": dict(zip(ids.tolist(), values.tolist(), strict=True)),
+        "num_output_tokens": history.num_output_tokens,
+    }
+
+
+@given(prompt=st.lists(st.integers(0, 3), max_size=8), parts=st.tuples(*[st.lists(st.integers(0, 3), max_size=6)] * 3))
+def test_a_copy_and_its_original_know_each_their_own_past(prompt: list[int], parts: tuple[list[int], ...]) -> None:
+    before, one, other = parts
+    original = make_history(before, prompt, **EVERYTHING)
+    copy = original.copy()
+    original.extend(one)
+    copy.extend(other)
+    assert told(original) == told(make_history(before + one, prompt, **EVERYTHING))
+    assert told(copy) == told(make_history(before + other, prompt, **EVERYTHING))
+    assert told(copy)["num_output_tokens"] == len(before + other)
+
+
+def test_phrases_are_found_by_all_but_their_last_id() -> None:
+    assert banned(make_history([5, 1, 2], bad_words_ids=((1, 2, 3), (2, 2, 4), (2, 6)))) == [3, 6]
+    ids, values = make_history([5, 1, 2], sequence_bias=(((3,), 1.0), ((1, 2, 3), 2.0), ((2, 3), 4.0))).biases()
+    assert (ids.tolist(), values.tolist()) == ([3], [7.0]), "all of one id's together"
+
+
+def test_bad_words_that_end_an_output_are_not_banned() -> None:
+    history = make_history([1], bad_words_ids=((2,), (3,)), stop_token_ids=(3,), suppress_tokens=(4,))
+    assert history.always_banned.tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 1.1), ("no_repeat_ngram_size", 1), ("min_tokens", 1), ("presence_penalty", -0.1),
+        ("frequency_penalty", 0.1), ("encoder_repetition_penalty", 0.9), ("encoder_no_repeat_ngram_size", 1),
+        ("bad_words_ids", ((1,),)), ("sequence_bias", (((1,), 1.0),)), ("suppress_tokens", (1,)),
+        ("begin_suppress_tokens", (1,)), ("exponential_decay_length_penalty", (0, 1.1)), ("forced_eos_token_id", 0),
+    ],
+)  # fmt: skip
+def test_each_edit_alone_needs_a_history(name: str, value: Any) -> None:
+    assert TokenHistory.is_needed(SamplingParams(max_tokens=2, **{name: value}))

@@ -17,6 +17,7 @@ from tests.builders_engine import Driver, PaperRunner, generate, make_engine, ma
 from tests.waits import Waits
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import MAX_SCORED_ROWS
+from worker.engine.scores import score_prompt
 from worker.engine.sequence import Sequence
 from worker.engine.types import GenerationRequest
 
@@ -189,6 +190,13 @@ def test_logits_that_are_no_numbers_end_a_scored_request() -> None:
     engine = make_engine(runner, token_budget=4)
     collected = generate(engine, make_request("r", range(12), prompt_logprobs=0, num_outputs=2))["r"]
     assert collected.error == "NAN_LOGITS"
+
+
+def test_scores_of_narrow_logits_are_those_of_their_values() -> None:
+    logits = (torch.randn(4, 300, generator=torch.Generator().manual_seed(2)) * 5).to(torch.bfloat16)
+    found = score_prompt(logits, [1, 2, 3, 4], 1, 0)
+    expected = logits.float().log_softmax(-1)[torch.arange(4), torch.tensor([1, 2, 3, 4])]
+    torch.testing.assert_close(torch.tensor(found.logprobs), expected)
 
 
 def test_without_new_tokens_the_scores_are_all_there_is() -> None:

@@ -4,6 +4,7 @@
     gated layers          gate and up are one product, activation and product of both one kernel
     norms                 one kernel instead of six
     rotary embedding      one kernel for queries and keys, in place, instead of ten
+    head                  of one row alone by the kernel that reads weights fastest
     residual sums         added by the products that end attention and MLP, instead of by kernels of their own; a
                           decode alone has norms and activation in its products as well (`kernels/triton/vector.py`)
 
@@ -353,6 +354,18 @@ def _norming_product(layer: Any) -> NormingLinear | None:
     return None
 
 
+def _head_changes(module: PreTrainedModel) -> Iterator[_Change]:
+    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if _is_linear(head) and vector.fits(head.weight):
+        yield _Change(head, "forward", types.MethodType(_head_forward, head))
+
+
+def _head_forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    if x.numel() == x.shape[-1] and vector.fits(self.weight):
+        return vector.multiply(x.contiguous(), self.weight, addend=self.bias)
+    return nn.functional.linear(x, self.weight, self.bias)
+
+
 def _is_linear(layer: object) -> TypeGuard[nn.Linear]:
     return type(layer) is nn.Linear  # not a subclass: it may compute something else
 
@@ -367,4 +380,5 @@ _CHANGES: Final[tuple[tuple[str, Callable[[PreTrainedModel], Iterator[_Change]]]
     ("norms", _norm_changes),
     ("rotary embedding", _rotary_changes),
     ("residual sums", _sum_changes),
+    ("head", _head_changes),
 )

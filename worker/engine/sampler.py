@@ -45,7 +45,8 @@ _NEG_INF: Final = float("-inf")
 _UNDECIDED: Final = -1  # the row needs more candidates
 _FORBIDDEN: Final = -2  # no token is allowed
 
-# [num_rows, vocab_size] to [num_rows] int64: the largest score's token, or ~token where that score is not finite.
+# [num_rows, vocab_size] to [num_rows] int64: the largest score's token, or ~token where that score is not finite. The
+# scores are float32, or on a GPU of any float type.
 Argmax: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -158,8 +159,8 @@ class Sampler:
         self, logits: torch.Tensor, rows: Rows[LogitRow], masks: TokenMasks | None, may_wait: bool
     ) -> PendingTokens:
         """One copy from the device at the end. The token of a row that needs more candidates is _UNDECIDED."""
-        scores = logits.float()
-        best = self._argmax(scores)
+        raw = logits.float() if self._device.type == "cpu" else logits
+        best = self._argmax(raw)
         masked = rows_to_mask(masks, rows, best.tolist() if masks is not None and may_wait else None)
         edited = [i for i, row in enumerate(rows) if row.history is not None or i in masked]
         unedited = [i for i, row in enumerate(rows) if row.history is None and i not in masked]
@@ -167,6 +168,7 @@ class Sampler:
         wanted = [(i, row.sampling.top_logprobs) for i, row in enumerate(rows) if wants_logprobs(row.sampling)]
         if not (edited or sampled or wanted):  # a small step's time is felt: nothing but what it needs
             return PendingTokens(best, best, _read_best)
+        scores = raw.float()
         is_valid = best >= 0
         tokens = torch.where(is_valid, best, ~best)
         if edited or sampled:

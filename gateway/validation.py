@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -178,6 +179,15 @@ def check_idempotency_key(key: str) -> str | None:
             limit=MAX_IDEMPOTENCY_KEY,
         )
     return key or None
+
+
+def idempotency_key_of(key: str, part: int) -> str | None:
+    """Return the key of one of a call's generations, None if there is none. Raises InvalidRequest.
+
+    The first has the caller's own; those of the others hold a blank, which no caller's may, and are short enough.
+    """
+    own = check_idempotency_key(key)
+    return own if own is None or not part else f"{hashlib.sha256(own.encode()).hexdigest()} {part}"
 
 
 def check_cache_salt(salt: bytes) -> bytes:

@@ -95,14 +95,17 @@ class OpenAiDoor:
     async def _answer(
         self, exchange: Exchange, parsed: Parsed, requests: Sequence[pb.StreamGenerateRequest], choices: Choices
     ) -> None:
-        """Queue the generations, and send what they come to. Those of a client that goes away are cancelled."""
+        """Queue the generations, and send what they come to.
+
+        Those of a client that goes away are cancelled: with an idempotency key after a grace, in which it may return.
+        """
 
         async def work() -> None:
             async with AsyncExitStack() as stack:
                 call = _HttpCall(exchange)
                 opened = [
-                    await stack.enter_async_context(self._generations.open(request, current_caller(), call))
-                    for request in requests
+                    await stack.enter_async_context(self._generations.open(request, current_caller(), call, part))
+                    for part, request in enumerate(requests)
                 ]
                 accepted = opened[0][1]
                 options = parsed.request.stream_options

@@ -17,6 +17,7 @@ from gateway.openai import schemas
 from torchrelay.v1 import generation_pb2 as pb
 
 MAX_PROMPTS: Final = 128
+REPEAT_GRACE_S: Final = 30  # how long a generation with an idempotency key goes on without its client
 _DEFAULT_MAX_TOKENS: Final = 16  # of completions, as OpenAI documents it
 _EXTENSIONS: Final = frozenset(pb.GenerationConfig.DESCRIPTOR.fields_by_name) - {"num_outputs", "max_length"}
 _ROLES: Final = {
@@ -122,13 +123,13 @@ def completion_requests(
                 raise InvalidRequest("must not differ from logprobs", reason="FIELD_CONFLICT", field=name)
             setattr(config, name, num_alternatives)
     inputs = _prompts(request.prompt, context_tokens)
-    keys = [f"{idempotency_key}-{i}" if len(inputs) > 1 else idempotency_key for i in range(len(inputs))]
-    return [
-        pb.StreamGenerateRequest(
-            model=request.model, input=source, config=config, idempotency_key=key if idempotency_key else ""
-        )
-        for source, key in zip(inputs, keys, strict=True)
+    made = [
+        pb.StreamGenerateRequest(model=request.model, input=source, config=config, idempotency_key=idempotency_key)
+        for source in inputs
     ]
+    for one in made:
+        _let_repeat(one)
+    return made
 
 
 def chat_request(parsed: Parsed, *, default_temperature: float, idempotency_key: str = "") -> pb.StreamGenerateRequest:
@@ -151,13 +152,21 @@ def chat_request(parsed: Parsed, *, default_temperature: float, idempotency_key:
                 "must not be given together with response_format", reason="FIELD_CONFLICT", field="structured_output"
             )
         _add_format(config, request.response_format)
-    return pb.StreamGenerateRequest(
+    made = pb.StreamGenerateRequest(
         model=request.model,
         input=pb.GenerationInput(chat=_chat(request)),
         config=config,
         idempotency_key=idempotency_key,
         priority=_PRIORITIES.get(request.service_tier or "", pb.PRIORITY_UNSPECIFIED),
     )
+    _let_repeat(made)
+    return made
+
+
+def _let_repeat(request: pb.StreamGenerateRequest) -> None:
+    """A call with a key is repeated when its connection is lost: what the repeat finds must not be cancelled."""
+    if request.idempotency_key:
+        request.disconnect_grace.FromSeconds(REPEAT_GRACE_S)
 
 
 def _config(parsed: Parsed, default_temperature: float) -> pb.GenerationConfig:

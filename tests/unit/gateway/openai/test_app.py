@@ -86,7 +86,7 @@ class Streams:
         self.configs: list[pb.GenerationConfig] = []
 
     @asynccontextmanager
-    async def open(self, request: Any, caller: Any, call: Any) -> AsyncIterator[Any]:
+    async def open(self, request: Any, caller: Any, call: Any, part: int = 0) -> AsyncIterator[Any]:
         self.configs.append(request.config)
         yield self, pb.Accepted(generation_id="g", model="m", config=request.config)
 

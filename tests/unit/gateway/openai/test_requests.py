@@ -243,12 +243,15 @@ def test_messages_come_back_as_they_were_given_out() -> None:
 
 def test_each_prompt_is_a_generation_of_its_own() -> None:
     made = completions(prompt=["a", "b"], logprobs=0, echo=True, best_of=3, n=2)
-    assert [(m.input.text, m.idempotency_key) for m in made] == [("a", "k-0"), ("b", "k-1")]
+    assert [(m.input.text, m.idempotency_key) for m in made] == [("a", "k"), ("b", "k")]
     config = made[0].config
     assert (config.max_tokens, config.best_of, config.num_outputs) == (16, 3, 2)
     assert (config.echo, config.logprobs) == (True, True)
     assert config.HasField("prompt_logprobs")
     assert completions()[0].idempotency_key == "k"
+    # With a key a call is repeated when its connection is lost: the repeat is to find it running.
+    assert [m.disconnect_grace.ToSeconds() for m in made] == [30, 30]
+    assert not chat().HasField("disconnect_grace")
 
 
 @settings(deadline=None, max_examples=200)

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidRequest, ModelNotFound, QuotaExceeded, RateLimited, Unavailable
+from common.jobs import Reason
+from gateway import structured
 from gateway.openai import requests, schemas
 from gateway.openai.errors import HttpError, answer_to, param_of
 from gateway.openai.requests import chat_request, completion_requests, parse
@@ -308,3 +310,8 @@ def test_a_retry_is_told_in_whole_seconds_and_in_milliseconds() -> None:
 )
 def test_fields_are_named_as_the_caller_knows_them(field: str, param: str) -> None:
     assert param_of(field, is_chat=True) == param
+
+
+def test_a_grammar_that_tools_brought_is_theirs() -> None:
+    answer = answer_to(structured.failed(Reason.GRAMMAR_STUCK, pb.GenerationConfig()), is_chat=True)
+    assert (answer.status, answer.body["error"]["param"]) == (400, "tools")

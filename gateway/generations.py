@@ -17,7 +17,7 @@ from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
 from common.jobs import Attachment, Enqueued, NewJob
-from gateway import audit, beams, convert
+from gateway import audit, beams, convert, token_choice
 from gateway import validation as check
 from gateway.admission import Admission
 from gateway.catalog import Catalog
@@ -202,6 +202,7 @@ class Generations:
         )
         constraint = await model.constraint_of(config, encoded, caller.tenant)
         beams.check_constraint(config, constraint)
+        token_choice.settle_constraint(config, request.config, constraint)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
         sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids, constraint)
         if adapter is not None:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 from common.errors import InvalidRequest
+from common.generation import StructuredOutput
 from common.registry import GenerationDefaults
 from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
@@ -138,6 +139,25 @@ def _settle_forced_eos(resolved: pb.GenerationConfig, config: pb.GenerationConfi
         raise InvalidRequest(
             "must not be among suppress_tokens", reason="FIELD_CONFLICT", field="config.forced_eos_token_id"
         )
+
+
+def settle_constraint(
+    resolved: pb.GenerationConfig, config: pb.GenerationConfig, constraint: StructuredOutput | None
+) -> None:
+    """A last token cannot be forced where an output must match something; what only the model asks for gives way.
+
+    Raises InvalidRequest with both fields.
+    """
+    if constraint is None or not resolved.HasField("forced_eos_token_id"):
+        return
+    if not config.HasField("forced_eos_token_id"):
+        resolved.ClearField("forced_eos_token_id")
+        return
+    bad = Violations()
+    other = "config.structured_output" if config.HasField("structured_output") else "input.chat.tools"
+    bad.add("config.forced_eos_token_id", f"must not be set together with {other}", "FIELD_CONFLICT")
+    bad.add(other, "must not be set together with config.forced_eos_token_id", "FIELD_CONFLICT")
+    bad.raise_if_any()
 
 
 def default_config(defaults: GenerationDefaults) -> pb.GenerationConfig:

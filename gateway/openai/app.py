@@ -58,7 +58,7 @@ class OpenAiDoor:
         )
 
     async def _completions(self, exchange: Exchange) -> None:
-        body = await exchange.body(self._settings.max_message_bytes)
+        body = await exchange.body(self._settings.max_message_bytes, current_caller().tenant)
         parsed = await self._beside(body, lambda: parse(body, schemas.CompletionRequest))
         temperature = await self._temperature(parsed)
         model = await self._catalog.get(parsed.request.model)
@@ -82,7 +82,7 @@ class OpenAiDoor:
         await self._answer(exchange, parsed, requests, choices)
 
     async def _chat_completions(self, exchange: Exchange) -> None:
-        body = await exchange.body(self._settings.max_message_bytes)
+        body = await exchange.body(self._settings.max_message_bytes, current_caller().tenant)
         parsed = await self._beside(body, lambda: parse(body, schemas.ChatRequest))
         temperature = await self._temperature(parsed)
         key = exchange.header("idempotency-key")
@@ -130,9 +130,12 @@ class OpenAiDoor:
             async for _ in stream.events():
                 pass
 
-        async with asyncio.TaskGroup() as group:
-            for stream, _ in opened:
-                group.create_task(drain(stream))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stream, _ in opened:
+                    group.create_task(drain(stream))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # an answer tells one error
         found = [await self._generations.whole(accepted.generation_id, current_caller()) for _, accepted in opened]
         made: list[dict[str, Any]] = []
         for generation in found:

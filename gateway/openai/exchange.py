@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -18,11 +20,14 @@ from gateway.audit import Audit
 from gateway.identity.caller import CALLER, Caller, CallInfo
 from gateway.interceptors.guard import outcome_of
 from gateway.openai.errors import HttpError, answer_to, body_of, merge_headers
-from gateway.openai.server import auth_context_of
+from gateway.openai.server import abort, auth_context_of
+from gateway.places import Places
+from gateway.settings import GatewaySettings
 from gateway.status import GenerationEndedError
 
 log = structlog.get_logger()
 
+_RETRY_AFTER_MS: Final = 500
 _BODY_S: Final = 30.0  # how long a body may take to arrive
 _JSON: Final = {"content-type": "application/json"}
 _EVENTS: Final = {
@@ -43,12 +48,16 @@ class Gone(Exception):
 class Exchange:
     """A request that is being answered. Not for more than one task but for `until_gone`."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, send_timeout_s: float, is_chat: bool) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, bodies: Places, send_timeout_s: float, is_chat: bool
+    ) -> None:
         self.scope = scope
         self.headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         self.generation_id = ""  # once there is one, told in a header
         self._receive = receive
         self._send = send
+        self._bodies = bodies
+        self._held = ExitStack()
         self._send_timeout_s = send_timeout_s
         self._is_chat = is_chat
         self._has_begun = False
@@ -69,11 +78,16 @@ class Exchange:
         """Return what the call brings along to show whose it is."""
         return CallInfo(self.headers, self.peer(), auth_context_of(self.scope))
 
-    async def body(self, max_bytes: int) -> bytes:
-        """Read the body. Raises HttpError for one that is too long or does not arrive, Gone."""
+    async def body(self, max_bytes: int, tenant: str) -> bytes:
+        """Read the body, which is held up to `close`: its bytes count as the tenant's until then.
+
+        Raises HttpError for one that is too long or does not arrive, ResourceExhausted, Gone.
+        """
         length = self.header("content-length")
-        if length.isdecimal() and int(length[:20]) > max_bytes:
+        told = int(length[:20]) if length.isdecimal() else 0
+        if told > max_bytes:
             raise _too_long(max_bytes)
+        self._hold(tenant, told)
         pieces, size = list[bytes](), 0
         try:
             async with asyncio.timeout(_BODY_S):
@@ -85,11 +99,23 @@ class Exchange:
                     size += len(piece)
                     if size > max_bytes:
                         raise _too_long(max_bytes)
+                    if size > told:  # it comes in chunks, whose sum nobody told before
+                        self._hold(tenant, size - told)
+                        told = size
                     pieces.append(piece)
                     if not message.get("more_body", False):
                         return b"".join(pieces)
         except TimeoutError:
             raise HttpError(408, "the body did not arrive in time", "request_timeout") from None
+
+    def _hold(self, tenant: str, num_bytes: int) -> None:
+        """Raises ResourceExhausted."""
+        delay_ms = random.randint(_RETRY_AFTER_MS, 3 * _RETRY_AFTER_MS)  # not all come back at the same moment
+        self._held.enter_context(self._bodies.take(tenant, retry_after_ms=delay_ms, count=num_bytes))
+
+    def close(self) -> None:
+        """The call is over."""
+        self._held.close()
 
     async def until_gone(self) -> None:
         """Return when the client has gone away; only once the body has been read."""
@@ -157,6 +183,7 @@ class Exchange:
             async with asyncio.timeout(self._send_timeout_s):
                 await self._send(message)
         except TimeoutError:
+            abort(self.scope)  # what it has not read would otherwise be kept for it
             raise ClientTooSlow from None
 
 
@@ -169,11 +196,14 @@ class Door:
         authorize: Callable[[str, Caller], None],
         audit: Audit,
         *,
+        bodies: Places,
         send_timeout_s: float,
     ) -> None:
+        """`bodies` are the bytes that may be held of requests."""
         self._authenticate = authenticate
         self._authorize = authorize
         self._audit = audit
+        self._bodies = bodies
         self._send_timeout_s = send_timeout_s
 
     def route(self, method: str, run: Run, *, is_chat: bool = False) -> _Route:
@@ -201,6 +231,12 @@ class Door:
                 await exchange.answer_error(error, path)
         else:
             self._audit.end(record, "OK")
+        finally:
+            exchange.close()
+
+    def exchange(self, scope: Scope, receive: Receive, send: Send, *, is_chat: bool) -> Exchange:
+        """Return a request that is to be answered."""
+        return Exchange(scope, receive, send, bodies=self._bodies, send_timeout_s=self._send_timeout_s, is_chat=is_chat)
 
 
 class _Route:
@@ -213,8 +249,18 @@ class _Route:
         self._is_chat = is_chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, send_timeout_s=self._door._send_timeout_s, is_chat=self._is_chat)
+        exchange = self._door.exchange(scope, receive, send, is_chat=self._is_chat)
         await self._door.handle(exchange, self._method, self._run)
+
+
+def bodies_of(settings: GatewaySettings) -> Places:
+    """Return room for the bodies of requests; each tenant has it for one of any size, while there is any."""
+    return Places(
+        settings.openai_max_body_bytes,
+        settings.max_calls_per_tenant_share,
+        few=settings.max_message_bytes,
+        of="bytes of requests",
+    )
 
 
 async def while_wanted(exchange: Exchange, work: Awaitable[None]) -> None:

@@ -190,6 +190,7 @@ class Generations:
             settings.max_stop_strings,
             has_eos=bool(card.eos_token_ids),
             max_sequences=card.max_sequences or None,
+            max_log_bytes=self._queue.max_log_bytes,
         ).within(grants.caps)
         secret = await self._secret.get()
         config = check.resolve_config(

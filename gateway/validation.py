@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from common.errors import InvalidRequest
 from common.generation import SamplingParams, StructuredOutput
 from common.grants import Caps
-from gateway import beams, token_choice
+from gateway import beams, log_budget, token_choice
 from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -37,6 +37,7 @@ class ConfigLimits:
     has_eos: bool = True  # the model has an end-of-sequence id
     max_tokens: int | None = None  # of each output; None is what the context leaves
     max_sequences: int | None = None  # that a worker decodes together; None is not known
+    max_log_bytes: int | None = None  # of a generation's events; None is not known
 
     @property
     def max_beams(self) -> int:
@@ -105,7 +106,7 @@ def resolve_config(
         del resolved.stop_token_ids[:]
     token_choice.clear_replaced(resolved, config)
     resolved.MergeFrom(config)
-    resolved.max_tokens = _max_tokens(config, defaults, num_prompt_tokens, room, limits)
+    resolved.max_tokens = _max_tokens(config, resolved, num_prompt_tokens, room, limits)
     resolved.ClearField("max_length")
     token_choice.resolve(resolved, config, num_prompt_tokens, has_eos=limits.has_eos)
     filters_given = config.HasField("top_k") or config.HasField("top_p") or config.HasField("min_p")
@@ -204,8 +205,10 @@ def check_cache_salt(salt: bytes) -> bytes:
 
 
 def _max_tokens(
-    config: pb.GenerationConfig, defaults: pb.GenerationConfig, num_prompt_tokens: int, room: int, limits: ConfigLimits
+    config: pb.GenerationConfig, resolved: pb.GenerationConfig, num_prompt_tokens: int, room: int, limits: ConfigLimits
 ) -> int:
+    """`resolved` has the model's defaults filled in."""
+    log_bytes = limits.max_log_bytes
     field_name = "config.max_length" if config.HasField("max_length") else "config.max_tokens"
     cap = limits.max_tokens
     if config.HasField("max_length"):
@@ -222,7 +225,9 @@ def _max_tokens(
         wanted = config.max_tokens
     else:
         most = room if cap is None else min(room, cap)
-        return min(most, defaults.max_tokens) if defaults.HasField("max_tokens") else most
+        if log_bytes is not None:  # nobody is given unasked what the log cannot hold
+            most = min(most, max(1, log_budget.max_tokens(resolved, num_prompt_tokens, log_bytes, is_ample=True)))
+        return min(most, resolved.max_tokens) if resolved.HasField("max_tokens") else most
     if cap is not None and wanted > cap:
         raise InvalidRequest(
             f"this key may ask for {cap} new tokens",
@@ -240,6 +245,10 @@ def _max_tokens(
             limit=room,
             got=wanted,
         )
+    if log_bytes is not None:
+        most = log_budget.max_tokens(resolved, num_prompt_tokens, log_bytes)
+        if wanted > most:
+            raise log_budget.too_many_tokens(resolved, field_name, wanted, most, log_bytes)
     return wanted
 
 

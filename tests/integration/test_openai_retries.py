@@ -1,4 +1,7 @@
-"""A client of the OpenAI door that lost its connection repeats the call by its idempotency key, and gets it all."""
+"""A client of the OpenAI door that lost its connection repeats the call by its idempotency key, and gets it all.
+
+And what no log could hold is not begun.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ from typing import Any
 import pytest
 
 from common.grants import Caps
+from tests.builders_calls import refused
 from tests.builders_http import HttpDoor
 from tests.builders_models import write_tiny_model
-from tests.builders_system import System, gateway_and_worker, until
+from tests.builders_system import System, running_system, until
 from torchrelay.v1 import generation_pb2 as pb
 
 MODEL = "tiny"
 MAX_TOKENS = 1500  # seconds
+LOG_BYTES = 256 << 10
 FINAL = (pb.GENERATION_STATE_FINISHED, pb.GENERATION_STATE_CANCELLED)
 
 
@@ -26,7 +31,10 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     folder = write_tiny_model(
         tmp_path_factory.mktemp("tiny"), "llama", max_position_embeddings=1 << 13, eos_token_id=None
     )
-    with gateway_and_worker(tmp_path_factory.mktemp("system"), folder, MODEL) as system:
+    with running_system(tmp_path_factory.mktemp("system"), TORCHRELAY_QUEUE_MAX_LOG_BYTES=str(LOG_BYTES)) as system:
+        system.add_gateway()
+        system.add_worker(folder, MODEL)
+        asyncio.run(system.ready(MODEL))
         yield system
 
 
@@ -107,3 +115,18 @@ async def test_the_grace_is_cut_to_what_the_credential_may_have(system: System) 
     door = door_of(system, system.create_key("impatient", caps=Caps(max_disconnect_grace_ms=0)))
     generation_id = await asyncio.to_thread(begin_and_leave, door, wish(), "k1")
     assert await ended(system, generation_id, door.key) == pb.GENERATION_STATE_CANCELLED
+
+
+async def test_more_than_a_log_may_hold_is_refused_at_both_doors(system: System) -> None:
+    asked: dict[str, Any] = {"max_tokens": 5000}
+    answer = await door_of(system).post("/v1/completions", wish(logprobs=20, **asked))
+    error = answer.json["error"]
+    assert (answer.status, error["param"], error["code"]) == (400, "max_tokens", "request_too_large"), error
+    async with system.client() as client:
+        with refused() as refusal:
+            await client.generate("abc", model=MODEL, logprobs=True, top_logprobs=20, **asked)
+        assert (refusal.reason, refusal.fields) == ("REQUEST_TOO_LARGE", ["config.max_tokens"])
+        # What fits is served to its end, also where nobody said how much.
+        whole = await client.generate("abc", model=MODEL, logprobs=True, top_logprobs=20, num_outputs=2)
+    assert whole.config.max_tokens < 500
+    assert [len(output.token_ids) for output in whole.outputs] == [whole.config.max_tokens] * 2

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 import msgspec
 from google.protobuf import json_format
 
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, ModelNotFound
 from gateway import beams, token_choice, validation
 from gateway.conversation import MAX_MESSAGES, MAX_TEMPLATE_ARGUMENTS_BYTES, MAX_TOOLS
 from gateway.openai import schemas
@@ -55,6 +55,7 @@ class Parsed(NamedTuple):
 
     request: AnyRequest
     extensions: Mapping[str, Any]
+    adapter: str = ""  # that the model's name ended with
 
 
 def parse(body: bytes, kind: type[_T]) -> Parsed:
@@ -81,6 +82,19 @@ def parse(body: bytes, kind: type[_T]) -> Parsed:
         raise _invalid(str(error)) from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deep", reason="MALFORMED_MESSAGE") from None
+
+
+def split_model(name: str) -> tuple[str, str]:
+    """Return a model's name and its adapter's, which is empty where none is named. Raises ModelNotFound."""
+    base, colon, adapter = name.partition(":")  # names of models and of adapters have none
+    if colon and not adapter:
+        raise ModelNotFound("no such model")
+    return base, adapter
+
+
+def full_name(model: str, adapter: str) -> str:
+    """Return the name by which a model is asked for with an adapter."""
+    return f"{model}:{adapter}" if adapter else model
 
 
 def _invalid(text: str) -> InvalidRequest:
@@ -124,7 +138,13 @@ def completion_requests(
             setattr(config, name, num_alternatives)
     inputs = _prompts(request.prompt, context_tokens)
     made = [
-        pb.StreamGenerateRequest(model=request.model, input=source, config=config, idempotency_key=idempotency_key)
+        pb.StreamGenerateRequest(
+            model=request.model,
+            input=source,
+            config=config,
+            idempotency_key=idempotency_key,
+            adapter=parsed.adapter,
+        )
         for source in inputs
     ]
     for one in made:
@@ -157,6 +177,7 @@ def chat_request(parsed: Parsed, *, default_temperature: float, idempotency_key:
         input=pb.GenerationInput(chat=_chat(request)),
         config=config,
         idempotency_key=idempotency_key,
+        adapter=parsed.adapter,
         priority=_PRIORITIES.get(request.service_tier or "", pb.PRIORITY_UNSPECIFIED),
     )
     _let_repeat(made)

@@ -18,6 +18,7 @@ from common.generation import SamplingParams
 from tests.builders_adapters import linear_layers, merged, write_adapter
 from tests.builders_calls import Outcome, refused
 from tests.builders_engine import reference_tokens
+from tests.builders_http import HttpDoor
 from tests.builders_models import tiny_module, write_tiny_model
 from tests.builders_system import System, running_system, until
 from torchrelay.client import AsyncClient
@@ -167,6 +168,41 @@ async def test_each_request_gets_the_adapter_that_it_names(served: Served) -> No
     with refused() as refusal:
         await served.client.generate(PROMPT, **options, adapter="second")
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "IDEMPOTENCY_KEY_REUSED")
+    await _check_openai_door(served, {name: outcome.output.text for name, outcome in zip(names, outcomes, strict=True)})
+
+
+async def _check_openai_door(served: Served, texts: dict[str, str]) -> None:
+    """There an adapter is named behind its model, and is listed as a model whose parent that is."""
+    address = served.system.gateways[0].openai_address
+    doors = {
+        "any": HttpDoor(address, served.system.key),
+        "base": HttpDoor(address, served.system.create_key("of-the-base", models=(MODEL,))),
+        "other": HttpDoor(address, served.system.create_key("of-another", models=("other",))),
+    }
+    listed = (await doors["base"].get("/v1/models")).json["data"]
+    assert [(one["id"], one["root"], one["parent"]) for one in listed] == [
+        (MODEL, MODEL, None),
+        (f"{MODEL}:first", MODEL, MODEL),
+        (f"{MODEL}:second", MODEL, MODEL),
+    ]
+    assert (await doors["other"].get("/v1/models")).json["data"] == []
+    assert (await doors["any"].get(f"/v1/models/{MODEL}:second")).json == listed[2]
+    body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    for name, text in texts.items():
+        model = f"{MODEL}:{name}" if name else MODEL
+        answer = await doors["base"].post("/v1/completions", {"model": model, **body})
+        assert (answer.status, answer.json["model"]) == (200, model)
+        assert answer.json["choices"][0]["text"] == text
+    for name in ("third", "", "first:second"):
+        model = f"{MODEL}:{name}"
+        for path in ("completions", "chat/completions"):
+            fields = body if path == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+            answer = await doors["any"].post(f"/v1/{path}", {"model": model, **fields})
+            error = answer.json["error"]
+            assert (answer.status, error["param"], error["code"]) == (404, "model", "model_not_found"), model
+        assert (await doors["any"].get(f"/v1/models/{model}")).status == 404
+    answer = await doors["other"].post("/v1/completions", {"model": f"{MODEL}:first", **body})
+    assert (answer.status, answer.json["error"]["code"]) == (403, "model_not_allowed")
 
 
 async def test_adapters_come_change_and_go_while_others_are_served(served: Served) -> None:

@@ -21,7 +21,7 @@ from tests.builders_system import System, running_system, until
 from torchrelay.v1 import generation_pb2 as pb
 
 MODEL = "tiny"
-MAX_TOKENS = 1500  # seconds
+MAX_TOKENS = 700
 LOG_BYTES = 256 << 10
 FINAL = (pb.GENERATION_STATE_FINISHED, pb.GENERATION_STATE_CANCELLED)
 
@@ -82,7 +82,7 @@ async def test_a_repeat_after_a_lost_connection_gets_the_whole_answer(system: Sy
 
 
 async def test_a_repeat_of_several_prompts_finds_all_of_them(system: System) -> None:
-    door, body = door_of(system), wish(prompt=["abc", "def", "abc"], max_tokens=600, n=2)
+    door, body = door_of(system), wish(prompt=["abc", "def", "abc"], max_tokens=400, n=2)
     generation_id = await asyncio.to_thread(begin_and_leave, door, body, "k" * 128)
 
     async def is_idle() -> bool:

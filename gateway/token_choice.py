@@ -10,19 +10,20 @@ from typing import Any, Final
 
 from common.errors import InvalidRequest
 from common.generation import StructuredOutput
+from common.parameter_limits import (
+    MAX_BAD_WORD_BYTES,
+    MAX_BAD_WORDS,
+    MAX_BIAS,
+    MAX_FACTOR,
+    MAX_NGRAM,
+    MAX_PENALTY,
+    MAX_PHRASE_IDS,
+    MAX_PHRASES,
+    MAX_TOKEN_IDS,
+)
 from common.registry import GenerationDefaults
 from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
-
-MAX_BAD_WORDS: Final = 128
-MAX_BAD_WORD_BYTES: Final = 256
-MAX_PHRASES: Final = 256  # sequences of bad_words_ids, and of sequence_bias
-MAX_PHRASE_IDS: Final = 64
-MAX_TOKEN_IDS: Final = 1024  # of logit_bias, suppress_tokens and begin_suppress_tokens each
-MAX_BIAS: Final = 100.0
-MAX_PENALTY: Final = 2.0
-MAX_FACTOR: Final = 10.0
-MAX_NGRAM: Final = 64
 
 _FILTERS: Final = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 _REPEATED: Final = (

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from google.protobuf.duration_pb2 import Duration
 
+from common import parameter_limits
 from common.errors import InvalidRequest
 from common.generation import SamplingParams, StructuredOutput
 from common.grants import Caps
@@ -262,8 +263,8 @@ def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violat
     _check_number(config, "repetition_penalty", 0, MAX_REPETITION_PENALTY, bad, above=True)
     if config.HasField("min_p") and not 0 <= config.min_p < 1:
         bad.add("config.min_p", "must be at least 0 and below 1")
-    if config.no_repeat_ngram_size > token_choice.MAX_NGRAM:
-        bad.add("config.no_repeat_ngram_size", f"must be at most {token_choice.MAX_NGRAM}")
+    if config.no_repeat_ngram_size > parameter_limits.MAX_NGRAM:
+        bad.add("config.no_repeat_ngram_size", f"must be at most {parameter_limits.MAX_NGRAM}")
     if config.HasField("num_outputs") and not 1 <= config.num_outputs <= limits.max_outputs:
         bad.add("config.num_outputs", f"must be 1 to {limits.max_outputs}")
     if len(config.stop) > limits.max_stop_strings:

@@ -10,8 +10,9 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 import msgspec
 from google.protobuf import json_format
 
+from common import parameter_limits
 from common.errors import InvalidRequest, ModelNotFound
-from gateway import beams, token_choice, validation
+from gateway import beams, validation
 from gateway.conversation import MAX_MESSAGES, MAX_TEMPLATE_ARGUMENTS_BYTES, MAX_TOOLS
 from gateway.openai import schemas
 from torchrelay.v1 import generation_pb2 as pb
@@ -35,15 +36,15 @@ _MODES: Final = {
 _PRIORITIES: Final = {"flex": pb.PRIORITY_LOW, "priority": pb.PRIORITY_HIGH}
 _WHERE: Final = re.compile(r"(?:key in )?\$\.?(.*)`", re.DOTALL)
 _MAX_ITEMS: Final = {  # what would be refused anyway is not looked into
-    "bad_words": token_choice.MAX_BAD_WORDS,
-    "bad_words_ids": token_choice.MAX_PHRASES,
-    "sequence_bias": token_choice.MAX_PHRASES,
-    "suppress_tokens": token_choice.MAX_TOKEN_IDS,
-    "begin_suppress_tokens": token_choice.MAX_TOKEN_IDS,
+    "bad_words": parameter_limits.MAX_BAD_WORDS,
+    "bad_words_ids": parameter_limits.MAX_PHRASES,
+    "sequence_bias": parameter_limits.MAX_PHRASES,
+    "suppress_tokens": parameter_limits.MAX_TOKEN_IDS,
+    "begin_suppress_tokens": parameter_limits.MAX_TOKEN_IDS,
     "stop_token_ids": validation.MAX_STOP_TOKEN_IDS,
 }
 # Values inside one parameter: more than the most that any takes, which is as many phrases as are taken, full of ids.
-_MAX_VALUES: Final = 2 * token_choice.MAX_PHRASES * token_choice.MAX_PHRASE_IDS
+_MAX_VALUES: Final = 2 * parameter_limits.MAX_PHRASES * parameter_limits.MAX_PHRASE_IDS
 _MAX_ID_DIGITS: Final = 10
 
 _T = TypeVar("_T", schemas.CompletionRequest, schemas.ChatRequest)
@@ -218,7 +219,7 @@ def _config(parsed: Parsed, default_temperature: float) -> pb.GenerationConfig:
         config.seed = request.seed % (1 << 64)
     if request.stop is not None:
         config.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop)
-    _check_number_of(request.logit_bias or {}, "logit_bias", token_choice.MAX_TOKEN_IDS)
+    _check_number_of(request.logit_bias or {}, "logit_bias", parameter_limits.MAX_TOKEN_IDS)
     for text, bias in (request.logit_bias or {}).items():
         is_id = len(text) <= _MAX_ID_DIGITS and text.isascii() and text.isdecimal() and int(text) < 1 << 32
         if not is_id:

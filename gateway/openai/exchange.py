@@ -14,12 +14,12 @@ import msgspec
 import structlog
 from starlette.types import Message, Receive, Scope, Send
 
-from common.errors import ClientTooSlow, ServingError
+from common.errors import ClientTooSlow, ServingError, Unavailable
 from common.logs import frames_of
 from gateway.audit import Audit
 from gateway.identity.caller import CALLER, Caller, CallInfo
 from gateway.interceptors.guard import outcome_of
-from gateway.openai.errors import HttpError, answer_to, body_of, merge_headers
+from gateway.openai.errors import ErrorAnswer, HttpError, answer_to, body_of, merge_headers
 from gateway.openai.server import abort, auth_context_of
 from gateway.places import Places
 from gateway.settings import GatewaySettings
@@ -28,6 +28,7 @@ from gateway.status import GenerationEndedError
 log = structlog.get_logger()
 
 _RETRY_AFTER_MS: Final = 500
+_LAST_WORD_S: Final = 1.0  # how long a client may take to read why its stream ends, where the server stops
 _BODY_S: Final = 30.0  # how long a body may take to arrive
 _JSON: Final = {"content-type": "application/json"}
 _EVENTS: Final = {
@@ -135,7 +136,8 @@ class Exchange:
 
         A chunk that is None is a comment: proxies end a connection that is silent for long.
 
-        Raises ClientTooSlow, and whatever the chunks raise, once that has been sent.
+        Raises ClientTooSlow, and whatever the chunks raise, once that has been sent: whatever it is, no client takes
+        what it has for the whole.
         """
         self._has_begun = True
         headers = merge_headers(_EVENTS, self._id_header())
@@ -148,28 +150,37 @@ class Exchange:
                     else:
                         await self._event(_ENCODER.encode(chunk))
             await self._event(b"[DONE]")
-        except (ServingError, GenerationEndedError) as error:
+        except (Exception, asyncio.CancelledError) as error:
             if not isinstance(error, ClientTooSlow):
-                await self._event(_ENCODER.encode(self._answer_to(error).body))
-                await self._out({"type": "http.response.body", "body": b""})
+                if isinstance(error, asyncio.CancelledError):
+                    self._send_timeout_s = min(self._send_timeout_s, _LAST_WORD_S)
+                with contextlib.suppress(ClientTooSlow):
+                    await self._event(_ENCODER.encode(self._answer_to(error).body))
+                    await self._out({"type": "http.response.body", "body": b""})
             raise
         await self._out({"type": "http.response.body", "body": b""})
 
-    async def answer_error(self, error: BaseException, path: str) -> None:
-        """Send the answer to an error, unless the answer had begun already."""
-        if isinstance(error, HttpError | ServingError | GenerationEndedError):
-            if not self._has_begun:
-                found = self._answer_to(error)
-                await self.answer(found.body, found.status, found.headers)
-            return
-        incident = secrets.token_hex(8)
-        # Where, not what: the text of an exception may hold what a caller wrote.
-        log.error("call.failed", method=path, incident=incident, error=type(error).__name__, frames=frames_of(error))
+    async def answer_error(self, error: BaseException) -> None:
+        """Send the answer to an error, unless the answer had begun already: then it was the last event."""
         if not self._has_begun:
-            await self.answer(body_of(f"internal error {incident}", "server_error", None, "internal"), 500)
+            found = self._answer_to(error)
+            await self.answer(found.body, found.status, found.headers)
 
-    def _answer_to(self, error: HttpError | ServingError | GenerationEndedError) -> Any:
-        return answer_to(error.error if isinstance(error, GenerationEndedError) else error, is_chat=self._is_chat)
+    def _answer_to(self, error: BaseException) -> ErrorAnswer:
+        if isinstance(error, GenerationEndedError):
+            error = error.error
+        if _is_cancelled(error):
+            error = Unavailable(
+                "this gateway stops; another one, or the next, takes the same call again",
+                reason="GATEWAY_STOPPING",
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
+        if isinstance(error, HttpError | ServingError):
+            return answer_to(error, is_chat=self._is_chat)
+        incident, method = secrets.token_hex(8), f"{self.scope['method']} {self.scope['path']}"
+        # Where, not what: the text of an exception may hold what a caller wrote.
+        log.error("call.failed", method=method, incident=incident, error=type(error).__name__, frames=frames_of(error))
+        return ErrorAnswer(500, body_of(f"internal error {incident}", "server_error", None, "internal"), {})
 
     def _id_header(self) -> dict[str, str]:
         return {"x-request-id": self.generation_id} if self.generation_id else {}
@@ -211,7 +222,6 @@ class Door:
         return _Route(self, method, run, is_chat=is_chat)
 
     async def handle(self, exchange: Exchange, method: str, run: Run) -> None:
-        path = f"{exchange.scope['method']} {exchange.scope['path']}"
         record = self._audit.begin(method, exchange.peer())
         try:
             caller = record.caller = await self._authenticate(exchange.call_info())
@@ -222,13 +232,13 @@ class Door:
             self._audit.end(record, "CANCELLED")
         except BaseException as error:
             self._audit.end(record, *_outcome_of(error))
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise
             if not isinstance(error, Exception | asyncio.CancelledError):
                 raise
+            is_cancelled = _is_cancelled(error)
             with contextlib.suppress(ClientTooSlow):
-                await exchange.answer_error(error, path)
+                await exchange.answer_error(error)
+            if is_cancelled:
+                raise
         else:
             self._audit.end(record, "OK")
         finally:
@@ -276,6 +286,12 @@ async def while_wanted(exchange: Exchange, work: Awaitable[None]) -> None:
         gone.cancel()
         task.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    """Whether this task itself is cancelled, which is how a server ends the calls that are left when it stops."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def _too_long(max_bytes: int) -> HttpError:

@@ -25,6 +25,7 @@ from gateway.tls import CertificateError, ServerCertificates
 
 _HEAD_S: Final = 30.0  # how long a request's head may take to arrive
 _KEEP_ALIVE_S: Final = 75
+_LAST_WORDS_S: Final = 2.0  # for calls that are left when the server stops
 _MAX_HEAD_BYTES: Final = 16 * 1024
 _RETRY_AFTER_MS: Final = 500
 PEER_CERTIFICATE: Final = "torchrelay.peer_certificate"
@@ -78,6 +79,8 @@ class OpenAiServer:
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving
+            if tasks := self._server.server_state.tasks:  # cancelled, and telling their clients so
+                await asyncio.wait(tuple(tasks), timeout=_LAST_WORDS_S)
 
     def _context(self, config: uvicorn.Config, default: Any) -> ssl.SSLContext:
         settings, certificates = self._settings, self._certificates

@@ -51,13 +51,19 @@ class OneModel:
         return self._model
 
 
-async def post(path: str, body: dict[str, Any], generations: Any = None, caps: Caps | None = None) -> tuple[int, bytes]:
-    """The answer to a call: its status and its body."""
+async def post(
+    path: str,
+    body: dict[str, Any],
+    generations: Any = None,
+    caps: Caps | None = None,
+    answers: list[Any] | None = None,
+) -> tuple[int, bytes]:
+    """The answer to a call: its status and its body. Its messages go into `answers`."""
 
     async def authenticate(call: CallInfo) -> Caller:
         return Caller("acme", "k1", grants=Grants(caps=caps or Caps()))
 
-    sent: list[Any] = []
+    sent: list[Any] = answers if answers is not None else []
 
     body_read = False
 

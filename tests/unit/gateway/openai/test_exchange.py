@@ -181,3 +181,25 @@ async def test_an_answer_that_nobody_reads_is_not_kept() -> None:
         with connect(server):
             await has_connections(server, 1)
             await has_connections(server, 0)
+
+
+async def test_a_stream_that_outlasts_the_drain_is_told_so_over_its_socket() -> None:
+    door = make_door()
+
+    async def chunks() -> AsyncIterator[Any]:
+        yield {"text": "a"}
+        await asyncio.Event().wait()
+
+    async def run(exchange: Exchange) -> None:
+        await exchange.answer_events(chunks())
+
+    async with serving(door.route("/m", run)) as server:
+        host, port = server.address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b'{"text":"a"}\n\n')
+        await server.stop()
+        rest = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+    assert b'"code":"gateway_stopping"' in rest
+    assert rest.endswith(b"\r\n0\r\n\r\n"), "a whole answer"

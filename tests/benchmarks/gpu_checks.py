@@ -11,7 +11,7 @@ from tests.builders_engine import TokenNames, generate, make_request, make_setti
 from worker.assembly import choose_backend, make_runner
 from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerShape
 from worker.engine.attention.torch_ref import TorchAttention
-from worker.engine.closeness import relative_error
+from worker.engine.closeness import FP8_TOLERANCE, relative_error
 from worker.engine.device import DeviceError
 from worker.engine.loadcheck import check_module, plain_logits
 from worker.engine.loop import Engine
@@ -171,10 +171,13 @@ def check_narrow(narrow: Narrow, device: torch.device) -> dict[str, Any]:
     pairs = list(zip(actual, expected, strict=True))
     error = max(relative_error(a, e, torch.bfloat16) for a, e in pairs)
     kept = torch.cat([a.argmax(-1) == e.argmax(-1) for a, e in pairs]).float().mean()
-    check_module(model, choose_backend(device, torch.bfloat16, _BLOCK))
+    packed = check_module(
+        model, choose_backend(device, torch.bfloat16, _BLOCK), FP8_TOLERANCE if narrow == "fp8" else None
+    )
     return {
         "error": error,
         "first_choice_kept": float(kept),
+        "packed_error": packed,
         "layers": len(layers),
         "right": bool(layers) and error <= NARROW_TOLERANCE[narrow],
     }

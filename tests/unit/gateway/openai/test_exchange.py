@@ -76,14 +76,14 @@ async def test_bodies_of_calls_in_progress_are_bounded_in_sum(tell: bool) -> Non
 
     running = [asyncio.create_task(post("acme")) for _ in range(2)]
     assert await held() == 40
-    status, headers, answer = await post("acme")
+    status, headers, answer = await asyncio.wait_for(post("acme"), 10)  # it does not wait for the others
     assert (status, answer["error"]["code"], answer["error"]["type"]) == (429, "gateway_full", "rate_limit_error")
     assert "bytes of requests" in answer["error"]["message"]
     assert b"retry-after" in headers
     # Another tenant has room all the same, up to what there is in all.
     running += [asyncio.create_task(post(tenant)) for tenant in ("b", "c", "d")]
     assert await held() == 100
-    assert (await post("e"))[0] == 429
+    assert (await asyncio.wait_for(post("e"), 10))[0] == 429
     go_on.set()
     assert [(await task)[2] for task in running] == [20 * KIB] * 5
     assert bodies.num_taken == 0

@@ -266,6 +266,9 @@ def test_a_number_without_bounds_ends(compiler: LlguidanceCompiler, tokenizer_js
     assert taken('{"const": 1000000000000000000000000000000}', "1" + "0" * 30) == 31, "a bound asks for them"
     assert taken('{"type": "string"}', '"' + "1" * 60 + '"') == 62
     assert digits_taken(compiler, tokenizer_json, StructuredOutput(GrammarKind.REGEX, "[0-9]+"), "7" * 60) == 60
+    # Behind reasoning it is not known where the JSON begins.
+    thoughtful = StructuredOutput(GrammarKind.JSON_SCHEMA, '{"type": "number"}', reasoning_format="think")
+    assert digits_taken(compiler, tokenizer_json, thoughtful, "7" * 60) == 60
 
 
 class SlowCompiler:

@@ -18,7 +18,7 @@ import structlog
 import torch
 
 from worker.engine.attention.interface import AttentionBatch
-from worker.engine.batch import BatchBuffers, StepBatch
+from worker.engine.batch import BatchBuffers, StepBatch, TokensInFlight
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import BlockCopy, Chunk, Plan
 
@@ -73,18 +73,22 @@ class CudaRecorder:
 
 
 class _Staged:
-    """Device memory that recordings read, with host memory to fill it from."""
+    """Device memory that recordings read, with host memory to fill it from: twice, since a copy from the one may be
+    under way still when the next step comes.
+    """
 
     def __init__(self, size: int, dtype: torch.dtype, padding: int, device: torch.device) -> None:
-        self._host = torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
+        self._hosts = [torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda") for _ in range(2)]
         self._padding = padding
         self.tensor = torch.full((size,), padding, dtype=dtype, device=device)
 
     def put(self, values: torch.Tensor, size: int) -> None:
         """Copy `values`, on the host, and padding behind them up to `size`."""
-        self._host[: len(values)].copy_(values)
-        self._host[len(values) : size].fill_(self._padding)
-        self.tensor[:size].copy_(self._host[:size], non_blocking=True)
+        self._hosts.reverse()
+        host = self._hosts[0]
+        host[: len(values)].copy_(values)
+        host[len(values) : size].fill_(self._padding)
+        self.tensor[:size].copy_(host[:size], non_blocking=True)
 
 
 class _Static:
@@ -96,6 +100,7 @@ class _Static:
         self.slots = _Staged(max_num_seqs, torch.int32, 0, device)
         self.context_lens = _Staged(max_num_seqs, torch.int32, 1, device)
         self.block_tables = torch.zeros((max_num_seqs, max_num_blocks), dtype=torch.int32, device=device)
+        self._tables = _Staged(max_num_seqs * max_num_blocks, torch.int32, 0, device)  # of a step, as narrow as it is
         # One row a sequence, each with logits: this never changes.
         self.rows = torch.arange(max_num_seqs + 1, dtype=torch.int64, device=device)
         self.query_starts = self.rows.to(torch.int32)
@@ -122,10 +127,9 @@ class _Static:
         self.position_ids.put(step.position_ids[0], size)
         self.slots.put(step.attention.slots, size)
         self.context_lens.put(step.attention.context_lens, size)
-        num_seqs, width = step.attention.block_tables.shape
-        tables = step.attention.block_tables.to(self.block_tables.device, non_blocking=True)
-        self.block_tables[:num_seqs, :width].copy_(tables)
-        self.block_tables[num_seqs:size, 0] = 0  # of padding nothing else is read: its context is one token
+        width = step.attention.block_tables.shape[1]
+        self._tables.put(step.attention.block_tables.flatten(), size * width)
+        self.block_tables[:size, :width].copy_(self._tables.tensor[: size * width].view(size, width))
 
 
 class GraphRunner:
@@ -176,14 +180,16 @@ class GraphRunner:
         """As the runner's: on the stream on which steps are replayed. Raises StepOutOfMemory."""
         self._runner.copy_blocks(copies)
 
-    def execute(self, plan: Plan) -> torch.Tensor:
+    def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
         """Compute the plan and return the logits of its rows that give a token. Raises StepOutOfMemory."""
         num_seqs = len(plan.chunks)
         size = next((size for size in self._replays if size >= num_seqs), None)
         if size is None or not all(_is_recorded(chunk) for chunk in plan.chunks):
-            return self._runner.execute(plan)
+            return self._runner.execute(plan, in_flight)
         self._runner.on_part("batch")
         self._static.put(self._host.fill(plan), size)
+        if in_flight is not None:
+            in_flight.fill_in(self._static.input_ids.tensor, plan)
         self._runner.on_part("forward")
         return self._replays[size]()[:num_seqs]
 

@@ -123,10 +123,10 @@ def test_logits_are_never_needed_of_more_rows_than_there_may_be_sequences() -> N
     rows: list[int] = []
 
     class Counting(ScriptedRunner):
-        def execute(self, plan: Any) -> Any:
+        def execute(self, plan: Any, in_flight: Any = None) -> Any:
             rows.append(len(plan.logit_rows))
             assert plan.num_tokens <= 20
-            return super().execute(plan)
+            return super().execute(plan, in_flight)
 
     runner = Counting([1, 2, 3], num_blocks=60)
     requests = [make_request(f"r{i}", [1, 2, 3, 1], max_tokens=8 + 8 * i) for i in range(3)]
@@ -302,6 +302,7 @@ def run_workload(
     aborts=st.dictionaries(st.integers(0, 15), st.sampled_from([f"r{i}" for i in range(6)]), max_size=2),
     fail_steps=st.sets(st.integers(2, 40), max_size=1),
     poisoned=st.sampled_from([None, None, 3]),
+    runs_ahead=st.booleans(),
 )
 @example(  # the prompt's last token stands alone in a step, and two outputs begin with it
     workload=[(0, make_request("r0", [0] * 15 + [1, 0], num_outputs=2, max_tokens=2))],
@@ -314,6 +315,7 @@ def run_workload(
     aborts={},
     fail_steps=set(),
     poisoned=None,
+    runs_ahead=False,
 )
 def test_any_workload_gives_each_request_what_it_gets_without_speculation(
     workload: list[tuple[int, GenerationRequest]],
@@ -326,6 +328,7 @@ def test_any_workload_gives_each_request_what_it_gets_without_speculation(
     aborts: dict[int, str],
     fail_steps: set[int],
     poisoned: int | None,
+    runs_ahead: bool,
 ) -> None:
     def in_vocabulary(request: GenerationRequest) -> GenerationRequest:
         return replace(request, prompt_token_ids=tuple(i % vocab_size for i in request.prompt_token_ids))
@@ -339,6 +342,7 @@ def test_any_workload_gives_each_request_what_it_gets_without_speculation(
     runner = make_runner(num_blocks=num_blocks)
     runner.fail_steps = fail_steps
     limits = {"token_budget": token_budget, "max_num_seqs": max_num_seqs, "max_draft_tokens": max_draft_tokens}
+    limits["runs_ahead"] = runs_ahead
     results = run_workload(runner, workload, aborts, **limits).results
     for _, request in workload:
         plain = make_engine(make_runner(num_blocks=200), speculation=False)

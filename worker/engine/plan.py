@@ -105,7 +105,7 @@ class Plan:
             num_rows += chunk.num_logit_rows
             own += range(num_rows - chunk.num_sampled_rows, num_rows)
             if chunk.is_last:
-                of_forks += [num_rows - 1] * len(chunk.sequence.forks)
+                of_forks += [num_rows - chunk.num_sampled_rows] * len(chunk.sequence.forks)
         return [*own, *of_forks]
 
     @property

@@ -40,7 +40,8 @@ class Speculator:
 
         `decodes` are the sequences that compute their last token in a step of `num_rows` rows; `max_drafts` is how many
         more there may be. Sequences with a history or a matcher draft nothing: what is done to scores changes with each
-        token. Nor do beams, which are chosen anew with each token, nor sequences whose last token is not known yet.
+        token. Nor do beams, which are chosen anew with each token, nor sequences whose last token is not known yet, nor
+        those with which forks begin: they share the block that drafts would be written to, without having these tokens.
         """
         if not self._may_pay(len(decodes), num_rows, max_drafts):
             return {}
@@ -64,9 +65,9 @@ class Speculator:
     def _chances(self, sequence: Sequence) -> list[float]:
         max_tokens = min(sequence.sampling.max_tokens, self._max_model_len - sequence.num_prompt_tokens)
         num_left = max_tokens - sequence.num_output_tokens
-        if num_left < 2 or sequence.history is not None or sequence.matcher is not None or sequence.group is not None:
+        if num_left < 2 or sequence.history is not None or sequence.matcher is not None:
             return []
-        if sequence.num_pending:
+        if sequence.group is not None or sequence.forks or sequence.num_pending:
             return []
         if sequence.lookup is None:
             sequence.lookup = PromptLookup(

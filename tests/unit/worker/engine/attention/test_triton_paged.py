@@ -133,7 +133,7 @@ def test_every_option_in_every_format(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (9, 3), (71, 1), (130, 1)])
 def test_groups_of_any_size_share_a_tile(heads: tuple[int, int]) -> None:
-    case = make_case([(40, 1), (21, 19), (18, 2)], *heads, 16, 16, BLOCK, seed=2)
+    case = make_case([(40, 1), (18, 2)], *heads, 16, 16, BLOCK, seed=2)
     assert error(case, OPTIONS["plain"], num_shares=2) <= TOLERANCE[torch.float32]
 
 
@@ -370,7 +370,6 @@ def test_a_broken_kernel_is_noticed(mutant: str, tmp_path: Path, monkeypatch: py
     for kernel in ("attend_kernel", "merge_kernel", "store_kernel"):
         monkeypatch.setattr(triton_paged, kernel, getattr(module, kernel))
     try:
-        worst = max(error(case, OPTIONS[name], num_shares=2) for name in ("plain", "window", "sinks"))
+        assert any(error(case, OPTIONS[name], num_shares=2) > 1e-3 for name in ("plain", "window", "sinks"))
     finally:
         del sys.modules[name]
-    assert worst > 1e-3

@@ -91,6 +91,11 @@ class JobQueue:
     def gateway_id(self) -> str:
         return self._gateway_id
 
+    @property
+    def max_log_bytes(self) -> int:
+        """Most bytes of one generation's events."""
+        return self._settings.max_log_bytes
+
     async def _run(self, name: str, shard: str, *args: Argument) -> Any:
         return await self._retry.call(lambda: self._scripts.run(name, keys.meta(shard), *args))
 

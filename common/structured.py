@@ -21,6 +21,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
 from common.chat_grammars import chat_grammar
 from common.generation import GrammarKind, StructuredOutput
+from common.grammar_messages import told_without
 
 MAX_BYTES: Final = 64 << 10
 MAX_CHOICES: Final = 1000
@@ -29,7 +30,6 @@ MAX_MULTIPLE: Final = 10_000  # 0.1 s to compile
 JSON_KINDS: Final = frozenset({GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA})
 
 _MAX_BITS: Final = 512  # of a number in a schema: more is none that a float comes near
-_MAX_REASON: Final = 240
 _UNWRITABLE: Final = re.compile("[\\x00-\\x07\\x0b\\x0e-\\x1f]")  # JSON has only \\u for these
 _JSON_OPTIONS: Final = {
     "item_separator": ", ",
@@ -117,12 +117,12 @@ def _whole_grammar(spec: StructuredOutput, tokenizer: LLTokenizer) -> str:
 def _compile(grammar: str, tokenizer: LLTokenizer) -> LLMatcher:
     is_bad, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer, limits=_LIMITS)
     if is_bad:
-        raise _refusal(messages)
+        raise _refusal(messages, grammar)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
     if not matcher.is_error():
         matcher.compute_bitmask()  # what it finds out here, copies of this matcher know
     if matcher.is_error():
-        raise _refusal([matcher.get_error()])
+        raise _refusal([matcher.get_error()], grammar)
     return matcher
 
 
@@ -148,15 +148,13 @@ def failure_reason(message: str) -> str:
     return "GRAMMAR_TOO_COMPLEX" if is_limit else "GRAMMAR_INVALID"
 
 
-def _refusal(messages: Sequence[str]) -> GrammarError:
-    message = " ".join(messages)
+def _refusal(messages: Sequence[str], written: str) -> GrammarError:
+    """`written` is what the library was given."""
+    message = "\n".join(messages)
     if message.startswith("NoExtension"):
         return GrammarError("GRAMMAR_INVALID", "no text of the model's tokens matches")
     reason = failure_reason(message)
-    message = message.removesuffix("<non-verbose/>")
-    text = "".join(character if character.isprintable() else " " for character in message)
-    text = re.sub(" +", " ", text).strip()
-    return GrammarError(reason, text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + " ...")
+    return GrammarError(reason, told_without(message.removesuffix("<non-verbose/>"), written))
 
 
 def _part(grammar: str) -> dict[str, Any]:
@@ -177,7 +175,7 @@ def _grammar(spec: StructuredOutput) -> str:
         try:
             return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
         except ValueError as error:
-            raise _refusal([str(error)]) from error
+            raise _refusal([str(error)], text) from error
     if spec.kind is GrammarKind.REGEX:
         # As in JSON schemas \d is a digit of ASCII; in the library it is one of any script.
         return LLMatcher.grammar_from_regex(regex_to_lark(spec.text, "d").replace("\\/", "/"))

@@ -43,7 +43,7 @@ from gateway.identity.settings import IDENTITY_SETTINGS, IdentitySettings, Proxy
 from gateway.interceptors.guard import Guard
 from gateway.model_servicer import ModelServicer
 from gateway.openai.app import OpenAiDoor
-from gateway.openai.exchange import Door
+from gateway.openai.exchange import Door, bodies_of
 from gateway.openai.server import OpenAiServer
 from gateway.rights import check_method
 from gateway.secret import SharedSecret
@@ -111,7 +111,13 @@ async def run(
     admission = Admission(queue, quotas)
     generations = Generations(queue, admission, streams, catalog, settings, secret)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generations), server.public)
-    door = Door(authenticator.authenticate, check_method, Audit(audit_file), send_timeout_s=settings.send_timeout_s)
+    door = Door(
+        authenticator.authenticate,
+        check_method,
+        Audit(audit_file),
+        bodies=bodies_of(settings),
+        send_timeout_s=settings.send_timeout_s,
+    )
     openai = OpenAiServer(OpenAiDoor(generations, catalog, settings, door).app, settings, certificates_of(settings))
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         ModelServicer(catalog, queue, reveal=settings.reveal_models), server.public

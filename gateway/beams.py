@@ -9,12 +9,10 @@ from typing import Any, Final
 
 from common.errors import InvalidRequest
 from common.generation import EarlyStopping, StructuredOutput
+from common.parameter_limits import MAX_LENGTH_PENALTY
 from common.registry import GenerationDefaults
 from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
-
-MAX_BEAMS: Final = 16
-MAX_LENGTH_PENALTY: Final = 5.0  # beyond it lengths to this power leave the range of scores
 
 _CONFLICT: Final = "FIELD_CONFLICT"
 _EARLY_STOPPING: Final = {

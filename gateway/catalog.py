@@ -134,12 +134,7 @@ class ServedModel:
 
     def adapter(self, name: str) -> AdapterRef | None:
         """Return an adapter of this model; None for no name. Raises AdapterNotFound."""
-        if not name:
-            return None
-        found = next((adapter for adapter in self.card.adapters if adapter.name == name), None)
-        if found is None:
-            raise AdapterNotFound("the model has no such adapter", metadata={"field": "adapter"})
-        return AdapterRef(found.name, found.revision)
+        return adapter_of(self.card, name)
 
     async def bad_words_ids(self, words: Sequence[str], tenant: str = "") -> list[list[int]]:
         """Return the token sequences that words stand for: see `TextCodec.encode_words`."""
@@ -201,6 +196,16 @@ class ServedModel:
                 got=peak,
             )
         return min(begin, peak), peak
+
+
+def adapter_of(card: ModelCard, name: str) -> AdapterRef | None:
+    """As `ServedModel.adapter`, of what is published."""
+    if not name:
+        return None
+    found = next((adapter for adapter in card.adapters if adapter.name == name), None)
+    if found is None:
+        raise AdapterNotFound("the model has no such adapter", metadata={"field": "adapter"})
+    return AdapterRef(found.name, found.revision)
 
 
 class _Failed(NamedTuple):

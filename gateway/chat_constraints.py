@@ -10,7 +10,7 @@ from common.errors import InvalidRequest
 from common.generation import ChatParsing, GrammarKind, StructuredOutput, ToolGrammar
 from common.structured import GrammarError
 from gateway.conversation import Conversation, Tool
-from gateway.structured import StructuredOutputs, unsupported
+from gateway.structured import TOOLS_FIELD, StructuredOutputs, unsupported
 from gateway.turns import TenantTurns
 
 _ANY_OBJECT: Final = '{"type": "object"}'
@@ -51,7 +51,7 @@ async def chat_constraint(
     except GrammarError as error:
         if spec is None and not conversation.must_call and not any(tool.strict for tool in conversation.tools):
             return None  # each passes, but not all together
-        raise InvalidRequest(f"input.chat.tools: {error}", reason=error.reason, field="input.chat.tools") from error
+        raise InvalidRequest(f"{TOOLS_FIELD}: {error}", reason=error.reason, field=TOOLS_FIELD) from error
     return constraint
 
 
@@ -67,6 +67,6 @@ async def _schema(tool: Tool, index: int, structured: StructuredOutputs, turns: 
     except GrammarError as error:
         if not tool.strict:
             return _ANY_OBJECT
-        field = f"input.chat.tools[{index}].parameters"
+        field = f"{TOOLS_FIELD}[{index}].parameters"
         raise InvalidRequest(f"{field}: {error}", reason=error.reason, field=field) from error
     return text

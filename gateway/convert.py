@@ -177,7 +177,7 @@ def failure_of(record: GenerationRecord) -> errors.ServingError | None:
         if record.reason is Reason.STRUCTURED_OUTPUT_UNSUPPORTED:
             return structured.unsupported()
         if record.reason.is_of_grammar:
-            return structured.failed(record.reason)
+            return structured.failed(record.reason, pb.Accepted.FromString(record.echo).config)
         return errors.WorkerFailed(
             "the generation failed on every worker that tried it", metadata={"detail": str(record.reason)}
         )

@@ -17,7 +17,7 @@ from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
 from common.jobs import Attachment, Enqueued, NewJob
-from gateway import audit, beams, convert
+from gateway import audit, beams, convert, token_choice
 from gateway import validation as check
 from gateway.admission import Admission
 from gateway.catalog import Catalog
@@ -76,15 +76,16 @@ class Generations:
 
     @asynccontextmanager
     async def open(
-        self, request: pb.GenerateRequest | pb.StreamGenerateRequest, caller: Caller, call: Call
+        self, request: pb.GenerateRequest | pb.StreamGenerateRequest, caller: Caller, call: Call, part: int = 0
     ) -> AsyncIterator[tuple[EventStream, pb.Accepted]]:
         """Queue a generation and listen to it; at the end let go of it, however the call ended.
 
-        The call is announced once the generation is queued. Raises what `_job` and `Admission.enqueue` raise.
+        `part` counts the generations of one call, which share its idempotency key. The call is announced once the
+        generation is queued. Raises what `_job` and `Admission.enqueue` raise.
         """
         with self.place(caller):
             _check_time_left(call)
-            job, accepted = await self._job(request, caller, call.time_remaining())
+            job, accepted = await self._job(request, caller, call.time_remaining(), part)
             _check_time_left(call)  # what came before may have taken long, as a prompt of a megabyte does
             known = await self._known(request.model, job)
             subscription = self._streams.listen(known or accepted.generation_id, caller.tenant)
@@ -171,7 +172,7 @@ class Generations:
                 await self._streams.close(subscription, ended=stream.ended if stream is not None else not held)
 
     async def _job(
-        self, request: NewGeneration, caller: Caller, call_remaining_s: float | None
+        self, request: NewGeneration, caller: Caller, call_remaining_s: float | None, part: int = 0
     ) -> tuple[NewJob, pb.Accepted]:
         """Validate and tokenize a request. Raises InvalidRequest, NotFound and FailedPrecondition."""
         settings, grants, policy = self._settings, caller.grants, caller.policy
@@ -189,6 +190,7 @@ class Generations:
             settings.max_stop_strings,
             has_eos=bool(card.eos_token_ids),
             max_sequences=card.max_sequences or None,
+            max_log_bytes=self._queue.max_log_bytes,
         ).within(grants.caps)
         secret = await self._secret.get()
         config = check.resolve_config(
@@ -205,6 +207,7 @@ class Generations:
         ):
             beams.give_up(config)  # the model's default refuses no request
         beams.check_constraint(config, constraint)
+        token_choice.settle_constraint(config, request.config, constraint)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
         sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids, constraint)
         if adapter is not None:
@@ -238,7 +241,7 @@ class Generations:
             attended=not isinstance(request, pb.SubmitGenerationRequest),
             kv_tokens=kv_tokens,
             peak_kv_tokens=peak_kv_tokens,
-            idempotency_key=check.check_idempotency_key(request.idempotency_key),
+            idempotency_key=check.idempotency_key_of(request.idempotency_key, part),
             request_digest=self._digest(secret, request),
             echo=stored_body(accepted),
             generation_id=accepted.generation_id,

@@ -66,6 +66,17 @@ class GatewaySettings(BaseSettings):
         description="Most of these that one tenant has, of those that other tenants leave free; 1 where there is one "
         "tenant only.",
     )
+    openai_max_connections: int = Field(
+        default=8192,
+        gt=0,
+        description="Most connections at openai_address; calls on more are refused, and from twice as many on unheard.",
+    )
+    openai_max_body_bytes: int = Field(
+        default=512 << 20,
+        gt=0,
+        description="Most bytes of all bodies that are held at openai_address, of calls in progress; at least "
+        "max_message_bytes. Of those too no tenant takes more than its share.",
+    )
     max_stop_strings: int = Field(default=16, ge=0, description="Most stop strings of one request.")
     max_outputs: int = Field(default=16, ge=1, description="Most outputs of one request.")
 
@@ -92,6 +103,12 @@ class GatewaySettings(BaseSettings):
         default=10, ge=1, description="How long the answer may take before the connection counts as lost."
     )
     drain_s: float = Field(default=20, ge=0, description="How long running calls may go on after SIGTERM.")
+
+    @model_validator(mode="after")
+    def _a_body_fits(self) -> Self:
+        if self.openai_max_body_bytes < self.max_message_bytes:
+            raise ValueError("openai_max_body_bytes must be at least max_message_bytes")
+        return self
 
     @model_validator(mode="after")
     def _certificates_are_whole(self) -> Self:

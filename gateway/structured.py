@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 FIELD: Final = "config.structured_output"
+TOOLS_FIELD: Final = "input.chat.tools"
 _MAX_PASSED: Final = 4096
 _KINDS: Final = {
     "json_object": GrammarKind.JSON_OBJECT,
@@ -46,9 +47,10 @@ def unsupported() -> FailedPrecondition:
     )
 
 
-def failed(reason: Reason) -> InvalidRequest:
-    """The generation ended by its grammar."""
-    return InvalidRequest(f"{FIELD}: {_FAILURES[reason]}", reason=str(reason), field=FIELD)
+def failed(reason: Reason, config: pb.GenerationConfig) -> InvalidRequest:
+    """The generation ended by its grammar. Where its config asks for none, its conversation's tools brought it."""
+    field = FIELD if config.HasField("structured_output") else TOOLS_FIELD
+    return InvalidRequest(f"{field}: {_FAILURES[reason]}", reason=str(reason), field=field)
 
 
 def spec_of(message: pb.StructuredOutput) -> StructuredOutput:

@@ -9,19 +9,21 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 from common.errors import InvalidRequest
+from common.generation import StructuredOutput
+from common.parameter_limits import (
+    MAX_BAD_WORD_BYTES,
+    MAX_BAD_WORDS,
+    MAX_BIAS,
+    MAX_FACTOR,
+    MAX_NGRAM,
+    MAX_PENALTY,
+    MAX_PHRASE_IDS,
+    MAX_PHRASES,
+    MAX_TOKEN_IDS,
+)
 from common.registry import GenerationDefaults
 from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
-
-MAX_BAD_WORDS: Final = 128
-MAX_BAD_WORD_BYTES: Final = 256
-MAX_PHRASES: Final = 256  # sequences of bad_words_ids, and of sequence_bias
-MAX_PHRASE_IDS: Final = 64
-MAX_TOKEN_IDS: Final = 1024  # of logit_bias, suppress_tokens and begin_suppress_tokens each
-MAX_BIAS: Final = 100.0
-MAX_PENALTY: Final = 2.0
-MAX_FACTOR: Final = 10.0
-MAX_NGRAM: Final = 64
 
 _FILTERS: Final = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 _REPEATED: Final = (
@@ -138,6 +140,25 @@ def _settle_forced_eos(resolved: pb.GenerationConfig, config: pb.GenerationConfi
         raise InvalidRequest(
             "must not be among suppress_tokens", reason="FIELD_CONFLICT", field="config.forced_eos_token_id"
         )
+
+
+def settle_constraint(
+    resolved: pb.GenerationConfig, config: pb.GenerationConfig, constraint: StructuredOutput | None
+) -> None:
+    """A last token cannot be forced where an output must match something; what only the model asks for gives way.
+
+    Raises InvalidRequest with both fields.
+    """
+    if constraint is None or not resolved.HasField("forced_eos_token_id"):
+        return
+    if not config.HasField("forced_eos_token_id"):
+        resolved.ClearField("forced_eos_token_id")
+        return
+    bad = Violations()
+    other = "config.structured_output" if config.HasField("structured_output") else "input.chat.tools"
+    bad.add("config.forced_eos_token_id", f"must not be set together with {other}", "FIELD_CONFLICT")
+    bad.add(other, "must not be set together with config.forced_eos_token_id", "FIELD_CONFLICT")
+    bad.raise_if_any()
 
 
 def default_config(defaults: GenerationDefaults) -> pb.GenerationConfig:

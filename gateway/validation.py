@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from google.protobuf.duration_pb2 import Duration
 
+from common import parameter_limits
 from common.errors import InvalidRequest
 from common.generation import SamplingParams, StructuredOutput
 from common.grants import Caps
-from gateway import beams, token_choice
+from gateway import beams, log_budget, token_choice
 from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -36,11 +38,12 @@ class ConfigLimits:
     has_eos: bool = True  # the model has an end-of-sequence id
     max_tokens: int | None = None  # of each output; None is what the context leaves
     max_sequences: int | None = None  # that a worker decodes together; None is not known
+    max_log_bytes: int | None = None  # of a generation's events; None is not known
 
     @property
     def max_beams(self) -> int:
         """Beams are decoded as outputs are, and together."""
-        return min(beams.MAX_BEAMS, self.max_outputs, self.max_sequences or beams.MAX_BEAMS)
+        return min(parameter_limits.MAX_BEAMS, self.max_outputs, self.max_sequences or parameter_limits.MAX_BEAMS)
 
     def within(self, caps: Caps) -> ConfigLimits:
         """These limits and a caller's caps, whichever is tighter."""
@@ -105,7 +108,7 @@ def resolve_config(
         del resolved.stop_token_ids[:]
     token_choice.clear_replaced(resolved, config)
     resolved.MergeFrom(config)
-    resolved.max_tokens = _max_tokens(config, defaults, num_prompt_tokens, room, limits)
+    resolved.max_tokens = _max_tokens(config, resolved, num_prompt_tokens, room, limits)
     resolved.ClearField("max_length")
     token_choice.resolve(resolved, config, num_prompt_tokens, has_eos=limits.has_eos)
     filters_given = config.HasField("top_k") or config.HasField("top_p") or config.HasField("min_p")
@@ -181,6 +184,15 @@ def check_idempotency_key(key: str) -> str | None:
     return key or None
 
 
+def idempotency_key_of(key: str, part: int) -> str | None:
+    """Return the key of one of a call's generations, None if there is none. Raises InvalidRequest.
+
+    The first has the caller's own; those of the others hold a blank, which no caller's may, and are short enough.
+    """
+    own = check_idempotency_key(key)
+    return own if own is None or not part else f"{hashlib.sha256(own.encode()).hexdigest()} {part}"
+
+
 def check_cache_salt(salt: bytes) -> bytes:
     """Return the salt. Raises InvalidRequest if it is too long."""
     if len(salt) > MAX_CACHE_SALT_BYTES:
@@ -195,8 +207,10 @@ def check_cache_salt(salt: bytes) -> bytes:
 
 
 def _max_tokens(
-    config: pb.GenerationConfig, defaults: pb.GenerationConfig, num_prompt_tokens: int, room: int, limits: ConfigLimits
+    config: pb.GenerationConfig, resolved: pb.GenerationConfig, num_prompt_tokens: int, room: int, limits: ConfigLimits
 ) -> int:
+    """`resolved` has the model's defaults filled in."""
+    log_bytes = limits.max_log_bytes
     field_name = "config.max_length" if config.HasField("max_length") else "config.max_tokens"
     cap = limits.max_tokens
     if config.HasField("max_length"):
@@ -213,7 +227,9 @@ def _max_tokens(
         wanted = config.max_tokens
     else:
         most = room if cap is None else min(room, cap)
-        return min(most, defaults.max_tokens) if defaults.HasField("max_tokens") else most
+        if log_bytes is not None:  # nobody is given unasked what the log cannot hold
+            most = min(most, max(1, log_budget.max_tokens(resolved, num_prompt_tokens, log_bytes, is_ample=True)))
+        return min(most, resolved.max_tokens) if resolved.HasField("max_tokens") else most
     if cap is not None and wanted > cap:
         raise InvalidRequest(
             f"this key may ask for {cap} new tokens",
@@ -231,6 +247,10 @@ def _max_tokens(
             limit=room,
             got=wanted,
         )
+    if log_bytes is not None:
+        most = log_budget.max_tokens(resolved, num_prompt_tokens, log_bytes)
+        if wanted > most:
+            raise log_budget.too_many_tokens(resolved, field_name, wanted, most, log_bytes)
     return wanted
 
 
@@ -246,8 +266,8 @@ def _check_fields(
     _check_number(config, "repetition_penalty", 0, MAX_REPETITION_PENALTY, bad, above=True)
     if config.HasField("min_p") and not 0 <= config.min_p < 1:
         bad.add("config.min_p", "must be at least 0 and below 1")
-    if config.no_repeat_ngram_size > token_choice.MAX_NGRAM:
-        bad.add("config.no_repeat_ngram_size", f"must be at most {token_choice.MAX_NGRAM}")
+    if config.no_repeat_ngram_size > parameter_limits.MAX_NGRAM:
+        bad.add("config.no_repeat_ngram_size", f"must be at most {parameter_limits.MAX_NGRAM}")
     if config.HasField("num_outputs") and not 1 <= config.num_outputs <= limits.max_outputs:
         bad.add("config.num_outputs", f"must be 1 to {limits.max_outputs}")
     if len(config.stop) > limits.max_stop_strings:

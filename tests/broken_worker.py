@@ -39,7 +39,7 @@ def break_engine(token_id: int, act: str) -> None:
     Engine.add, Engine.step = marking_add, breaking_step  # type: ignore[method-assign]
 
 
-def run() -> int:
+def main() -> int:
     """Run a worker with a broken engine; return the exit status."""
     leave_out_triton = worker_main.leave_out_triton
 
@@ -52,4 +52,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

@@ -15,9 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from common.generation import FinishReason, OutputDelta, SamplingParams, Usage
 from worker.engine.attention.torch_ref import TorchAttention
+from worker.engine.batch import TokensInFlight
 from worker.engine.blocks import BlockPool
 from worker.engine.loop import Engine, Runner
 from worker.engine.runner import ModelRunner, StepOutOfMemory
+from worker.engine.sampler import Sampler
 from worker.engine.scheduler import BlockCopy, Plan
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
@@ -139,7 +141,7 @@ class PaperRunner:
         }
         self._slots.update({slot: prefix for slot, prefix in content.items() if prefix is not None})
 
-    def execute(self, plan: Plan) -> torch.Tensor:
+    def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
         self.num_steps += 1
         self.num_rows += sum(chunk.num_tokens for chunk in plan.chunks)
         self.num_draft_rows += sum(len(chunk.drafts) for chunk in plan.chunks)
@@ -148,6 +150,9 @@ class PaperRunner:
         for chunk in plan.chunks:
             sequence = chunk.sequence
             tokens = sequence.token_ids + chunk.drafts
+            if sequence.num_pending:
+                assert in_flight is not None, "a token is computed that nobody knows"
+                tokens[-1] = int(in_flight.token_ids[in_flight.rows[sequence]])
             prefixes = prefix_hashes(tokens)
             end = sequence.num_computed_tokens + chunk.num_tokens
             for position in range(end):
@@ -200,13 +205,21 @@ def make_settings(**overrides: Any) -> EngineSettings:
 
 
 def make_engine(
-    runner: Runner | PreTrainedModel, new_detokenizer: Callable[[], Detokenizer] = TokenNames, **settings: Any
+    runner: Runner | PreTrainedModel,
+    new_detokenizer: Callable[[], Detokenizer] = TokenNames,
+    runs_ahead: bool = False,
+    **settings: Any,
 ) -> Engine:
-    """An engine over a paper runner, or over a copy of a model with `torch_ref` attention."""
+    """An engine over a paper runner, or over a copy of a model with `torch_ref` attention.
+
+    One that runs ahead samples as on a GPU, without looking at results on the way.
+    """
     limits = make_settings(**settings)
     if isinstance(runner, PreTrainedModel):
         runner = ModelRunner(copy.deepcopy(runner), TorchAttention(limits.block_size), limits)
-    return Engine(runner, limits, new_detokenizer)
+    engine = Engine(runner, limits, new_detokenizer, runs_ahead=runs_ahead)
+    engine._sampler = Sampler(runner.device, may_wait=not runs_ahead)
+    return engine
 
 
 def make_request(request_id: str = "r", prompt: Iterable[int] = (1, 2, 3), **fields: Any) -> GenerationRequest:

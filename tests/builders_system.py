@@ -25,13 +25,13 @@ from common.embedded import EmbeddedServer
 from common.grants import Grants
 from common.redis import connect
 from common.settings import RedisSettings
-from tests.zygote import ForkedProcess, Zygote
+from tests.zygote import ROLES, ForkedProcess, Zygote
 from torchrelay.admin.v1beta1 import fleet_pb2, fleet_pb2_grpc
 from torchrelay.client import AsyncClient, RetryPolicy
 from torchrelay.v1 import model_pb2
 
 START_S = 90.0
-zygotes: dict[str, Zygote] = {}  # by module; where there is none, a process starts by itself, imports and all
+zygotes: dict[str, Zygote] = {}  # by role; where there is none, a process starts by itself, imports and all
 
 
 def start_zygotes(folder: Path) -> None:
@@ -61,7 +61,7 @@ class Process:
 
     def start(self) -> None:
         assert self.process is None
-        zygote = zygotes.get(self.module)
+        zygote = zygotes.get(ROLES.get(self.module, self.module))
         if zygote is not None:
             self.process = ForkedProcess(zygote, self.module, self.env, self.log_path)
             return

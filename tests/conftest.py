@@ -1,6 +1,8 @@
 """What holds for every test: torch has one thread, and where there is no NVIDIA GPU, Triton kernels are interpreted.
 
-The latter is set before anything imports triton, which reads it when kernels, its own included, are defined.
+The latter is set before anything imports triton, which reads it when kernels, its own included, are defined. Before
+anything imports torch, idle threads are told to sleep, as in a worker: beside other tests, those that look for work
+instead take the core of the one that has some.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

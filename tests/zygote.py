@@ -36,6 +36,8 @@ _PRELOADED: Final = {
         "transformers.models.llama.modeling_llama",
     ),
 }
+# A worker's imports serve those that are broken on purpose too.
+ROLES: Final = {"gateway": "gateway", "worker": "worker", "tests.broken_worker": "worker"}  # by program
 _START_S: Final = 60.0
 
 
@@ -175,7 +177,8 @@ def _start(request: dict[str, Any]) -> int:
             from tests.chaos.patches import apply
 
             apply(request["patches"])
-        status = importlib.import_module(f"{request['module']}.__main__").main()
+        program = request["module"]
+        status = importlib.import_module(f"{program}.__main__" if program in _PRELOADED else program).main()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:  # noqa: BLE001 - the child's last words belong into its log

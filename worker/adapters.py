@@ -10,7 +10,7 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -122,14 +122,51 @@ class AdapterFolder:
 
     def _read(self, name: str, folder: Path, stamp: _Stamp) -> _Known:
         try:
-            if not _NAME.fullmatch(name):
-                raise AdapterError("its name has others than A-Z a-z 0-9 . _ -, or is longer than 128")
-            weights = read_adapter(folder, self._shapes, self._limits)
+            weights = read_named(name, folder, self._shapes, self._limits)
         except (AdapterError, OSError) as error:
             log.warning("adapter.refused", adapter=name[:200], reason=str(error))
             return _Known(stamp, None)
         log.info("adapter.found", adapter=name, revision=weights.revision[:16], rank=weights.rank)
         return _Known(stamp, AdapterCard(name, weights.revision, weights.rank), weights.num_bytes)
+
+
+def read_named(name: str, folder: Path, shapes: Mapping[str, LinearShape], limits: AdapterLimits) -> AdapterWeights:
+    """Read an adapter that is to be asked for by this name. Raises AdapterError and OSError."""
+    if not _NAME.fullmatch(name):
+        raise AdapterError("its name has others than A-Z a-z 0-9 . _ -, or is longer than 128")
+    return read_adapter(folder, shapes, limits)
+
+
+def read_cards(
+    given: Iterable[str], shapes: Mapping[str, LinearShape], limits: AdapterLimits
+) -> tuple[AdapterCard, ...]:
+    """Return what to publish of adapters that are given as NAME=DIR, by name. Raises AdapterError."""
+    cards: dict[str, AdapterCard] = {}
+    for one in given:
+        name, _, folder = one.partition("=")
+        if not name or not folder:
+            raise AdapterError(f"{one!r} is no adapter: it takes NAME=DIR")
+        if name in cards:
+            raise AdapterError(f"the adapter {name} is given twice")
+        try:
+            weights = read_named(name, Path(folder), shapes, limits)
+        except OSError as error:
+            raise AdapterError(f"the adapter {name} cannot be read: {error}") from error
+        except AdapterError as error:
+            raise AdapterError(f"the adapter {name} cannot be served: {error}") from error
+        cards[name] = AdapterCard(name, weights.revision, weights.rank)
+    if len(cards) > MAX_ADAPTERS:
+        raise AdapterError(f"{len(cards)} adapters are given; a model has at most {MAX_ADAPTERS}")
+    return tuple(cards[name] for name in sorted(cards))
+
+
+def whole_folders(folder: Path) -> list[str]:
+    """Return the adapters of a folder as NAME=DIR, whether or not they can be served. Raises AdapterError."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    except OSError as error:
+        raise AdapterError(f"the folder of adapters cannot be read: {error}") from error
+    return [f"{name}={folder / name}" for name in names if _stamp(folder / name) is not None]
 
 
 def _stamp(folder: Path) -> _Stamp | None:

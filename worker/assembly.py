@@ -30,6 +30,7 @@ from worker.engine.model import load_model
 from worker.engine.probe import probe_cost
 from worker.engine.quantize import Narrow, check_device
 from worker.engine.runner import ModelRunner
+from worker.engine.sampler import Argmax
 from worker.engine.settings import EngineSettings
 from worker.engine.types import OnPart, ignore_part
 from worker.profiling import StepProfiler
@@ -93,7 +94,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         lambda: IncrementalDetokenizer(loaded.text.tokenizer),
         cost=cost,
         cache_salt=f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode(),
-        argmax=backend.kernels.argmax if isinstance(backend, CpuAttention) else None,
+        argmax=choose_argmax(backend),
         grammars=grammars,
         on_part=on_part,
         read_chat=ChatReader(loaded.text.tokenizer),
@@ -177,6 +178,17 @@ def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int) ->
         except KernelBuildError as error:
             log.warning("kernels.unavailable", reason=str(error), effect=_SLOWER)
     return TorchAttention(block_size)
+
+
+def choose_argmax(backend: AttentionBackend) -> Argmax | None:
+    """Return what finds the largest scores where there is something faster than torch: with the compiled kernels."""
+    if isinstance(backend, CpuAttention):
+        return backend.kernels.argmax
+    if backend.name == TorchAttention.name:
+        return None
+    from worker.engine.kernels.triton.argmax import argmax
+
+    return argmax
 
 
 def describe_device(device: torch.device) -> str:

@@ -47,13 +47,17 @@ def register(
     revision: RevisionOption = "",
     dtype: DtypeOption = "",
     redis_url: RedisOption = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=DIR", help="A LoRA adapter in PEFT's format; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Publish a model without serving it: requests for it wait until a worker starts."""
     _set(model, model_name, revision, dtype, redis_url)
     from worker.publishing import register_model  # the command's help needs no torch
 
-    raise typer.Exit(register_model(as_json=as_json))
+    raise typer.Exit(register_model(as_json=as_json, adapters=adapter or ()))
 
 
 @models.command("check")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
+import msgspec
 import structlog
 
 from common.errors import ServingError
@@ -35,10 +37,16 @@ async def publish(registry: ModelRegistry, card: ModelCard, files: Mapping[str, 
             await asyncio.sleep(_RETRY_S)
 
 
-def register_model(*, as_json: bool) -> int:
-    """Publish the model of the environment's settings without its weights; return the exit status."""
+def register_model(*, as_json: bool, adapters: Sequence[str] = ()) -> int:
+    """Publish the model of the environment's settings without its weights; return the exit status.
+
+    `adapters` are NAME=DIR each, besides those of the settings' folder; one that cannot be served is refused. They are
+    held to all linear layers of the model. A worker that starts publishes those of its own folder instead.
+    """
     settings, redis_settings = read_settings(lambda: (WorkerSettings(), RedisSettings()), WorkerSettings)
-    from worker.assembly import default_name  # imports torch
+    from worker.adapters import read_cards, whole_folders  # imports torch
+    from worker.assembly import default_name
+    from worker.engine.adapters.files import AdapterError, AdapterLimits
     from worker.engine.device import choose_device, choose_dtype
     from worker.engine.model import ModelError, load_model
     from worker.registration import make_card
@@ -63,7 +71,11 @@ def register_model(*, as_json: bool) -> int:
             reasoning_format=settings.reasoning_format,
             structured_output=grammars is not None,
         )
-    except ModelError as error:
+        limits = AdapterLimits(settings.max_adapter_rank, settings.adapter_bytes)
+        if settings.adapters_dir:
+            adapters = (*whole_folders(Path(settings.adapters_dir)), *adapters)
+        card = msgspec.structs.replace(card, adapters=read_cards(adapters, loaded.linear_layers, limits))
+    except (ModelError, AdapterError) as error:
         log.error("model.refused", error=str(error))
         return 1
 
@@ -80,7 +92,10 @@ def register_model(*, as_json: bool) -> int:
         log.error("registry.unavailable", reason=error.reason, url=redis_settings.url)
         return 1
     if as_json:
-        sys.stdout.write(json.dumps({"name": card.name, "revision": card.revision, "shard": card.shard}) + "\n")
+        names = [adapter.name for adapter in card.adapters]
+        found = {"name": card.name, "revision": card.revision, "shard": card.shard, "adapters": names}
+        sys.stdout.write(json.dumps(found) + "\n")
     else:
-        sys.stderr.write(f"registered {card.name} {card.revision[:12]}\n")
+        adapted = "".join(f" {card.name}:{adapter.name}" for adapter in card.adapters)
+        sys.stderr.write(f"registered {card.name} {card.revision[:12]}{adapted}\n")
     return 0

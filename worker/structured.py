@@ -33,7 +33,7 @@ def make_compiler(tokenizer_json: bytes, vocab_size: int, eos_token_ids: Rows[in
         return None
 
 
-class TokenBytes:
+class NumberTokens:
     """The tokens of a model as bytes, as far as numbers need them."""
 
     def __init__(self, tokenizer: LLTokenizer) -> None:
@@ -77,7 +77,7 @@ class NumberLength:
 class LlguidanceMatcher:
     """Follows one output. Not thread-safe."""
 
-    def __init__(self, matcher: LLMatcher, tokens: TokenBytes, number: NumberLength | None) -> None:
+    def __init__(self, matcher: LLMatcher, tokens: NumberTokens, number: NumberLength | None) -> None:
         self.inner = matcher
         self._tokens = tokens
         self._number = number  # of JSON alone: what a grammar of the caller's own allows is the caller's business
@@ -113,7 +113,7 @@ class LlguidanceMatcher:
 class LlguidanceGrammar:
     """A compiled constraint: a matcher that stays at the beginning and is copied."""
 
-    def __init__(self, matcher: LLMatcher, tokens: TokenBytes, *, is_json: bool) -> None:
+    def __init__(self, matcher: LLMatcher, tokens: NumberTokens, *, is_json: bool) -> None:
         self._matcher = matcher
         self._tokens = tokens
         self._is_json = is_json
@@ -128,7 +128,7 @@ class LlguidanceCompiler:
     def __init__(self, tokenizer: LLTokenizer, num_threads: int = 1) -> None:
         """`num_threads` fill the masks of a step together."""
         self._tokenizer = tokenizer
-        self._tokens = TokenBytes(tokenizer)
+        self._tokens = NumberTokens(tokenizer)
         self._executor = LLExecutor(num_threads)
         self._num_words = -(-tokenizer.vocab_size // 32)
         self._grammars: OrderedDict[bytes, LlguidanceGrammar] = OrderedDict()

@@ -17,7 +17,7 @@ _FINISH_REASONS: Final = {
 }
 _LOWEST: Final = -9999.0  # as OpenAI writes the logarithm of nothing, which JSON has no number for
 # Bytes of a token of the model's vocabulary.
-TokenBytes = Callable[[int], bytes]
+BytesOfToken = Callable[[int], bytes]
 
 
 class Scored(Protocol):
@@ -51,7 +51,7 @@ def usage_of(usages: Iterable[pb.Usage]) -> dict[str, Any]:
     }
 
 
-def chat_logprobs(scored: Scored, token_bytes: TokenBytes) -> dict[str, Any]:
+def chat_logprobs(scored: Scored, token_bytes: BytesOfToken) -> dict[str, Any]:
     """Return the log-probabilities of a chat's tokens."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def completion_logprobs(
     token_ids: Sequence[int],
     logprobs: Sequence[float],
     top_logprobs: Sequence[pb.TokenAlternatives],
-    token_bytes: TokenBytes,
+    token_bytes: BytesOfToken,
     offset: int,
 ) -> tuple[dict[str, Any], int]:
     """Return the log-probabilities of a completion's tokens, and where the text of the next one begins.
@@ -170,7 +170,7 @@ class Choices(Protocol):
 class ChatChoices:
     """Choices of chat completions."""
 
-    token_bytes: TokenBytes
+    token_bytes: BytesOfToken
     logprobs: bool
     whole_kind: str = "chat.completion"
     chunk_kind: str = "chat.completion.chunk"
@@ -227,7 +227,7 @@ def _call_piece(piece: pb.ToolCallDelta) -> dict[str, Any]:
 class CompletionChoices:
     """Choices of completions. `prompts` are the prompts' token ids, where their scores are shown too: with echo."""
 
-    token_bytes: TokenBytes
+    token_bytes: BytesOfToken
     logprobs: bool
     num_outputs: int  # of each prompt
     prompts: Sequence[Sequence[int]] = ()

@@ -14,14 +14,14 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.catalog import MAX_INLINE_BYTES, Catalog, ServedModel
+from gateway.catalog import MAX_INLINE_BYTES, Catalog, ServedModel, adapter_of
 from gateway.generations import Generations
 from gateway.identity.caller import current_caller
 from gateway.openai import schemas
 from gateway.openai.answers import ChatChoices, Choices, CompletionChoices, Envelope
 from gateway.openai.errors import HttpError, answer_to, merge_headers
 from gateway.openai.exchange import Door, Exchange, while_wanted
-from gateway.openai.requests import Parsed, chat_request, completion_requests, parse
+from gateway.openai.requests import Parsed, chat_request, completion_requests, full_name, parse, split_model
 from gateway.rights import check_model
 from gateway.settings import GatewaySettings
 from gateway.stream import EventStream
@@ -58,8 +58,8 @@ class OpenAiDoor:
         )
 
     async def _completions(self, exchange: Exchange) -> None:
-        body = await exchange.body(self._settings.max_message_bytes)
-        parsed = await self._beside(body, lambda: parse(body, schemas.CompletionRequest))
+        body = await exchange.body(self._settings.max_message_bytes, current_caller().tenant)
+        parsed = await self._named(await self._beside(body, lambda: parse(body, schemas.CompletionRequest)))
         temperature = await self._temperature(parsed)
         model = await self._catalog.get(parsed.request.model)
         requests = await self._beside(
@@ -82,8 +82,8 @@ class OpenAiDoor:
         await self._answer(exchange, parsed, requests, choices)
 
     async def _chat_completions(self, exchange: Exchange) -> None:
-        body = await exchange.body(self._settings.max_message_bytes)
-        parsed = await self._beside(body, lambda: parse(body, schemas.ChatRequest))
+        body = await exchange.body(self._settings.max_message_bytes, current_caller().tenant)
+        parsed = await self._named(await self._beside(body, lambda: parse(body, schemas.ChatRequest)))
         temperature = await self._temperature(parsed)
         key = exchange.header("idempotency-key")
         request = await self._beside(
@@ -95,21 +95,24 @@ class OpenAiDoor:
     async def _answer(
         self, exchange: Exchange, parsed: Parsed, requests: Sequence[pb.StreamGenerateRequest], choices: Choices
     ) -> None:
-        """Queue the generations, and send what they come to. Those of a client that goes away are cancelled."""
+        """Queue the generations, and send what they come to.
+
+        Those of a client that goes away are cancelled: with an idempotency key after a grace, in which it may return.
+        """
 
         async def work() -> None:
             async with AsyncExitStack() as stack:
                 call = _HttpCall(exchange)
                 opened = [
-                    await stack.enter_async_context(self._generations.open(request, current_caller(), call))
-                    for request in requests
+                    await stack.enter_async_context(self._generations.open(request, current_caller(), call, part))
+                    for part, request in enumerate(requests)
                 ]
                 accepted = opened[0][1]
                 options = parsed.request.stream_options
                 envelope = Envelope(
                     f"{'chatcmpl' if isinstance(choices, ChatChoices) else 'cmpl'}-{accepted.generation_id}",
                     int(time.time()),
-                    accepted.model,
+                    full_name(accepted.model, accepted.adapter),
                     accepted.model_revision,
                     include_usage=options is not None and bool(options.include_usage),
                 )
@@ -127,9 +130,12 @@ class OpenAiDoor:
             async for _ in stream.events():
                 pass
 
-        async with asyncio.TaskGroup() as group:
-            for stream, _ in opened:
-                group.create_task(drain(stream))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stream, _ in opened:
+                    group.create_task(drain(stream))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # an answer tells one error
         found = [await self._generations.whole(accepted.generation_id, current_caller()) for _, accepted in opened]
         made: list[dict[str, Any]] = []
         for generation in found:
@@ -139,13 +145,16 @@ class OpenAiDoor:
 
     async def _models(self, exchange: Exchange) -> None:
         grants = current_caller().grants
-        names = [entry.card.name for entry in self._catalog.entries() if grants.allows_model(entry.card.name)]
-        await exchange.answer({"object": "list", "data": [_model_object(name) for name in names]})
+        cards = [entry.card for entry in self._catalog.entries() if grants.allows_model(entry.card.name)]
+        names = [(card.name, adapter) for card in cards for adapter in ("", *(one.name for one in card.adapters))]
+        await exchange.answer({"object": "list", "data": [_model_object(*name) for name in names]})
 
     async def _model(self, exchange: Exchange) -> None:
-        name = exchange.scope["path_params"]["model"]
+        name, adapter = split_model(exchange.scope["path_params"]["model"])
         check_model(current_caller(), name, reveal=self._settings.reveal_models)
-        await exchange.answer(_model_object(self._catalog.entry(name).card.name))
+        card = self._catalog.entry(name).card
+        adapter_of(card, adapter)
+        await exchange.answer(_model_object(card.name, adapter))
 
     async def _cut_default(self, request: pb.StreamGenerateRequest, model: ServedModel) -> None:
         """Unset max_tokens, which nobody asked for, where so many do not fit: then they are what is left."""
@@ -166,16 +175,21 @@ class OpenAiDoor:
 
     async def _temperature(self, parsed: Parsed) -> float:
         """Return what an unset temperature is: the model's own, if that samples."""
-        model = await self._catalog.get(self._allowed(parsed.request.model))
+        model = await self._catalog.get(parsed.request.model)
         return model.defaults.temperature or _DEFAULT_TEMPERATURE
 
     async def _token_bytes(self, parsed: Parsed) -> Any:
         return (await self._catalog.get(parsed.request.model)).codec.token_bytes
 
-    def _allowed(self, name: str) -> str:
-        """Raises PermissionDenied, ModelNotFound, InvalidRequest: before anything is told of the model."""
-        check_model(current_caller(), check_model_name(name), reveal=self._settings.reveal_models)
-        return name
+    async def _named(self, parsed: Parsed) -> Parsed:
+        """Take the adapter off the model's name.
+
+        Raises PermissionDenied, ModelNotFound, InvalidRequest: before anything is told of the model; AdapterNotFound.
+        """
+        name, adapter = split_model(check_model_name(parsed.request.model))
+        check_model(current_caller(), name, reveal=self._settings.reveal_models)
+        (await self._catalog.get(name)).adapter(adapter)
+        return Parsed(msgspec.structs.replace(parsed.request, model=name), parsed.extensions, adapter)
 
 
 class _HttpCall:
@@ -261,8 +275,10 @@ async def _merged(streams: Sequence[EventStream]) -> AsyncGenerator[tuple[int, p
         await asyncio.gather(getting, pumping, return_exceptions=True)
 
 
-def _model_object(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "torchrelay"}
+def _model_object(name: str, adapter: str = "") -> dict[str, Any]:
+    """An adapter is a model of its own here, whose parent is the one that it belongs to."""
+    known = {"object": "model", "created": 0, "owned_by": "torchrelay", "root": name}
+    return {"id": full_name(name, adapter), **known, "parent": name if adapter else None}
 
 
 async def _no_such_path(request: Any, error: Exception) -> Any:

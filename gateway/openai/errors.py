@@ -27,6 +27,7 @@ _CODES: Final = {
     "CREDENTIALS_MISSING": "invalid_api_key",
     "CREDENTIALS_INVALID": "invalid_api_key",
     "MODEL_NOT_FOUND": "model_not_found",
+    "ADAPTER_NOT_FOUND": "model_not_found",
     "CONTEXT_LENGTH_EXCEEDED": "context_length_exceeded",
     "RATE_LIMITED": "rate_limit_exceeded",
     "QUOTA_EXCEEDED": "insufficient_quota",
@@ -74,7 +75,7 @@ def answer_to(error: errors.ServingError | HttpError, *, is_chat: bool) -> Error
     param = None
     if isinstance(error, errors.InvalidRequest) and error.violations:
         param = param_of(error.violations[0].field, is_chat=is_chat)
-    elif isinstance(error, errors.ModelNotFound):
+    elif isinstance(error, errors.ModelNotFound | errors.AdapterNotFound):  # one name says both
         param = "model"
     code = _CODES.get(error.reason, error.reason.lower())
     return ErrorAnswer(status, body_of(error.message, kind, param, code), _retry_headers(error.retry_after_ms))

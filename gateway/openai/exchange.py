@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, Final, TypeAlias
 
 import msgspec
 import structlog
 from starlette.types import Message, Receive, Scope, Send
 
-from common.errors import ClientTooSlow, ServingError
+from common.errors import ClientTooSlow, ServingError, Unavailable
 from common.logs import frames_of
 from gateway.audit import Audit
 from gateway.identity.caller import CALLER, Caller, CallInfo
 from gateway.interceptors.guard import outcome_of
-from gateway.openai.errors import HttpError, answer_to, body_of, merge_headers
-from gateway.openai.server import auth_context_of
+from gateway.openai.errors import ErrorAnswer, HttpError, answer_to, body_of, merge_headers
+from gateway.openai.server import abort, auth_context_of
+from gateway.places import Places
+from gateway.settings import GatewaySettings
 from gateway.status import GenerationEndedError
 
 log = structlog.get_logger()
 
+_RETRY_AFTER_MS: Final = 500
+_LAST_WORD_S: Final = 1.0  # how long a client may take to read why its stream ends, where the server stops
 _BODY_S: Final = 30.0  # how long a body may take to arrive
 _JSON: Final = {"content-type": "application/json"}
 _EVENTS: Final = {
@@ -43,12 +49,16 @@ class Gone(Exception):
 class Exchange:
     """A request that is being answered. Not for more than one task but for `until_gone`."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, send_timeout_s: float, is_chat: bool) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, bodies: Places, send_timeout_s: float, is_chat: bool
+    ) -> None:
         self.scope = scope
         self.headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         self.generation_id = ""  # once there is one, told in a header
         self._receive = receive
         self._send = send
+        self._bodies = bodies
+        self._held = ExitStack()
         self._send_timeout_s = send_timeout_s
         self._is_chat = is_chat
         self._has_begun = False
@@ -69,11 +79,16 @@ class Exchange:
         """Return what the call brings along to show whose it is."""
         return CallInfo(self.headers, self.peer(), auth_context_of(self.scope))
 
-    async def body(self, max_bytes: int) -> bytes:
-        """Read the body. Raises HttpError for one that is too long or does not arrive, Gone."""
+    async def body(self, max_bytes: int, tenant: str) -> bytes:
+        """Read the body, which is held up to `close`: its bytes count as the tenant's until then.
+
+        Raises HttpError for one that is too long or does not arrive, ResourceExhausted, Gone.
+        """
         length = self.header("content-length")
-        if length.isdecimal() and int(length[:20]) > max_bytes:
+        told = int(length[:20]) if length.isdecimal() else 0
+        if told > max_bytes:
             raise _too_long(max_bytes)
+        self._hold(tenant, told)
         pieces, size = list[bytes](), 0
         try:
             async with asyncio.timeout(_BODY_S):
@@ -85,11 +100,23 @@ class Exchange:
                     size += len(piece)
                     if size > max_bytes:
                         raise _too_long(max_bytes)
+                    if size > told:  # it comes in chunks, whose sum nobody told before
+                        self._hold(tenant, size - told)
+                        told = size
                     pieces.append(piece)
                     if not message.get("more_body", False):
                         return b"".join(pieces)
         except TimeoutError:
             raise HttpError(408, "the body did not arrive in time", "request_timeout") from None
+
+    def _hold(self, tenant: str, num_bytes: int) -> None:
+        """Raises ResourceExhausted."""
+        delay_ms = random.randint(_RETRY_AFTER_MS, 3 * _RETRY_AFTER_MS)  # not all come back at the same moment
+        self._held.enter_context(self._bodies.take(tenant, retry_after_ms=delay_ms, count=num_bytes))
+
+    def close(self) -> None:
+        """The call is over."""
+        self._held.close()
 
     async def until_gone(self) -> None:
         """Return when the client has gone away; only once the body has been read."""
@@ -109,7 +136,8 @@ class Exchange:
 
         A chunk that is None is a comment: proxies end a connection that is silent for long.
 
-        Raises ClientTooSlow, and whatever the chunks raise, once that has been sent.
+        Raises ClientTooSlow, and whatever the chunks raise, once that has been sent: whatever it is, no client takes
+        what it has for the whole.
         """
         self._has_begun = True
         headers = merge_headers(_EVENTS, self._id_header())
@@ -122,28 +150,37 @@ class Exchange:
                     else:
                         await self._event(_ENCODER.encode(chunk))
             await self._event(b"[DONE]")
-        except (ServingError, GenerationEndedError) as error:
+        except (Exception, asyncio.CancelledError) as error:
             if not isinstance(error, ClientTooSlow):
-                await self._event(_ENCODER.encode(self._answer_to(error).body))
-                await self._out({"type": "http.response.body", "body": b""})
+                if isinstance(error, asyncio.CancelledError):
+                    self._send_timeout_s = min(self._send_timeout_s, _LAST_WORD_S)
+                with contextlib.suppress(ClientTooSlow):
+                    await self._event(_ENCODER.encode(self._answer_to(error).body))
+                    await self._out({"type": "http.response.body", "body": b""})
             raise
         await self._out({"type": "http.response.body", "body": b""})
 
-    async def answer_error(self, error: BaseException, path: str) -> None:
-        """Send the answer to an error, unless the answer had begun already."""
-        if isinstance(error, HttpError | ServingError | GenerationEndedError):
-            if not self._has_begun:
-                found = self._answer_to(error)
-                await self.answer(found.body, found.status, found.headers)
-            return
-        incident = secrets.token_hex(8)
-        # Where, not what: the text of an exception may hold what a caller wrote.
-        log.error("call.failed", method=path, incident=incident, error=type(error).__name__, frames=frames_of(error))
+    async def answer_error(self, error: BaseException) -> None:
+        """Send the answer to an error, unless the answer had begun already: then it was the last event."""
         if not self._has_begun:
-            await self.answer(body_of(f"internal error {incident}", "server_error", None, "internal"), 500)
+            found = self._answer_to(error)
+            await self.answer(found.body, found.status, found.headers)
 
-    def _answer_to(self, error: HttpError | ServingError | GenerationEndedError) -> Any:
-        return answer_to(error.error if isinstance(error, GenerationEndedError) else error, is_chat=self._is_chat)
+    def _answer_to(self, error: BaseException) -> ErrorAnswer:
+        if isinstance(error, GenerationEndedError):
+            error = error.error
+        if _is_cancelled(error):
+            error = Unavailable(
+                "this gateway stops; another one, or the next, takes the same call again",
+                reason="GATEWAY_STOPPING",
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
+        if isinstance(error, HttpError | ServingError):
+            return answer_to(error, is_chat=self._is_chat)
+        incident, method = secrets.token_hex(8), f"{self.scope['method']} {self.scope['path']}"
+        # Where, not what: the text of an exception may hold what a caller wrote.
+        log.error("call.failed", method=method, incident=incident, error=type(error).__name__, frames=frames_of(error))
+        return ErrorAnswer(500, body_of(f"internal error {incident}", "server_error", None, "internal"), {})
 
     def _id_header(self) -> dict[str, str]:
         return {"x-request-id": self.generation_id} if self.generation_id else {}
@@ -157,6 +194,7 @@ class Exchange:
             async with asyncio.timeout(self._send_timeout_s):
                 await self._send(message)
         except TimeoutError:
+            abort(self.scope)  # what it has not read would otherwise be kept for it
             raise ClientTooSlow from None
 
 
@@ -169,11 +207,14 @@ class Door:
         authorize: Callable[[str, Caller], None],
         audit: Audit,
         *,
+        bodies: Places,
         send_timeout_s: float,
     ) -> None:
+        """`bodies` are the bytes that may be held of requests."""
         self._authenticate = authenticate
         self._authorize = authorize
         self._audit = audit
+        self._bodies = bodies
         self._send_timeout_s = send_timeout_s
 
     def route(self, method: str, run: Run, *, is_chat: bool = False) -> _Route:
@@ -181,7 +222,6 @@ class Door:
         return _Route(self, method, run, is_chat=is_chat)
 
     async def handle(self, exchange: Exchange, method: str, run: Run) -> None:
-        path = f"{exchange.scope['method']} {exchange.scope['path']}"
         record = self._audit.begin(method, exchange.peer())
         try:
             caller = record.caller = await self._authenticate(exchange.call_info())
@@ -192,15 +232,21 @@ class Door:
             self._audit.end(record, "CANCELLED")
         except BaseException as error:
             self._audit.end(record, *_outcome_of(error))
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise
             if not isinstance(error, Exception | asyncio.CancelledError):
                 raise
+            is_cancelled = _is_cancelled(error)
             with contextlib.suppress(ClientTooSlow):
-                await exchange.answer_error(error, path)
+                await exchange.answer_error(error)
+            if is_cancelled:
+                raise
         else:
             self._audit.end(record, "OK")
+        finally:
+            exchange.close()
+
+    def exchange(self, scope: Scope, receive: Receive, send: Send, *, is_chat: bool) -> Exchange:
+        """Return a request that is to be answered."""
+        return Exchange(scope, receive, send, bodies=self._bodies, send_timeout_s=self._send_timeout_s, is_chat=is_chat)
 
 
 class _Route:
@@ -213,8 +259,18 @@ class _Route:
         self._is_chat = is_chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, send_timeout_s=self._door._send_timeout_s, is_chat=self._is_chat)
+        exchange = self._door.exchange(scope, receive, send, is_chat=self._is_chat)
         await self._door.handle(exchange, self._method, self._run)
+
+
+def bodies_of(settings: GatewaySettings) -> Places:
+    """Return room for the bodies of requests; each tenant has it for one of any size, while there is any."""
+    return Places(
+        settings.openai_max_body_bytes,
+        settings.max_calls_per_tenant_share,
+        few=settings.max_message_bytes,
+        of="bytes of requests",
+    )
 
 
 async def while_wanted(exchange: Exchange, work: Awaitable[None]) -> None:
@@ -230,6 +286,12 @@ async def while_wanted(exchange: Exchange, work: Awaitable[None]) -> None:
         gone.cancel()
         task.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    """Whether this task itself is cancelled, which is how a server ends the calls that are left when it stops."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def _too_long(max_bytes: int) -> HttpError:

@@ -10,13 +10,15 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 import msgspec
 from google.protobuf import json_format
 
-from common.errors import InvalidRequest
-from gateway import beams, token_choice, validation
+from common import parameter_limits
+from common.errors import InvalidRequest, ModelNotFound
+from gateway import beams, validation
 from gateway.conversation import MAX_MESSAGES, MAX_TEMPLATE_ARGUMENTS_BYTES, MAX_TOOLS
 from gateway.openai import schemas
 from torchrelay.v1 import generation_pb2 as pb
 
 MAX_PROMPTS: Final = 128
+REPEAT_GRACE_S: Final = 30  # how long a generation with an idempotency key goes on without its client
 _DEFAULT_MAX_TOKENS: Final = 16  # of completions, as OpenAI documents it
 _EXTENSIONS: Final = frozenset(pb.GenerationConfig.DESCRIPTOR.fields_by_name) - {"num_outputs", "max_length"}
 _ROLES: Final = {
@@ -34,15 +36,15 @@ _MODES: Final = {
 _PRIORITIES: Final = {"flex": pb.PRIORITY_LOW, "priority": pb.PRIORITY_HIGH}
 _WHERE: Final = re.compile(r"(?:key in )?\$\.?(.*)`", re.DOTALL)
 _MAX_ITEMS: Final = {  # what would be refused anyway is not looked into
-    "bad_words": token_choice.MAX_BAD_WORDS,
-    "bad_words_ids": token_choice.MAX_PHRASES,
-    "sequence_bias": token_choice.MAX_PHRASES,
-    "suppress_tokens": token_choice.MAX_TOKEN_IDS,
-    "begin_suppress_tokens": token_choice.MAX_TOKEN_IDS,
+    "bad_words": parameter_limits.MAX_BAD_WORDS,
+    "bad_words_ids": parameter_limits.MAX_PHRASES,
+    "sequence_bias": parameter_limits.MAX_PHRASES,
+    "suppress_tokens": parameter_limits.MAX_TOKEN_IDS,
+    "begin_suppress_tokens": parameter_limits.MAX_TOKEN_IDS,
     "stop_token_ids": validation.MAX_STOP_TOKEN_IDS,
 }
 # Values inside one parameter: more than the most that any takes, which is as many phrases as are taken, full of ids.
-_MAX_VALUES: Final = 2 * token_choice.MAX_PHRASES * token_choice.MAX_PHRASE_IDS
+_MAX_VALUES: Final = 2 * parameter_limits.MAX_PHRASES * parameter_limits.MAX_PHRASE_IDS
 _MAX_ID_DIGITS: Final = 10
 
 _T = TypeVar("_T", schemas.CompletionRequest, schemas.ChatRequest)
@@ -54,6 +56,7 @@ class Parsed(NamedTuple):
 
     request: AnyRequest
     extensions: Mapping[str, Any]
+    adapter: str = ""  # that the model's name ended with
 
 
 def parse(body: bytes, kind: type[_T]) -> Parsed:
@@ -80,6 +83,19 @@ def parse(body: bytes, kind: type[_T]) -> Parsed:
         raise _invalid(str(error)) from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deep", reason="MALFORMED_MESSAGE") from None
+
+
+def split_model(name: str) -> tuple[str, str]:
+    """Return a model's name and its adapter's, which is empty where none is named. Raises ModelNotFound."""
+    base, colon, adapter = name.partition(":")  # names of models and of adapters have none
+    if colon and not adapter:
+        raise ModelNotFound("no such model")
+    return base, adapter
+
+
+def full_name(model: str, adapter: str) -> str:
+    """Return the name by which a model is asked for with an adapter."""
+    return f"{model}:{adapter}" if adapter else model
 
 
 def _invalid(text: str) -> InvalidRequest:
@@ -122,13 +138,19 @@ def completion_requests(
                 raise InvalidRequest("must not differ from logprobs", reason="FIELD_CONFLICT", field=name)
             setattr(config, name, num_alternatives)
     inputs = _prompts(request.prompt, context_tokens)
-    keys = [f"{idempotency_key}-{i}" if len(inputs) > 1 else idempotency_key for i in range(len(inputs))]
-    return [
+    made = [
         pb.StreamGenerateRequest(
-            model=request.model, input=source, config=config, idempotency_key=key if idempotency_key else ""
+            model=request.model,
+            input=source,
+            config=config,
+            idempotency_key=idempotency_key,
+            adapter=parsed.adapter,
         )
-        for source, key in zip(inputs, keys, strict=True)
+        for source in inputs
     ]
+    for one in made:
+        _let_repeat(one)
+    return made
 
 
 def chat_request(parsed: Parsed, *, default_temperature: float, idempotency_key: str = "") -> pb.StreamGenerateRequest:
@@ -151,13 +173,22 @@ def chat_request(parsed: Parsed, *, default_temperature: float, idempotency_key:
                 "must not be given together with response_format", reason="FIELD_CONFLICT", field="structured_output"
             )
         _add_format(config, request.response_format)
-    return pb.StreamGenerateRequest(
+    made = pb.StreamGenerateRequest(
         model=request.model,
         input=pb.GenerationInput(chat=_chat(request)),
         config=config,
         idempotency_key=idempotency_key,
+        adapter=parsed.adapter,
         priority=_PRIORITIES.get(request.service_tier or "", pb.PRIORITY_UNSPECIFIED),
     )
+    _let_repeat(made)
+    return made
+
+
+def _let_repeat(request: pb.StreamGenerateRequest) -> None:
+    """A call with a key is repeated when its connection is lost: what the repeat finds must not be cancelled."""
+    if request.idempotency_key:
+        request.disconnect_grace.FromSeconds(REPEAT_GRACE_S)
 
 
 def _config(parsed: Parsed, default_temperature: float) -> pb.GenerationConfig:
@@ -188,7 +219,7 @@ def _config(parsed: Parsed, default_temperature: float) -> pb.GenerationConfig:
         config.seed = request.seed % (1 << 64)
     if request.stop is not None:
         config.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop)
-    _check_number_of(request.logit_bias or {}, "logit_bias", token_choice.MAX_TOKEN_IDS)
+    _check_number_of(request.logit_bias or {}, "logit_bias", parameter_limits.MAX_TOKEN_IDS)
     for text, bias in (request.logit_bias or {}).items():
         is_id = len(text) <= _MAX_ID_DIGITS and text.isascii() and text.isdecimal() and int(text) < 1 << 32
         if not is_id:

@@ -5,24 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import h11
+import msgspec
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from gateway.openai.errors import HttpError, answer_to, merge_headers
 from gateway.settings import GatewaySettings
 from gateway.tls import CertificateError, ServerCertificates
 
 _HEAD_S: Final = 30.0  # how long a request's head may take to arrive
 _KEEP_ALIVE_S: Final = 75
+_LAST_WORDS_S: Final = 2.0  # for calls that are left when the server stops
 _MAX_HEAD_BYTES: Final = 16 * 1024
+_RETRY_AFTER_MS: Final = 500
 PEER_CERTIFICATE: Final = "torchrelay.peer_certificate"
+_ABORT: Final = "torchrelay.abort"
 
 
 class OpenAiServer:
@@ -48,7 +55,7 @@ class OpenAiServer:
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         config = uvicorn.Config(
             self._app,
-            http=_Protocol,
+            http=partial(_Protocol, settings=settings),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
@@ -72,6 +79,8 @@ class OpenAiServer:
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving
+            if tasks := self._server.server_state.tasks:  # cancelled, and telling their clients so
+                await asyncio.wait(tuple(tasks), timeout=_LAST_WORDS_S)
 
     def _context(self, config: uvicorn.Config, default: Any) -> ssl.SSLContext:
         settings, certificates = self._settings, self._certificates
@@ -126,12 +135,26 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Ends connections whose requests do not arrive, and notes the client's certificate."""
+    """Ends connections whose requests do not arrive or whose answers are not read, and those that are too many.
+
+    Notes the client's certificate.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, settings: GatewaySettings, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._settings = settings
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.app_state = {**self.app_state, _ABORT: transport.abort}
+        if len(self.connections) > 2 * self._settings.openai_max_connections:
+            transport.abort()
+            return
+        if len(self.connections) > self._settings.openai_max_connections:
+            self.app = _too_many
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         der = tls.getpeercert(binary_form=True) if tls is not None else None
         if der is not None:
@@ -144,7 +167,36 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Also where the last answer is not read: closing alone would keep it for ever."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _watch_reader(self, num_unread: int | None = None) -> None:
+        """End the connection of a client that reads nothing for long of what is kept for it; slow ones may go on."""
+        left = self.transport.get_write_buffer_size()
+        if num_unread is not None and left >= num_unread:
+            self.transport.abort()
+        else:
+            self._unread_timer = self.loop.call_later(self._settings.send_timeout_s, self._watch_reader, left)
+
+    def _stop_watching(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def _wait_for_head(self) -> None:
         if self.conn.their_state is not h11.IDLE:
@@ -161,6 +213,23 @@ class _Protocol(H11Protocol):
         self._head_timer = None
         if self.conn.their_state is h11.IDLE:
             self.transport.close()
+
+
+async def _too_many(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a call on a connection more than there may be."""
+    error = HttpError(503, "this gateway has as many connections as it may", "gateway_full")
+    data = msgspec.json.encode(answer_to(error, is_chat=False).body)
+    headers = {"content-type": "application/json", "content-length": str(len(data)), "connection": "close"}
+    pause = {"retry-after": "1", "retry-after-ms": str(random.randint(_RETRY_AFTER_MS, 3 * _RETRY_AFTER_MS))}
+    await send({"type": "http.response.start", "status": 503, "headers": merge_headers(headers, pause)})
+    await send({"type": "http.response.body", "body": data})
+
+
+def abort(scope: Mapping[str, Any]) -> None:
+    """End a call's connection at once; what its client has not read is dropped."""
+    end = scope.get("state", {}).get(_ABORT)
+    if end is not None:
+        end()
 
 
 def auth_context_of(scope: Mapping[str, Any]) -> Mapping[str, tuple[bytes, ...]]:

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from common.generation import SamplingParams
 from tests.benchmarks import gpu_checks
 from tests.benchmarks.limits import ModelCost
-from worker.assembly import choose_backend, make_runner
+from worker.assembly import choose_argmax, choose_backend, make_runner
 from worker.engine.loop import Engine, Runner
 from worker.engine.model import speed_up_for_device
 from worker.engine.quantize import Narrow, quantize
@@ -53,7 +53,7 @@ TENSORRT_LLM: Final[Mapping[tuple[int, int], int]] = {
     (2048, 128): 3450,
     (2048, 2048): 9305,
 }
-_PREFILL_RATE: Final = 20000.0  # tokens per second, to guess how long a load takes to settle
+_PREFILL_RATE: Final = 35000.0  # tokens per second, to guess how long a load takes to settle
 TARGETS: Final = {"bandwidth_share": 0.85, "over_transformers": 1.5}
 
 _LLAMA_8B: Final[Mapping[str, Any]] = {
@@ -170,14 +170,14 @@ class Ours:
         self.inner = ModelRunner(model, backend, self.settings)
         self.runner: Runner = make_runner(self.inner, self.settings)
         self.start_s = time.perf_counter() - started
-        self.attention = backend.name
+        self.attention, self._argmax = backend.name, choose_argmax(backend)
 
     @property
     def num_kv_tokens(self) -> int:
         return self.runner.num_blocks * self.settings.block_size
 
     def engine(self) -> Engine:
-        return Engine(self.runner, self.settings, NoText)
+        return Engine(self.runner, self.settings, NoText, argmax=self._argmax)
 
     def request(self, name: str, num_prompt: int, num_output: int, seed: int) -> GenerationRequest:
         prompt = make_prompt(num_prompt, seed, self.runner.vocab_size)

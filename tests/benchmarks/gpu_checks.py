@@ -8,10 +8,10 @@ from typing import Any, Final
 import torch
 
 from tests.builders_engine import TokenNames, generate, make_request, make_settings, reference_tokens, tiny_model
-from worker.assembly import choose_backend, make_runner
+from worker.assembly import choose_argmax, choose_backend, make_runner
 from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerShape
 from worker.engine.attention.torch_ref import TorchAttention
-from worker.engine.closeness import relative_error
+from worker.engine.closeness import FP8_TOLERANCE, relative_error
 from worker.engine.device import DeviceError
 from worker.engine.loadcheck import check_module, plain_logits
 from worker.engine.loop import Engine
@@ -140,8 +140,9 @@ def _is_identical(family: str, device: torch.device) -> bool:
     expected = [reference_tokens(model, r.prompt_token_ids, r.sampling) for r in requests]
     speed_up_for_device(model)
     settings = make_settings(block_size=_BLOCK, num_blocks=20, token_budget=48, max_num_seqs=6)
-    runner = make_runner(ModelRunner(model, choose_backend(device, model.dtype, _BLOCK), settings), settings)
-    results = generate(Engine(runner, settings, TokenNames), *requests)
+    backend = choose_backend(device, model.dtype, _BLOCK)
+    runner = make_runner(ModelRunner(model, backend, settings), settings)
+    results = generate(Engine(runner, settings, TokenNames, argmax=choose_argmax(backend)), *requests)
     return [results[r.request_id].tokens[0] for r in requests] == expected
 
 
@@ -171,10 +172,13 @@ def check_narrow(narrow: Narrow, device: torch.device) -> dict[str, Any]:
     pairs = list(zip(actual, expected, strict=True))
     error = max(relative_error(a, e, torch.bfloat16) for a, e in pairs)
     kept = torch.cat([a.argmax(-1) == e.argmax(-1) for a, e in pairs]).float().mean()
-    check_module(model, choose_backend(device, torch.bfloat16, _BLOCK))
+    packed = check_module(
+        model, choose_backend(device, torch.bfloat16, _BLOCK), FP8_TOLERANCE if narrow == "fp8" else None
+    )
     return {
         "error": error,
         "first_choice_kept": float(kept),
+        "packed_error": packed,
         "layers": len(layers),
         "right": bool(layers) and error <= NARROW_TOLERANCE[narrow],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from common.generation import SamplingParams
 from tests.builders_adapters import linear_layers, merged, write_adapter
 from tests.builders_calls import Outcome, refused
 from tests.builders_engine import reference_tokens
+from tests.builders_http import HttpDoor
 from tests.builders_models import tiny_module, write_tiny_model
 from tests.builders_system import System, running_system, until
 from torchrelay.client import AsyncClient
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import model_pb2
+from worker.publishing import register_model
 
 MODEL = "tiny"
 PROMPT = [3 + (7 * i) % 250 for i in range(40)]
@@ -37,6 +40,7 @@ class Served:
     adapters: Path
     model: Path
     client: AsyncClient
+    name: str = MODEL
 
     def write(self, name: str, **fields: object) -> Path:
         whole = write_adapter(self.adapters / f".{name}", linear_layers(tiny()), **{"std": 0.2, **fields})
@@ -46,7 +50,7 @@ class Served:
     def add_worker(self) -> None:
         self.system.add_worker(
             self.model,
-            MODEL,
+            self.name,
             TORCHRELAY_WORKER_ADAPTERS_DIR=str(self.adapters),
             TORCHRELAY_WORKER_ADAPTERS_SCAN_S="0.1",
             TORCHRELAY_WORKER_MAX_LOADED_ADAPTERS="2",
@@ -54,13 +58,16 @@ class Served:
 
     async def published(self) -> dict[str, str]:
         """Revisions by name, as callers see them."""
-        request = model_pb2.GetModelRequest(model=MODEL)
+        request = model_pb2.GetModelRequest(model=self.name)
         response = await self.client.model.GetModel(request, metadata=self.client.metadata)
         return {adapter.name: adapter.revision for adapter in response.model.adapters}
 
     async def until_published(self, *names: str, other_than: str = "") -> dict[str, str]:
         async def are_known() -> bool:
-            found = await self.published()
+            try:
+                found = await self.published()
+            except grpc.aio.AioRpcError:  # not read yet
+                return False
             return found.keys() == set(names) and other_than not in found.values()
 
         await until(are_known, what=f"that {names} are published")
@@ -167,6 +174,41 @@ async def test_each_request_gets_the_adapter_that_it_names(served: Served) -> No
     with refused() as refusal:
         await served.client.generate(PROMPT, **options, adapter="second")
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "IDEMPOTENCY_KEY_REUSED")
+    await _check_openai_door(served, {name: outcome.output.text for name, outcome in zip(names, outcomes, strict=True)})
+
+
+async def _check_openai_door(served: Served, texts: dict[str, str]) -> None:
+    """There an adapter is named behind its model, and is listed as a model whose parent that is."""
+    address = served.system.gateways[0].openai_address
+    doors = {
+        "any": HttpDoor(address, served.system.key),
+        "base": HttpDoor(address, served.system.create_key("of-the-base", models=(MODEL,))),
+        "other": HttpDoor(address, served.system.create_key("of-another", models=("other",))),
+    }
+    listed = (await doors["base"].get("/v1/models")).json["data"]
+    assert [(one["id"], one["root"], one["parent"]) for one in listed] == [
+        (MODEL, MODEL, None),
+        (f"{MODEL}:first", MODEL, MODEL),
+        (f"{MODEL}:second", MODEL, MODEL),
+    ]
+    assert (await doors["other"].get("/v1/models")).json["data"] == []
+    assert (await doors["any"].get(f"/v1/models/{MODEL}:second")).json == listed[2]
+    body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    for name, text in texts.items():
+        model = f"{MODEL}:{name}" if name else MODEL
+        answer = await doors["base"].post("/v1/completions", {"model": model, **body})
+        assert (answer.status, answer.json["model"]) == (200, model)
+        assert answer.json["choices"][0]["text"] == text
+    for name in ("third", "", "first:second"):
+        model = f"{MODEL}:{name}"
+        for path in ("completions", "chat/completions"):
+            fields = body if path == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+            answer = await doors["any"].post(f"/v1/{path}", {"model": model, **fields})
+            error = answer.json["error"]
+            assert (answer.status, error["param"], error["code"]) == (404, "model", "model_not_found"), model
+        assert (await doors["any"].get(f"/v1/models/{model}")).status == 404
+    answer = await doors["other"].post("/v1/completions", {"model": f"{MODEL}:first", **body})
+    assert (answer.status, answer.json["error"]["code"]) == (403, "model_not_allowed")
 
 
 async def test_adapters_come_change_and_go_while_others_are_served(served: Served) -> None:
@@ -217,3 +259,44 @@ async def test_a_takeover_goes_on_with_the_same_adapter_or_says_that_it_is_gone(
 
 async def _has_tokens(outcome: Outcome) -> bool:
     return len(outcome.token_ids) > 3
+
+
+async def test_adapters_are_registered_with_a_model_before_any_worker_serves_it(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, model = "waiting", write_tiny_model(tmp_path / "model", eos_token_id=None)
+    folders = [
+        write_adapter(tmp_path / "adapters" / each, linear_layers(tiny()), std=0.2, rank=4, seed=number)
+        for number, each in enumerate(("first", "second"))
+    ]
+    environment = {"REDIS_URL": system.server.url, "WORKER_MODEL": str(model), "WORKER_MODEL_NAME": name}
+    for key, value in environment.items():
+        monkeypatch.setenv(f"TORCHRELAY_{key}", value)
+    monkeypatch.setenv("TORCHRELAY_WORKER_DTYPE", "float32")
+
+    async def register(*adapters: str) -> int:
+        return await asyncio.to_thread(register_model, as_json=True, adapters=adapters)
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folders[0], broken)
+    (broken / "adapter_config.json").write_text("{}")
+    for bad in (["first"], [f"a b={folders[0]}"], [f"x={tmp_path / 'none'}"], [f"x={broken}"], [f"x={folders[0]}"] * 2):
+        assert await register(*bad) == 1, bad
+    assert capsys.readouterr().out == ""
+    assert await register(f"second={folders[1]}", f"first={folders[0]}") == 0
+    assert json.loads(capsys.readouterr().out)["adapters"] == ["first", "second"]
+    async with system.client() as client:
+        served = Served(system, tmp_path / "adapters", model, client, name)
+        await served.until_published("first", "second")
+        submit = pb.SubmitGenerationRequest(model=name, adapter="second")
+        submit.input.token_ids.ids.extend(PROMPT)
+        submit.config.MergeFrom(pb.GenerationConfig(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True))
+        accepted = (await client.generation.SubmitGeneration(submit, metadata=client.metadata)).accepted
+        served.add_worker()
+
+        async def is_done() -> bool:
+            return (await client.get(accepted.generation_id)).state == pb.GENERATION_STATE_FINISHED
+
+        await until(is_done, 60, "the answer of the worker that came later")
+        assert (await client.get(accepted.generation_id)).outputs[0].token_ids == expected(folders[1])
+        system.workers.pop().kill()

@@ -23,6 +23,7 @@ from tests.recorded import Recorded
 from torchrelay.client import AsyncClient
 from torchrelay.v1 import generation_pb2 as pb
 from worker.assembly import choose_backend
+from worker.engine.batch import TokensInFlight
 from worker.engine.demo import demo_model_dir
 from worker.engine.loop import Engine
 from worker.engine.model import load_model
@@ -91,8 +92,8 @@ class RecordingRunner(ModelRunner):
 
     recorded: list[torch.Tensor]
 
-    def execute(self, plan: Plan) -> torch.Tensor:
-        logits = super().execute(plan)
+    def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
+        logits = super().execute(plan, in_flight)
         self.recorded.append(logits.clone())
         return logits
 

@@ -183,6 +183,10 @@ async def test_models_are_listed(door: HttpDoor) -> None:
 
 
 BAD = {"model": MODEL, "messages": QUESTION}
+UNKEEPABLE = {
+    "type": "function",
+    "function": {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": {"not": {}}}}},
+}
 
 
 @pytest.mark.parametrize(
@@ -231,6 +235,14 @@ BAD = {"model": MODEL, "messages": QUESTION}
             400,
             "response_format",
             "grammar_invalid",
+        ),
+        ("chat/completions", {**BAD, "tools": [UNKEEPABLE]}, 400, "tools[0].function.parameters", "grammar_invalid"),
+        (
+            "chat/completions",
+            {**BAD, "tools": [WEATHER], "forced_eos_token_id": 2},
+            400,
+            "forced_eos_token_id",
+            "field_conflict",
         ),
         ("chat/completions", {**BAD, "service_tier": "flex"}, 200, None, None),
         ("chat/completions", {**BAD, "service_tier": "priority"}, 403, None, "priority_not_allowed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ async def run(client: AsyncClient, prompt: str = "Answer: ", **options: Any) -> 
     kind = {name: options.pop(name) for name in list(options) if name in kinds}
     if kind:
         options["structured_output"] = constraint(**kind)
-    stream = client.stream(prompt, model=MODEL, **{"max_tokens": 60, "temperature": 0.0, **options})
+    stream = client.stream(prompt, **{"model": MODEL, "max_tokens": 60, "temperature": 0.0, **options})
     return await Outcome(stream).read()
 
 
@@ -183,7 +184,7 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ({"json_schema": '{"type": "array", "uniqueItems": true}'}, "GRAMMAR_INVALID", SCHEMA, "uniqueItems"),
     ({"json_schema": '{"type": "text"}'}, "GRAMMAR_INVALID", SCHEMA, "type"),
     ({"json_schema": '{"x-guidance": {"lenient": true}}'}, "GRAMMAR_INVALID", SCHEMA, "x-guidance"),
-    ({"json_schema": '{"$ref": "http://example.org/s"}'}, "GRAMMAR_INVALID", SCHEMA, "example.org"),
+    ({"json_schema": '{"$ref": "http://example.org/s"}'}, "GRAMMAR_INVALID", SCHEMA, "not present in a registry"),
     ({"json_schema": '{"$ref": "#"}'}, "GRAMMAR_INVALID", SCHEMA, "no text"),
     ({"json_schema": '{"minProperties": 1}'}, "GRAMMAR_INVALID", SCHEMA, "minProperties"),
     ({"json_schema": '{"const": "\\u0001"}'}, "GRAMMAR_INVALID", SCHEMA, "control characters"),
@@ -244,3 +245,25 @@ async def test_parameters_that_forbid_all_that_is_allowed_end_it_by_name(client:
         await run(client, regex="aaaaaaaa", no_repeat_ngram_size=1)
     assert refusal.summary[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "ALL_TOKENS_FORBIDDEN")
     assert refusal.fields == ["config"]
+
+
+async def test_an_end_that_the_model_forces_gives_way_to_a_constraint(
+    system: System, client: AsyncClient, tmp_path: Path
+) -> None:
+    """The last token of max_tokens would have to be an end, which is not allowed inside of the text."""
+    folder = write_tiny_model(tmp_path / "forcing")
+    defaults = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**defaults, "forced_eos_token_id": 2}))
+    worker = system.add_worker(folder, "forcing")
+    try:
+        await system.ready("forcing")
+        free = await run(client, max_tokens=4, model="forcing")
+        assert free.output.token_ids[-1] == 2
+        assert (await run(client, max_tokens=4, model="forcing", regex="a{9}")).output.text == "aaaa"
+        with refused() as refusal:
+            await run(client, max_tokens=4, regex="a{9}", forced_eos_token_id=2)
+        assert refusal.summary[1] == "FIELD_CONFLICT"
+        assert refusal.fields == ["config.forced_eos_token_id", FIELD]
+    finally:
+        worker.kill()
+        system.workers.remove(worker)

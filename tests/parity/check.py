@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -14,6 +14,7 @@ from common.generation import SamplingParams
 from tests.builders_engine import Driver
 from tests.parity.cases import Case
 from tests.reference_sampling import options_of, processors_of
+from worker.engine.batch import TokensInFlight
 from worker.engine.loop import Engine
 from worker.engine.scheduler import Plan
 from worker.engine.sequence import Sequence as EngineSequence
@@ -95,14 +96,16 @@ class Greedy:
 def logit_difference(engine: Engine, model: PreTrainedModel, prompts: Iterable[Sequence[int]]) -> float:
     """Largest difference of the engine's logits from the plain model's, over prompts and five more tokens each."""
     runner = engine._runner
-    execute: Callable[[Plan], torch.Tensor] = runner.execute
+    execute = runner.execute
     rows: list[tuple[list[int], torch.Tensor]] = []
 
-    def recording(plan: Plan) -> torch.Tensor:
-        logits = execute(plan)
+    def recording(plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
+        logits = execute(plan, in_flight)
         for row, scores in zip(plan.logit_rows, logits, strict=True):
             if isinstance(row, EngineSequence):
-                rows.append((row.token_ids.tolist(), scores.float().clone()))
+                if row.num_pending and in_flight is not None:
+                    row.token_ids[-1] = int(in_flight.token_ids[in_flight.rows[row]])
+                rows.append((row.token_ids.tolist(), scores.float().cpu().clone()))
         return logits
 
     runner.execute = recording  # type: ignore[method-assign]

@@ -1,11 +1,14 @@
 """A plan as tensors: what the model and the attention back-end read in one step.
 
 The buffers are allocated once, at their largest, and filled in place through numpy. On the CPU the tensors of a step
-are views of them, so a step's batch must not be kept beyond it.
+are views of them, so a step's batch must not be kept beyond it. On a GPU a copy may be under way still when the next
+step is laid out, so steps take turns with two sets of buffers: of two steps in flight, the older one has ended before a
+third is laid out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,8 @@ import torch
 from worker.engine.adapters.types import Adapter
 from worker.engine.attention.interface import AttentionBatch
 from worker.engine.scheduler import Plan
+from worker.engine.sequence import Sequence
+from worker.engine.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,25 @@ class AdapterRows:
 
     forms: tuple[Any, ...]  # of the adapters, as the runner made them
     of_rows: torch.Tensor  # [num_tokens] int32, on the host: index in `forms`, -1 for none
+
+
+@dataclass(frozen=True, slots=True)
+class TokensInFlight:
+    """The tokens of a step that nobody has looked at yet: the step behind it takes them where they are."""
+
+    token_ids: torch.Tensor  # [num_rows] int64, on the device
+    rows: Mapping[Sequence, int]  # in `token_ids`
+
+    def fill_in(self, input_ids: torch.Tensor, plan: Plan) -> None:
+        """Put each sequence's token where the plan has it in `input_ids` [num_tokens], on the device."""
+        targets, sources, row = [], [], 0
+        for chunk in plan.chunks:
+            if chunk.sequence.num_pending:  # it is all that its chunk computes
+                targets.append(row)
+                sources.append(self.rows[chunk.sequence])
+            row += chunk.num_tokens
+        places = to_device((*targets, *sources), input_ids.device)
+        input_ids.index_copy_(0, places[: len(targets)], self.token_ids[places[len(targets) :]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +64,15 @@ class _Buffer:
     """One-dimensional host memory, seen as a tensor and as an array."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._tensor = torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
+        is_copied = device.type == "cuda"
+        self._tensors = [torch.zeros(size, dtype=dtype, pin_memory=is_copied) for _ in range(2 if is_copied else 1)]
         self._device = device
+        self.next()
+
+    def next(self) -> None:
+        """Begin a step."""
+        self._tensors.append(self._tensors.pop(0))
+        self._tensor = self._tensors[0]
         self.array = self._tensor.numpy()
 
     def take(self, size: int) -> torch.Tensor:
@@ -78,9 +109,12 @@ class BatchBuffers:
         self._query_starts = _Buffer(max_num_seqs + 1, torch.int32, device)
         self._context_lens = _Buffer(max_num_seqs, torch.int32, device)
         self._block_tables = _Buffer(max_num_seqs * max_num_blocks, torch.int32, device)
+        self._all = [buffer for buffer in vars(self).values() if isinstance(buffer, _Buffer)]
 
     def fill(self, plan: Plan) -> StepBatch:
         """Lay out a plan. Valid until the next call."""
+        for buffer in self._all:
+            buffer.next()
         ids, positions, slots = self._input_ids.array, self._position_ids.array, self._slots.array
         starts, lens, logit_rows = self._query_starts.array, self._context_lens.array, self._logit_rows.array
         block_size, num_seqs = self._block_size, len(plan.chunks)

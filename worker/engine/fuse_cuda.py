@@ -4,7 +4,9 @@
     gated layers          gate and up are one product, activation and product of both one kernel
     norms                 one kernel instead of six
     rotary embedding      one kernel for queries and keys, in place, instead of ten
-    residual sums         added by the products that end attention and MLP, instead of by kernels of their own
+    head                  of one row alone by the kernel that reads weights fastest
+    residual sums         added by the products that end attention and MLP, instead of by kernels of their own; a
+                          decode alone has norms and activation in its products as well (`kernels/triton/vector.py`)
 
 As in `fuse.py`, nothing here knows a family: a change is made where modules have the shape that it needs, the model's
 logits are compared with those before it, and a change that moves them beyond rounding, or that the model's class does
@@ -27,7 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from worker.engine.closeness import TOLERANCE, relative_error
-from worker.engine.kernels.triton import layers
+from worker.engine.kernels.triton import layers, vector
 from worker.engine.merged import MergedPart, MergedProduct
 
 _log = structlog.get_logger(__name__)
@@ -52,6 +54,22 @@ def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
     return joined
 
 
+class NormingLinear(nn.Module):
+    """A linear layer that norms its input itself when `norm` is set: that of a single row, in the product's kernel."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm: KernelNorm | None = None  # the next call unsets it
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm, self.norm = self.norm, None
+        if norm is None:
+            output: torch.Tensor = self.linear(x)
+            return output
+        return vector.multiply(x, self.linear.weight, addend=self.linear.bias, norm=norm.norm)
+
+
 class AddingLinear(nn.Module):
     """A linear layer without bias that adds to `into` when that is set: the product's own epilogue does it."""
 
@@ -68,6 +86,8 @@ class AddingLinear(nn.Module):
             return output
         if type(weight) is not nn.Parameter:  # quantized: its product has no such epilogue
             return into.add_(self.linear(x))
+        if x.numel() == x.shape[-1] and vector.fits(weight):
+            return vector.multiply(x.contiguous(), weight, addend=into, in_place=True)
         into.view(-1, weight.shape[0]).addmm_(x.reshape(-1, weight.shape[1]), weight.detach().t())
         return into
 
@@ -79,6 +99,7 @@ class GatedLayer(nn.Module):
         super().__init__()
         self.gate_up_proj = _joined((gate, up))
         self._activation = activation
+        self.norm: KernelNorm | None = None  # of a single row that comes without it; the next call unsets it
         self.down_proj: nn.Module = down
         self._gate_size = gate.out_features
 
@@ -88,7 +109,12 @@ class GatedLayer(nn.Module):
         return {"gate_proj": (self.gate_up_proj, 0), "up_proj": (self.gate_up_proj, self._gate_size)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.down_proj(layers.gated(self.gate_up_proj(x), self._activation))
+        norm, self.norm = self.norm, None
+        if norm is not None:
+            between = vector.multiply(x, self.gate_up_proj.weight, norm=norm.norm, activation=self._activation)
+        else:
+            between = layers.gated(self.gate_up_proj(x), self._activation)
+        output: torch.Tensor = self.down_proj(between)
         return output
 
 
@@ -100,6 +126,11 @@ class KernelNorm(nn.Module):
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self._eps = eps
         self._offset = offset
+
+    @property
+    def norm(self) -> vector.Norm:
+        """The norm as part of a product."""
+        return vector.Norm(self.weight, self._eps, self._offset)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layers.rms_norm(x, self.weight, self._eps, self._offset)
@@ -161,15 +192,16 @@ def speed_up(module: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _logits(module: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = module(input_ids=tokens[None], use_cache=False).logits[0]
-    return logits.float()
+    """Of the tokens together, and of the first one alone, which may be computed by other kernels."""
+    runs = [module(input_ids=ids[None], use_cache=False).logits[0] for ids in (tokens, tokens[:1])]
+    return torch.cat(runs).float()
 
 
 def _merged_changes(module: PreTrainedModel) -> Iterator[_Change]:
     for parent in list(module.modules()):
         linears = [layer for name in _PROJECTIONS if _is_linear(layer := getattr(parent, name, None))]
         if len(linears) == len(_PROJECTIONS) and _mergeable(linears):
-            product = MergedProduct(_joined(linears), [linear.out_features for linear in linears])
+            product = MergedProduct(NormingLinear(_joined(linears)), [linear.out_features for linear in linears])
             for index, name in enumerate(_PROJECTIONS):
                 yield _Change(parent, name, MergedPart(product, index))
 
@@ -286,13 +318,52 @@ def _sum_changes(module: PreTrainedModel) -> Iterator[_Change]:
             yield _Change(layer, "forward", types.MethodType(_adding_forward, layer))
 
 
-def _adding_forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def _adding_forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
     """A decoder layer's forward that adds both results into its input, which nobody else reads afterwards."""
+    product = _norming_product(self) if hidden_states.numel() == hidden_states.shape[-1] else None
     self.self_attn.o_proj.into = hidden_states
-    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-    self.mlp.down_proj.into = attended
-    output: torch.Tensor = self.mlp(self.post_attention_layernorm(attended))
-    return output
+    if product is None:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        self.mlp.down_proj.into = attended
+        return self.mlp(self.post_attention_layernorm(attended))
+    product.norm = self.input_layernorm
+    attended, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+    self.mlp.down_proj.into, self.mlp.norm = attended, self.post_attention_layernorm
+    return self.mlp(attended)
+
+
+def _norming_product(layer: Any) -> NormingLinear | None:
+    """The product of a decoder layer's projections, if both its norms can be part of the products behind them.
+
+    Hooks, as adapters have them, are to see what is normed already.
+    """
+    projections = [getattr(layer.self_attn, name) for name in _PROJECTIONS]
+    product = projections[0].product if isinstance(projections[0], MergedPart) else None
+    gate_up = layer.mlp.gate_up_proj
+    if (
+        isinstance(product, NormingLinear)
+        and isinstance(layer.input_layernorm, KernelNorm)
+        and isinstance(layer.post_attention_layernorm, KernelNorm)
+        and type(gate_up) is nn.Linear
+        and gate_up.bias is None
+        and vector.fits(product.linear.weight)
+        and vector.fits(gate_up.weight)
+        and not any(module._forward_hooks for module in (*projections, product, product.linear, gate_up))
+    ):
+        return product
+    return None
+
+
+def _head_changes(module: PreTrainedModel) -> Iterator[_Change]:
+    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if _is_linear(head) and vector.fits(head.weight):
+        yield _Change(head, "forward", types.MethodType(_head_forward, head))
+
+
+def _head_forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    if x.numel() == x.shape[-1] and vector.fits(self.weight):
+        return vector.multiply(x.contiguous(), self.weight, addend=self.bias)
+    return nn.functional.linear(x, self.weight, self.bias)
 
 
 def _is_linear(layer: object) -> TypeGuard[nn.Linear]:
@@ -309,4 +380,5 @@ _CHANGES: Final[tuple[tuple[str, Callable[[PreTrainedModel], Iterator[_Change]]]
     ("norms", _norm_changes),
     ("rotary embedding", _rotary_changes),
     ("residual sums", _sum_changes),
+    ("head", _head_changes),
 )

@@ -9,14 +9,19 @@ from typing import Any, Final
 import structlog
 
 from common.generation import EarlyStopping
+from common.parameter_limits import (
+    MAX_BEAMS,
+    MAX_BIAS,
+    MAX_FACTOR,
+    MAX_LENGTH_PENALTY,
+    MAX_PHRASE_IDS,
+    MAX_PHRASES,
+    MAX_TOKEN_IDS,
+)
 
 _log = structlog.get_logger(__name__)
 
 _MOST: Final = 2**31 - 1
-_MAX_PHRASES: Final = 256
-_MAX_PHRASE_IDS: Final = 64
-_MAX_IDS: Final = 1024
-_MAX_BIAS: Final = 100.0
 
 # generation_config.json's names and ours, with the values that make sense.
 _NUMBERS: Final[Mapping[str, tuple[str, type, float, float]]] = {
@@ -35,8 +40,8 @@ _NUMBERS: Final[Mapping[str, tuple[str, type, float, float]]] = {
     "no_repeat_ngram_size": ("no_repeat_ngram_size", int, 0, _MOST),
     "encoder_repetition_penalty": ("encoder_repetition_penalty", float, 1e-6, 100.0),
     "encoder_no_repeat_ngram_size": ("encoder_no_repeat_ngram_size", int, 0, _MOST),
-    "num_beams": ("num_beams", int, 1, 16),
-    "length_penalty": ("length_penalty", float, -5.0, 5.0),
+    "num_beams": ("num_beams", int, 1, MAX_BEAMS),
+    "length_penalty": ("length_penalty", float, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY),
 }
 
 
@@ -79,7 +84,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _ids(value: Any, vocab_size: int, most: int = _MAX_IDS) -> tuple[int, ...] | None:
+def _ids(value: Any, vocab_size: int, most: int = MAX_TOKEN_IDS) -> tuple[int, ...] | None:
     if not isinstance(value, list) or not 1 <= len(value) <= most:
         return None
     is_sound = all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in value)
@@ -87,9 +92,9 @@ def _ids(value: Any, vocab_size: int, most: int = _MAX_IDS) -> tuple[int, ...] |
 
 
 def _phrases(value: Any, vocab_size: int) -> tuple[tuple[int, ...], ...] | None:
-    if not isinstance(value, list) or not 1 <= len(value) <= _MAX_PHRASES:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_PHRASES:
         return None
-    phrases = [_ids(ids, vocab_size, _MAX_PHRASE_IDS) for ids in value]
+    phrases = [_ids(ids, vocab_size, MAX_PHRASE_IDS) for ids in value]
     return None if None in phrases else tuple(dict.fromkeys(ids for ids in phrases if ids is not None))
 
 
@@ -97,10 +102,10 @@ def _biases(value: Any, vocab_size: int) -> tuple[tuple[tuple[int, ...], float],
     """A list of [ids, bias], of which the last one of equal ids counts."""
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         return None
-    phrases = [_ids(ids, vocab_size, _MAX_PHRASE_IDS) for ids, _ in value]
-    if not 1 <= len(value) <= _MAX_PHRASES or None in phrases:
+    phrases = [_ids(ids, vocab_size, MAX_PHRASE_IDS) for ids, _ in value]
+    if not 1 <= len(value) <= MAX_PHRASES or None in phrases:
         return None
-    if not all(_is_number(bias) and abs(bias) <= _MAX_BIAS for _, bias in value):
+    if not all(_is_number(bias) and abs(bias) <= MAX_BIAS for _, bias in value):
         return None
     return tuple({ids: float(pair[1]) for ids, pair in zip(phrases, value, strict=True) if ids is not None}.items())
 
@@ -109,7 +114,7 @@ def _decay(value: Any, vocab_size: int) -> tuple[int, float] | None:
     if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)):
         return None
     start, factor = value
-    is_sound = type(start) is int and 0 <= start <= _MOST and 0 < factor <= 10 and math.isfinite(factor)
+    is_sound = type(start) is int and 0 <= start <= _MOST and 0 < factor <= MAX_FACTOR and math.isfinite(factor)
     return (start, float(factor)) if is_sound else None
 
 

@@ -13,16 +13,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Final
 
 import structlog
 import torch
 
 from worker.engine.attention.interface import AttentionBatch
-from worker.engine.batch import BatchBuffers, StepBatch
+from worker.engine.batch import BatchBuffers, StepBatch, TokensInFlight
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import BlockCopy, Chunk, Plan
 
 _log = structlog.get_logger(__name__)
+
+_ROW_BYTES: Final = 24  # of a sequence: input id, position, slot, length of its context
+_PADDING: Final = (0, 0, 0, 1)  # of each
 
 Step = Callable[[], torch.Tensor]
 # Runs a step and returns what repeats it: the same launches on the same memory, with whatever that holds by then.
@@ -73,44 +77,56 @@ class CudaRecorder:
 
 
 class _Staged:
-    """Device memory that recordings read, with host memory to fill it from."""
+    """Device memory that recordings read, with host memory to fill it from: twice, since a copy from the one may be
+    under way still when the next step comes.
+    """
 
-    def __init__(self, size: int, dtype: torch.dtype, padding: int, device: torch.device) -> None:
-        self._host = torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
-        self._padding = padding
-        self.tensor = torch.full((size,), padding, dtype=dtype, device=device)
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        is_copied = device.type == "cuda"
+        self._hosts = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_copied) for _ in range(2)]
+        self.tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
-    def put(self, values: torch.Tensor, size: int) -> None:
-        """Copy `values`, on the host, and padding behind them up to `size`."""
-        self._host[: len(values)].copy_(values)
-        self._host[len(values) : size].fill_(self._padding)
-        self.tensor[:size].copy_(self._host[:size], non_blocking=True)
+    def next(self) -> torch.Tensor:
+        """Return the host memory to fill now."""
+        self._hosts.reverse()
+        return self._hosts[0]
+
+    def send(self, num_bytes: int) -> None:
+        """Copy the beginning of what was filled to the device."""
+        self.tensor[:num_bytes].copy_(self._hosts[0][:num_bytes], non_blocking=True)
 
 
 class _Static:
     """The batch that recordings read, at its largest; a smaller one is its beginning."""
 
     def __init__(self, max_num_seqs: int, max_num_blocks: int, device: torch.device) -> None:
-        self.input_ids = _Staged(max_num_seqs, torch.int64, 0, device)
-        self.position_ids = _Staged(max_num_seqs, torch.int64, 0, device)
-        self.slots = _Staged(max_num_seqs, torch.int32, 0, device)
-        self.context_lens = _Staged(max_num_seqs, torch.int32, 1, device)
+        self._max_num_seqs = max_num_seqs
+        self._rows = _Staged(max_num_seqs * _ROW_BYTES, device)  # all in one copy: each costs more than its bytes
+        self._tables = _Staged(max_num_seqs * max_num_blocks * 4, device)  # of a step, as narrow as it is
+        self.input_ids, self._position_ids, self._slots, self._context_lens = self._columns(self._rows.tensor)
+        self._context_lens.fill_(1)
         self.block_tables = torch.zeros((max_num_seqs, max_num_blocks), dtype=torch.int32, device=device)
         # One row a sequence, each with logits: this never changes.
         self.rows = torch.arange(max_num_seqs + 1, dtype=torch.int64, device=device)
         self.query_starts = self.rows.to(torch.int32)
 
+    def _columns(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input ids and position ids, int64, slots and lengths of contexts, int32: each [max_num_seqs]."""
+        num = self._max_num_seqs
+        wide, narrow = memory[: 16 * num].view(torch.int64), memory[16 * num :].view(torch.int32)
+        return wide[:num], wide[num:], narrow[:num], narrow[num:]
+
     def batch(self, size: int, max_context_len: int) -> StepBatch:
         """What a recording for `size` sequences reads."""
         return StepBatch(
-            input_ids=self.input_ids.tensor[:size].unsqueeze(0),
-            position_ids=self.position_ids.tensor[:size].unsqueeze(0),
+            input_ids=self.input_ids[:size].unsqueeze(0),
+            position_ids=self._position_ids[:size].unsqueeze(0),
             logit_rows=self.rows[:size],
             attention=AttentionBatch(
-                slots=self.slots.tensor[:size],
+                slots=self._slots[:size],
                 block_tables=self.block_tables[:size],
                 query_starts=self.query_starts[: size + 1],
-                context_lens=self.context_lens.tensor[:size],
+                context_lens=self._context_lens[:size],
                 max_query_len=1,
                 max_context_len=max_context_len,
             ),
@@ -118,14 +134,20 @@ class _Static:
 
     def put(self, step: StepBatch, size: int) -> None:
         """Copy a step of decodes, laid out on the host, and pad it to `size` sequences."""
-        self.input_ids.put(step.input_ids[0], size)
-        self.position_ids.put(step.position_ids[0], size)
-        self.slots.put(step.attention.slots, size)
-        self.context_lens.put(step.attention.context_lens, size)
-        num_seqs, width = step.attention.block_tables.shape
-        tables = step.attention.block_tables.to(self.block_tables.device, non_blocking=True)
-        self.block_tables[:num_seqs, :width].copy_(tables)
-        self.block_tables[num_seqs:size, 0] = 0  # of padding nothing else is read: its context is one token
+        attention = step.attention
+        num_seqs, width = attention.block_tables.shape
+        values = (step.input_ids[0], step.position_ids[0], attention.slots, attention.context_lens)
+        for column, value, padding in zip(self._columns(self._rows.next()), values, _PADDING, strict=True):
+            column[:num_seqs].copy_(value)
+            column[num_seqs:size].fill_(padding)
+        self._rows.send(self._max_num_seqs * _ROW_BYTES)
+        # Of padding nothing but its first block is read: its context is one token.
+        tables = self._tables.next()[: 4 * size * width].view(torch.int32).view(size, width)
+        tables[:num_seqs].copy_(attention.block_tables)
+        tables[num_seqs:].zero_()
+        self._tables.send(4 * size * width)
+        sent = self._tables.tensor[: 4 * size * width].view(torch.int32)
+        self.block_tables[:size, :width].copy_(sent.view(size, width))
 
 
 class GraphRunner:
@@ -176,14 +198,16 @@ class GraphRunner:
         """As the runner's: on the stream on which steps are replayed. Raises StepOutOfMemory."""
         self._runner.copy_blocks(copies)
 
-    def execute(self, plan: Plan) -> torch.Tensor:
+    def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
         """Compute the plan and return the logits of its rows that give a token. Raises StepOutOfMemory."""
         num_seqs = len(plan.chunks)
         size = next((size for size in self._replays if size >= num_seqs), None)
         if size is None or not all(_is_recorded(chunk) for chunk in plan.chunks):
-            return self._runner.execute(plan)
+            return self._runner.execute(plan, in_flight)
         self._runner.on_part("batch")
         self._static.put(self._host.fill(plan), size)
+        if in_flight is not None:
+            in_flight.fill_in(self._static.input_ids, plan)
         self._runner.on_part("forward")
         return self._replays[size]()[:num_seqs]
 

@@ -30,7 +30,7 @@ from worker.engine.attention import call_sites, hf
 from worker.engine.attention.hf import LayerProbe
 from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerCache, LayerShape
 from worker.engine.batch import StepBatch
-from worker.engine.closeness import TOLERANCE, relative_error
+from worker.engine.closeness import FP8_TOLERANCE, TOLERANCE, relative_error
 
 if TYPE_CHECKING:
     from worker.engine.model import LoadedModel
@@ -139,7 +139,7 @@ def check_model(loaded: LoadedModel, backend: AttentionBackend, cache_root: Path
     if verdict.exists():
         return
     started = time.monotonic()
-    error = check_module(loaded.module, backend)
+    error = check_module(loaded.module, backend, FP8_TOLERANCE if loaded.weight_format == "fp8" else None)
     _log.info("model.checked", family=loaded.family, error=error, ms=round((time.monotonic() - started) * 1000))
     write_atomically(verdict, key.encode())
 
@@ -153,8 +153,11 @@ def _source_digest() -> str:
 
 
 @torch.inference_mode()
-def check_module(module: PreTrainedModel, backend: AttentionBackend) -> float:
-    """Compare packed logits with the plain model's; return the largest error. Raises UnsupportedFamilyError."""
+def check_module(module: PreTrainedModel, backend: AttentionBackend, tolerance: float | None = None) -> float:
+    """Compare packed logits with the plain model's; return the largest error. Raises UnsupportedFamilyError.
+
+    By default the tolerance is that of the model's dtype.
+    """
     check_config(module.config)
     expected = plain_logits(module)
     shapes = install_attention(module)
@@ -181,7 +184,7 @@ def check_module(module: PreTrainedModel, backend: AttentionBackend) -> float:
         return forward
 
     error = packed_error(bind, shapes, module.dtype, backend, expected)
-    tolerance = TOLERANCE[module.dtype]
+    tolerance = TOLERANCE[module.dtype] if tolerance is None else tolerance
     if not error <= tolerance:
         raise UnsupportedFamilyError(
             f"the family {module.config.model_type} cannot be served: sequences packed into one batch give other "

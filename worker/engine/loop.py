@@ -1,10 +1,11 @@
-"""The engine: requests in, deltas out, one synchronous step at a time.
+"""The engine: requests in, deltas out, a step at a time.
 
     plan      the scheduler chooses the tokens of the step       scheduler.py, blocks.py
-    execute   the model computes them, the sampler draws        batch.py, runner.py, attention/, sampler.py
-    update    tokens become text, stops and deltas               stopping.py
+    launch    the model computes them, the sampler draws        batch.py, runner.py, attention/, sampler.py
+    land      tokens become text, stops and deltas               stopping.py
 
-Not thread-safe: everything runs on the thread that calls `step` (see `thread.py`).
+On a GPU the next step is launched before one lands, see `flight.py`. Not thread-safe: everything runs on the thread
+that calls `step` (see `thread.py`).
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol, TypeAlias
 
 import msgspec
 import torch
 
-from common.generation import ChatParsing, FinishReason, PromptScores, Usage
+from common.generation import ChatParsing, FinishReason
 from worker.engine.adapters.requests import cache_salt, release, unmet_adapter
 from worker.engine.adapters.types import AdapterLease
+from worker.engine.batch import TokensInFlight
 from worker.engine.beam_request import BeamRequest, Continuations, continue_beams, without_beams
 from worker.engine.blocks import BlockPool
 from worker.engine.cost import UNMEASURED, CostModel, StepBudget
+from worker.engine.flight import Flight
 from worker.engine.grammar import Grammar, GrammarCompiler, GrammarFailure, MaskFiller
 from worker.engine.refusals import refusal
+from worker.engine.request_state import OutputState, RequestState
 from worker.engine.results import Results, end_delta, score_chunk, token_delta, valid_rows
 from worker.engine.runner import StepOutOfMemory, memory_guard
 from worker.engine.sampler import Argmax, SampledTokens, Sampler
@@ -55,43 +59,11 @@ class Runner(Protocol):
     vocab_size: int
 
     def copy_blocks(self, copies: Iterable[BlockCopy]) -> None: ...
-    def execute(self, plan: Plan) -> torch.Tensor: ...
+    def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor: ...
 
 
 # What makes the text of a chat's output, and what takes it apart.
 ReadChat: TypeAlias = Callable[[ChatParsing], tuple[Detokenizer, TextParser]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    """What a step's logits say."""
-
-    sampled: SampledTokens
-    scores: list[tuple[Sequence, PromptScores]]
-    continuations: dict[str, Continuations]  # of beams, by request id
-
-
-@dataclass(slots=True)
-class _Output:
-    """One output that is not finished yet."""
-
-    sequence: Sequence
-    stop: StopState
-
-
-@dataclass(slots=True)
-class _Request:
-    request: GenerationRequest
-    first: Sequence | None = None  # of the sequences that share the prompt, the one admitted first
-    outputs: dict[int, _Output] = field(default_factory=dict)  # by output index; of beams their root, as the first one
-    beams: BeamRequest | None = None
-    num_completion_tokens: int = 0
-
-    @property
-    def usage(self) -> Usage:
-        num_prompt_tokens = len(self.request.prompt_token_ids)
-        num_hit_tokens = 0 if self.first is None else self.first.num_hit_tokens or 0
-        return Usage(num_prompt_tokens, min(num_hit_tokens, num_prompt_tokens), self.num_completion_tokens)
 
 
 class Engine:
@@ -109,14 +81,18 @@ class Engine:
         grammars: GrammarCompiler | None = None,
         on_part: OnPart = ignore_part,
         read_chat: ReadChat | None = None,
+        runs_ahead: bool | None = None,
     ) -> None:
         """`cost` is what the runner's steps cost; `cache_salt` stands for whatever else than tokens decides keys and
         values: model revision, adapter, dtype; `argmax` is the sampler's;
         `grammars` compiles structured outputs, without it requests with one end with an error;
         `on_part` is told of the parts of each step; `read_chat` makes what takes the answers of chats apart, and raises
-        ValueError for a format that it does not know: such requests end with an error.
+        ValueError for a format that it does not know: such requests end with an error; `runs_ahead` is whether a step
+        is launched before the one before it has landed, by default where the device computes by itself.
         """
         self._runner = runner
+        self._runs_ahead = runner.device.type == "cuda" if runs_ahead is None else runs_ahead
+        self._flight: Flight | None = None  # launched by the latest step, and not landed
         self._max_num_seqs = settings.max_num_seqs
         self._new_detokenizer = new_detokenizer
         self._on_part = on_part
@@ -129,7 +105,7 @@ class Engine:
         self._sampler = Sampler(runner.device, argmax)
         self._grammars = grammars
         self._masks = MaskFiller(grammars, runner.vocab_size) if grammars is not None else None
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, RequestState] = {}
         self._results = Results()
         self._num_arrivals = 0
         self._num_steps = 0
@@ -174,7 +150,7 @@ class Engine:
             self._results.fail(request.request_id, error)
             return
         self._num_arrivals += 1
-        state = self._requests[request.request_id] = _Request(request)
+        state = self._requests[request.request_id] = RequestState(request)
         num_outputs = request.sampling.num_outputs if request.sampling.num_beams == 1 else 1
         emitted = request.emitted or ((),) * num_outputs
         for output_index, token_ids in enumerate(emitted):
@@ -189,7 +165,7 @@ class Engine:
         self._queue(state)
         self._end_if_done(state)
 
-    def _queue(self, state: _Request) -> None:
+    def _queue(self, state: RequestState) -> None:
         """Let the outputs wait: those without a token together, since the prompt is all that they need."""
         sequences = [output.sequence for output in state.outputs.values()]
         fresh = [sequence for sequence in sequences if not sequence.num_output_tokens]
@@ -215,7 +191,7 @@ class Engine:
             block_size=self._pool.block_size,
         )
 
-    def _start_output(self, state: _Request, output_index: int, emitted: tuple[int, ...]) -> None:
+    def _start_output(self, state: RequestState, output_index: int, emitted: tuple[int, ...]) -> None:
         request = state.request
         max_tokens = min(request.sampling.max_tokens, self._runner.max_model_len - len(request.prompt_token_ids))
         sampling = request.sampling
@@ -251,7 +227,7 @@ class Engine:
             adapter=request.adapter.adapter if isinstance(request.adapter, AdapterLease) else None,
         )
         state.first = state.first or sequence
-        state.outputs[output_index] = _Output(sequence, stop)
+        state.outputs[output_index] = OutputState(sequence, stop)
         if sampling.num_beams > 1:
             state.beams = BeamRequest(
                 sequence,
@@ -285,26 +261,31 @@ class Engine:
         started = time.perf_counter()
         self._num_steps += 1
         self._on_part("plan")
-        plan = self._plan(now)
-        if plan.chunks:
-            computed = self._execute(plan)
+        for sequence in self._scheduler.expired(now):
+            state = self._requests[sequence.request_id]
+            self._close(state, state.outputs[sequence.output_index], FinishReason.TIME_LIMIT)
+        flight, self._flight = self._flight, None
+        if flight is None:
+            flight = self._launch()
+        if flight is not None:
+            if self._runs_ahead and flight.plan.is_predictable and not self._scheduler.would_draft(flight.plan.sampled):
+                self._on_part("plan")
+                self._flight = self._launch(flight.hold_places())
             self._on_part("update")
-            if computed is not None:
-                self._take_scores(computed.scores)
-                self._update(plan, computed)
+            self._land(flight)
         self._on_part("end")
         self._last_step_ms = (time.perf_counter() - started) * 1000
         return StepResult(self._num_steps, self._results.take())
 
-    def _plan(self, now: float) -> Plan:
-        for sequence in self._scheduler.expired(now):
-            state = self._requests[sequence.request_id]
-            self._close(state, state.outputs[sequence.output_index], FinishReason.TIME_LIMIT)
+    def _launch(self, in_flight: TokensInFlight | None = None) -> Flight | None:
+        """Plan a step and give it to the device. None when there is nothing to do, or memory was short."""
         plan = self._scheduler.plan()
-        assert plan.chunks or not self._requests, "sequences wait, but none can run"
-        return plan
+        if plan.chunks:
+            return self._execute(plan, in_flight)
+        assert in_flight is not None or not self._requests, "sequences wait, but none can run"
+        return None
 
-    def _execute(self, plan: Plan) -> _Computed | None:
+    def _execute(self, plan: Plan, in_flight: TokensInFlight | None) -> Flight | None:
         """None when memory was short: the step is void, and the likeliest cause has been set aside."""
         if plan.copies and not self._copy_blocks(plan):
             return None
@@ -313,16 +294,17 @@ class Engine:
         filling = self._masks.begin(rows) if self._masks is not None else None
         try:
             try:
-                logits = self._runner.execute(plan)
+                logits = self._runner.execute(plan, in_flight)
             finally:
                 masks = filling.result() if filling is not None else None
             self._on_part("sample")
             with memory_guard():
                 picked = logits if indices is None else logits[to_device(indices, logits.device)]
                 continuations = continue_beams(picked, rows, lambda request_id: self._requests[request_id].beams)
-                sampled = self._sampler.sample(picked, without_beams(rows), masks)
+                sampled = self._sampler.begin(picked, without_beams(rows), masks)
                 scores = [score_chunk(chunk, scored, logits) for chunk, scored in plan.scored]
-                return _Computed(sampled, scores, continuations)
+                self._scheduler.finish_step(plan)
+                return Flight(plan, rows, sampled, scores, continuations)
         except StepOutOfMemory:
             self._scheduler.fail_step(plan)
             self._relieve(plan)
@@ -353,14 +335,24 @@ class Engine:
             self._fail(sequence.request_id, "OUT_OF_MEMORY")
         return sequence.num_memory_failures < 2
 
-    def _take_scores(self, scores: Iterable[tuple[Sequence, PromptScores]]) -> None:
-        for sequence, found in scores:
-            sequence.num_scored_tokens = found.first_token_index + len(found.logprobs)
-            self._results.scores[sequence.request_id] = found
+    def _is_live(self, sequence: Sequence) -> bool:
+        """Whether what a step has computed of a sequence is wanted still."""
+        state = self._requests.get(sequence.request_id)
+        return state is not None and state.has(sequence)
 
-    def _update(self, plan: Plan, computed: _Computed) -> None:
-        self._scheduler.finish_step(plan)
-        sampled, forks = computed.sampled, plan.forks
+    def _land(self, flight: Flight) -> None:
+        """Wait for a step's tokens, and give them to their outputs: to those that have not ended meanwhile."""
+        sampled, forks = flight.sampled.result(), flight.plan.forks
+        for sequence in (flight.rows[row] for row in flight.sampled.redrawn_rows):
+            if not isinstance(sequence, Sequence) or sequence in flight.void:
+                continue
+            if self._flight is not None and self._flight.has(sequence):
+                self._flight.void.add(sequence)
+                self._scheduler.take_back(sequence)
+        for sequence, found in flight.scores:
+            if self._is_live(sequence):
+                sequence.num_scored_tokens = found.first_token_index + len(found.logprobs)
+                self._results.scores[sequence.request_id] = found
         for request_id in [
             name for name, scores in self._results.scores.items() if any(map(math.isnan, scores.logprobs))
         ]:
@@ -368,8 +360,12 @@ class Engine:
                 self._scheduler.forget_blocks(output.sequence)
             self._fail(request_id, "NAN_LOGITS")
         accepted: list[tuple[Chunk, range]] = []
+        live: set[str] = set()
         forbidden = set(sampled.forbidden_rows)  # none of a draft: sequences whose scores are edited do not draft
-        for chunk, rows in valid_rows(plan, sampled):
+        for chunk, rows in valid_rows(flight.plan, sampled):
+            if chunk.sequence in flight.void or not self._is_live(chunk.sequence):
+                continue
+            live.add(chunk.sequence.request_id)
             if chunk.sequence.matcher is not None and chunk.sequence.matcher.failure is not None:
                 self._fail(chunk.sequence.request_id, chunk.sequence.matcher.failure)
                 continue
@@ -377,32 +373,33 @@ class Engine:
                 self._scheduler.forget_blocks(chunk.sequence)
                 self._fail(chunk.sequence.request_id, "NAN_LOGITS")
                 continue
-            if rows[0] in forbidden:
-                self._fail(chunk.sequence.request_id, ALL_TOKENS_FORBIDDEN)
+            if rows[0] in forbidden or rows[0] in sampled.unmet_rows:
+                error = ALL_TOKENS_FORBIDDEN if rows[0] in forbidden else "OUT_OF_MEMORY"
+                self._fail(chunk.sequence.request_id, error)
                 continue
             chosen = sampled.token_ids[rows.start : rows.stop - 1]
             accepted.append((chunk, rows[: 1 + num_accepted(chunk.drafts, chosen)]))
         first_fork_row = len(sampled.token_ids) - len(forks)
         for row, fork in enumerate(forks, first_fork_row):
-            if fork.parent is not None and fork.request_id in self._requests:
+            if fork.parent is not None and self._is_live(fork):
                 self._scheduler.fork(fork.parent, fork)  # before the parent's first token may be its last
                 accepted.append((Chunk(fork, 0, is_last=True), range(row, row + 1)))
         for chunk, rows in accepted:
             state = self._requests.get(chunk.sequence.request_id)
             if state is not None and state.beams is None:  # not failed in this step
                 self._take_tokens(state, chunk, rows, sampled)
-        for request_id, found in computed.continuations.items():
+        for request_id, continuations in flight.continuations.items():
             state = self._requests.get(request_id)
-            if state is not None and state.beams is not None:
-                self._take_beams(state, state.beams, found)
+            if request_id in live and state is not None and state.beams is not None:
+                self._take_beams(state, state.beams, continuations)
 
-    def _take_tokens(self, state: _Request, chunk: Chunk, rows: range, sampled: SampledTokens) -> None:
+    def _take_tokens(self, state: RequestState, chunk: Chunk, rows: range, sampled: SampledTokens) -> None:
         """Give an output the tokens of these rows, up to its end if that is among them."""
         sequence, output = chunk.sequence, state.outputs[chunk.sequence.output_index]
         if not sequence.sampling.max_tokens:  # it came for the prompt's scores
             self._close(state, output, FinishReason.LENGTH)
             return
-        first_token_index = sequence.num_output_tokens
+        first_token_index = sequence.num_output_tokens - sequence.num_pending
         echo = "" if first_token_index else state.request.echo_text
         steps: list[Progress] = []
         for row in rows:
@@ -422,10 +419,12 @@ class Engine:
         self._results.add(sequence.request_id, delta)
         if chunk.drafts:
             self._scheduler.accept_drafts(sequence, len(taken) - 1)
+        elif self._flight is not None:
+            self._scheduler.register_known(sequence)
         if progress.finish_reason is not None:
             self._drop(state, output)
 
-    def _take_beams(self, state: _Request, beams: BeamRequest, found: Continuations) -> None:
+    def _take_beams(self, state: RequestState, beams: BeamRequest, found: Continuations) -> None:
         """Let a request's search take a step."""
         going = beams.advance(found)
         num_new = beams.num_tokens - state.num_completion_tokens
@@ -441,7 +440,7 @@ class Engine:
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
-    def _close(self, state: _Request, output: _Output, reason: FinishReason | None = None) -> None:
+    def _close(self, state: RequestState, output: OutputState, reason: FinishReason | None = None) -> None:
         """End an output from outside; without a reason, a search that is done."""
         sequence, request_id = output.sequence, state.request.request_id
         if state.beams is not None:
@@ -456,12 +455,12 @@ class Engine:
         self._results.add(sequence.request_id, delta)
         self._drop(state, output)
 
-    def _drop(self, state: _Request, output: _Output) -> None:
+    def _drop(self, state: RequestState, output: OutputState) -> None:
         self._scheduler.remove(output.sequence)
         del state.outputs[output.sequence.output_index]
         self._end_if_done(state)
 
-    def _end_if_done(self, state: _Request) -> None:
+    def _end_if_done(self, state: RequestState) -> None:
         if not state.outputs:
             self._results.end(state.request.request_id, state.usage)
             release(self._requests.pop(state.request.request_id).request)

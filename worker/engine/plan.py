@@ -82,6 +82,13 @@ class Plan:
     copies: tuple[BlockCopy, ...] = ()  # to be made before it is computed, all at once
 
     @property
+    def is_predictable(self) -> bool:
+        """Whether the next step can be planned, and computed, before this one's tokens are known: each sequence goes on
+        by one token, and what is done to its scores does not depend on which.
+        """
+        return not any(chunk.num_scored_rows or (chunk.is_last and _is_special(chunk)) for chunk in self.chunks)
+
+    @property
     def forks(self) -> list[Sequence]:
         """The sequences that begin with this step, behind the parents whose logits give their first tokens."""
         return [fork for chunk in self.chunks if chunk.is_last for fork in chunk.sequence.forks]
@@ -98,7 +105,7 @@ class Plan:
             num_rows += chunk.num_logit_rows
             own += range(num_rows - chunk.num_sampled_rows, num_rows)
             if chunk.is_last:
-                of_forks += [num_rows - 1] * len(chunk.sequence.forks)
+                of_forks += [num_rows - chunk.num_sampled_rows] * len(chunk.sequence.forks)
         return [*own, *of_forks]
 
     @property
@@ -126,3 +133,14 @@ class Plan:
                 rows.append(chunk.sequence)
                 rows += [DraftRow(chunk.sequence, k) for k in range(1, chunk.num_sampled_rows)]
         return rows
+
+
+def _is_special(chunk: Chunk) -> bool:
+    sequence = chunk.sequence
+    return bool(
+        chunk.drafts
+        or sequence.forks
+        or sequence.history is not None
+        or sequence.matcher is not None
+        or sequence.group is not None
+    )

@@ -15,7 +15,7 @@ from worker.engine.adapters.modules import AdaptedModule
 from worker.engine.adapters.types import Adapter
 from worker.engine.attention import hf
 from worker.engine.attention.interface import AttentionBackend, LayerShape
-from worker.engine.batch import BatchBuffers, StepBatch
+from worker.engine.batch import BatchBuffers, StepBatch, TokensInFlight
 from worker.engine.blocks import SCRATCH_BLOCK
 from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.host_memory import populate
@@ -142,13 +142,15 @@ class ModelRunner:
                     tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     @torch.inference_mode()
-    def execute(self, plan: Plan) -> torch.Tensor:
+    def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
         """Compute the plan: write its keys and values and return the logits of all `num_logit_rows` of its chunks.
 
-        Raises StepOutOfMemory.
+        `in_flight` are the tokens that are pending in the plan. Raises StepOutOfMemory.
         """
         self.on_part("batch")
         batch = self._buffers.fill(plan)
+        if in_flight is not None:
+            in_flight.fill_in(batch.input_ids[0], plan)
         self.on_part("forward")
         return self.forward(batch)
 

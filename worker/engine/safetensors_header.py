@@ -52,6 +52,11 @@ class TensorEntry:
     def num_elements(self) -> int:
         return _product(self.shape)
 
+    @property
+    def row_bits(self) -> int:
+        """What the last dimension takes."""
+        return _BITS[self.dtype] * (self.shape[-1] if self.shape else 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -138,6 +143,11 @@ def _entry(name: str, value: object) -> TensorEntry:
     if entry.num_elements * _BITS[dtype] != 8 * (entry.end - entry.begin):
         raise HeaderError(
             f"{name}: {entry.num_elements} elements of {dtype} do not take {entry.end - entry.begin} bytes"
+        )
+    # torch packs what is narrower than a byte along the last dimension, also where there is nothing to pack.
+    if entry.row_bits % 8:
+        raise HeaderError(
+            f"{name}: its last dimension takes {entry.row_bits} bits of {dtype}, which are no whole bytes"
         )
     return entry
 

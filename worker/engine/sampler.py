@@ -14,7 +14,8 @@ noise of `noise.py`, hence reproducibly.
 
 On a GPU a look at a result waits for the device. There the choice is made without one, rows without filters from the
 whole vocabulary at once, and everything comes to the host in one copy; only rows that turn out to need more candidates
-are drawn again.
+are drawn again. So `begin` returns while the device still computes, and the next step can be given to it before anybody
+looks at this one's tokens (see `flight.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from worker.engine.history import TokenHistory
 from worker.engine.masking import apply_masks, rows_to_mask
 from worker.engine.noise import gumbel, least_hash, ordered_hash, row_key
 from worker.engine.scores import TokenDetails, TokenScores, wants_logprobs
-from worker.engine.transfer import on_device
+from worker.engine.transfer import ToHost, on_device
 
 CANDIDATES: Final = 256
 _CPU_CHUNK: Final = 1 << 17  # hashes at a time: all temporaries stay in the second-level cache
@@ -44,7 +45,8 @@ _NEG_INF: Final = float("-inf")
 _UNDECIDED: Final = -1  # the row needs more candidates
 _FORBIDDEN: Final = -2  # no token is allowed
 
-# [num_rows, vocab_size] to [num_rows] int64: the largest score's token, or ~token where that score is not finite.
+# [num_rows, vocab_size] to [num_rows] int64: the largest score's token, or ~token where that score is not finite. The
+# scores are float32, or on a GPU of any float type.
 Argmax: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -73,6 +75,58 @@ class SampledTokens:
     invalid_rows: list[int]  # logits with NaN or infinity as their largest; the token means nothing
     details: dict[int, TokenDetails] = field(default_factory=dict)  # by row, for rows that asked for alternatives
     forbidden_rows: list[int] = field(default_factory=list)  # what the row asks for leaves no token; likewise
+    unmet_rows: list[int] = field(default_factory=list)  # needed more candidates than there was memory for; likewise
+
+
+@dataclass(frozen=True, slots=True)
+class _RowThen:
+    """A row as it was when its token was to be chosen."""
+
+    sampling: SamplingParams
+    output_index: int
+    num_tokens: int
+    history: TokenHistory | None
+
+
+class PendingTokens:
+    """Tokens that are chosen on the device and on their way to the host."""
+
+    def __init__(
+        self,
+        best: torch.Tensor,  # [num_rows] int64 on the device; ~token where logits are invalid, negative if undecided
+        packed: torch.Tensor,
+        read: Callable[[torch.Tensor], SampledTokens],
+        draw_again: Callable[[list[int]], SampledTokens] | None = None,
+    ) -> None:
+        """`packed` comes to the host, where `read` makes tokens of it; `draw_again` chooses those of undecided rows."""
+        self._best = best
+        self._packed = ToHost(packed)
+        self._read = read
+        self._draw_again = draw_again
+        self.redrawn_rows: list[int] = []  # once there is a result: rows whose token on the device is another one
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[num_rows] int64 on the device: what the next step may read, valid ids even where they mean nothing."""
+        return self._best.clamp(min=0)
+
+    def result(self) -> SampledTokens:
+        """Wait for the tokens. To be called once; the step's logits may be overwritten by then."""
+        sampled = self._read(self._packed.wait())
+        again = [i for i, token_id in enumerate(sampled.token_ids) if token_id == _UNDECIDED]
+        if again:
+            assert self._draw_again is not None, "undecided where results may be looked at"
+            self.redrawn_rows = again
+            try:
+                widened = self._draw_again(again)
+            except torch.OutOfMemoryError:
+                sampled.unmet_rows.extend(again)
+                return sampled
+            for i, token_id in zip(again, widened.token_ids, strict=True):
+                sampled.token_ids[i] = token_id
+            sampled.logprobs.update((again[i], logprob) for i, logprob in widened.logprobs.items())
+            sampled.details.update((again[i], details) for i, details in widened.details.items())
+        return sampled
 
 
 class Sampler:
@@ -94,37 +148,27 @@ class Sampler:
 
         A row with a mask gets one of the tokens that this allows.
         """
-        sampled = self._sample(logits, rows, masks, self._may_wait)
-        again = [i for i, token_id in enumerate(sampled.token_ids) if token_id == _UNDECIDED]
-        if not again:
-            return sampled
-        index = on_device(torch.tensor(again), self._device)
-        masks = masks.of(again) if masks is not None else None
-        widened = self._sample(logits[index], [rows[i] for i in again], masks, may_wait=True)
-        for i, token_id in zip(again, widened.token_ids, strict=True):
-            sampled.token_ids[i] = token_id
-        sampled.logprobs.update((again[i], logprob) for i, logprob in widened.logprobs.items())
-        sampled.details.update((again[i], details) for i, details in widened.details.items())
-        return sampled
+        return self.begin(logits, rows, masks).result()
 
-    def _sample(
+    @torch.inference_mode()
+    def begin(self, logits: torch.Tensor, rows: Rows[LogitRow], masks: TokenMasks | None = None) -> PendingTokens:
+        """As `sample`, but without waiting where that is not needed."""
+        return self._begin(logits, rows, masks, self._may_wait)
+
+    def _begin(
         self, logits: torch.Tensor, rows: Rows[LogitRow], masks: TokenMasks | None, may_wait: bool
-    ) -> SampledTokens:
+    ) -> PendingTokens:
         """One copy from the device at the end. The token of a row that needs more candidates is _UNDECIDED."""
-        scores = logits.float()
-        best = self._argmax(scores)
+        raw = logits.float() if self._device.type == "cpu" else logits
+        best = self._argmax(raw)
         masked = rows_to_mask(masks, rows, best.tolist() if masks is not None and may_wait else None)
         edited = [i for i, row in enumerate(rows) if row.history is not None or i in masked]
         unedited = [i for i, row in enumerate(rows) if row.history is None and i not in masked]
         sampled = [i for i in unedited if rows[i].sampling.temperature > 0]
         wanted = [(i, row.sampling.top_logprobs) for i, row in enumerate(rows) if wants_logprobs(row.sampling)]
         if not (edited or sampled or wanted):  # a small step's time is felt: nothing but what it needs
-            found = best.tolist()
-            return SampledTokens(
-                token_ids=[token_id if token_id >= 0 else ~token_id for token_id in found],
-                logprobs={},
-                invalid_rows=[i for i, token_id in enumerate(found) if token_id < 0],
-            )
+            return PendingTokens(best, best, _read_best)
+        scores = raw.float()
         is_valid = best >= 0
         tokens = torch.where(is_valid, best, ~best)
         if edited or sampled:
@@ -136,17 +180,34 @@ class Sampler:
             tokens.index_copy_(0, index, chosen)
         scored = TokenScores.of(scores, tokens, wanted) if wanted else []
         results = [tokens.double(), is_valid.double(), *(group.table.flatten() for group in scored)]
-        found_ids, validity, *tables = torch.split(torch.cat(results).cpu(), [len(result) for result in results])
-        token_ids = [int(token_id) for token_id in found_ids.tolist()]
-        chosen_tokens = SampledTokens(
-            token_ids=token_ids,
-            logprobs={},
-            invalid_rows=[i for i, valid in enumerate(validity.tolist()) if not valid],
-            forbidden_rows=[i for i, token_id in enumerate(token_ids) if token_id == _FORBIDDEN],
-        )
-        for group, table in zip(scored, tables, strict=True):
-            group.read(table.tolist(), chosen_tokens.logprobs, chosen_tokens.details)
-        return chosen_tokens
+        sizes = [len(result) for result in results]
+
+        def read(packed: torch.Tensor) -> SampledTokens:
+            found_ids, validity, *tables = torch.split(packed, sizes)
+            token_ids = [int(token_id) for token_id in found_ids.tolist()]
+            found = SampledTokens(
+                token_ids=token_ids,
+                logprobs={},
+                invalid_rows=[i for i, valid in enumerate(validity.tolist()) if not valid],
+                forbidden_rows=[i for i, token_id in enumerate(token_ids) if token_id == _FORBIDDEN],
+            )
+            for group, table in zip(scored, tables, strict=True):
+                group.read(table.tolist(), found.logprobs, found.details)
+            return found
+
+        packed = torch.cat(results)
+        if may_wait or all(rows[i].sampling.temperature == 0 for i in (*edited, *sampled)):
+            return PendingTokens(tokens, packed, read)
+        # By then the runner may have written its logits anew, and sequences may have got longer.
+        kept = scores.clone() if scores is logits else scores
+        then = [_RowThen(row.sampling, row.output_index, row.num_tokens, row.history) for row in rows]
+
+        def draw_again(again: list[int]) -> SampledTokens:
+            index = on_device(torch.tensor(again), self._device)
+            of_again = masks.of(again) if masks is not None else None
+            return self._begin(kept[index], [then[i] for i in again], of_again, may_wait=True).result()
+
+        return PendingTokens(tokens, packed, read, draw_again)
 
     def _sample_rows(
         self, scores: torch.Tensor, rows: Rows[LogitRow], num_edited: int, masks: TokenMasks | None, may_wait: bool
@@ -242,6 +303,15 @@ class Sampler:
             winner = nobody.scatter_reduce(0, row[wins], token[wins], "amin")
             drawn[part] = torch.where(winner < vocab_size, winner, drawn[part])
         return drawn
+
+
+def _read_best(best: torch.Tensor) -> SampledTokens:
+    found = best.tolist()
+    return SampledTokens(
+        token_ids=[token_id if token_id >= 0 else ~token_id for token_id in found],
+        logprobs={},
+        invalid_rows=[i for i, token_id in enumerate(found) if token_id < 0],
+    )
 
 
 def _argmax(scores: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The scheduler: which sequences compute how many tokens in the next step, and whose blocks are taken back.
 
-Pure: it knows token counts and block ids, no tensors and no clock. One step is `plan`, the forward pass, then
-`finish_step` (or `fail_step`).
+Pure: it knows token counts and block ids, no tensors and no clock. One step is `plan`, the launch of the forward pass,
+then `finish_step` (or `fail_step`): what is planned next is computed behind it, whether that has ended or not.
 
 Nothing starves. What runs follows one static order (priority, arrival): the first in it can always preempt all others,
 a sequence alone always fits (the engine refuses longer ones), so it runs to its end. What waits is admitted by
@@ -204,7 +204,7 @@ class Scheduler:
 
     def _plan_decodes(self) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for sequence in [s for s in self._running if s.num_uncomputed_tokens == 1]:
+        for sequence in [s for s in self._running if s.num_uncomputed_tokens == 1 and not s.awaits_end]:
             if sequence.block_ids and self._make_room(sequence):
                 chunks.append(self._chunk(sequence, 1))
         return chunks
@@ -268,6 +268,9 @@ class Scheduler:
                 continue  # it may want the blocks that the one before it waits for
             if sequence.first_row_to_score is not None and not self._num_score_rows:
                 continue  # others' prompts are scored in this step
+            if sequence.num_pending:  # preempted by this very plan
+                first_unfit = first_unfit or sequence
+                continue
             match = self._match(sequence)
             group = sequence.group
             if group is not None and group.size > num_places:
@@ -366,10 +369,23 @@ class Scheduler:
             return budget
         return min(budget, max(0, first_row - sequence.num_computed_tokens) + self._num_score_rows)
 
-    def _register(self, sequence: Sequence, num_tokens: int) -> None:
-        """Announce the blocks that computing this many more tokens fills."""
-        start, block_size = sequence.num_computed_tokens, self._pool.block_size
-        first, end = start // block_size, (start + num_tokens) // block_size
+    def would_draft(self, sequences: tuple[Sequence, ...]) -> bool:
+        """Whether it is worth waiting for these sequences' tokens, so as to guess on from them."""
+        return self._speculator is not None and self._speculator.would_draft(sequences)
+
+    def register_known(self, sequence: Sequence) -> None:
+        """A token became known that was pending: announce the block that it was the last one to fill."""
+        if sequence.num_computed_tokens and sequence.num_computed_tokens % self._pool.block_size == 0:
+            self._register(sequence, 0, since=sequence.num_computed_tokens - 1)
+            self._pool.settle()  # it is computed before whatever is launched from now on
+
+    def _register(self, sequence: Sequence, num_tokens: int, since: int | None = None) -> None:
+        """Announce the blocks that computing this many more tokens fills, or has filled since. A block with a pending
+        token is announced later.
+        """
+        block_size, num_known = self._pool.block_size, sequence.num_tokens - sequence.num_pending
+        first = (sequence.num_computed_tokens if since is None else since) // block_size
+        end = min(sequence.num_computed_tokens + num_tokens, num_known) // block_size
         if end > first:
             self._pool.extend_hashes(sequence.block_hashes, sequence.token_ids, end, sequence.cache_salt)
             for block_id, block_hash in zip(
@@ -380,7 +396,10 @@ class Scheduler:
     # -- after the step -------------------------------------------------------------------------------------------
 
     def finish_step(self, plan: Plan) -> None:
-        """The plan was computed: its keys and values are in the cache. Those of drafts count from `accept_drafts`."""
+        """The plan was launched: its keys and values will be in the cache before anything planned later reads them.
+
+        Those of drafts count from `accept_drafts`.
+        """
         for chunk in plan.chunks:
             chunk.sequence.num_computed_tokens += chunk.num_tokens - len(chunk.drafts)
             if chunk.is_last:
@@ -397,6 +416,10 @@ class Scheduler:
         sequence.num_computed_tokens += num_drafts
         self._pool.settle()
         self._give_back_spare(sequence)
+
+    def take_back(self, sequence: Sequence) -> None:
+        """What a step computed of its last token is void: that token is another one."""
+        sequence.num_computed_tokens -= 1
 
     def fail_step(self, plan: Plan) -> None:
         """The plan was not computed. Sequences keep their blocks; the same tokens are planned again."""

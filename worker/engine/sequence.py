@@ -42,6 +42,7 @@ class Sequence:
         "num_hit_tokens",
         "num_memory_failures",
         "num_overtaken",
+        "num_pending",
         "num_prompt_tokens",
         "num_scored_tokens",
         "order",
@@ -107,9 +108,21 @@ class Sequence:
         self.num_scored_tokens: int | None = None
         self.num_memory_failures = 0
         self.num_overtaken = 0  # behind it in its priority's order, and admitted while this one waited
+        self.num_pending = 0  # 1 while the last of `token_ids` is but the place of a token that is chosen, yet unknown
+
+    def hold_place(self) -> None:
+        """Be as if the next output token were known: the step that computes it can be planned."""
+        assert not self.num_pending, self
+        assert self.history is None, "what follows would depend on the token itself"
+        self.token_ids.append(0)
+        self.num_pending = 1
 
     def append(self, token_id: int) -> None:
-        """Take the next output token."""
+        """Take the next output token, if need be in the place that is held for it."""
+        if self.num_pending:
+            self.token_ids[-1] = token_id
+            self.num_pending = 0
+            return
         self.token_ids.append(token_id)
         if self.history is not None:
             self.history.extend((token_id,))
@@ -141,6 +154,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def awaits_end(self) -> bool:
+        """Whether the pending token is the last one that there can be."""
+        return self.num_pending > 0 and self.num_output_tokens >= self.sampling.max_tokens
 
     @property
     def first_row_to_score(self) -> int | None:

@@ -40,7 +40,8 @@ class Speculator:
 
         `decodes` are the sequences that compute their last token in a step of `num_rows` rows; `max_drafts` is how many
         more there may be. Sequences with a history or a matcher draft nothing: what is done to scores changes with each
-        token. Nor do beams, which are chosen anew with each token.
+        token. Nor do beams, which are chosen anew with each token, nor sequences whose last token is not known yet, nor
+        those with which forks begin: they share the block that drafts would be written to, without having these tokens.
         """
         if not self._may_pay(len(decodes), num_rows, max_drafts):
             return {}
@@ -53,6 +54,10 @@ class Speculator:
                 drafts[index] = lookup.draft(num_drafts)
         return drafts
 
+    def would_draft(self, decodes: Rows[Sequence]) -> bool:
+        """Whether they would, in a step of their own, as far as their tokens tell that are known."""
+        return bool(self.draft(decodes, len(decodes), self._settings.max_num_seqs))
+
     def _may_pay(self, num_decodes: int, num_rows: int, max_drafts: int) -> bool:
         """Whether one draft that is certain to be right would: else nobody needs to look."""
         return max_drafts > 0 and allot_drafts([[1.0]] + [[]] * (num_decodes - 1), num_rows, 1, self._cost)[0] > 0
@@ -60,7 +65,9 @@ class Speculator:
     def _chances(self, sequence: Sequence) -> list[float]:
         max_tokens = min(sequence.sampling.max_tokens, self._max_model_len - sequence.num_prompt_tokens)
         num_left = max_tokens - sequence.num_output_tokens
-        if num_left < 2 or sequence.history is not None or sequence.matcher is not None or sequence.group is not None:
+        if num_left < 2 or sequence.history is not None or sequence.matcher is not None:
+            return []
+        if sequence.group is not None or sequence.forks or sequence.num_pending:
             return []
         if sequence.lookup is None:
             sequence.lookup = PromptLookup(

@@ -28,7 +28,8 @@ SystemOption = Annotated[str, typer.Option("--system", help="System message.")]
 
 def make_options(**values: object) -> GenerationOptions:
     """Keep the options that were given."""
-    return {key: value for key, value in values.items() if value is not None and value != []}  # type: ignore[return-value]
+    given = {key: value for key, value in values.items() if value is not None and value != []}
+    return cast(GenerationOptions, given)
 
 
 def make_structured_output(json_schema: str, regex: str, choices: list[str]) -> pb.StructuredOutput | None:

@@ -206,8 +206,8 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
     """Served when nothing else waits."""
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
-    """How urgent a request is. Of a higher priority all are served first, but for a small share of the service that each lower
-    one has while it waits.
+    """How urgent a request is. Of a higher priority all are served first, but for a small share of the service that each
+    lower one has while it waits.
     """
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
@@ -230,8 +230,8 @@ class GenerationInput(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Plain text, continued as it is; special tokens written in it are plain text. The tokenizer adds the special tokens
-    that the model expects around a text, such as a beginning-of-sequence token.
+    """Plain text, continued as it is; special tokens written in it are plain text. The tokenizer adds the special
+    tokens that the model expects around a text, such as a beginning-of-sequence token.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -304,18 +304,22 @@ class ChatInput(_message.Message):
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
-        """What the model may call. Any model takes tools: one whose template knows none is told of them in the system message.
-        FAILED_PRECONDITION, reason TOOLS_NOT_SERVED, where the operator has switched them off. At most 128.
+        """What the model may call. Any model takes tools: one whose template knows none is told of them in the system
+        message. FAILED_PRECONDITION, reason TOOLS_NOT_SERVED, where the operator has switched them off. At most 128.
         """
 
     @_builtins.property
     def tool_choice(self) -> Global___ToolChoice:
-        """Which of them it may or must call. Unset: what the model decides."""
+        """Which of them it may or must call. Unset: what the model decides. FAILED_PRECONDITION, reason
+        STRUCTURED_OUTPUT_UNSUPPORTED, where a call must be made, or a tool is strict, of a model that cannot be
+        constrained. INVALID_ARGUMENT with GRAMMAR_INVALID and the others of GenerationConfig.structured_output names the
+        tools where it is they that cannot be kept to.
+        """
 
     @_builtins.property
     def template_arguments(self) -> _struct_pb2.Struct:
-        """Further variables of the chat template, such as enable_thinking. Whole numbers arrive as such. At most 64, together at
-        most 16 KiB of JSON; the template's own variables (messages, tools ...) cannot be set.
+        """Further variables of the chat template, such as enable_thinking. Whole numbers arrive as such. At most 64, together
+        at most 16 KiB of JSON; the template's own variables (messages, tools ...) cannot be set.
         """
 
     def __init__(
@@ -353,8 +357,10 @@ class Tool(_message.Message):
     description: _builtins.str
     """What it does, for the model to read."""
     parameters: _builtins.str
-    """JSON Schema of the arguments, as text of an object; the order of its keys is the one that the model sees. Empty: the
-    function takes none. At most 64 KiB.
+    """JSON Schema of the arguments, as text of an object; the order of its keys is the one that the model sees. Empty:
+    the function takes none. At most 64 KiB, and as much for all tools together, as they are held to: where that is
+    more, a strict tool or a call that must be made is refused, GRAMMAR_TOO_LARGE; any other call is then as the model
+    writes it.
     """
     strict: _builtins.bool
     """Refuse a schema that arguments cannot be held to. Otherwise they are then any JSON object."""
@@ -577,14 +583,14 @@ class GenerationConfig(_message.Message):
     RENORMALIZE_LOGITS_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Most tokens of each output, at least 1; 0 is taken with prompt_logprobs or echo. Unset: what is left of the context,
-    at most the model's default.
+    """Most tokens of each output, at least 1; 0 is taken with prompt_logprobs or echo. Unset: what is left of the
+    context, at most the model's default.
     """
     max_length: _builtins.int
     """Most tokens of prompt and output together, as in transformers. Not together with max_tokens."""
     temperature: _builtins.float
-    """0 to 2. 0 takes the most probable token, and what else chooses among tokens has no effect; unset while top_k, top_p,
-    min_p, typical_p, epsilon_cutoff, eta_cutoff or top_h is set means the model's, or 1.
+    """0 to 2. 0 takes the most probable token, and what else chooses among tokens has no effect; unset while top_k,
+    top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff or top_h is set means the model's, or 1.
     """
     top_k: _builtins.int
     """Sample among the k most probable tokens; 0 is off."""
@@ -637,8 +643,9 @@ class GenerationConfig(_message.Message):
     include_stop: _builtins.bool
     """Keep the stop string that ends an output in its text."""
     best_of: _builtins.int
-    """Sample so many outputs and return the num_outputs of them with the highest mean log-probability of a token, the best
-    first. At least num_outputs, at most what that may be. Nothing is sent before all have ended, and all are counted.
+    """Sample so many outputs and return the num_outputs of them with the highest mean log-probability of a token, the
+    best first. At least num_outputs, at most what that may be. Nothing is sent before all have ended, and all are
+    counted.
     """
     top_logprobs: _builtins.int
     """With logprobs: report so many of the most probable tokens in the place of each sampled one, and its rank. 0 to 20."""
@@ -651,15 +658,15 @@ class GenerationConfig(_message.Message):
     num_beams: _builtins.int
     """Above 1: search with so many beams, 2 to 16, at most the sequences of one step of a worker, as transformers does
     without sampling: outputs are the best num_outputs sequences found, the best first, each with its score, and
-    temperature is 0, whatever the model's default. Processors work on log-probabilities then; every end-of-sequence and
-    stop id counts as an end. Nothing is sent before the search is over; the tokens of all beams are counted. A time limit
-    or a cancellation ends it with the best sequences so far, complete or not, and that reason. Outputs beyond the
-    sequences that there can be are empty and have no score. Not with what samples or filters, best_of, logprobs,
-    structured_output, or tools whose calls are constrained; stop strings end beams.
+    temperature is 0, whatever the model's default. Processors work on log-probabilities then; every end-of-sequence
+    and stop id counts as an end. Nothing is sent before the search is over; the tokens of all beams are counted. A
+    time limit or a cancellation ends it with the best sequences so far, complete or not, and that reason. Outputs
+    beyond the sequences that there can be are empty and have no score. Not with what samples or filters, best_of,
+    logprobs, structured_output, or tools whose calls are constrained; stop strings end beams.
     """
     length_penalty: _builtins.float
-    """With num_beams: a sequence's score is the sum of its tokens' log-probabilities over its length to this power; -5 to 5;
-    unset is 1. Above 0 favours longer outputs, below 0 shorter ones.
+    """With num_beams: a sequence's score is the sum of its tokens' log-probabilities over its length to this power; -5 to
+    5; unset is 1. Above 0 favours longer outputs, below 0 shorter ones.
     """
     early_stopping: Global___EarlyStopping.ValueType
     """With num_beams: when the search ends."""
@@ -667,7 +674,9 @@ class GenerationConfig(_message.Message):
     """With num_beams: normalize the scores after all processors, so that they are log-probabilities again."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end an output; text is cut before the match, or behind it with include_stop. At most 16 of at most 256 bytes each."""
+        """Strings that end an output; text is cut before the match, or behind it with include_stop. At most 16 of at most 256
+        bytes each.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -711,8 +720,8 @@ class GenerationConfig(_message.Message):
 
     @_builtins.property
     def structured_output(self) -> Global___StructuredOutput:
-        """What every output's text must match. It ends with FINISH_REASON_STOP once it does and nothing more may follow, or at
-        an end-of-sequence id, which is allowed only where the text so far matches. INVALID_ARGUMENT with what is wrong:
+        """What every output's text must match. It ends with FINISH_REASON_STOP once it does and nothing more may follow, or
+        at an end-of-sequence id, which is allowed only where the text so far matches. INVALID_ARGUMENT with what is wrong:
         GRAMMAR_INVALID (an unsupported keyword is named), GRAMMAR_TOO_LARGE, GRAMMAR_TOO_COMPLEX, or, where generation has
         come to a point at which no token may follow, GRAMMAR_STUCK. FAILED_PRECONDITION, STRUCTURED_OUTPUT_UNSUPPORTED, if
         the model's tokenizer or workers do not allow for it.
@@ -946,7 +955,8 @@ Global___StructuredOutput: _TypeAlias = StructuredOutput  # noqa: Y015
 @_typing.final
 class JsonObject(_message.Message):
     """Any JSON object. JSON is written without whitespace but for a space after each comma and colon, and a number goes on
-    for at most 24 characters where it may end: so that a model cannot go on for ever in blanks or digits.
+    for at most 24 characters where it may end: so that a model cannot go on for ever in blanks or digits. Numbers are
+    not bounded so in answers that may begin with reasoning, nor in tool calls beside free text.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1056,12 +1066,12 @@ class GenerationEvent(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     PROMPT_SCORES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Position in the generation's log of the last event that this message contains; 0 before the first. Pass the last one
-    received to ResumeGeneration.
+    """Position in the generation's log of the last event that this message contains; 0 before the first. Pass the last
+    one received to ResumeGeneration.
     """
     chain_hash: _builtins.bytes
-    """Digest of all token ids up to this event, 8 bytes; empty while sequence is 0. Pass it to ResumeGeneration, so that a
-    stream never continues another one's tokens.
+    """Digest of all token ids up to this event, 8 bytes; empty while sequence is 0. Pass it to ResumeGeneration, so that
+    a stream never continues another one's tokens.
     """
     @_builtins.property
     def accepted(self) -> Global___Accepted:
@@ -1144,8 +1154,8 @@ class Accepted(_message.Message):
 
     @_builtins.property
     def expected_wait(self) -> _duration_pb2.Duration:
-        """About how long until a worker takes it, by how fast others were taken lately. Unset when it no longer waits, and when
-        that is not known: no worker serves the model, or none has taken a generation while others waited.
+        """About how long until a worker takes it, by how fast others were taken lately. Unset when it no longer waits, and
+        when that is not known: no worker serves the model, or none has taken a generation while others waited.
         """
 
     def __init__(
@@ -1358,8 +1368,8 @@ Global___TokenAlternatives: _TypeAlias = TokenAlternatives  # noqa: Y015
 
 @_typing.final
 class PromptScores(_message.Message):
-    """How probable tokens of the prompt were, each after all those before it. The first token of a prompt has no probability.
-    May come in several parts; one that came before may come again where a stream is resumed.
+    """How probable tokens of the prompt were, each after all those before it. The first token of a prompt has no
+    probability. May come in several parts; one that came before may come again where a stream is resumed.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1727,8 +1737,9 @@ class GenerateRequest(_message.Message):
     between tenants (or their trust groups), whatever is given here. At most 128 bytes.
     """
     adapter: _builtins.str
-    """Name of one of the model's adapters, see Model.adapters; empty: the model alone. NOT_FOUND, reason ADAPTER_NOT_FOUND,
-    for one that the model does not have, and for one that is removed or changed before a worker has taken it up.
+    """Name of one of the model's adapters, see Model.adapters; empty: the model alone. NOT_FOUND, reason
+    ADAPTER_NOT_FOUND, for one that the model does not have, and for one that is removed or changed before a worker has
+    taken it up.
     """
     @_builtins.property
     def input(self) -> Global___GenerationInput:

@@ -30,8 +30,8 @@ class GenerationServiceStub(object):
     exactly once.
 
     Errors are gRPC statuses whose details always hold a google.rpc.ErrorInfo (domain "torchrelay", a stable reason), a
-    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was done.
-    A field that a server does not know is refused, never ignored.
+    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was
+    done. A field that a server does not know is refused, never ignored.
     """
 
     def __init__(self, channel):
@@ -82,8 +82,8 @@ class GenerationServiceServicer(object):
     exactly once.
 
     Errors are gRPC statuses whose details always hold a google.rpc.ErrorInfo (domain "torchrelay", a stable reason), a
-    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was done.
-    A field that a server does not know is refused, never ignored.
+    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was
+    done. A field that a server does not know is refused, never ignored.
     """
 
     def Generate(self, request, context):
@@ -95,9 +95,9 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than the
-        gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind what
-        it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
+        """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than
+        the gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind
+        what it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,8 +191,8 @@ class GenerationService(object):
     exactly once.
 
     Errors are gRPC statuses whose details always hold a google.rpc.ErrorInfo (domain "torchrelay", a stable reason), a
-    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was done.
-    A field that a server does not know is refused, never ignored.
+    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was
+    done. A field that a server does not know is refused, never ignored.
     """
 
     @staticmethod

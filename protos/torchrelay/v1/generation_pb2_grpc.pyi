@@ -31,8 +31,8 @@ class GenerationServiceStub:
     exactly once.
 
     Errors are gRPC statuses whose details always hold a google.rpc.ErrorInfo (domain "torchrelay", a stable reason), a
-    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was done.
-    A field that a server does not know is refused, never ignored.
+    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was
+    done. A field that a server does not know is refused, never ignored.
     """
 
     @_typing.overload
@@ -44,9 +44,9 @@ class GenerationServiceStub:
     generation is queued, so that a broken call can be resumed.
     """
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_generation_pb2.StreamGenerateRequest, _generation_pb2.StreamGenerateResponse]
-    """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than the
-    gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind what
-    it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
+    """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than
+    the gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind
+    what it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
     """
     SubmitGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.SubmitGenerationRequest, _generation_pb2.SubmitGenerationResponse]
     """Queues a generation and returns at once; follow it with ResumeGeneration or GetGeneration."""
@@ -69,8 +69,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     exactly once.
 
     Errors are gRPC statuses whose details always hold a google.rpc.ErrorInfo (domain "torchrelay", a stable reason), a
-    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was done.
-    A field that a server does not know is refused, never ignored.
+    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was
+    done. A field that a server does not know is refused, never ignored.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -79,9 +79,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     generation is queued, so that a broken call can be resumed.
     """
     StreamGenerate: _aio.UnaryStreamMultiCallable[_generation_pb2.StreamGenerateRequest, _generation_pb2.StreamGenerateResponse]  # type: ignore[assignment]
-    """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than the
-    gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind what
-    it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
+    """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than
+    the gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind
+    what it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
     """
     SubmitGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.SubmitGenerationRequest, _generation_pb2.SubmitGenerationResponse]  # type: ignore[assignment]
     """Queues a generation and returns at once; follow it with ResumeGeneration or GetGeneration."""
@@ -103,8 +103,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     exactly once.
 
     Errors are gRPC statuses whose details always hold a google.rpc.ErrorInfo (domain "torchrelay", a stable reason), a
-    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was done.
-    A field that a server does not know is refused, never ignored.
+    google.rpc.BadRequest for bad fields, a google.rpc.RetryInfo where a retry makes sense, and a Usage where work was
+    done. A field that a server does not know is refused, never ignored.
     """
 
     @_abc_1.abstractmethod
@@ -123,9 +123,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.StreamGenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.StreamGenerateResponse], _abc.AsyncIterator[_generation_pb2.StreamGenerateResponse]]:
-        """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than the
-        gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind what
-        it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
+        """Generates and streams events: Accepted first, Finished last. If a caller leaves a message unread for longer than
+        the gateway allows (a minute by default), its stream ends with ABORTED, reason CLIENT_TOO_SLOW, which stands behind
+        what it has not read; the generation's disconnect grace begins, and ResumeGeneration goes on after the last event.
         """
 
     @_abc_1.abstractmethod

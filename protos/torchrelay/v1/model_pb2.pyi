@@ -121,7 +121,9 @@ class Model(_message.Message):
     attention_backend: _builtins.str
     """What its workers compute attention with, such as cpu_ext, triton or torch_ref; empty before one has started."""
     tool_format: _builtins.str
-    """How it writes tool calls: hermes, llama3, mistral or mistral11; generic if it was not trained on them. Empty: tools are refused."""
+    """How it writes tool calls: hermes, llama3, mistral or mistral11; generic if it was not trained on them. Empty: tools
+    are refused.
+    """
     reasoning_format: _builtins.str
     """How it marks its reasoning, such as think; empty if it does not."""
     @_builtins.property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
 from common.generation import GrammarKind, StructuredOutput
+from common.grammar_messages import told_without
 from common.structured import MAX_BYTES, MAX_CHOICES, GrammarError, compile_grammar, make_tokenizer
 from tests.builders_models import VOCAB_SIZE, write_tokenizer
 from tests.structured.schemas import drawn_schemas, known_schemas
@@ -149,6 +151,59 @@ def test_what_is_refused(tokenizer: LLTokenizer, spec: StructuredOutput, reason:
 def test_a_keyword_that_would_be_read_over_is_named(tokenizer: LLTokenizer, keyword: str) -> None:
     with pytest.raises(GrammarError, match=keyword.replace("$", "\\$")):
         compile_grammar(schema({"type": ["array", "object"], keyword: {}}), tokenizer)
+
+
+SECRET = "Xyzzyplugh"
+REPEATING = [
+    *(
+        spec_of(GrammarKind.REGEX, text.replace("S", SECRET))
+        for text in ("(S", "(?=S)b", "[S", r"\p{S}", r"S\1", "S(\n")
+    ),
+    *(
+        schema(value)
+        for value in (
+            {"type": SECRET},
+            {"format": SECRET, "type": "string"},
+            {"$ref": f"http://{SECRET}/s"},
+            {"$ref": f"#/$defs/{SECRET}"},
+            {"minimum": SECRET, "type": "integer"},
+            {"pattern": f"({SECRET}", "type": "string"},
+            {"properties": {SECRET: {"not": {}}}},
+            {"patternProperties": {f"({SECRET}": {}}, "type": "object"},
+        )
+    ),
+    *(
+        spec_of(GrammarKind.LARK, text.replace("S", SECRET))
+        for text in (
+            "start: S",
+            'start: "S" ]',
+            "start: /(S/",
+            "S!",
+            "start: @S",
+            "start: <S>",
+            'start: "a"\n// S\na[S=1]: /b/',
+        )
+    ),
+    spec_of(GrammarKind.LARK, 'start: %json {"type": "' + SECRET + '"}'),
+    spec_of(GrammarKind.LARK, 'start: %regex {"' + SECRET + '": 1}'),
+]
+
+
+@pytest.mark.parametrize("spec", REPEATING, ids=lambda value: value.text)
+def test_a_refusal_does_not_repeat_what_was_written(tokenizer: LLTokenizer, spec: StructuredOutput) -> None:
+    with pytest.raises(GrammarError) as raised:
+        compile_grammar(spec, tokenizer)
+    assert SECRET.lower() not in str(raised.value).lower()
+    assert re.search(r"[a-z]{4}", str(raised.value)), "and yet says what is wrong"
+
+
+def test_words_of_the_caller_are_left_out_wherever_they_stand() -> None:
+    told = told_without("something new about internationalisation here", "x internationalisation y")
+    assert told == "something new about ... here"
+    assert (
+        told_without("additionalProperties is wrong", '{"additionalProperties": 7}') == "additionalProperties is wrong"
+    )
+    assert len(told_without("so much " * 100, "")) < 300
 
 
 def test_common_schemas_are_taken(tokenizer: LLTokenizer) -> None:

@@ -49,9 +49,15 @@ def test_failures_say_why() -> None:
     assert exhausted.metadata == {"detail": "ATTEMPTS_EXHAUSTED"}
     assert isinstance(convert.failure_of(make_record(JobState.FAILED, reason=Reason.LOG_LIMIT)), LogLimitExceeded)
     assert isinstance(convert.failure_of(make_record(JobState.EXPIRED, started_ms=0)), DeadlineExceeded)
-    stuck = convert.failure_of(make_record(JobState.FAILED, reason=Reason.GRAMMAR_STUCK))
-    assert isinstance(stuck, InvalidRequest)
-    assert stuck.reason == "GRAMMAR_STUCK"
+    config = pb.GenerationConfig(structured_output=pb.StructuredOutput(regex="a"))
+    for echo, field in (
+        (pb.Accepted(config=config), "config.structured_output"),
+        (pb.Accepted(), "input.chat.tools"),  # nothing else constrains an output
+    ):
+        record = make_record(JobState.FAILED, reason=Reason.GRAMMAR_STUCK, echo=echo.SerializeToString())
+        stuck = convert.failure_of(record)
+        assert isinstance(stuck, InvalidRequest)
+        assert (stuck.reason, stuck.violations[0].field) == ("GRAMMAR_STUCK", field)
     unsupported = convert.failure_of(make_record(JobState.FAILED, reason=Reason.STRUCTURED_OUTPUT_UNSUPPORTED))
     assert isinstance(unsupported, FailedPrecondition)
 

@@ -101,5 +101,5 @@ async def test_a_model_that_cannot_be_constrained_says_so(
 def test_every_failure_of_a_grammar_has_its_words() -> None:
     for reason in Reason:
         if reason.is_of_grammar and reason is not Reason.STRUCTURED_OUTPUT_UNSUPPORTED:
-            error = failed(reason)
+            error = failed(reason, pb.GenerationConfig(structured_output=GOOD))
             assert (error.reason, error.violations[0].field) == (str(reason), "config.structured_output")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.errors import InvalidRequest
-from common.generation import SamplingParams
+from common.generation import GrammarKind, SamplingParams, StructuredOutput
 from common.registry import GenerationDefaults
 from gateway import token_choice
 from gateway import validation as check
@@ -256,3 +256,23 @@ def test_a_model_s_defaults_are_shown_where_they_change_anything() -> None:
         min_length=5, typical_p=0.9, bad_words_ids=ids([1, 2]), sequence_bias=biases(([3], 1.0)), suppress_tokens=[4],
         begin_suppress_tokens=[5], exponential_decay_length_penalty=decay(6, 1.5), forced_eos_token_id=0, top_h=0.5,
     )  # fmt: skip
+
+
+def test_no_last_token_is_forced_where_an_output_must_match() -> None:
+    constraint = StructuredOutput(GrammarKind.REGEX, "a+")
+    asked = pb.GenerationConfig(forced_eos_token_id=3)
+    with_format = pb.GenerationConfig(forced_eos_token_id=3, structured_output=pb.StructuredOutput(regex="a+"))
+    for config, other in ((with_format, "config.structured_output"), (asked, "input.chat.tools")):
+        with pytest.raises(InvalidRequest) as raised:
+            token_choice.settle_constraint(resolve(config), config, constraint)
+        assert raised.value.reason == "FIELD_CONFLICT"
+        assert [one.field for one in raised.value.violations] == ["config.forced_eos_token_id", other]
+    # What only the model asks for gives way, and what is in force says so.
+    forcing = pb.GenerationConfig(forced_eos_token_id=3)
+    for config in (pb.GenerationConfig(), pb.GenerationConfig(structured_output=pb.StructuredOutput(regex="a+"))):
+        resolved = resolve(config, forcing)
+        token_choice.settle_constraint(resolved, config, constraint)
+        assert not resolved.HasField("forced_eos_token_id")
+    unconstrained = resolve(asked)
+    token_choice.settle_constraint(unconstrained, asked, None)
+    assert unconstrained.forced_eos_token_id == 3

@@ -346,6 +346,21 @@ def test_other_idempotency_keys_are_refused(key: str) -> None:
     assert (raised.value.reason, raised.value.violations[0].field) == ("FIELD_INVALID", "idempotency_key")
 
 
+def test_the_keys_of_a_calls_generations_meet_no_key_of_a_caller() -> None:
+    keys = [check.idempotency_key_of("~" * 128, part) for part in (0, 1, 2, 127)]
+    assert keys[0] == "~" * 128
+    assert len(set(keys)) == 4
+    for key in keys[1:]:
+        assert key is not None
+        assert len(key) <= 128
+        with pytest.raises(InvalidRequest):
+            check.check_idempotency_key(key)
+    assert check.idempotency_key_of("a", 1) != check.idempotency_key_of("b", 1)
+    assert check.idempotency_key_of("", 1) is None
+    with pytest.raises(InvalidRequest):
+        check.idempotency_key_of("a b", 1)
+
+
 def test_an_empty_idempotency_key_is_none() -> None:
     assert check.check_idempotency_key("") is None
 

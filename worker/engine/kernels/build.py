@@ -40,6 +40,7 @@ _HEADERS: Final = (
         "grouped.h",
         "grouped_bytes.h",
         "grouped_pairs.h",
+        "low_rank.h",
         "matmul.h",
         "paged_attention.h",
         "rows.h",

@@ -89,8 +89,8 @@ class ApiKeyServiceServicer(object):
 
     def RotateApiKey(self, request, context):
         """Makes a key with the tenant, name and grants of another, which goes on working for a while, so that callers can be
-        moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key that
-        was revoked or has expired.
+        moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key
+        that was revoked or has expired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,8 +41,8 @@ class ApiKeyServiceStub:
     """Revokes a key; every gateway refuses it within 5 seconds. Revoking twice is OK."""
     RotateApiKey: _grpc.UnaryUnaryMultiCallable[_api_key_pb2.RotateApiKeyRequest, _api_key_pb2.RotateApiKeyResponse]
     """Makes a key with the tenant, name and grants of another, which goes on working for a while, so that callers can be
-    moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key that
-    was revoked or has expired.
+    moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key
+    that was revoked or has expired.
     """
     UpdateApiKey: _grpc.UnaryUnaryMultiCallable[_api_key_pb2.UpdateApiKeyRequest, _api_key_pb2.UpdateApiKeyResponse]
     """Replaces what a key may do; it holds on every gateway within 5 seconds. Generations that were accepted go on."""
@@ -60,8 +60,8 @@ class ApiKeyServiceAsyncStub(ApiKeyServiceStub):
     """Revokes a key; every gateway refuses it within 5 seconds. Revoking twice is OK."""
     RotateApiKey: _aio.UnaryUnaryMultiCallable[_api_key_pb2.RotateApiKeyRequest, _api_key_pb2.RotateApiKeyResponse]  # type: ignore[assignment]
     """Makes a key with the tenant, name and grants of another, which goes on working for a while, so that callers can be
-    moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key that
-    was revoked or has expired.
+    moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key
+    that was revoked or has expired.
     """
     UpdateApiKey: _aio.UnaryUnaryMultiCallable[_api_key_pb2.UpdateApiKeyRequest, _api_key_pb2.UpdateApiKeyResponse]  # type: ignore[assignment]
     """Replaces what a key may do; it holds on every gateway within 5 seconds. Generations that were accepted go on."""
@@ -100,8 +100,8 @@ class ApiKeyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_api_key_pb2.RotateApiKeyResponse, _abc.Awaitable[_api_key_pb2.RotateApiKeyResponse]]:
         """Makes a key with the tenant, name and grants of another, which goes on working for a while, so that callers can be
-        moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key that
-        was revoked or has expired.
+        moved from one to the other. Both draw on the same quotas. FAILED_PRECONDITION, reason API_KEY_ENDED, for a key
+        that was revoked or has expired.
         """
 
     @_abc_1.abstractmethod

@@ -131,8 +131,8 @@ class Caps(_message.Message):
     """Most tokens of prompt and one output together."""
     @_builtins.property
     def max_disconnect_grace(self) -> _duration_pb2.Duration:
-        """Longest disconnect grace; a longer one is cut to it. SubmitGeneration has none: it runs without a caller, to its time
-        limit.
+        """Longest disconnect grace; a longer one is cut to it. SubmitGeneration has none: it runs without a caller, to its
+        time limit.
         """
 
     def __init__(
@@ -176,8 +176,8 @@ class Quotas(_message.Message):
     requests_per_minute: _builtins.int
     """New generations a minute, evenly: after a pause, at most a minute's worth at once."""
     tokens_per_minute: _builtins.int
-    """Tokens a minute, likewise. A request reserves its prompt and max_tokens of every output; what it did not use is given
-    back when it ends. One that needs more than a minute's worth is refused as REQUEST_TOO_LARGE.
+    """Tokens a minute, likewise. A request reserves its prompt and max_tokens of every output; what it did not use is
+    given back when it ends. One that needs more than a minute's worth is refused as REQUEST_TOO_LARGE.
     """
     tokens_per_day: _builtins.int
     """Tokens of a UTC day."""

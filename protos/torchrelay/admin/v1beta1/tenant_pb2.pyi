@@ -36,8 +36,8 @@ class Tenant(_message.Message):
     weight: _builtins.float
     """Its share of the service against other tenants whose work waits, above 0, at most 1,000; unset is 1."""
     trust_group: _builtins.str
-    """Tenants of one group share cached prefixes of prompts, and can thereby tell whether another has sent a prefix. At most
-    64 characters as in tenant; empty: it shares with nobody.
+    """Tenants of one group share cached prefixes of prompts, and can thereby tell whether another has sent a prefix. At
+    most 64 characters as in tenant; empty: it shares with nobody.
     """
     @_builtins.property
     def max_retention(self) -> _duration_pb2.Duration:

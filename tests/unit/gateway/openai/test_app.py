@@ -22,7 +22,7 @@ from gateway.identity.caller import Caller, CallInfo
 from gateway.openai import app as openai_app
 from gateway.openai import requests
 from gateway.openai.app import OpenAiDoor
-from gateway.openai.exchange import Door
+from gateway.openai.exchange import Door, bodies_of
 from gateway.settings import GatewaySettings
 from gateway.tokenization import TextCodec
 from gateway.turns import TenantTurns
@@ -51,13 +51,19 @@ class OneModel:
         return self._model
 
 
-async def post(path: str, body: dict[str, Any], generations: Any = None, caps: Caps | None = None) -> tuple[int, bytes]:
-    """The answer to a call: its status and its body."""
+async def post(
+    path: str,
+    body: dict[str, Any],
+    generations: Any = None,
+    caps: Caps | None = None,
+    answers: list[Any] | None = None,
+) -> tuple[int, bytes]:
+    """The answer to a call: its status and its body. Its messages go into `answers`."""
 
     async def authenticate(call: CallInfo) -> Caller:
         return Caller("acme", "k1", grants=Grants(caps=caps or Caps()))
 
-    sent: list[Any] = []
+    sent: list[Any] = answers if answers is not None else []
 
     body_read = False
 
@@ -71,8 +77,9 @@ async def post(path: str, body: dict[str, Any], generations: Any = None, caps: C
     async def send(message: Any) -> None:
         sent.append(message)
 
-    around = Door(authenticate, lambda method, caller: None, Audit(), send_timeout_s=5)
-    door = OpenAiDoor(cast(Generations, generations), cast(Catalog, OneModel()), GatewaySettings(), around)
+    settings = GatewaySettings()
+    around = Door(authenticate, lambda method, caller: None, Audit(), bodies=bodies_of(settings), send_timeout_s=5)
+    door = OpenAiDoor(cast(Generations, generations), cast(Catalog, OneModel()), settings, around)
     scope = {"type": "http", "method": "POST", "path": path, "headers": [], "client": ("127.0.0.1", 1)}
     await door.app(scope, receive, send)
     return sent[0]["status"], b"".join(message["body"] for message in sent[1:])
@@ -86,7 +93,7 @@ class Streams:
         self.configs: list[pb.GenerationConfig] = []
 
     @asynccontextmanager
-    async def open(self, request: Any, caller: Any, call: Any) -> AsyncIterator[Any]:
+    async def open(self, request: Any, caller: Any, call: Any, part: int = 0) -> AsyncIterator[Any]:
         self.configs.append(request.config)
         yield self, pb.Accepted(generation_id="g", model="m", config=request.config)
 

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidRequest, ModelNotFound, QuotaExceeded, RateLimited, Unavailable
+from common.jobs import Reason
+from gateway import structured
 from gateway.openai import requests, schemas
 from gateway.openai.errors import HttpError, answer_to, param_of
 from gateway.openai.requests import chat_request, completion_requests, parse
@@ -243,12 +245,15 @@ def test_messages_come_back_as_they_were_given_out() -> None:
 
 def test_each_prompt_is_a_generation_of_its_own() -> None:
     made = completions(prompt=["a", "b"], logprobs=0, echo=True, best_of=3, n=2)
-    assert [(m.input.text, m.idempotency_key) for m in made] == [("a", "k-0"), ("b", "k-1")]
+    assert [(m.input.text, m.idempotency_key) for m in made] == [("a", "k"), ("b", "k")]
     config = made[0].config
     assert (config.max_tokens, config.best_of, config.num_outputs) == (16, 3, 2)
     assert (config.echo, config.logprobs) == (True, True)
     assert config.HasField("prompt_logprobs")
     assert completions()[0].idempotency_key == "k"
+    # With a key a call is repeated when its connection is lost: the repeat is to find it running.
+    assert [m.disconnect_grace.ToSeconds() for m in made] == [30, 30]
+    assert not chat().HasField("disconnect_grace")
 
 
 @settings(deadline=None, max_examples=200)
@@ -305,3 +310,8 @@ def test_a_retry_is_told_in_whole_seconds_and_in_milliseconds() -> None:
 )
 def test_fields_are_named_as_the_caller_knows_them(field: str, param: str) -> None:
     assert param_of(field, is_chat=True) == param
+
+
+def test_a_grammar_that_tools_brought_is_theirs() -> None:
+    answer = answer_to(structured.failed(Reason.GRAMMAR_STUCK, pb.GenerationConfig()), is_chat=True)
+    assert (answer.status, answer.body["error"]["param"]) == (400, "tools")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from gateway.openai.server import OpenAiServer, auth_context_of
 from gateway.server import certificates_of, check_plaintext
 from gateway.settings import GatewaySettings
 from tests.builders_identity import Authority
+from tests.builders_system import until
 
 AUTHORITY = Authority()
 GOOD = AUTHORITY.issue(hosts=("127.0.0.1",))
@@ -139,6 +141,37 @@ async def test_a_head_that_is_too_long_is_refused() -> None:
             assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 400")
         writer.close()
     assert app.num_calls == 0
+
+
+async def test_connections_are_bounded() -> None:
+    app = App()
+    async with serving(app, openai_max_connections=2) as server:
+        idle = [await connect(server) for _ in range(2)]
+        body, _ = await get(server)
+        error = json.loads(body)["error"]
+        assert (error["code"], error["type"]) == ("gateway_full", "server_error")
+        reader, writer = await connect(server)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        head, _, _ = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+        lines = head.decode().lower().split("\r\n")
+        assert lines[0].startswith("http/1.1 503")
+        assert "retry-after: 1" in lines
+        assert "connection: close" in lines
+        writer.close()
+        more = [await connect(server) for _ in range(2)]
+        reader, writer = await connect(server)
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 5) == b"", "unheard"
+        for _, other in (*idle, *more, (reader, writer)):
+            other.close()
+            with contextlib.suppress(ConnectionError):
+                await other.wait_closed()
+        assert app.num_calls == 0
+
+        async def is_served() -> bool:
+            return (await get(server))[0] == b"unknown"
+
+        await until(is_served, what="room for a connection")
 
 
 async def test_running_calls_end_before_the_port_does() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,13 +17,14 @@ from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.attention.triton_paged import TritonAttention
 from worker.engine.fuse_cuda import KernelNorm, speed_up
 from worker.engine.graphs import GraphRunner, run_again
-from worker.engine.kernels.triton import layers
+from worker.engine.kernels.triton import layers, vector
 from worker.engine.loadcheck import check_module
 from worker.engine.loop import Engine
 from worker.engine.runner import ModelRunner
 
 MERGED, GATED, NORMS = "merged projections", "gated layers", "norms"
 ROTARY, SUMS = "rotary embedding", "residual sums"
+HEAD = "head"  # in 16 bits alone
 ALL = (MERGED, GATED, NORMS, ROTARY, SUMS)
 
 
@@ -103,6 +105,70 @@ def small(family: str, **changes: Any) -> Any:
     return tiny_module(family, num_hidden_layers=2, **changes).to(DEVICE)
 
 
+class TestVector:
+    """A matrix times one row, with what stands around it."""
+
+    @pytest.mark.parametrize(("num_outputs", "depth"), [(24, 64), (10, 48), (7, 96), (16, 4096)])
+    @pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+    def test_product_of_a_normed_row_plus_an_addend(self, num_outputs: int, depth: int, offset: float | None) -> None:
+        x, weight, addend, norm = (
+            rand(*shape, dtype=torch.bfloat16)
+            for shape in [(1, 1, depth), (num_outputs, depth), (num_outputs,), (depth,)]
+        )
+        assert vector.fits(weight)
+        row = x.double()[0, 0]
+        if offset is not None:
+            row = nn.functional.rms_norm(row, (depth,), norm.double() + offset, 1e-3)
+        expected = weight.double() @ row + addend.double()
+        before = None if offset is None else vector.Norm(norm, 1e-3, offset)
+        actual = vector.multiply(x, weight, addend=addend, norm=before)
+        assert actual.shape == (1, 1, num_outputs)
+        assert (actual[0, 0].double() - expected).norm() <= 1e-2 * expected.norm()
+
+    @pytest.mark.parametrize("activation", [layers.SILU, layers.GELU_TANH])
+    def test_gated(self, activation: int) -> None:
+        x, weight = rand(1, 64, dtype=torch.bfloat16), rand(2 * 12, 64, dtype=torch.bfloat16) / 4
+        gate, up = (weight.double() @ x.double()[0]).chunk(2)
+        function = nn.functional.silu if activation == layers.SILU else partial(nn.functional.gelu, approximate="tanh")
+        expected = function(gate) * up
+        actual = vector.multiply(x, weight, activation=activation)[0]
+        assert (actual.double() - expected).norm() <= 1e-2 * expected.norm()
+
+    def test_a_sum_in_place(self) -> None:
+        x, weight, total = (rand(*shape, dtype=torch.bfloat16) for shape in [(1, 32), (16, 32), (1, 16)])
+        expected = total.double() + x.double() @ weight.double().t()
+        assert vector.multiply(x, weight, addend=total, in_place=True) is total
+        assert close(total, expected)
+
+    def test_weights_that_it_does_not_take(self) -> None:
+        assert not vector.fits(rand(8, 64))  # float32 is for exactness: cuBLAS has it
+        assert not vector.fits(rand(8, 40, dtype=torch.bfloat16))
+        assert not vector.fits(rand(8, 64, dtype=torch.bfloat16).t())
+
+
+def test_a_decode_alone_has_norms_and_sums_in_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = small("llama").to(torch.bfloat16)
+    assert speed_up(module) == (*ALL, HEAD)
+    shapes: list[tuple[int, ...]] = []
+    multiply = vector.multiply
+
+    def count(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        shapes.append(tuple(weight.shape))
+        return multiply(x, weight, **options)
+
+    monkeypatch.setattr(vector, "multiply", count)
+    tokens = torch.tensor([[3]], device=DEVICE)
+    alone = module(input_ids=tokens, use_cache=False).logits[0, 0]
+    num_layers = module.config.num_hidden_layers
+    assert len(shapes) == 4 * num_layers + 1  # projections, their end, gate with up, their end; the head
+    for layer in module.model.layers:  # a hook, as adapters have, is to see what is normed
+        layer.self_attn.q_proj.register_forward_hook(lambda *_: None)
+    shapes.clear()
+    other = module(input_ids=tokens, use_cache=False).logits[0, 0]
+    assert len(shapes) == 2 * num_layers + 1
+    assert (alone - other).norm() <= 2e-2 * other.norm()
+
+
 @pytest.mark.parametrize(
     ("family", "kept"),
     [
@@ -123,7 +189,7 @@ def test_families_keep_what_their_class_bears_and_their_logits(family: str, kept
 def test_bfloat16_keeps_every_change() -> None:
     module = small("llama", dtype=torch.bfloat16)
     before = logits(module).float()
-    assert speed_up(module) == ALL
+    assert speed_up(module) == (*ALL, HEAD)
     assert (logits(module).float() - before).norm() <= 0.05 * before.norm()
 
 

@@ -63,6 +63,21 @@ def test_another_source_compiler_or_level_gets_a_library_of_its_own(
     assert len(paths) == len(kernels.LEVEL_FLAGS) + 2
 
 
+def test_a_change_of_any_one_file_makes_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = kernels.Compiler(("g++",), "g++ 12")
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    files = sorted(Path(kernels.__file__).parent.glob("*.[ch]*"))
+    for file in files:
+        (sources / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(kernels, "_HERE", sources)
+    paths = {kernels.library_path("generic", compiler, tmp_path)}
+    for file in files:
+        (sources / file.name).write_bytes(file.read_bytes() + b"\n")
+        paths.add(kernels.library_path("generic", compiler, tmp_path))
+    assert len(paths) == len(files) + 1
+
+
 def test_without_a_compiler_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

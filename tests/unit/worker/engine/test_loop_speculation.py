@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
@@ -19,10 +20,11 @@ from tests.builders_engine import (
     generate,
     make_engine,
     make_request,
+    make_sequence,
     tiny_model,
 )
 from worker.engine.blocks import BlockPool
-from worker.engine.scheduler import Chunk, Scheduler
+from worker.engine.scheduler import Chunk, Plan, Scheduler
 from worker.engine.types import GenerationRequest
 
 WIDE = {"token_budget": 64, "max_num_seqs": 16}
@@ -121,10 +123,10 @@ def test_logits_are_never_needed_of_more_rows_than_there_may_be_sequences() -> N
     rows: list[int] = []
 
     class Counting(ScriptedRunner):
-        def execute(self, plan: Any) -> Any:
+        def execute(self, plan: Any, in_flight: Any = None) -> Any:
             rows.append(len(plan.logit_rows))
             assert plan.num_tokens <= 20
-            return super().execute(plan)
+            return super().execute(plan, in_flight)
 
     runner = Counting([1, 2, 3], num_blocks=60)
     requests = [make_request(f"r{i}", [1, 2, 3, 1], max_tokens=8 + 8 * i) for i in range(3)]
@@ -178,6 +180,33 @@ def test_short_memory_gives_back_what_drafts_took() -> None:
     assert driver.engine.stats().num_free_blocks == 32 - 2  # the other one has seven tokens in the cache
     driver.run()
     assert all(collected.tokens == [[2, 3, 4, 5, 1] * 3] for collected in driver.results.values())
+
+
+@pytest.mark.parametrize("seed", [None, 11, 20])
+def test_a_prompt_that_several_outputs_begin_with_drafts_nothing(seed: int | None) -> None:
+    """Its last token alone in a step looks like a decode, but others share its block and take its logits."""
+    runner = ScriptedRunner([1, 2, 3, 4, 5])
+    engine = make_engine(runner, token_budget=8)
+    sampling = {"num_outputs": 2, "max_tokens": 4, "temperature": 0.0 if seed is None else 25.0, "seed": seed or 0}
+    request = make_request("r", [1, 2, 3, 4, 5, 0, 0, 0, 1], **sampling)
+    driver = Driver(engine)
+    driver.add(request)
+    driver.step()
+    driver.step()
+    assert [len(tokens) for tokens in driver.results["r"].tokens] == [1, 1]
+    assert runner.num_draft_rows == 0
+    driver.run()
+    assert runner.num_draft_rows > 0
+    plain = make_engine(ScriptedRunner([1, 2, 3, 4, 5]), token_budget=8, speculation=False)
+    assert driver.results["r"].tokens == generate(plain, request)["r"].tokens
+    assert seed is not None or driver.results["r"].tokens == [[2, 3, 4, 5]] * 2
+
+
+def test_forks_take_the_logits_of_their_parents_last_token() -> None:
+    parent, other = make_sequence(8, "a"), make_sequence(8, "b")
+    parent.forks = [make_sequence(8, "a", output_index=1)]
+    chunks = (Chunk(other, 1, is_last=True), Chunk(parent, 3, is_last=True, drafts=array("i", [7, 8])))
+    assert Plan(chunks, 4).sampled_indices == [0, 1, 2, 3, 1]
 
 
 # -- invalid logits ---------------------------------------------------------------------------
@@ -273,6 +302,20 @@ def run_workload(
     aborts=st.dictionaries(st.integers(0, 15), st.sampled_from([f"r{i}" for i in range(6)]), max_size=2),
     fail_steps=st.sets(st.integers(2, 40), max_size=1),
     poisoned=st.sampled_from([None, None, 3]),
+    runs_ahead=st.booleans(),
+)
+@example(  # the prompt's last token stands alone in a step, and two outputs begin with it
+    workload=[(0, make_request("r0", [0] * 15 + [1, 0], num_outputs=2, max_tokens=2))],
+    memory=1,
+    vocab_size=4,
+    num_blocks=17,
+    token_budget=8,
+    max_num_seqs=2,
+    max_draft_tokens=1,
+    aborts={},
+    fail_steps=set(),
+    poisoned=None,
+    runs_ahead=False,
 )
 def test_any_workload_gives_each_request_what_it_gets_without_speculation(
     workload: list[tuple[int, GenerationRequest]],
@@ -285,6 +328,7 @@ def test_any_workload_gives_each_request_what_it_gets_without_speculation(
     aborts: dict[int, str],
     fail_steps: set[int],
     poisoned: int | None,
+    runs_ahead: bool,
 ) -> None:
     def in_vocabulary(request: GenerationRequest) -> GenerationRequest:
         return replace(request, prompt_token_ids=tuple(i % vocab_size for i in request.prompt_token_ids))
@@ -298,6 +342,7 @@ def test_any_workload_gives_each_request_what_it_gets_without_speculation(
     runner = make_runner(num_blocks=num_blocks)
     runner.fail_steps = fail_steps
     limits = {"token_budget": token_budget, "max_num_seqs": max_num_seqs, "max_draft_tokens": max_draft_tokens}
+    limits["runs_ahead"] = runs_ahead
     results = run_workload(runner, workload, aborts, **limits).results
     for _, request in workload:
         plain = make_engine(make_runner(num_blocks=200), speculation=False)

@@ -5,6 +5,7 @@ import torch
 
 from tests.builders_engine import make_settings, tiny_model
 from worker.engine.attention.torch_ref import TorchAttention
+from worker.engine.batch import TokensInFlight
 from worker.engine.probe import measure_ms, probe_cost
 from worker.engine.runner import ModelRunner, StepOutOfMemory
 from worker.engine.scheduler import Plan
@@ -68,8 +69,8 @@ class RecordingRunner(ModelRunner):
 
     shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]
 
-    def execute(self, plan: Plan) -> torch.Tensor:
-        logits = super().execute(plan)
+    def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
+        logits = super().execute(plan, in_flight)
         self.shapes.append((tuple(chunk.num_tokens for chunk in plan.chunks), tuple(logits.shape)))
         return logits
 
@@ -112,7 +113,7 @@ def test_what_a_step_with_drafts_takes_longer_is_part_of_the_cost() -> None:
         vocab_size = 10
         now = 0.0
 
-        def execute(self, plan: Plan) -> torch.Tensor:
+        def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
             self.now += 0.020 + 0.001 * plan.num_tokens + 0.007 * any(chunk.drafts for chunk in plan.chunks)
             return torch.zeros(len(plan.logit_rows), self.vocab_size)
 

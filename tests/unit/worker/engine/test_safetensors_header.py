@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import sys
 import types
@@ -18,7 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from worker.engine import safetensors_header
-from worker.engine.safetensors_header import MAX_HEADER_BYTES, Header, HeaderError, parse_header, read_header
+from worker.engine.safetensors_header import (
+    MAX_HEADER_BYTES,
+    Header,
+    HeaderError,
+    TensorEntry,
+    parse_header,
+    read_header,
+)
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -68,6 +76,14 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a shape of more than the bytes": (with_entry(shape=[3]), "w: 3 elements of F32 do not take 8 bytes"),
     "a shape of less than the bytes": (with_entry(shape=[1]), "w: 1 elements of F32 do not take 8 bytes"),
     "half a byte": (file_of({"w": {"dtype": "F4", "shape": [1], "data_offsets": [0, 0]}}, b""), "do not take"),
+    "half a byte a row": (
+        file_of({"w": {"dtype": "F4", "shape": [4, 1], "data_offsets": [0, 2]}}, bytes(2)),
+        "w: its last dimension takes 4 bits of F4",
+    ),
+    "half a byte a row of none": (
+        file_of({"w": {"dtype": "F4", "shape": [0, 3], "data_offsets": [0, 0]}}, b""),
+        "w: its last dimension takes 12 bits of F4",
+    ),
     "offsets that are negative": (with_entry(data_offsets=[-8, 0]), "w: data_offsets are not"),
     "three offsets": (with_entry(data_offsets=[0, 8, 8]), "w: data_offsets are not"),
     "offsets backwards": (with_entry(data_offsets=[8, 0]), "w: 2 elements of F32 do not take -8 bytes"),
@@ -117,6 +133,7 @@ MUTANTS = {
     "two offsets": (" or len(offsets) != 2", ""),
     "elements": ("> _MAX_ELEMENTS", "< 0"),
     "bytes": ("entry.num_elements * _BITS[dtype] != 8", "entry.num_elements * _BITS[dtype] < 8"),
+    "rows": ("if entry.row_bits % 8:", "if False:"),
     "end": ("if entry.end > data_bytes:", "if False:"),
     "overlap and hole": ("if entry.begin != reached:", "if entry.begin > reached:"),
     "hole": ("if entry.begin != reached:", "if entry.begin < reached:"),
@@ -170,6 +187,11 @@ def test_a_file_of_the_library_is_read_as_it_was_written(tmp_path: Path, good: b
     assert sum(entry.num_elements for entry in header.tensors.values()) == 24 + 2 + 3 + 0 + 1 + 2
 
 
+def shape_in_torch(entry: TensorEntry) -> tuple[int, ...]:
+    """Two of four bits each stand in one element."""
+    return (*entry.shape[:-1], entry.shape[-1] // 2) if entry.dtype == "F4" else entry.shape
+
+
 def check_law(path: Path) -> Header | None:
     """Refused by us, or opened by the library too, with the bytes that our header names for each tensor."""
     content = path.read_bytes()
@@ -181,7 +203,7 @@ def check_law(path: Path) -> Header | None:
         assert set(opened.keys()) == header.tensors.keys()
         for name, entry in header.tensors.items():
             tensor = opened.get_tensor(name)
-            assert tuple(tensor.shape) == entry.shape
+            assert tuple(tensor.shape) == shape_in_torch(entry)
             data = content[header.num_bytes + entry.begin : header.num_bytes + entry.end]
             assert tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == data
     return header
@@ -242,6 +264,14 @@ def test_a_corrupted_file_is_refused_or_is_what_its_header_says(
         case _:
             content = replaced(good, change)
     check_law(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("shape", [[], [0], [0, 3], [3, 0], [0, 4], [4, 1], [1, 4], [2, 3], [3, 2], [2, 2, 6]])
+def test_four_bits_are_what_the_library_makes_of_them(tmp_path: Path, shape: list[int]) -> None:
+    num_bytes = math.prod(shape) // 2
+    content = file_of({"w": {"dtype": "F4", "shape": shape, "data_offsets": [0, num_bytes]}}, bytes(range(num_bytes)))
+    header = check_law(write(tmp_path, content))
+    assert (header is not None) == (shape != [] and shape[-1] % 2 == 0)
 
 
 @settings(max_examples=200, deadline=None)

@@ -11,6 +11,7 @@ import torch
 
 from common.generation import FinishReason
 from tests.builders_engine import Collected, PaperRunner, make_engine, make_request, paper_tokens
+from worker.engine.batch import TokensInFlight
 from worker.engine.scheduler import Plan
 from worker.engine.thread import EngineCrashed, EngineStopped, EngineThread
 
@@ -26,12 +27,12 @@ class GatedRunner(PaperRunner):
         self.is_in_step = threading.Event()
         self.crash = False
 
-    def execute(self, plan: Plan) -> torch.Tensor:
+    def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
         self.is_in_step.set()
         assert self.gate.acquire(timeout=10)
         if self.crash:
             raise RuntimeError("the device is gone")
-        return super().execute(plan)
+        return super().execute(plan, in_flight)
 
 
 @pytest.fixture

@@ -194,6 +194,7 @@ def attend_kernel(
     QUERIES: tl.constexpr,  # of a tile
     ROWS: tl.constexpr,  # of a tile: at least QUERIES * HEADS, a power of two
     TOKENS: tl.constexpr,  # of the context at a time, a power of two
+    LEAST_TILES: tl.constexpr,  # of TOKENS that a share has: of a short context the last shares are empty
     BLOCK_KEY: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
 ):
@@ -244,7 +245,7 @@ def attend_kernel(
     if HAS_WINDOW:
         low = tl.maximum(first_position + 1 - window, 0)
     first_token = low // PAGE * PAGE
-    tiles_per_share = tl.cdiv(tl.cdiv(end - first_token, TOKENS), SHARES)
+    tiles_per_share = tl.maximum(tl.cdiv(tl.cdiv(end - first_token, TOKENS), SHARES), LEAST_TILES)
     begin = first_token + share * tiles_per_share * TOKENS
     end = tl.minimum(end, begin + tiles_per_share * TOKENS)
 

@@ -133,7 +133,7 @@ def test_every_option_in_every_format(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (9, 3), (71, 1), (130, 1)])
 def test_groups_of_any_size_share_a_tile(heads: tuple[int, int]) -> None:
-    case = make_case([(40, 1), (21, 19), (18, 2)], *heads, 16, 16, BLOCK, seed=2)
+    case = make_case([(40, 1), (18, 2)], *heads, 16, 16, BLOCK, seed=2)
     assert error(case, OPTIONS["plain"], num_shares=2) <= TOLERANCE[torch.float32]
 
 
@@ -273,10 +273,17 @@ class TestShares:
         assert self.shares(1, 8192) == 64
 
     def test_a_large_batch_fills_it_by_itself(self) -> None:
-        assert [self.shares(n, 8192) for n in (8, 32, 128, 256)] == [8, 2, 1, 1]
+        assert [self.shares(n, 8192) for n in (8, 16, 32, 128, 256)] == [8, 4, 1, 1, 1]
 
-    def test_a_short_context_has_no_more_than_its_tiles(self) -> None:
-        assert [self.shares(1, n) for n in (1, 64, 65, 1000)] == [1, 1, 2, 16]
+    def test_a_short_context_has_no_more_than_two_tiles_each(self) -> None:
+        assert [self.shares(1, n) for n in (1, 128, 129, 1000)] == [1, 1, 2, 8]
+
+    def test_what_a_program_does_follows_from_how_many_there_are(self) -> None:
+        shape = LayerShape(8, 128, 128)
+        tiles = [triton_paged.decode_tile(shape, 4, torch.bfloat16, load) for load in (0.1, 2.0, 8.0)]
+        assert [(tile.tokens, tile.num_warps) for tile in tiles] == [(32, 4), (64, 4), (32, 1)]
+        crowded = triton_paged.decode_tile(shape, 64, torch.bfloat16, 8.0)  # too much for one warp's registers
+        assert (crowded.rows, crowded.num_warps) == (64, 4)
 
 
 class TestRefusals:
@@ -363,7 +370,6 @@ def test_a_broken_kernel_is_noticed(mutant: str, tmp_path: Path, monkeypatch: py
     for kernel in ("attend_kernel", "merge_kernel", "store_kernel"):
         monkeypatch.setattr(triton_paged, kernel, getattr(module, kernel))
     try:
-        worst = max(error(case, OPTIONS[name], num_shares=2) for name in ("plain", "window", "sinks"))
+        assert any(error(case, OPTIONS[name], num_shares=2) > 1e-3 for name in ("plain", "window", "sinks"))
     finally:
         del sys.modules[name]
-    assert worst > 1e-3

@@ -1,0 +1,146 @@
+"""A matrix times one row in Triton, with what stands before and behind it: the products of a decode that runs alone.
+
+Such a product is bound by how fast its weights are read. cuBLAS reads them nearly as fast, but the norm before it, the
+activation or sum behind it and the second kernel of a split product each cost a launch, and memory stands still between
+launches. Here each is part of the one kernel: every program norms the row for itself, since the row is short.
+
+All compute in float32 and round once. `engine/fuse_cuda.py` puts this into models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+_LEAST_DEPTH = 16  # columns read at a time, at least
+
+
+@triton.jit
+def _vector_kernel(
+    output,  # [num_outputs]
+    weight,  # [num_outputs, DEPTH]; with an activation [2 * num_outputs, DEPTH]: gate, then up
+    x,  # [DEPTH]
+    addend,  # [num_outputs]; may be `output` itself
+    norm_weight,  # [DEPTH]
+    eps,
+    offset,
+    num_outputs,
+    DEPTH: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # -1 for none
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """Grid: (num_outputs / BLOCK_OUTPUTS,)."""
+    rows = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    columns = tl.arange(0, BLOCK_DEPTH)
+    first = weight + rows[:, None].to(tl.int64) * DEPTH + columns[None, :]
+    second = first + num_outputs.to(tl.int64) * DEPTH
+    sums = tl.zeros([BLOCK_OUTPUTS, BLOCK_DEPTH], dtype=tl.float32)
+    more_sums = tl.zeros([BLOCK_OUTPUTS, BLOCK_DEPTH], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_DEPTH], dtype=tl.float32)
+    for start in range(0, DEPTH, BLOCK_DEPTH):
+        # Each weight is read once: it need not stay in the cache.
+        weights = tl.load(first + start, eviction_policy="evict_first").to(tl.float32)
+        values = tl.load(x + start + columns).to(tl.float32)
+        if HAS_NORM:
+            squares += values * values
+            values *= tl.load(norm_weight + start + columns).to(tl.float32) + offset
+        sums += weights * values[None, :]
+        if ACTIVATION >= 0:
+            more_weights = tl.load(second + start, eviction_policy="evict_first").to(tl.float32)
+            more_sums += more_weights * values[None, :]
+    result = tl.sum(sums, axis=1)
+    scale = 1.0
+    if HAS_NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / DEPTH + eps)
+        result *= scale
+    if ACTIVATION >= 0:
+        # As in `layers.py`.
+        argument = result if ACTIVATION == 0 else 1.5957691216057308 * (result + 0.044715 * result * result * result)
+        result = result / (1.0 + tl.exp(-argument)) * (tl.sum(more_sums, axis=1) * scale)
+    if HAS_ADDEND:
+        result += tl.load(addend + rows).to(tl.float32)
+    tl.store(output + rows, result.to(output.dtype.element_ty))
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """The RMS norm of a row: `weight` [depth] and what is added to it."""
+
+    weight: torch.Tensor
+    eps: float
+    offset: float
+
+
+def fits(weight: torch.Tensor) -> bool:
+    """Whether the kernel takes these weights [num_outputs, depth]: of 16 bits, contiguous, their depth not odd."""
+    return (
+        type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and weight.dtype in (torch.bfloat16, torch.float16)
+        and weight.is_contiguous()
+        and _power_of_two_in(weight.shape[1]) >= _LEAST_DEPTH
+    )
+
+
+def multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    addend: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    activation: int | None = None,
+    in_place: bool = False,
+) -> torch.Tensor:
+    """Return weight @ norm(x) + addend for one row `x` [..., depth], all else in it 1, and weights that `fits`.
+
+    With an activation of `layers.py`, `weight` holds gate and up, and activation(gate) * up is returned. `in_place`
+    gives the sum to `addend` itself, and returns that.
+    """
+    depth = x.shape[-1]
+    num_outputs = weight.shape[0] // (1 if activation is None else 2)
+    if in_place:
+        assert addend is not None
+        output = addend
+    else:
+        output = torch.empty((*x.shape[:-1], num_outputs), dtype=x.dtype, device=x.device)
+    block_outputs, block_depth, num_warps = _tile(num_outputs, depth, is_gated=activation is not None)
+    _vector_kernel[(num_outputs // block_outputs,)](
+        output,
+        weight,
+        x,
+        output if addend is None else addend,
+        x if norm is None else norm.weight,
+        0.0 if norm is None else norm.eps,
+        0.0 if norm is None else norm.offset,
+        num_outputs,
+        DEPTH=depth,
+        HAS_ADDEND=addend is not None,
+        HAS_NORM=norm is not None,
+        ACTIVATION=-1 if activation is None else activation,
+        BLOCK_OUTPUTS=block_outputs,
+        BLOCK_DEPTH=block_depth,
+        num_warps=num_warps,
+    )
+    return output
+
+
+def _tile(num_outputs: int, depth: int, *, is_gated: bool) -> tuple[int, int, int]:
+    """Outputs and depth of a program's tile, and its warps: the best of those tried on an H200 with Llama's shapes."""
+    if is_gated:
+        outputs, columns, num_warps = 2, 2048, 8
+    elif num_outputs <= 4096 and depth <= 8192:
+        outputs, columns, num_warps = 2, 2048, 4
+    else:
+        outputs, columns, num_warps = 8, 512, 8 if depth > 8192 else 2
+    block_depth = min(columns, _power_of_two_in(depth))
+    return min(outputs, _power_of_two_in(num_outputs)), block_depth, num_warps
+
+
+def _power_of_two_in(number: int) -> int:
+    """The largest power of two that divides it."""
+    return number & -number

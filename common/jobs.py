@@ -270,7 +270,7 @@ class NewEvent:
     body: EventBody
     completion_tokens: int
     cached_prompt_tokens: int = 0
-    progress: bool = True  # the work went on, if only inside (a beam): the epoch was not fruitless
+    progress: bool = True  # the work went further than ever, if only inside (a beam): the epoch was not fruitless
     terminal: JobState | None = None  # DONE, or FAILED with a reason
     reason: Reason = Reason.NONE
 

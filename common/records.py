@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from common.generation import EventBody, JobBody, SamplingParams, Usage
+from common.generation import EarlyStopping, EventBody, GrammarKind, JobBody, SamplingParams, Usage
 from common.jobs import (
     ClaimedJob,
     CommitResult,
@@ -43,7 +43,7 @@ def decode(decoder: msgspec.msgpack.Decoder[_T], data: bytes) -> _T:
 
 
 class UnknownParameters(Exception):
-    """A job asks for parameters of sampling that only a later version knows; they are named."""
+    """A job asks for parameters of sampling, or values of them, that only a later version knows; they are named."""
 
 
 class _LaterBody(msgspec.Struct, frozen=True):
@@ -55,10 +55,21 @@ def _decode_body(data: bytes) -> JobBody:
     try:
         return decode(_BODY_DECODER, data)
     except msgspec.ValidationError:
-        unknown = decode(_LATER_BODY_DECODER, data).sampling.keys() - set(SamplingParams.__struct_fields__)
+        unknown = _unknown_parameters(decode(_LATER_BODY_DECODER, data).sampling)
         if not unknown:
             raise
-        raise UnknownParameters(", ".join(sorted(unknown))) from None
+        raise UnknownParameters(", ".join(unknown)) from None
+
+
+def _unknown_parameters(sampling: dict[str, Any]) -> list[str]:
+    unknown = sorted(sampling.keys() - set(SamplingParams.__struct_fields__))
+    match sampling.get("structured_output"):
+        case [str(kind), *_] if kind not in set(GrammarKind):
+            unknown.append("structured_output.kind")
+    match sampling.get("early_stopping"):
+        case str(value) if value not in set(EarlyStopping):
+            unknown.append("early_stopping")
+    return unknown
 
 
 _LATER_BODY_DECODER: Final = msgspec.msgpack.Decoder(_LaterBody)

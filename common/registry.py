@@ -17,6 +17,7 @@ import msgspec
 
 from common import keys
 from common.errors import BackendUnavailable, InvalidRequest, ModelNotFound, Unavailable
+from common.generation import EarlyStopping
 from common.job_queue import JobQueue
 from common.redis import Redis, Retry, execute
 from common.scripts import ScriptRunner, as_list
@@ -64,6 +65,9 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_default
     begin_suppress_tokens: tuple[int, ...] = ()
     exponential_decay_length_penalty: tuple[int, float] | None = None
     forced_eos_token_id: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
 
 
 class AdapterCard(msgspec.Struct, frozen=True, array_like=True):

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from common.errors import InvalidRequest
 from common.generation import EarlyStopping, StructuredOutput
+from common.registry import GenerationDefaults
 from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -23,13 +24,47 @@ _EARLY_STOPPING: Final = {
     pb.EARLY_STOPPING_NEVER: EarlyStopping.NEVER,
 }
 
+_OF_CARD: Final = {
+    EarlyStopping.HEURISTIC: pb.EARLY_STOPPING_HEURISTIC,
+    EarlyStopping.WHEN_FULL: pb.EARLY_STOPPING_WHEN_FULL,
+    EarlyStopping.NEVER: pb.EARLY_STOPPING_NEVER,
+}
+
 
 def is_asked_for(config: pb.GenerationConfig) -> bool:
     """Whether outputs are those of a beam search."""
     return config.num_beams > 1
 
 
-def check(config: pb.GenerationConfig, max_beams: int, bad: Violations) -> None:
+def default_config(defaults: GenerationDefaults) -> pb.GenerationConfig:
+    """Return what a model's card says of beams, as far as it says anything."""
+    own = GenerationDefaults()
+    config = pb.GenerationConfig()
+    if defaults.num_beams != own.num_beams:
+        config.num_beams = defaults.num_beams
+    if defaults.length_penalty != own.length_penalty:
+        config.length_penalty = defaults.length_penalty
+    if defaults.early_stopping != own.early_stopping:
+        config.early_stopping = _OF_CARD[defaults.early_stopping]
+    return config
+
+
+def is_by_default(config: pb.GenerationConfig, defaults: pb.GenerationConfig, max_beams: int) -> bool:
+    """Whether a request gets a beam search since the model's default is one, as `generate` does it.
+
+    Not where it asks for what does not go with one, or for more than one can give: a default refuses no request.
+    """
+    return (
+        not config.HasField("num_beams")
+        and is_asked_for(defaults)
+        and defaults.num_beams <= max_beams
+        and config.num_outputs <= defaults.num_beams
+        and not (config.HasField("max_tokens") and config.max_tokens == 0)
+        and not _conflicts(config)
+    )
+
+
+def check(config: pb.GenerationConfig, defaults: pb.GenerationConfig, max_beams: int, bad: Violations) -> None:
     """Note every field that is out of its range, or does not go with a beam search, or not without one."""
     if config.HasField("num_beams") and not 1 <= config.num_beams <= max_beams:
         bad.add("config.num_beams", f"must be 1 to {max_beams}")
@@ -39,6 +74,8 @@ def check(config: pb.GenerationConfig, max_beams: int, bad: Violations) -> None:
         bad.add("config.length_penalty", f"must be at least -{most} and at most {most}")
     if config.early_stopping not in _EARLY_STOPPING:
         bad.add("config.early_stopping", "is not known", "UNSUPPORTED")
+    if is_by_default(config, defaults, max_beams):
+        return
     if not is_asked_for(config):
         for name in _own_fields(config):
             bad.add(f"config.{name}", "is taken only together with num_beams above 1", _CONFLICT)
@@ -89,12 +126,24 @@ def check_constraint(config: pb.GenerationConfig, constraint: StructuredOutput |
         )
 
 
-def resolve(resolved: pb.GenerationConfig) -> None:
-    """Fill in what a search takes where nothing is set."""
-    if is_asked_for(resolved):
+def resolve(
+    resolved: pb.GenerationConfig, config: pb.GenerationConfig, defaults: pb.GenerationConfig, max_beams: int
+) -> None:
+    """Fill in what a search takes where nothing is set; without one leave out what the model's defaults say of it."""
+    if not is_asked_for(config) and not is_by_default(config, defaults, max_beams):
+        give_up(resolved)
+        if config.HasField("num_beams"):
+            resolved.num_beams = config.num_beams
+    else:
         resolved.temperature = 0.0  # asking for beams is asking not to sample, whatever the model's default
         resolved.length_penalty = resolved.length_penalty if resolved.HasField("length_penalty") else 1.0
         resolved.early_stopping = resolved.early_stopping or pb.EARLY_STOPPING_HEURISTIC
+
+
+def give_up(resolved: pb.GenerationConfig) -> None:
+    """Take a search out of a config: what the model's defaults say of it, and no request."""
+    for name in ("num_beams", "length_penalty", "early_stopping"):
+        resolved.ClearField(name)
 
 
 def params_of(config: pb.GenerationConfig) -> dict[str, Any]:

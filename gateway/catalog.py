@@ -21,7 +21,7 @@ from common.registry import (
     ModelEntry,
     ModelRegistry,
 )
-from gateway import structured, token_choice
+from gateway import beams, structured, token_choice
 from gateway import validation as check
 from gateway.chat_constraints import chat_constraint
 from gateway.chat_template import TemplateError
@@ -85,9 +85,15 @@ class ServedModel:
             raise InvalidRequest("the input has no tokens", reason="FIELD_REQUIRED", field="input")
         return encoded
 
-    def text_of(self, source: pb.GenerationInput) -> str:
-        """Return the text of an input that `encode` took and that is no conversation, as an output repeats it."""
-        return source.text if source.WhichOneof("input") == "text" else self.codec.decode(source.token_ids.ids)
+    async def text_of(self, source: pb.GenerationInput, tenant: str) -> str:
+        """Return the text of an input that `encode` took and that is no conversation, as an output repeats it.
+
+        Many ids wait for the tenant's turn: 8,192 of them take 4 ms, 32,768 take 18 ms.
+        """
+        if source.WhichOneof("input") == "text":
+            return source.text
+        ids = source.token_ids.ids[:]
+        return await self._beside(tenant, lambda: self.codec.decode(ids), len(ids))
 
     async def _encode_chat(self, chat: pb.ChatInput, tenant: str) -> EncodedInput:
         if chat.ByteSize() <= MAX_INLINE_BYTES:
@@ -165,6 +171,12 @@ class ServedModel:
                 field="input",
                 limit=self.card.context_tokens,
             )
+
+    def has_room_for_beams(self, num_prompt_tokens: int, config: pb.GenerationConfig) -> bool:
+        """Whether the search that a resolved config asks for, if it does, fits this model's workers."""
+        search = SamplingParams(max_tokens=config.max_tokens, num_beams=config.num_beams or 1)
+        peak = peak_kv_tokens(num_prompt_tokens, search, self.card.block_tokens)
+        return not self.card.kv_tokens or peak <= self.card.kv_tokens
 
     def kv_tokens(self, num_prompt_tokens: int, sampling: SamplingParams) -> tuple[int, int]:
         """Return the KV slots that a request needs to begin, and those without which it can never end.
@@ -324,4 +336,5 @@ def default_config(card: ModelCard) -> pb.GenerationConfig:
     if defaults.max_tokens is not None:
         config.max_tokens = defaults.max_tokens
     config.MergeFrom(token_choice.default_config(defaults))
+    config.MergeFrom(beams.default_config(defaults))
     return config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from sys import getsizeof
 from typing import Final
 
 from common import keys
@@ -174,9 +175,13 @@ def _bytes_of(item: ReplyItem) -> int:
     size = _PART_BYTES
     if isinstance(item.body, EventBody):
         for delta in item.body.deltas:
-            size += _PART_BYTES + len(delta.text)
-            size += _TOKEN_ID_BYTES * len(delta.token_ids) + _LOGPROB_BYTES * len(delta.logprobs)
+            size += _PART_BYTES + getsizeof(delta.text)  # of a character up to four bytes
+            size += _TOKEN_ID_BYTES * (len(delta.token_ids) + len(delta.ranks)) + _LOGPROB_BYTES * len(delta.logprobs)
             size += _bytes_of_alternatives(delta.top_logprobs)
+            if delta.reasoning_text:
+                size += getsizeof(delta.reasoning_text)
+            for call in delta.tool_calls:
+                size += _PART_BYTES + getsizeof(call.name) + getsizeof(call.arguments)
         scores = item.body.prompt_scores
         if scores is not None:
             size += _PART_BYTES + 2 * _LOGPROB_BYTES * len(scores.logprobs)

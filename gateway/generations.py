@@ -202,6 +202,10 @@ class Generations:
             is_chat=request.input.HasField("chat"),
         )
         constraint = await model.constraint_of(config, encoded, caller.tenant)
+        if not request.config.HasField("num_beams") and (
+            constraint or not model.has_room_for_beams(len(prompt), config)
+        ):
+            beams.give_up(config)  # the model's default refuses no request
         beams.check_constraint(config, constraint)
         token_choice.settle_constraint(config, request.config, constraint)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
@@ -228,7 +232,7 @@ class Generations:
                 sampling=sampling,
                 cache_salt=salt,
                 chat=encoded.chat,
-                echo_text=model.text_of(request.input) if config.echo else "",
+                echo_text=await model.text_of(request.input, caller.tenant) if config.echo else "",
             ),
             priority=priority,
             weight=policy.weight,

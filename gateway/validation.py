@@ -85,18 +85,19 @@ def resolve_config(
     Raises InvalidRequest with every bad field, or CONTEXT_LENGTH_EXCEEDED.
     """
     bad = Violations()
-    _check_fields(config, limits, bad)
+    _check_fields(config, defaults, limits, bad)
     if config.echo and is_chat:
         bad.add("config.echo", "is not for conversations", "FIELD_CONFLICT")
     bad.raise_if_any()
     room = limits.context_length - num_prompt_tokens
-    if room < 1:
+    least = 0 if config.HasField("max_tokens") and config.max_tokens == 0 else 1
+    if room < least:
         raise InvalidRequest(
             f"the prompt has {num_prompt_tokens} tokens, which leaves no room in the model's context of "
             f"{limits.context_length}",
             reason="CONTEXT_LENGTH_EXCEEDED",
             field="input",
-            limit=limits.context_length - 1,
+            limit=limits.context_length - least,
             got=num_prompt_tokens,
         )
     resolved = pb.GenerationConfig()
@@ -119,7 +120,7 @@ def resolve_config(
         resolved.temperature = 1.0  # asking for a filter is asking to sample
     if resolved.temperature < MIN_TEMPERATURE:
         resolved.temperature = 0.0  # the same token; dividing by less makes scores overflow
-    beams.resolve(resolved)
+    beams.resolve(resolved, config, defaults, limits.max_beams)
     if not config.HasField("seed"):
         resolved.seed = seed
     return resolved
@@ -253,7 +254,9 @@ def _max_tokens(
     return wanted
 
 
-def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violations) -> None:
+def _check_fields(
+    config: pb.GenerationConfig, defaults: pb.GenerationConfig, limits: ConfigLimits, bad: Violations
+) -> None:
     if config.HasField("max_tokens") and config.HasField("max_length"):
         bad.add("config.max_length", "must not be set together with max_tokens", "FIELD_CONFLICT")
     if config.HasField("max_tokens") and config.max_tokens < 1 and not _reads_prompt(config):
@@ -277,7 +280,7 @@ def _check_fields(config: pb.GenerationConfig, limits: ConfigLimits, bad: Violat
         bad.add("config.stop_token_ids", f"each must be below {limits.vocab_size}")
 
     token_choice.check(config, limits.vocab_size, bad)
-    beams.check(config, limits.max_beams, bad)
+    beams.check(config, defaults, limits.max_beams, bad)
     _check_reports(config, limits, bad)
 
 

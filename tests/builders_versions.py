@@ -1,12 +1,17 @@
 """A later version of the program, as it may be: its messages, records and scripts have more in them than ours.
 
 What it may add: fields at the end of what stands in a job's body, an event's body, a reply item, a worker's figures, a
-model card; fields of a job's hash and of a log entry, after the known ones; reasons; parameters of sampling, whose jobs
-a worker leaves to others where it does not know them. What it may not, without another schema version: another layout
-of keys, run records or of field e of a log entry; kinds, states, finish reasons.
+model card; fields of a job's hash and of a log entry, after the known ones; reasons; parameters of sampling, and values
+of its enums, whose jobs a worker leaves to others where it does not know them. What it may not, without another schema
+version: another layout of keys, run records or of field e of a log entry; kinds, states, finish reasons.
 """
 
 from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
 
 from common import scripts
 from common.generation import EventBody, JobBody, OutputDelta, SamplingParams, Usage
@@ -34,6 +39,23 @@ class LaterEvent(EventBody, frozen=True, array_like=True):
 class LaterSampling(SamplingParams, frozen=True, kw_only=True, omit_defaults=True):
     beam_width: int = 1
     grammar: str | None = None
+
+
+class LaterValue(StrEnum):
+    """Of an enum in the parameters of sampling."""
+
+    LATER = "later"
+
+
+class LaterStructuredOutput(msgspec.Struct, frozen=True, array_like=True):
+    kind: LaterValue = LaterValue.LATER
+    text: str = "root ::= 'a'"
+
+
+def with_later_value(name: str, **fields: Any) -> SamplingParams:
+    """Parameters of which one has a value that is not among ours, as its encoding has it."""
+    value = {"structured_output": LaterStructuredOutput(), "early_stopping": LaterValue.LATER}[name]
+    return msgspec.structs.replace(SamplingParams(**fields), **{name: value})
 
 
 class LaterJobBody(JobBody, frozen=True, kw_only=True):

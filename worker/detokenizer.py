@@ -21,19 +21,20 @@ _MAX_WINDOW: Final = 256  # bounds the work on endless invalid bytes
 
 
 class IncrementalDetokenizer:
-    """The text of one output; special tokens leave no trace in it."""
+    """The text of one output; special tokens leave no trace in it, unless they are to be shown too."""
 
-    __slots__ = ("_num_held", "_num_shown", "_shown", "_tokenizer", "_window")
+    __slots__ = ("_num_held", "_num_shown", "_shown", "_shows_special", "_tokenizer", "_window")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, shows_special: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._shows_special = shows_special
         self._window: list[int] = []  # the tokens of the latest piece, then those not shown yet
         self._num_shown = 0  # of the window's tokens, how many the shown text covers
         self._shown = ""  # the part of the window's text that was returned
         self._num_held = 0
 
     def __copy__(self) -> IncrementalDetokenizer:
-        other = IncrementalDetokenizer(self._tokenizer)
+        other = IncrementalDetokenizer(self._tokenizer, shows_special=self._shows_special)
         other._window, other._num_shown = self._window[:], self._num_shown
         other._shown, other._num_held = self._shown, self._num_held
         return other
@@ -81,4 +82,4 @@ class IncrementalDetokenizer:
         return self._decode(self._window[self._num_shown :])
 
     def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=not self._shows_special))

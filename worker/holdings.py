@@ -37,6 +37,7 @@ class _Held:
     num_preemptions: int
     by_share: bool
     has_beams: bool
+    furthest: int  # completion tokens that any attempt has come to, be it inside a search that begins anew
     ranking: Ranking | None = None  # where only the best outputs are reported
 
 
@@ -123,6 +124,7 @@ class Holdings:
             num_preemptions=job.num_preemptions,
             by_share=job.by_share,
             has_beams=sampling.num_beams > 1,
+            furthest=job.usage.completion_tokens,
             ranking=Ranking(sampling) if sampling.num_best else None,
         )
         return GenerationRequest(
@@ -181,14 +183,21 @@ class Holdings:
         if held.ranking is not None:
             held.ranking.take(deltas)
             deltas = held.ranking.best() if last.usage is not None else []
+        body = EventBody(tuple(merge_deltas(deltas)), last.usage, merge_scores(event.scores))
+        # What is held back begins anew at a takeover: only what no attempt has come to before shows that the work goes
+        # on. Else a request that ends its worker in the midst of its beams would do so without end.
+        went_on = bool(body.deltas) or body.prompt_scores is not None or held.completion_tokens > held.furthest
+        held.furthest = max(held.furthest, held.completion_tokens)
         terminal = JobState.FAILED if last.error is not None else JobState.DONE if last.finished else None
         if terminal is not None:
             self.drop(generation_id)
         return NewEvent(
             generation_id=generation_id,
-            body=EventBody(tuple(merge_deltas(deltas)), last.usage, merge_scores(event.scores)),
-            completion_tokens=held.completion_tokens,
+            body=body,
+            # Until the end the furthest, which the next attempt must know; at the end what it was.
+            completion_tokens=held.furthest if terminal is None else held.completion_tokens,
             cached_prompt_tokens=held.cached_prompt_tokens,
+            progress=went_on,
             terminal=terminal,
             reason=_reason_of(last.error),
         )

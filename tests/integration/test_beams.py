@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,33 @@ async def test_outputs_come_at_the_end_the_best_first_as_generate_has_them(syste
     assert [output.end.score for output in whole.outputs] == scores
     assert outcome.accepted is not None
     assert outcome.accepted.config.early_stopping == pb.EARLY_STOPPING_HEURISTIC
+
+
+async def test_a_model_s_own_search_is_done_unasked_as_generate_does_it(system: System, folder: Path) -> None:
+    searching = folder.parent / "searching"
+    shutil.copytree(folder, searching)
+    path = searching / "generation_config.json"
+    own = {"num_beams": 4, "length_penalty": 0.5, "early_stopping": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    model = reference.load_reference(searching)
+    best = reference.generate(model, PROMPT, 30, [7, 8, 9])
+    await system.scale(folder)
+    worker = system.add_worker(searching, "searching")
+    await system.ready("searching")
+    fields: dict[str, Any] = {"model": "searching", "max_tokens": 30, "stop_token_ids": [7, 8, 9]}
+    async with system.client() as client:
+        found, greedy = await asyncio.gather(
+            Outcome(client.stream(PROMPT, **fields)).read(),
+            Outcome(client.stream(PROMPT, num_beams=1, **fields)).read(),
+        )
+    worker.kill()
+    assert found.token_ids == best
+    assert greedy.token_ids == reference.generate(model, PROMPT, 30, [7, 8, 9], num_beams=1)
+    assert best != greedy.token_ids
+    assert found.accepted is not None
+    config = found.accepted.config
+    assert (config.num_beams, config.length_penalty) == (4, 0.5)
+    assert config.early_stopping == pb.EARLY_STOPPING_WHEN_FULL
 
 
 async def test_what_cannot_be_is_refused_by_its_field(system: System, folder: Path) -> None:

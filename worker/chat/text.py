@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
 
 from tokenizers import Tokenizer
 
@@ -13,21 +13,24 @@ from worker.detokenizer import IncrementalDetokenizer
 
 
 class MarkedDetokenizer:
-    """Shows some special tokens; all others leave no trace."""
+    """Shows some special tokens; all others leave no trace.
 
-    def __init__(self, tokenizer: Tokenizer, marks: Mapping[int, str]) -> None:
-        """`marks` are the special tokens to show, with their texts."""
-        self._tokenizer = tokenizer
-        self._marks = marks
-        self._inner = IncrementalDetokenizer(tokenizer)
+    What follows a mark is decoded with it, since it is not the text's beginning: decoders of sentencepiece's kind drop
+    the space of a first token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
+        """`hidden` are the special tokens that are not shown."""
+        self._hidden = hidden
+        self._inner = IncrementalDetokenizer(tokenizer, shows_special=True)
+
+    def __copy__(self) -> MarkedDetokenizer:
+        other = object.__new__(MarkedDetokenizer)
+        other._hidden, other._inner = self._hidden, copy.copy(self._inner)
+        return other
 
     def push(self, token_id: int) -> str:
-        mark = self._marks.get(token_id)
-        if mark is None:
-            return self._inner.push(token_id)
-        text = self._inner.flush()
-        self._inner = IncrementalDetokenizer(self._tokenizer)
-        return text + mark
+        return "" if token_id in self._hidden else self._inner.push(token_id)
 
     def flush(self) -> str:
         return self._inner.flush()
@@ -45,5 +48,5 @@ class ChatReader:
         """Return what makes an answer's text and what takes it apart. Raises ValueError for an unknown format."""
         parser = ChatParser(parsing)
         wanted = marks_of(parsing.reasoning_format, parsing.tool_format)
-        marks = {token_id: text for token_id, text in self._special.items() if text in wanted}
-        return MarkedDetokenizer(self._tokenizer, marks), parser
+        hidden = frozenset(token_id for token_id, text in self._special.items() if text not in wanted)
+        return MarkedDetokenizer(self._tokenizer, hidden), parser

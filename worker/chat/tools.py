@@ -128,7 +128,9 @@ class LlamaParser:
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = frozenset(names)
-        self._raw = ""  # from where a call may have begun, to be given back as text
+        self._raw: list[str] = []  # from where a call may have begun, to be given back as text
+        self._begun = ""  # of that, what may be a mark or a call, without what stands before it
+        self._is_marked = False
         self._scanner: CallScanner | None = None
         self._is_text = False
         self.num_calls = 0
@@ -136,18 +138,31 @@ class LlamaParser:
     def push(self, text: str) -> Parts:
         if self._is_text:
             return Parts(text)
-        self._raw += text
+        self._raw.append(text)
         if self._scanner is not None:
             return self._scan(self._scanner, text)
-        begun = self._raw.lstrip(self._BETWEEN if self.num_calls else None).removeprefix(self._MARK).lstrip()
+        begun = self._strip(self._begun + text)
+        if not self._is_marked and begun.startswith(self._MARK):
+            self._is_marked = True
+            begun = self._strip(begun[len(self._MARK) :])
+        self._begun = begun
         if begun.startswith("{"):
             self._scanner = CallScanner(self.num_calls)
             return self._scan(self._scanner, begun)
-        return Parts() if self._MARK.startswith(begun) else self._give_back()
+        is_undecided = not begun or (not self._is_marked and self._MARK.startswith(begun))
+        return Parts() if is_undecided else self._give_back()
 
     def flush(self) -> Parts:
-        raw, self._raw = self._raw, ""
+        raw = self._take()
         return Parts() if self.num_calls and not raw.strip(self._BETWEEN) else Parts(raw)
+
+    def _strip(self, text: str) -> str:
+        return text.lstrip(self._BETWEEN if self.num_calls and not self._is_marked else None)
+
+    def _take(self) -> str:
+        """Return what would be given back; from now on it is nobody's."""
+        taken, self._raw, self._begun, self._is_marked = "".join(self._raw), [], "", False
+        return taken
 
     def _scan(self, scanner: CallScanner, text: str) -> Parts:
         deltas = scanner.push(text)
@@ -155,7 +170,7 @@ class LlamaParser:
             return self._give_back() if scanner.is_bad else Parts()
         if scanner.name not in self._names:
             return self._give_back()
-        self._raw = ""
+        self._take()
         parts = Parts(calls=tuple(deltas))
         if scanner.is_bad:
             self.num_calls += 1  # its caller sees what the model made of the arguments

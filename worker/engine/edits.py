@@ -91,7 +91,8 @@ def edit_scores(scores: torch.Tensor, rows: Rows[EditedRow]) -> None:
             of_prompt.add(i, history.prompt_ids, 1 / params.encoder_repetition_penalty)
             seen.add(i, np.frombuffer(history.seen_ids, dtype=np.int32), params.repetition_penalty)
             banned.add(i, history.always_banned, _NEG_INF)
-            banned.add(i, np.array(history.banned_ids(), dtype=np.int64), _NEG_INF)
+            for ids in history.banned_ids():
+                banned.add(i, ids, _NEG_INF)
             if history.num_output_tokens < params.min_tokens:
                 banned.add(i, np.array(params.stop_token_ids, dtype=np.int64), _NEG_INF)
             decay = params.exponential_decay_length_penalty

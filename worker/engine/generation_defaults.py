@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import structlog
 
+from common.generation import EarlyStopping
 from common.parameter_limits import MAX_BIAS, MAX_FACTOR, MAX_PHRASE_IDS, MAX_PHRASES, MAX_TOKEN_IDS
 
 _log = structlog.get_logger(__name__)
@@ -31,6 +32,8 @@ _NUMBERS: Final[Mapping[str, tuple[str, type, float, float]]] = {
     "no_repeat_ngram_size": ("no_repeat_ngram_size", int, 0, _MOST),
     "encoder_repetition_penalty": ("encoder_repetition_penalty", float, 1e-6, 100.0),
     "encoder_no_repeat_ngram_size": ("encoder_no_repeat_ngram_size", int, 0, _MOST),
+    "num_beams": ("num_beams", int, 1, 16),
+    "length_penalty": ("length_penalty", float, -5.0, 5.0),
 }
 
 
@@ -62,6 +65,8 @@ def read_defaults(generation: Mapping[str, Any], vocab_size: int) -> dict[str, A
         del defaults["forced_eos_token_id"]
     if generation.get("do_sample"):
         defaults.setdefault("temperature", 1.0)
+        if defaults.pop("num_beams", 1) > 1:  # beams that are sampled are not served
+            _log.warning("model.default_ignored", field="num_beams", value="with do_sample")
     else:
         defaults["temperature"] = 0.0
     return defaults
@@ -111,6 +116,13 @@ def _id(value: Any, vocab_size: int) -> int | None:
     return None if found is None else found[0]
 
 
+def _early_stopping(value: Any, vocab_size: int) -> EarlyStopping | None:
+    """True, False or "never"."""
+    if isinstance(value, bool):
+        return EarlyStopping.WHEN_FULL if value else EarlyStopping.HEURISTIC
+    return EarlyStopping.NEVER if value == "never" else None
+
+
 _OTHERS: Final[Mapping[str, Callable[[Any, int], Any]]] = {
     "bad_words_ids": _phrases,
     "sequence_bias": _biases,
@@ -118,4 +130,5 @@ _OTHERS: Final[Mapping[str, Callable[[Any, int], Any]]] = {
     "begin_suppress_tokens": _ids,
     "exponential_decay_length_penalty": _decay,
     "forced_eos_token_id": _id,
+    "early_stopping": _early_stopping,
 }

@@ -1,7 +1,8 @@
 """What a sequence's past does to its next token's scores: tokens seen and counted, n-grams begun, phrases nearly said.
 
-Pure, O(1) per token. Kept only for sequences whose scores are edited at all (`edits.py`); all others pay nothing. Its
-state is a function of the token ids alone, so a takeover and a preemption need no more than these.
+Pure, O(1) per token; what is handed out for a step are views and small lists. Kept only for sequences whose scores are
+edited at all (`edits.py`); all others pay nothing. Its state is a function of the token ids alone, so a takeover and a
+preemption need no more than these.
 """
 
 from __future__ import annotations
@@ -9,43 +10,59 @@ from __future__ import annotations
 import copy
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from common.generation import SamplingParams
 
+IdArray: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 _NO_IDS: Final = np.empty(0, dtype=np.int64)
 
 
 class NGramFollowers:
-    """What followed each (size - 1)-gram of the ids taken in."""
+    """What followed each (size - 1)-gram of the ids taken in.
 
-    __slots__ = ("_followers", "_size", "_tail")
+    As arrays, which are handed out as they are: of a size of 1 all ids are followers, and a list made anew of them at
+    each step would cost more than all else that is done to its scores.
+    """
+
+    __slots__ = ("_followers", "_own", "_size", "_tail")
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._tail: tuple[int, ...] = ()  # the last size - 1 ids
-        self._followers: dict[tuple[int, ...], list[int]] = {}
+        self._followers: dict[tuple[int, ...], array[int]] = {}
+        self._own: set[tuple[int, ...]] | None = None  # whose arrays no copy shares; None: all
 
     def push(self, token_id: int, *, learn: bool = True) -> None:
         """Take in the next id; without `learn` the n-gram that it completes is not noted."""
         if learn and len(self._tail) == self._size - 1:
-            self._followers.setdefault(self._tail, []).append(token_id)
+            self._note(token_id)
         if self._size > 1:
             self._tail = (*self._tail, token_id)[-(self._size - 1) :]
 
+    def _note(self, token_id: int) -> None:
+        ids = self._followers.get(self._tail)
+        if ids is None or (self._own is not None and self._tail not in self._own):
+            ids = self._followers[self._tail] = array("i", ids or ())
+            if self._own is not None:
+                self._own.add(self._tail)
+        ids.append(token_id)
+
     def copy(self) -> NGramFollowers:
-        """Return another one that has taken in the same."""
+        """Return another one that has taken in the same. An array is copied when either takes in more of it."""
         other = NGramFollowers(self._size)
         other._tail = self._tail
-        other._followers = {tail: ids[:] for tail, ids in self._followers.items()}
+        other._followers = self._followers.copy()
+        self._own, other._own = set(), set()
         return other
 
-    def next_ids(self) -> list[int]:
-        """The ids that would complete an n-gram which was noted."""
-        return self._followers.get(self._tail, [])
+    def next_ids(self) -> IdArray:
+        """The ids that would complete an n-gram which was noted; to be read before the next one is pushed."""
+        ids = self._followers.get(self._tail)
+        return _NO_IDS if ids is None else np.frombuffer(ids, dtype=np.int32)
 
 
 class Phrases:
@@ -201,10 +218,11 @@ class TokenHistory:
             sums[token_id] = sums.get(token_id, np.float32(0)) + np.float32(value)
         return np.array(list(sums), dtype=np.int64), np.array(list(sums.values()), dtype=np.float32)
 
-    def banned_ids(self) -> list[int]:
-        """The ids that would complete an n-gram which the sequence or its prompt holds already, or a bad word."""
-        banned = [token_id for token_id, _ in self._bad_phrases.next_ids(self._token_ids)]
-        for ngrams in (self._ngrams, self._prompt_ngrams):
-            if ngrams is not None:
-                banned += ngrams.next_ids()
-        return banned
+    def banned_ids(self) -> list[IdArray]:
+        """The ids that would complete an n-gram which the sequence or its prompt holds already, or a bad word.
+
+        In parts, to be read before the next ids are taken in; an id may stand in several.
+        """
+        bad = [token_id for token_id, _ in self._bad_phrases.next_ids(self._token_ids)]
+        found = [ngrams.next_ids() for ngrams in (self._ngrams, self._prompt_ngrams) if ngrams is not None]
+        return [np.array(bad, dtype=np.int64), *found] if bad else found

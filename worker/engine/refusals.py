@@ -25,7 +25,7 @@ def refusal(
     prompt, sampling = request.prompt_token_ids, request.sampling
     if not prompt:
         return "EMPTY_PROMPT"
-    if len(prompt) >= max_model_len:
+    if len(prompt) + min(sampling.max_tokens, 1) > max_model_len:  # one that is only scored may fill it
         return "PROMPT_TOO_LONG"
     if request.emitted and len(request.emitted) != sampling.num_outputs:
         return "EMITTED_MISMATCH"

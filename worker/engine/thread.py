@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final
 
@@ -22,7 +21,9 @@ import structlog
 
 from common.logs import describe_exception
 from worker.engine.adapters.store import AdapterStore
+from worker.engine.grammar import GrammarFailure
 from worker.engine.loop import Engine
+from worker.engine.turns import TakingTurns
 from worker.engine.types import DuplicateRequest, EngineStats, GenerationRequest, StepResult
 
 log = structlog.get_logger(__name__)
@@ -56,7 +57,7 @@ class EngineThread:
         self._is_stopping = False
         self._results: asyncio.Queue[StepResult | None] = asyncio.Queue()  # two steps at most; None is the end
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._compiling = ThreadPoolExecutor(1, "grammars")
+        self._compiling = TakingTurns("grammars")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._crash: BaseException | None = None
         self._stats = engine.stats()
@@ -84,8 +85,14 @@ class EngineThread:
         if request.sampling.structured_output is None:
             self._take_adapter(request)
             return
-        preparing = self._compiling.submit(self._engine.prepare, request)
-        preparing.add_done_callback(lambda _: self._take_adapter(preparing.result()))
+        self._compiling.submit(request.tenant, lambda: self._take_adapter(self._prepare(request)))
+
+    def _prepare(self, request: GenerationRequest) -> GenerationRequest:
+        try:
+            return self._engine.prepare(request)
+        except Exception:  # else nobody would hear of the request again
+            log.exception("engine.grammar_failed", request_id=request.request_id)
+            return replace(request, grammar=GrammarFailure("GRAMMAR_INVALID"))
 
     def _take_adapter(self, request: GenerationRequest) -> None:
         ref = request.sampling.adapter

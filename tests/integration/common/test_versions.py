@@ -36,6 +36,7 @@ from tests.builders_versions import (
     LaterUsage,
     LaterWorkerInfo,
     later_scripts,
+    with_later_value,
 )
 from tests.integration.common import invariants
 from tests.integration.common.conftest import FAST_RETRY, SHARD
@@ -167,10 +168,19 @@ async def test_a_later_gateways_job_is_done_by_an_old_worker_and_keeps_its_field
     check_invariants(superuser, name, Seen(list(found.events)))
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        LaterSampling(max_tokens=8, grammar="x"),
+        with_later_value("structured_output", max_tokens=8),
+        with_later_value("early_stopping", max_tokens=8, num_beams=2),
+    ],
+    ids=["field", "grammar kind", "early stopping"],
+)
 async def test_a_job_with_a_parameter_that_a_worker_does_not_know_is_left_to_others(
-    claims: JobClaims, later_queue: JobQueue, superuser: redis_sync.Redis
+    claims: JobClaims, later_queue: JobQueue, superuser: redis_sync.Redis, sampling: SamplingParams
 ) -> None:
-    body = LaterJobBody(prompt_token_ids=(1, 2, 3), sampling=LaterSampling(max_tokens=8, grammar="x"))
+    body = LaterJobBody(prompt_token_ids=(1, 2, 3), sampling=sampling)
     later = await later_queue.enqueue(SHARD, dataclasses.replace(make_job(), body=body))
     plain = await later_queue.enqueue(SHARD, make_job())
     # What it can do it does; the other one waits again, as if nobody had claimed it, and this worker lets others try.

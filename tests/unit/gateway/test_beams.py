@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from common.errors import InvalidRequest
 from common.generation import EarlyStopping, GrammarKind, SamplingParams, StructuredOutput, peak_kv_tokens
 from common.grants import Caps
+from common.registry import GenerationDefaults
 from gateway import beams
 from gateway import validation as check
 from torchrelay.v1 import generation_pb2 as pb
@@ -134,6 +135,66 @@ def test_the_search_reaches_the_engine(value: pb.EarlyStopping.ValueType, expect
 
 def test_without_beams_the_engine_s_parameters_are_as_ever() -> None:
     assert check.sampling_params(resolve(num_beams=1), []) == check.sampling_params(resolve(), [])
+
+
+SEARCHING = pb.GenerationConfig(
+    num_beams=4, length_penalty=2.0, early_stopping=pb.EARLY_STOPPING_WHEN_FULL, num_outputs=1, top_k=50
+)
+
+
+def resolve_searching(limits: check.ConfigLimits = LIMITS, **fields: Any) -> pb.GenerationConfig:
+    return check.resolve_config(pb.GenerationConfig(**fields), SEARCHING, 10, limits, seed=7)
+
+
+def test_a_model_s_own_search_holds_where_nothing_speaks_against_it() -> None:
+    for fields in ({}, {"num_outputs": 4}, {"max_tokens": 5, "stop": ["x"]}, {"temperature": 0.0}):
+        found = resolve_searching(**fields)  # type: ignore[arg-type]
+        assert (found.num_beams, found.length_penalty, found.temperature) == (4, 2.0, 0)
+        assert found.early_stopping == pb.EARLY_STOPPING_WHEN_FULL
+        assert check.sampling_params(found, []).num_beams == 4
+    assert resolve_searching(length_penalty=-1.0).length_penalty == -1.0, "of that search"
+
+
+def test_a_request_s_own_search_takes_the_rest_from_the_model() -> None:
+    found = resolve_searching(num_beams=2)
+    assert (found.num_beams, found.length_penalty) == (2, 2.0)
+    found = resolve_searching(num_beams=2, length_penalty=0.5, early_stopping=pb.EARLY_STOPPING_HEURISTIC)
+    assert (found.length_penalty, found.early_stopping) == (0.5, pb.EARLY_STOPPING_HEURISTIC)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_beams": 1},
+        {"temperature": 0.5},
+        {"top_p": 0.5},
+        {"logprobs": True},
+        {"best_of": 2},
+        {"num_outputs": 5},
+        {"max_tokens": 0, "echo": True},
+        {"structured_output": pb.StructuredOutput(regex="a")},
+    ],
+)
+def test_a_model_s_own_search_refuses_no_request(fields: dict[str, Any]) -> None:
+    found = resolve_searching(**fields)
+    assert not beams.is_asked_for(found)
+    assert not found.HasField("length_penalty")
+    assert found.early_stopping == pb.EARLY_STOPPING_UNSPECIFIED
+    assert check.sampling_params(found, []).num_beams == 1
+
+
+def test_a_model_s_own_search_is_none_where_a_caller_may_not_have_as_many_beams() -> None:
+    assert resolve_searching(LIMITS.within(Caps(max_outputs=3))).num_beams == 0
+    with pytest.raises(InvalidRequest) as raised:
+        resolve_searching(LIMITS.within(Caps(max_outputs=3)), length_penalty=1.0)
+    assert raised.value.violations[0].field == "config.length_penalty"
+
+
+def test_what_a_card_says_of_beams_is_a_default() -> None:
+    defaults = GenerationDefaults(num_beams=3, length_penalty=0.5, early_stopping=EarlyStopping.NEVER)
+    expected = pb.GenerationConfig(num_beams=3, length_penalty=0.5, early_stopping=pb.EARLY_STOPPING_NEVER)
+    assert beams.default_config(defaults) == expected
+    assert beams.default_config(GenerationDefaults(top_k=3)) == pb.GenerationConfig()
 
 
 def test_constrained_calls_of_tools_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import cast
 
@@ -90,6 +91,26 @@ async def test_a_long_conversation_is_read_beside_the_event_loop(
     await model.encode(chat("hi"))
     here = threading.current_thread()
     assert [reader is here for reader in readers] == [False, True]
+
+
+async def test_many_ids_to_be_repeated_are_decoded_beside_the_event_loop(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoders: list[threading.Thread] = []
+    decode = TextCodec.decode
+
+    def decoding(self: TextCodec, token_ids: Iterable[int]) -> str:
+        decoders.append(threading.current_thread())
+        return decode(self, token_ids)
+
+    monkeypatch.setattr(TextCodec, "decode", decoding)
+    (word,) = model.codec.encode_text(" word")
+    for count in (3, 3000):
+        source = pb.GenerationInput(token_ids=pb.TokenIds(ids=[word] * count))
+        assert await model.text_of(source, "acme") == " word" * count
+    assert await model.text_of(pb.GenerationInput(text="as it is"), "acme") == "as it is"
+    here = threading.current_thread()
+    assert [decoder is here for decoder in decoders] == [True, False]
 
 
 @pytest.mark.parametrize(

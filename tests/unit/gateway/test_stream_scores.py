@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
+from typing import Any
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.generation import EventBody, FinishReason, OutputDelta, PromptScores
+from common.generation import EventBody, FinishReason, OutputDelta, PromptScores, ToolCallDelta
 from common.jobs import ItemKind, JobState, LogEvent
 from gateway.delivery import _bytes_of
 from gateway.progress import LogPosition
@@ -91,13 +94,38 @@ async def test_a_resumed_stream_goes_on_where_any_event_ended(rng: random.Random
     assert sequences == sorted(sequences)
 
 
-def test_what_waits_is_counted_with_its_scores_and_alternatives() -> None:
-    """They must not let a slow caller's events take more memory than they are allowed."""
-    alternatives = tuple((i, -1.0) for i in range(20))
-    plain = chained([(1, EventBody((OutputDelta(0, 0, (1,), "x"),)))])[0]
-    with_alternatives = chained([(1, EventBody((OutputDelta(0, 0, (1,), "x", top_logprobs=(alternatives,)),)))])[0]
-    scores = PromptScores(1, (-1.0,) * 100, (1,) * 100, (alternatives,) * 100)
-    scored = chained([(1, EventBody(prompt_scores=scores))])[0]
-    base = _bytes_of(item_of(plain))
-    assert _bytes_of(item_of(with_alternatives)) > base + 20 * 100
-    assert _bytes_of(item_of(scored)) > 100 * 20 * 100
+ALTERNATIVES = tuple((i, -1.0) for i in range(20))
+LARGE: dict[str, Any] = {
+    "token_ids": tuple(range(1000, 2000)),
+    "text": "語" * 1000,
+    "logprobs": tuple(-0.5 - i for i in range(1000)),
+    "top_logprobs": (ALTERNATIVES,) * 100,
+    "ranks": tuple(range(1000, 2000)),
+    "reasoning_text": "\N{GRINNING FACE}" * 1000,
+    "tool_calls": tuple(ToolCallDelta(i, f"name{i}", '{"a": 1}' * 10) for i in range(100)),
+}
+
+
+def memory_of(value: object) -> int:
+    """Bytes of a value and what it holds, each object once."""
+    seen: dict[int, object] = {}
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if id(one) not in seen:
+            seen[id(one)] = one
+            is_struct = isinstance(one, msgspec.Struct)
+            todo += one if isinstance(one, tuple) else msgspec.structs.astuple(one) if is_struct else ()  # type: ignore[type-var]
+    return sum(map(sys.getsizeof, seen.values()))
+
+
+def test_what_waits_is_counted_with_all_that_it_holds() -> None:
+    """None of it may let a slow caller's events take more memory than they are allowed."""
+    grows = {field.name for field in msgspec.structs.fields(OutputDelta) if field.default in ((), "")}
+    assert grows == set(LARGE)
+    for name, value in LARGE.items():
+        body = EventBody((msgspec.structs.replace(OutputDelta(0, 0), **{name: value}),))
+        assert _bytes_of(item_of(chained([(1, body)])[0])) >= memory_of(body), name
+    scores = PromptScores(1, LARGE["logprobs"], LARGE["ranks"], (ALTERNATIVES,) * 1000)
+    scored = item_of(chained([(1, EventBody(prompt_scores=scores))])[0])
+    assert _bytes_of(scored) >= memory_of(scores)

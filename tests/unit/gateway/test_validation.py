@@ -380,6 +380,16 @@ def test_token_ids_must_be_in_the_vocabulary() -> None:
     assert raised.value.metadata == {"field": "ids", "limit": "49"}
 
 
+@pytest.mark.parametrize("reads", [{"prompt_logprobs": 0}, {"echo": True}])
+def test_a_prompt_that_fills_the_context_may_be_read_without_a_new_token(reads: dict[str, Any]) -> None:
+    config = pb.GenerationConfig(max_tokens=0, **reads)
+    assert check.resolve_config(config, GREEDY, 100, LIMITS, seed=1).max_tokens == 0
+    for num_prompt_tokens, asked, limit in ((101, config, "100"), (100, pb.GenerationConfig(**reads), "99")):
+        with pytest.raises(InvalidRequest) as raised:
+            check.resolve_config(asked, GREEDY, num_prompt_tokens, LIMITS, seed=1)
+        assert (raised.value.reason, raised.value.metadata["limit"]) == ("CONTEXT_LENGTH_EXCEEDED", limit)
+
+
 def test_a_callers_caps_tighten_the_limits() -> None:
     limits = LIMITS.within(Caps(max_tokens=7, max_outputs=2, max_context_tokens=30))
     resolved = check.resolve_config(pb.GenerationConfig(), pb.GenerationConfig(), 10, limits, seed=1)

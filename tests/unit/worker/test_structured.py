@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ from worker.engine.loop import Engine
 from worker.engine.sampler import Sampler
 from worker.engine.thread import EngineThread
 from worker.engine.types import GenerationRequest
-from worker.structured import MAX_NUMBER_CHARS, LlguidanceCompiler, LlguidanceMatcher, NumberLength, make_compiler
+from worker.structured import (
+    MAX_NUMBER_CHARS,
+    LlguidanceCompiler,
+    LlguidanceMatcher,
+    NumberLength,
+    TokenBytes,
+    make_compiler,
+)
 
 EOS = 2
 CPU = torch.device("cpu")
@@ -271,6 +279,29 @@ def test_a_number_without_bounds_ends(compiler: LlguidanceCompiler, tokenizer_js
     assert digits_taken(compiler, tokenizer_json, thoughtful, "7" * 60) == 60
 
 
+def test_no_step_looks_at_the_whole_vocabulary(tokenizer_json: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+
+    class Noting(TokenBytes):
+        def of(self, token_id: int) -> bytes:
+            looked_at.append(token_id)
+            return super().of(token_id)
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "_tokenizer":
+                looked_at.append(-1)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr("worker.structured.TokenBytes", Noting)
+    fresh = make_compiler(tokenizer_json, VOCAB_SIZE, (EOS,))
+    assert fresh is not None
+    assert len(looked_at) >= VOCAB_SIZE, "when it is made"
+    looked_at.clear()
+    number = StructuredOutput(GrammarKind.JSON_SCHEMA, '{"type": "number"}')
+    assert digits_taken(fresh, tokenizer_json, number, "0." + "3" * 60) == MAX_NUMBER_CHARS
+    assert len(looked_at) < 2 * MAX_NUMBER_CHARS, "one token at a time"
+
+
 class SlowCompiler:
     """Compiles when it is told to."""
 
@@ -311,6 +342,42 @@ async def test_others_go_on_while_a_grammar_compiles(names: dict[int, str], comp
                 if output.finished:
                     reasons[output.request_id] = output.deltas[-1].finish_reason
         assert reasons == {"slow": FinishReason.STOP, "gone": FinishReason.CANCELLED}
+    finally:
+        thread.stop()
+        await thread.join(10)
+
+
+async def test_tenants_take_turns_at_having_their_grammars_compiled(
+    names: dict[int, str], compiler: LlguidanceCompiler
+) -> None:
+    """And what fails to compile for a reason of its own ends its request alone."""
+    compiled: list[str] = []
+
+    class Noting(SlowCompiler):
+        def compile(self, spec: StructuredOutput) -> Grammar:
+            found = super().compile(spec)
+            compiled.append(spec.text)
+            if spec.text == "a2":
+                raise RuntimeError("a fault in the library")
+            return found
+
+    slow = Noting(compiler)
+    engine, _ = make_engine(names, slow)
+    thread = EngineThread(engine)
+    thread.start(asyncio.get_running_loop())
+    try:
+        for name in ("x0", "a1", "a2", "a3", "a4", "b1", "b2", "c1"):
+            request = constrained(name, StructuredOutput(GrammarKind.REGEX, name))
+            thread.submit(replace(request, tenant=name[0]))
+        slow.may_go_on.set()
+        errors: dict[str, str | None] = {}
+        while len(errors) < 8:
+            result = await thread.next_result()
+            thread.ack(result.step)
+            errors |= {output.request_id: output.error for output in result.outputs if output.finished}
+        assert compiled == ["x0", "a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+        assert {name for name, error in errors.items() if error is not None} == {"a2"}
+        assert errors["a2"] == "GRAMMAR_INVALID"
     finally:
         thread.stop()
         await thread.join(10)

@@ -318,6 +318,81 @@ def test_blanks_are_held_without_being_looked_at_again() -> None:
     assert parser.push("x").text == " " * 50_000 + "x"
 
 
+class CountedText(str):
+    """Text that counts how many of its characters, and of what is made of it, are looked at or copied."""
+
+    num_seen = 0
+
+    def _counted(self, text: str) -> CountedText:
+        CountedText.num_seen += len(self)
+        return CountedText(text)
+
+    def __add__(self, other: str) -> CountedText:
+        return self._counted(super().__add__(other))
+
+    def __radd__(self, other: str) -> CountedText:
+        return self._counted(str.__add__(other, self))
+
+    def __getitem__(self, key: Any) -> CountedText:
+        return self._counted(super().__getitem__(key))
+
+    def lstrip(self, characters: str | None = None, /) -> CountedText:
+        return self._counted(super().lstrip(characters))
+
+    def rstrip(self, characters: str | None = None, /) -> CountedText:
+        return self._counted(super().rstrip(characters))
+
+    def find(self, *args: Any) -> int:
+        CountedText.num_seen += len(self)
+        return super().find(*args)
+
+
+@pytest.mark.parametrize(
+    ("parsing", "begin", "piece"),
+    [
+        (THINK, "", "\n"),
+        (THINK, "", " \n"),
+        (THINK, "<think>", "\n"),
+        (THINK, "<think>a", "\n"),
+        (THINK, "<think>a</think>", "\n"),
+        (THINK, "<think>a</think>b", "\n"),
+        (IN_THOUGHT, "", "\n"),
+        (HERMES, "a", " "),
+        (LLAMA, "", " "),
+        (LLAMA, "<|python_tag|>", " "),
+        (LLAMA, '{"name": "f", "parameters": {}}', ";"),
+        (MISTRAL, "a", " "),
+    ],
+)
+def test_what_is_held_back_is_not_looked_at_again_with_every_piece(
+    parsing: ChatParsing, begin: str, piece: str
+) -> None:
+    counts = []
+    for num_pieces in (500, 2000):
+        parser = ChatParser(parsing)
+        parser.push(begin)
+        CountedText.num_seen = 0
+        for _ in range(num_pieces):
+            parser.push(CountedText(piece))
+        counts.append(CountedText.num_seen)
+    assert counts[0] > 0
+    assert counts[1] < 6 * counts[0], "four times the pieces, some four times the work"
+
+
+HALVES = ("\n", "\n\n", " ", "\t", ";", "a", "<", "<thin", "</thi", "<think>", "</think>", "<|python_tag|>")
+CALLS = ('{"name": "f", "parameters": {}}', "<tool_call>", "[TOOL_CALLS]")
+blanks = st.lists(st.sampled_from([*HALVES, *CALLS]), max_size=8).map("".join)
+
+
+@given(st.sampled_from([HERMES, LLAMA, MISTRAL, THINK, IN_THOUGHT]), blanks)
+@settings(deadline=None, max_examples=100)
+def test_white_space_and_halves_of_marks_are_alike_wherever_they_are_cut(parsing: ChatParsing, text: str) -> None:
+    whole = parsed(parsing, [text])
+    assert parsed(parsing, text) == whole
+    for at in range(len(text) + 1):
+        assert parsed(parsing, [text[:at], text[at:]]) == whole
+
+
 def test_one_call_may_be_enough() -> None:
     parser = ChatParser(ChatParsing(tool_format="hermes", max_tool_calls=1))
     parser.push('<tool_call>{"name": "f", "arguments": {')

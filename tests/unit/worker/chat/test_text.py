@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from common.chat_formats import marks_of
 from common.generation import ChatParsing, FinishReason, SamplingParams, ToolCallDelta
 from worker.chat.text import ChatReader
 from worker.engine.stopping import Progress, StopState
@@ -20,8 +26,58 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
+MAGISTRAL = ChatParsing(reasoning_format="magistral", tool_format="mistral", tool_names=("f",))
 TOKENIZER = byte_level()
 END = TOKENIZER.token_to_id("</s>")
+
+
+def sentencepiece(decoder: decoders.Decoder) -> Tokenizer:
+    """As Llama 2's and Mistral's: words with a leading mark, other characters as byte tokens."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁so", "▁it", "is", "▁▁", "{", "}"]
+    tokenizer = Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    return tokenizer
+
+
+LLAMA_DECODER = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+DECODERS = {
+    "llama": LLAMA_DECODER,
+    "metaspace": decoders.Metaspace(prepend_scheme="first"),
+    "fallback and metaspace": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+}
+# What is decoded alike in every company: words, blanks, marks, and a character's bytes together.
+PIECES = [*(["▁"], ["▁so"], ["▁it"], ["is"], ["▁▁"], ["<0xE2>", "<0x9A>", "<0x99>"]), *([mark] for mark in MARKS)]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@given(pieces=st.lists(st.sampled_from(PIECES), max_size=10), cut=st.integers(0, 30))
+@settings(deadline=None, max_examples=150)
+def test_text_around_marks_is_that_of_the_whole_answer(name: str, pieces: list[list[str]], cut: int) -> None:
+    tokenizer = sentencepiece(DECODERS[name])
+    ids = [tokenizer.token_to_id(token) for piece in pieces for token in piece]
+    detokenizer, _ = ChatReader(tokenizer)(MAGISTRAL)
+    text = ""
+    for position, token_id in enumerate(ids):
+        if position == cut:
+            other, detokenizer = detokenizer, copy.copy(detokenizer)  # the other's further tokens are its own
+            other.push(ids[0])
+        text += detokenizer.push(token_id)
+    text += detokenizer.flush()
+    wanted = marks_of(MAGISTRAL.reasoning_format, MAGISTRAL.tool_format)
+    gone = [tokenizer.token_to_id(mark) for mark in MARKS if mark not in wanted]
+    assert len(gone) == 2
+    shown = [token_id for token_id in ids if token_id not in gone]
+    assert text == tokenizer.decode(shown, skip_special_tokens=False)
+
+
+def test_a_space_behind_a_mark_stays() -> None:
+    tokenizer = sentencepiece(LLAMA_DECODER)
+    detokenizer, _ = ChatReader(tokenizer)(MAGISTRAL)
+    ids = [tokenizer.token_to_id(token) for token in ("▁so", "[THINK]", "▁it", "is", "[/THINK]", "</s>", "▁so")]
+    assert [detokenizer.push(token_id) for token_id in ids] == ["so", "[THINK]", " it", "is", "[/THINK]", "", " so"]
 
 
 def answer(parsing: ChatParsing, text: str, max_tokens: int = 1000, **params: object) -> list[Progress]:
@@ -42,9 +98,6 @@ def joined(progress: list[Progress]) -> tuple[str, str, list[ToolCallDelta]]:
         "".join(p.reasoning_text for p in progress),
         [call for p in progress for call in p.tool_calls if call.name or call.arguments],
     )
-
-
-MAGISTRAL = ChatParsing(reasoning_format="magistral", tool_format="mistral", tool_names=("f",))
 
 
 def test_marks_that_are_special_tokens_are_seen_and_others_are_not() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from common.generation import EarlyStopping
 from common.registry import GenerationDefaults
 from worker.engine.generation_defaults import read_defaults
 
@@ -39,6 +40,7 @@ def test_what_transformers_has_is_taken() -> None:
         ("sequence_bias", {"5": 1.0}), ("sequence_bias", [[[5], 101]]), ("sequence_bias", [[[5], "x"]]),
         ("suppress_tokens", [-1]), ("suppress_tokens", [1.0]), ("suppress_tokens", "12"), ("begin_suppress_tokens", []),
         ("exponential_decay_length_penalty", [1]), ("exponential_decay_length_penalty", [1, float("nan")]),
+        ("num_beams", 0), ("num_beams", 17), ("length_penalty", 6), ("early_stopping", "true"),
         ("exponential_decay_length_penalty", [-1, 1.5]), ("forced_eos_token_id", 50), ("forced_eos_token_id", [1, 2]),
     ],
 )  # fmt: skip
@@ -49,3 +51,15 @@ def test_what_makes_no_sense_is_left_out(name: str, value: Any) -> None:
 def test_a_forced_token_that_is_suppressed_is_left_out() -> None:
     found = read_defaults({"forced_eos_token_id": [2], "suppress_tokens": [2, 3]}, 50)
     assert found == GREEDY | {"suppress_tokens": (2, 3)}
+
+
+def test_what_is_said_of_beams_is_taken_unless_they_are_to_be_sampled() -> None:
+    generation = {"num_beams": 4, "length_penalty": 2, "early_stopping": True}
+    taken = {"length_penalty": 2.0, "early_stopping": EarlyStopping.WHEN_FULL}
+    assert read_defaults(generation, 50) == GREEDY | taken | {"num_beams": 4}
+    assert read_defaults({**generation, "do_sample": True}, 50) == {"temperature": 1.0} | taken
+    assert read_defaults({"early_stopping": "never"}, 50) == GREEDY | {"early_stopping": EarlyStopping.NEVER}
+    assert read_defaults({"num_beams": 1, "early_stopping": False}, 50) == GREEDY | {
+        "num_beams": 1,
+        "early_stopping": EarlyStopping.HEURISTIC,
+    }

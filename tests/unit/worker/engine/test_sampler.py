@@ -300,6 +300,51 @@ def test_tokens_beyond_the_logits_are_not_penalised() -> None:
     assert Sampler(CPU).sample(logits, [row]).token_ids == [0]
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"sequence_bias": (((1,), 2.0), ((3,), 5.0), ((2,), -1.0), ((7, 1), 9.0))},
+        {"repetition_penalty": 4.0},
+        {"bad_words_ids": ((3,), (1,))},
+        {"encoder_repetition_penalty": 0.5},
+        {"presence_penalty": 0.5, "frequency_penalty": 1.0},
+    ],
+)
+def test_an_edit_of_a_token_beyond_the_logits_meets_no_other(params: dict[str, Any]) -> None:
+    """Not the first one of the row behind it, nor does it shift the values of the row's own."""
+    logits = torch.tensor([[1.0, 2.0, 0.5], [3.0, 1.0, 2.0]])
+    row, plain = make_row([1, 3, 7], [1, 1, 3], **params), make_row([0], repetition_penalty=1.0, min_tokens=1)
+    scores = logits.clone()
+    edit_scores(scores, [row, plain])
+    wide = torch.cat([logits, torch.zeros(2, 5)], dim=1)  # with scores for all ids
+    edit_scores(wide, [row, plain])
+    assert torch.equal(scores, wide[:, :3])
+    assert torch.equal(scores[1], logits[1])
+
+
+@pytest.mark.parametrize(
+    ("output", "params"),
+    [([2], {"max_tokens": 2, "suppress_tokens": (3,)}), ([], {"max_tokens": 1, "begin_suppress_tokens": (3,)})],
+)
+def test_a_forced_token_that_is_suppressed_is_forbidden_as_the_rest(output: list[int], params: dict[str, Any]) -> None:
+    """As transformers' processors leave it, in whose order what is suppressed comes last."""
+    row = make_row([1], output, forced_eos_token_id=3, **params)
+    scores = torch.zeros(1, 5)
+    edit_scores(scores, [row])
+    assert scores.eq(float("-inf")).all()
+
+
+@pytest.mark.parametrize("num_tokens", [40, 200, 400])  # 10 ** 400 is no float
+def test_a_penalty_that_has_grown_for_long_leaves_numbers(num_tokens: int) -> None:
+    params = {"max_tokens": 500, "stop_token_ids": (1, 2, 3), "exponential_decay_length_penalty": (0, 10.0)}
+    scores = torch.tensor([[50.0, 0.5, 0.0, 1e9]])
+    edit_scores(scores, [make_row([0], [0] * num_tokens, **params)])
+    assert scores[0, 0] == 50
+    assert 1e28 < scores[0, 1] <= 1e30
+    assert scores[0, 2] == 0
+    assert 1e28 < scores[0, 3] <= 1.001e30
+
+
 class TestWithoutWaiting:
     """As on a GPU: what is chosen is the same, and nobody looks at it before the end."""
 

@@ -203,6 +203,21 @@ def test_without_new_tokens_the_scores_are_all_there_is() -> None:
     assert not engine.has_work
 
 
+@pytest.mark.parametrize("token_budget", [5, 64])
+@pytest.mark.parametrize("length", [62, 64])
+def test_a_prompt_that_fills_the_context_can_be_scored(token_budget: int, length: int) -> None:
+    prompt = tuple((7 * i) % 40 for i in range(length))
+    engine = make_engine(PaperRunner(num_blocks=1 + 16, max_model_len=length), token_budget=token_budget)
+    engine.add(make_request("r", prompt, max_tokens=0, prompt_logprobs=1, num_outputs=2))
+    outputs = [output for _ in range(20) for output in engine.step(0.0).outputs]
+    check_scores(merge_scores(output.prompt_scores for output in outputs), prompt, 1)
+    assert [output.error for output in outputs] == [None] * len(outputs)
+    assert outputs[-1].usage is not None
+    assert not engine.has_work
+    engine.add(make_request("long", (*prompt, 1), max_tokens=0, prompt_logprobs=1))
+    assert engine.step(0.0).outputs[0].error == "PROMPT_TOO_LONG"
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_any_workload_is_scored_once_whatever_is_preempted_or_fails(seed: int) -> None:

@@ -30,7 +30,7 @@ from worker.structured import (
     LlguidanceCompiler,
     LlguidanceMatcher,
     NumberLength,
-    TokenBytes,
+    NumberTokens,
     make_compiler,
 )
 
@@ -282,7 +282,7 @@ def test_a_number_without_bounds_ends(compiler: LlguidanceCompiler, tokenizer_js
 def test_no_step_looks_at_the_whole_vocabulary(tokenizer_json: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at: list[int] = []
 
-    class Noting(TokenBytes):
+    class Noting(NumberTokens):
         def of(self, token_id: int) -> bytes:
             looked_at.append(token_id)
             return super().of(token_id)
@@ -292,7 +292,7 @@ def test_no_step_looks_at_the_whole_vocabulary(tokenizer_json: bytes, monkeypatc
                 looked_at.append(-1)
             return super().__getattribute__(name)
 
-    monkeypatch.setattr("worker.structured.TokenBytes", Noting)
+    monkeypatch.setattr("worker.structured.NumberTokens", Noting)
     fresh = make_compiler(tokenizer_json, VOCAB_SIZE, (EOS,))
     assert fresh is not None
     assert len(looked_at) >= VOCAB_SIZE, "when it is made"

@@ -26,7 +26,8 @@ from tests.builders_models import VOCAB_SIZE, write_tokenizer
 from worker.detokenizer import IncrementalDetokenizer
 from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.history import NGramFollowers, TokenHistory
-from worker.engine.loop import Engine, _Request
+from worker.engine.loop import Engine
+from worker.engine.request_state import RequestState
 from worker.engine.runner import ModelRunner
 from worker.engine.stopping import StopStringFilter
 from worker.engine.types import GenerationRequest
@@ -263,26 +264,26 @@ def test_an_echo_is_written_once_wherever_the_log_is_cut(lab: Lab) -> None:
 
 # -- the law can be broken: a new worker that forgets one kind of state --------------------------------------------
 
-AfterStart = Callable[[Engine, _Request, int], None]
+AfterStart = Callable[[Engine, RequestState, int], None]
 
 
-def forget_the_filter(engine: Engine, state: _Request, index: int) -> None:
+def forget_the_filter(engine: Engine, state: RequestState, index: int) -> None:
     """Text that was held back for a stop string."""
     stop = state.outputs[index].stop
     stop._filter = StopStringFilter(state.request.sampling.stop_strings)
 
 
-def forget_the_bytes(engine: Engine, state: _Request, index: int) -> None:
+def forget_the_bytes(engine: Engine, state: RequestState, index: int) -> None:
     """The beginning of a character."""
     state.outputs[index].stop._detokenizer = engine._new_detokenizer()
 
 
-def forget_the_count(engine: Engine, state: _Request, index: int) -> None:
+def forget_the_count(engine: Engine, state: RequestState, index: int) -> None:
     """How many tokens there are already."""
     state.outputs[index].stop._num_tokens = 0
 
 
-def forget_what_was_said(engine: Engine, state: _Request, index: int) -> None:
+def forget_what_was_said(engine: Engine, state: RequestState, index: int) -> None:
     """The output's tokens, for penalties and n-grams; the prompt's are known."""
     sequence = state.outputs[index].sequence
     if sequence.history is not None:
@@ -290,14 +291,14 @@ def forget_what_was_said(engine: Engine, state: _Request, index: int) -> None:
         sequence.history = TokenHistory(state.request.sampling, prompt)
 
 
-def forget_what_was_forbidden(engine: Engine, state: _Request, index: int) -> None:
+def forget_what_was_forbidden(engine: Engine, state: RequestState, index: int) -> None:
     """N-grams alone."""
     history = state.outputs[index].sequence.history
     if history is not None and history._ngrams is not None:
         history._ngrams = NGramFollowers(state.request.sampling.no_repeat_ngram_size)
 
 
-def forget_the_seed(engine: Engine, state: _Request, index: int) -> None:
+def forget_the_seed(engine: Engine, state: RequestState, index: int) -> None:
     """Which noise the tokens are drawn with."""
     sequence = state.outputs[index].sequence
     sequence.sampling = msgspec.structs.replace(sequence.sampling, seed=0)
@@ -343,7 +344,7 @@ def test_a_worker_that_forgets_a_state_breaks_the_law(
 ) -> None:
     start = Engine._start_output
 
-    def start_and_forget(self: Engine, state: _Request, index: int, emitted: tuple[int, ...]) -> None:
+    def start_and_forget(self: Engine, state: RequestState, index: int, emitted: tuple[int, ...]) -> None:
         start(self, state, index, emitted)
         if emitted and index in state.outputs:
             mutant(self, state, index)

@@ -35,7 +35,11 @@ def _wrap_execute(around: Callable[[Any, Any, Callable[[Any, Any], Any]], Any]) 
     from worker.engine.runner import ModelRunner
 
     real = ModelRunner.execute
-    ModelRunner.execute = lambda self, plan: around(self, plan, real)  # type: ignore[method-assign,assignment]
+
+    def execute(self: Any, plan: Any, in_flight: Any = None) -> Any:
+        return around(self, plan, lambda runner, plan: real(runner, plan, in_flight))
+
+    ModelRunner.execute = execute  # type: ignore[method-assign]
 
 
 @patch

@@ -17,14 +17,9 @@ from typing import Any
 import redis as redis_sync
 
 from common.embedded import EmbeddedServer, find_server
+from tests.ports import free_port
 
 _WAIT_S = 30.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -7,7 +7,6 @@ import atexit
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from common.embedded import EmbeddedServer
 from common.grants import Grants
 from common.redis import connect
 from common.settings import RedisSettings
+from tests.ports import free_port
 from tests.zygote import ROLES, ForkedProcess, Zygote
 from torchrelay.admin.v1beta1 import fleet_pb2, fleet_pb2_grpc
 from torchrelay.client import AsyncClient, RetryPolicy
@@ -39,13 +39,6 @@ def start_zygotes(folder: Path) -> None:
     for role in ("worker", "gateway"):
         zygotes[role] = Zygote(role, {}, folder / f"zygote-{role}.log")
         atexit.register(zygotes[role].close)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass

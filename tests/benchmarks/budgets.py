@@ -29,7 +29,8 @@ import grpc.aio
 import psutil
 import redis as redis_sync
 
-from tests.builders_system import Process, System, free_port
+from tests.builders_system import Process, System
+from tests.ports import free_port
 from torchrelay.client import AsyncClient
 
 

@@ -29,10 +29,10 @@ from common.api_keys import ApiKeys
 from common.embedded import EmbeddedServer, EmbeddedServerError, find_server
 from common.redis import connect
 from common.settings import RedisSettings
-from tests.builders_system import free_port
 from tests.chaos.processes import Party
 from tests.chaos.proxy import Link
 from tests.chaos.shim import Shim, build, wrap_program
+from tests.ports import free_port
 from tests.zygote import Zygote
 from torchrelay.client import AsyncClient
 

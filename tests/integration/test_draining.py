@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests import reference
 from tests.builders_calls import Outcome, events_of, refused
 from tests.builders_models import write_tiny_model
-from tests.builders_system import Process, System, free_port, running_system, until
+from tests.builders_system import Process, System, running_system, until
+from tests.ports import free_port
 from torchrelay.client import AsyncClient
 from torchrelay.v1 import generation_pb2 as pb
 

@@ -22,7 +22,8 @@ from common.startup import CANNOT_START
 from tests.builders_calls import refused
 from tests.builders_identity import AUDIENCE, Authority, Issuer, KeyServer, Pair, running_key_server
 from tests.builders_models import write_tiny_model
-from tests.builders_system import Gateway, System, free_port, running_system, until
+from tests.builders_system import Gateway, System, running_system, until
+from tests.ports import free_port
 from tests.unit.gateway.identity.test_jwt import FORGED, ISSUING
 from torchrelay.cli.main import make_app
 from torchrelay.client import AsyncClient, Tls

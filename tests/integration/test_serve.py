@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.builders_models import write_tiny_model
-from tests.builders_system import free_port
+from tests.ports import free_port
 
 PROGRAM = Path(sys.executable).parent / "torchrelay"
 PATIENCE_S = 120

@@ -32,10 +32,11 @@ from common.settings import RedisSettings
 from tests import reference
 from tests.builders_identity import Authority
 from tests.builders_models import write_tiny_model
-from tests.builders_system import Gateway, System, free_port, start_zygotes, until
+from tests.builders_system import Gateway, System, start_zygotes, until
 from tests.mesh.callers import Result, Task, make_call, without_key
 from tests.mesh.envoy import Tls, config, install, running_envoy
 from tests.mesh.judge import Stored, judge
+from tests.ports import free_port
 from torchrelay.client import AsyncClient, RetryPolicy
 from torchrelay.client import Tls as ClientTls
 

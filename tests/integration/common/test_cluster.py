@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -22,28 +21,15 @@ from common.settings import QueueSettings, RedisSettings
 from tests.builders_common import make_event, make_job, server_under_test
 from tests.integration.common.conftest import FAST_RETRY, SHARD
 from tests.integration.common.test_registry import FILES, make_card
+from tests.ports import free_port
 
 ROOM = 10_000
-
-
-def free_port() -> int:
-    """A port that is free, as is the one 10,000 above it: the server's cluster bus takes that."""
-    while True:
-        with socket.socket() as one, socket.socket() as bus:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            if port < 55_000:
-                try:
-                    bus.bind(("127.0.0.1", port + 10_000))
-                except OSError:
-                    continue
-                return port
 
 
 @pytest.fixture(scope="module")
 def cluster_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     folder: Path = tmp_path_factory.mktemp("cluster")
-    port = free_port()
+    port = free_port(also=10_000)  # for the cluster bus
     program = server_under_test() or find_server()
     options = [
         "--port",

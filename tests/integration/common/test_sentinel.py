@@ -20,13 +20,13 @@ from tests.builders_common import PASSWORD, make_event, make_job, server_under_t
 from tests.builders_replicas import (
     Node,
     Proxy,
-    free_port,
     running_node,
     running_proxy,
     running_sentinel,
     wait_until,
 )
 from tests.integration.common.conftest import SHARD
+from tests.ports import free_port
 
 ROOM = 10_000
 NAME = "queue"

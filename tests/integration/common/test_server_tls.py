@@ -28,9 +28,10 @@ from common.redis import Redis, Retry, connect, execute
 from common.settings import QueueSettings, RedisSettings
 from tests.builders_common import make_job, server_under_test
 from tests.builders_identity import Authority
-from tests.builders_replicas import free_port, wait_until
+from tests.builders_replicas import wait_until
 from tests.integration.common.conftest import SHARD
 from tests.integration.common.test_acl import DENIED, FOR_NOBODY, OF_OTHERS
+from tests.ports import free_port
 
 AUTHORITY = Authority()
 STRANGER = Authority("another authority")

@@ -212,9 +212,9 @@ def test_a_passed_check_is_remembered_for_the_same_weights_and_only_for_them(
 ) -> None:
     ran: list[str] = []
 
-    def count(module: PreTrainedModel, backend: CpuAttention) -> float:
+    def count(module: PreTrainedModel, backend: CpuAttention, tolerance: float | None) -> float:
         ran.append(module.config.model_type)
-        return check_module(module, backend)
+        return check_module(module, backend, tolerance)
 
     monkeypatch.setattr(loadcheck, "check_module", count)
     folder = write_tiny_model(tmp_path / "one")

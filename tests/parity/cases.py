@@ -41,7 +41,7 @@ def alone(prompt: Sequence[int], plain: Sequence[int]) -> list[Case]:
         "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.7},
         "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
         "bad_words_ids": {**ends, "bad_words_ids": ((second,), (first, fourth), (fourth, fifth, first), (third,))},
-        "logit_bias": {"sequence_bias": (((second,), -4.0), ((fourth,), 1.5))},
+        "logit_bias": {"sequence_bias": tuple({(second,): -4.0, (fourth,): 1.5}.items())},  # each token once
         "sequence_bias": {"sequence_bias": (((first, second), -6.5), ((prompt[-1], first, fifth), 9.0))},
         "suppress_tokens": {"suppress_tokens": (first, fourth)},
         "begin_suppress_tokens": {"begin_suppress_tokens": (first, second)},

@@ -1,7 +1,8 @@
 """A worker whose engine does what the environment says when it computes a marked prompt: it hangs, dies or raises.
 
 Run as `python -m tests.broken_worker`; a prompt is marked by its first token id, BROKEN_WORKER_TOKEN. What is done is
-BROKEN_WORKER_ACT, `hang`, `die`, or `raise` with the text BROKEN_WORKER_TEXT.
+BROKEN_WORKER_ACT, `hang`, `die`, or `raise` with the text BROKEN_WORKER_TEXT. With `slow` it takes its time for every
+step, as a large model does: tests that need streams which live, not many tokens, leave the machine to others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import time
 from typing import Any
 
 from worker import __main__ as worker_main
+
+SLOW_STEP_S = 0.05
 
 
 def break_engine(token_id: int, act: str) -> None:
@@ -27,7 +30,9 @@ def break_engine(token_id: int, act: str) -> None:
         add(self, request)
 
     def breaking_step(self: Engine, now: float) -> Any:
-        if marked.intersection(self.stats().held_request_ids):
+        if act == "slow":
+            time.sleep(SLOW_STEP_S)
+        elif marked.intersection(self.stats().held_request_ids):
             if act == "die":
                 os.abort()
             if act == "raise":

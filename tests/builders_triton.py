@@ -5,6 +5,7 @@ To be imported before any kernel. Skips the importing test module where triton i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,3 +31,15 @@ def _let_scalars_count() -> None:
 
 
 _let_scalars_count()
+
+
+def enlarge_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For whole models: the interpreter takes as long for a program with 32 outputs as for a GPU's usual two."""
+    from worker.engine.kernels.triton import vector
+
+    usual = vector._tile
+
+    def tile(num_outputs: int, depth: int, *, is_gated: bool) -> tuple[int, int, int]:
+        return math.gcd(num_outputs, 32), *usual(num_outputs, depth, is_gated=is_gated)[1:]
+
+    monkeypatch.setattr(vector, "_tile", tile)

@@ -133,8 +133,8 @@ async def measure_shares(at: Deployment, window_tokens: int, seed: int = 1) -> d
     ids: dict[str, list[str]] = {tenant.name: [] for tenant in TENANTS}
     wish = {tenant.name: tenant.weight / sum(other.weight for other in TENANTS) for tenant in TENANTS}
     mean_tokens = 40
-    # Four times what is needed, as some of it is done before the last is queued, and what arrives first is one tenant's alone: in order
-    # of arrival it would get everything.
+    # Four times what is needed, as some is done before the last is queued. What arrives first is one tenant's alone: in
+    # order of arrival it would get everything.
     for tenant in TENANTS:
         for _ in range(int(4 * wish[tenant.name] * window_tokens / mean_tokens) + 2 * NUM_PLACES):
             ids[tenant.name].append(await at.submit(tenant, rng.randint(mean_tokens // 2, 3 * mean_tokens // 2)))

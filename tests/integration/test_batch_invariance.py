@@ -64,7 +64,7 @@ def test_alone_among_others_and_after_a_takeover(quantization: str) -> None:
     assert together == alone
     assert assembly.engine.stats().num_preemptions > 0, "the blocks were enough, so less was tried than was meant"
 
-    for cut in (1, 17, NUM_TOKENS - 1):
+    for cut in (17, NUM_TOKENS - 1):
         resumed = decode(assembly.engine, [request(index, alone[f"r{index}"][:cut]) for index in range(len(PROMPTS))])
         assert resumed == {name: tokens[cut:] for name, tokens in alone.items()}
     assert {len(tokens) for tokens in alone.values()} == {NUM_TOKENS}

@@ -16,7 +16,7 @@ import pytest
 from tests.builders_calls import Outcome, events_of
 from tests.builders_identity import Authority, Pair
 from tests.builders_models import write_tiny_model
-from tests.builders_system import Gateway, System, gateway_and_worker, until
+from tests.builders_system import Gateway, System, until
 from torchrelay.client.requests import make_stream_request
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
@@ -24,7 +24,7 @@ from torchrelay.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 MODEL = "tiny"
 NUM_STREAMS = 64
 NUM_CHANNELS = 8
-SHORT_S = 15
+SHORT_S = 10
 # A connection of its own for each channel: the library would share one among all of the same address.
 OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
@@ -118,7 +118,7 @@ class Load:
                     yield event
 
             outcome = await Outcome(events()).read(until=lambda _: self.stopping)
-            assert self.stopping or len(outcome.token_ids) == 1500
+            assert self.stopping or len(outcome.token_ids) == 1500, outcome.finished
 
     async def call_anew(self) -> None:
         """Make one call after the other, each over a connection that shakes hands anew."""
@@ -160,7 +160,12 @@ class Load:
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), "llama", max_position_embeddings=2048, eos_token_id=None)
-    with gateway_and_worker(tmp_path_factory.mktemp("system"), folder, MODEL) as system:
+    with System(tmp_path_factory.mktemp("system")) as system:
+        system.add_gateway()
+        worker = system.add_worker(folder, MODEL, start=False, BROKEN_WORKER_TOKEN="0", BROKEN_WORKER_ACT="slow")
+        worker.module = "tests.broken_worker"
+        worker.start()
+        asyncio.run(system.ready(MODEL))
         yield system
 
 

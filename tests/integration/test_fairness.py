@@ -22,7 +22,7 @@ async def test_three_tenants_get_shares_by_their_weights(
     try:
         with fairness.running(tmp_path, is_mutant=is_mutant) as system:
             async with fairness.deployed(system) as at:
-                found = await fairness.measure_shares(at, 1500)
+                found = await fairness.measure_shares(at, 1000)
     finally:
         arrival_order.scripts.load.cache_clear()
     wish = {"a": 0.2, "b": 0.2, "c": 0.6}

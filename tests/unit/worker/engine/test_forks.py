@@ -292,7 +292,7 @@ def any_request(rng: random.Random, name: str) -> GenerationRequest:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1 << 32), enable_prefix_cache=st.booleans(), num_blocks=st.integers(13, 40))
 def test_any_workload_gives_each_output_what_it_gets_alone(
     seed: int, enable_prefix_cache: bool, num_blocks: int

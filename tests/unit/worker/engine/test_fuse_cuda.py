@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.builders_engine import TokenNames, generate, make_request, make_settings, reference_tokens, tiny_model
 from tests.builders_models import VOCAB_SIZE, tiny_module
-from tests.builders_triton import DEVICE
+from tests.builders_triton import DEVICE, enlarge_tiles
 from worker.engine import fuse_cuda
 from worker.engine.attention.torch_ref import TorchAttention
 from worker.engine.attention.triton_paged import TritonAttention
@@ -31,7 +31,7 @@ ALL = (MERGED, GATED, NORMS, ROTARY, SUMS)
 @pytest.fixture(autouse=True)
 def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes a millisecond for what a GPU does in one of a thousand places at once."""
-    monkeypatch.setattr(fuse_cuda, "_TEST_TOKENS", 5)
+    monkeypatch.setattr(fuse_cuda, "_TEST_TOKENS", 2)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -147,7 +147,8 @@ class TestVector:
 
 
 def test_a_decode_alone_has_norms_and_sums_in_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = small("llama").to(torch.bfloat16)
+    enlarge_tiles(monkeypatch)
+    module = small("llama", vocab_size=40).to(torch.bfloat16)
     assert speed_up(module) == (*ALL, HEAD)
     shapes: list[tuple[int, ...]] = []
     multiply = vector.multiply
@@ -186,7 +187,8 @@ def test_families_keep_what_their_class_bears_and_their_logits(family: str, kept
     assert (logits(module) - before).norm() <= 1e-5 * before.norm()
 
 
-def test_bfloat16_keeps_every_change() -> None:
+def test_bfloat16_keeps_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    enlarge_tiles(monkeypatch)
     module = small("llama", dtype=torch.bfloat16)
     before = logits(module).float()
     assert speed_up(module) == (*ALL, HEAD)

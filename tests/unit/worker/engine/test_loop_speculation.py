@@ -290,7 +290,7 @@ def run_workload(
     return driver
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     workload=_workloads(),
     memory=st.sampled_from([1, 1, 2, None]),
@@ -361,7 +361,7 @@ def test_any_workload_gives_each_request_what_it_gets_without_speculation(
             assert collected.usage.completion_tokens == sum(map(len, alone.tokens))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     prompt=_prompts,
     sampling=_sampling,

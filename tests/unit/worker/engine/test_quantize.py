@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,7 +129,7 @@ class TestRefusals:
 def merged() -> PreTrainedModel:
     """A model with the layers that it has on a GPU; made once, since the interpreter takes long for it: copy it."""
     pytest.importorskip("triton")
-    module = tiny_module("llama", dtype=torch.bfloat16, **WIDE).to(HERE)
+    module = tiny_module("llama", dtype=torch.bfloat16, vocab_size=40, **WIDE).to(HERE)
     assert "residual sums" in fuse_cuda.speed_up(module)
     return module
 
@@ -140,7 +141,11 @@ def layer_names(num_layers: int = 2) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse_cuda, "_TEST_TOKENS", 5)  # each takes the interpreter long
+    monkeypatch.setattr(fuse_cuda, "_TEST_TOKENS", 2)  # each takes the interpreter long
+    if find_spec("triton") is not None:
+        from tests.builders_triton import enlarge_tiles  # would skip this module without
+
+        enlarge_tiles(monkeypatch)
 
 
 class TestSelection:

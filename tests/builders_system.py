@@ -273,7 +273,7 @@ async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 30,
 
 @contextlib.contextmanager
 def running_system(folder: Path, **env: str) -> Iterator[System]:
-    """A system whose workers' leases are short, so that takeovers take seconds instead of ten.
+    """A system whose workers' leases are short, so that takeovers take seconds instead of ten, and so are their beats.
 
     Gateways keep theirs: one that waits for a core beside other tests would lose its callers.
     """
@@ -283,8 +283,8 @@ def running_system(folder: Path, **env: str) -> Iterator[System]:
 
 @contextlib.contextmanager
 def gateway_and_worker(folder: Path, model: Path, name: str) -> Iterator[System]:
-    """One of each, ready to serve the model of this directory under this name; leases are as long as usual."""
-    with System(folder) as system:
+    """One of each, ready to serve the model of this directory under this name."""
+    with running_system(folder) as system:
         system.add_gateway()
         system.add_worker(model, name)
         asyncio.run(system.ready(name))

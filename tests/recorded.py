@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from tests import reference
 
 RECORD_VARIABLE = "TORCHRELAY_TEST_RECORD"
-NUM_RECOMPUTED = 4
+NUM_RECOMPUTED = 2
 
 _FOLDER = Path(__file__).parent / "integration" / "recorded"
 

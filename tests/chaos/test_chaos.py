@@ -29,14 +29,14 @@ def run(*arguments: str) -> tuple[int, dict[str, Any], str]:
 @pytest.mark.timeout(500)
 def test_nothing_is_lost_whatever_is_done_to_the_system() -> None:
     status, figures, said = run(
-        "tests.chaos.run", "--seed", "4", "--duration", "30", "--interval", "0.9", "--prompts", "6", "--callers", "16"
+        "tests.chaos.run", "--seed", "4", "--duration", "20", "--interval", "0.9", "--prompts", "6", "--callers", "16"
     )
     assert status == 0, said
     assert figures["violations"] == 0
-    assert figures["kinds"] >= 15
-    assert figures["faults"] >= 25
-    assert figures["accepted"] >= 50
-    assert figures["in_flight_on_what_was_hit"] >= 20
+    assert figures["kinds"] >= 12
+    assert figures["faults"] >= 15
+    assert figures["accepted"] >= 30
+    assert figures["in_flight_on_what_was_hit"] >= 10
 
 
 @pytest.mark.timeout(500)

@@ -193,7 +193,7 @@ def smollm2_waves(tokenizer: Tokenizer) -> list[list[Case]]:
     first = [Case(prompt(f"{i + 3}. {prose(i, 4)}", 31 + i % 2), grow[i % 4]) for i in range(20)]
     second = [Case(prompt(shared + prose(30 + i, 4), 120 + 3 * i), short[i % 4]) for i in range(18)]
     third = [Case((token,), {"max_length": 12}) for token in tokenizer.encode("The I A When She 1 My Why").ids[:8]]
-    third += [Case(prompt(long, n), {"max_tokens": 6}) for n in (2000, 1500)]
+    third += [Case(prompt(long, n), {"max_tokens": 6}) for n in (2000, 600)]
     fourth = [Case(prompt(prose(60 + i, 9), 100), {"max_length": 104 + 2 * i, **NO_REPEAT}) for i in range(5)]
     fourth += [Case(prompt(prose(70 + i, 4), 2 + 3 * i), short[i % 4]) for i in range(10)]
     leaving = [Case(case.prompt, case.options, leaves_after=3 + i) for i, case in enumerate(first[:6])]

@@ -79,7 +79,7 @@ def test_example_goes_on_when_the_gateway_is_killed_again_and_again(
     assert text == undisturbed
 
 
-@pytest.mark.parametrize("name", RESUMING[1:])
+@pytest.mark.parametrize("name", RESUMING)
 def test_example_goes_on_when_its_connections_are_reset(
     name: str, system: System, env: Mapping[str, str], undisturbed: str
 ) -> None:

@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from common.tasks import Task, TaskResult, num_tokens
+
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]  # token ids with log-probabilities, the most probable first
 
 
@@ -116,6 +118,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
     renormalize_logits: bool = False  # scores of beams are log-probabilities again after all edits
     adapter: AdapterRef | None = None  # what is added to the model's weights
+    forced_bos_token_id: int | None = None  # what the first new token is
 
     @property
     def num_sequences(self) -> int:
@@ -199,6 +202,7 @@ class EventBody(msgspec.Struct, frozen=True, array_like=True):
     deltas: tuple[OutputDelta, ...] = ()
     usage: Usage | None = None
     prompt_scores: PromptScores | None = None
+    result: TaskResult | None = None  # of a job with a task: its whole answer
 
 
 class JobBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,3 +214,13 @@ class JobBody(msgspec.Struct, frozen=True, kw_only=True):
     chat: ChatParsing | None = None  # None: text is text
     version: int = 1
     echo_text: str = ""  # stands before the text of every output
+    task: Task | None = None  # in the place of a generation: there is no prompt then, and no token to choose
+    # What the encoder reads, where the model has one beside its decoder; the prompt is what the decoder begins with.
+    source_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the caller's input: what the worker reads before the first new one."""
+        if self.task is not None:
+            return num_tokens(self.task)
+        return len(self.source_token_ids or self.prompt_token_ids)

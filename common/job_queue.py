@@ -130,7 +130,7 @@ class JobQueue:
             if job.attended
             else settings.max_lifetime_ms,
             retention_ms,
-            len(job.body.prompt_token_ids),
+            job.body.num_prompt_tokens,
             sampling.max_tokens * sampling.num_sequences,
             job.kv_tokens,
             job.peak_kv_tokens,

@@ -128,7 +128,7 @@ def open_event_body(event: LogEvent | ReplyItem, sealer: GenerationSealer) -> Ev
     body = event.body
     if isinstance(body, bytes):
         return decode(_EVENT_BODY_DECODER, sealer.open(body, _event_label(event.epoch, event.sequence)))
-    if body is not None and body.deltas:
+    if body is not None and (body.deltas or body.result is not None):
         sealer.check_plain()
     return body
 

@@ -78,13 +78,21 @@ class AdapterCard(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
+class EncoderCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Of a model that reads whole texts: what its tasks' answers are made of."""
+
+    labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
+    embedding_dimensions: int = 0  # 0: it embeds nothing
+    # The greatest number of tokens of a text, special tokens included, is the card's context_tokens.
+
+
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """What a gateway must know of one model revision. Only grows, with defaults."""
 
     name: str
     revision: str  # digest of weights, tokenizer and configuration
     shard: str
-    tasks: tuple[str, ...] = ("generate",)
+    tasks: tuple[str, ...] = ("generate",)  # of common.tasks.TaskName; a later version may name others
     family: str = ""  # "llama"
     num_parameters: int = 0
     dtype: str = ""  # of weights and computation: "bfloat16"
@@ -106,6 +114,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_files: dict[str, str] = {}  # file name -> SHA-256 in hex
     adapters: tuple[AdapterCard, ...] = ()  # by name; changes while workers run, and all of them serve the same
     structured_output: bool = False  # its workers constrain outputs; earlier ones would read over it
+    encoder: EncoderCard | None = None  # of a model whose tasks are those of encoders
 
 
 _CARD_DECODER: Final = msgspec.msgpack.Decoder(ModelCard)

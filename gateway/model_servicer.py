@@ -14,6 +14,7 @@ from gateway import validation as check
 from gateway.catalog import Catalog, default_config
 from gateway.identity.caller import current_caller
 from gateway.rights import check_model
+from gateway.sources import languages_of
 from torchrelay.v1 import model_pb2 as pb
 from torchrelay.v1 import model_pb2_grpc as pb_grpc
 
@@ -21,7 +22,11 @@ DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000
 _MAX_DETOKENIZE_IDS: Final = 1 << 17
 
-_TASKS: Final = {"generate": pb.TASK_GENERATE}
+_TASKS: Final = {
+    "generate": pb.TASK_GENERATE,
+    "translate": pb.TASK_TRANSLATE,
+    "summarize": pb.TASK_SUMMARIZE,
+}
 _STATES: Final = {ModelState.READY: pb.MODEL_STATE_READY, ModelState.COLD: pb.MODEL_STATE_COLD}
 
 
@@ -69,7 +74,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
                 "token ids are tokenized already", reason="FIELD_INVALID", field="input.token_ids"
             )
         encoded = await model.encode(request.input, caller.tenant)
-        return pb.TokenizeResponse(token_ids=encoded.token_ids)
+        return pb.TokenizeResponse(token_ids=encoded.source_token_ids or encoded.token_ids)
 
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -115,6 +120,8 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
             ],
             tool_format=card.tool_format,
             reasoning_format=card.reasoning_format,
+            languages=languages_of(card.seq2seq),
+            max_source_tokens=0 if card.seq2seq is None else card.seq2seq.max_source_tokens,
         )
 
 

@@ -111,6 +111,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         tool_format=settings.tool_format,
         reasoning_format=settings.reasoning_format,
         structured_output=grammars is not None,
+        tasks=settings.tasks,
     )
     folder = store = None
     if settings.adapters_dir:

@@ -70,6 +70,7 @@ def register_model(*, as_json: bool, adapters: Sequence[str] = ()) -> int:
             tool_format=settings.tool_format,
             reasoning_format=settings.reasoning_format,
             structured_output=grammars is not None,
+            tasks=settings.tasks,
         )
         limits = AdapterLimits(settings.max_adapter_rank, settings.adapter_bytes)
         if settings.adapters_dir:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
@@ -13,6 +13,7 @@ from common import keys
 from common.chat_formats import detect_reasoning_format, detect_tool_format
 from common.registry import (
     MAX_FILE_BYTES,
+    SOURCE_TOKENIZER_FILE,
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
@@ -20,6 +21,7 @@ from common.registry import (
     ModelCard,
 )
 from worker.engine.model_files import ModelError
+from worker.seq2seq import choose_tasks, read_seq2seq
 
 if TYPE_CHECKING:
     from worker.engine.model import LoadedModel
@@ -47,13 +49,15 @@ def make_card(
     tool_format: str = "auto",
     reasoning_format: str = "auto",
     structured_output: bool = False,
+    tasks: str = "",
 ) -> Publication:
     """Return what to publish of `loaded` under `name`.
 
     `context_tokens` is the engine's limit on one sequence, `kv_tokens` the room of its KV cache; the card's context is
     the least of both and of what the model takes. `max_sequences` is how many it decodes together. The formats are
-    names of `common.chat_formats`, "auto" what the chat template tells, "none" none. Raises ModelError for a name or a
-    file that nobody could use.
+    names of `common.chat_formats`, "auto" what the chat template tells, "none" none. `tasks` are those of an
+    encoder-decoder model, between commas; empty: what its files tell. Raises ModelError for a name or a file that
+    nobody could use.
     """
     if not _NAME.fullmatch(name) or len(name) > _MAX_NAME_LENGTH:
         raise ModelError(
@@ -63,6 +67,11 @@ def make_card(
     context_tokens = min(loaded.context_length, kv_tokens, context_tokens)
     if context_tokens < 2:
         raise ModelError(f"{name} could hold {context_tokens} tokens; prompt and answer need 2: enlarge the KV cache")
+    both = None
+    if loaded.config.is_encoder_decoder:
+        both = read_seq2seq(loaded, kv_tokens=kv_tokens, block_tokens=block_tokens)
+    elif tasks:
+        raise ModelError(f"{name} is no encoder-decoder model, and only of one tasks can be set")
     files = _files(loaded)
     for file, content in files.items():
         if len(content) > MAX_FILE_BYTES:
@@ -72,7 +81,7 @@ def make_card(
         name=name,
         revision=loaded.revision,
         shard=keys.shard_name(name, loaded.revision),
-        tasks=("generate",),
+        tasks=("generate",) if both is None else choose_tasks(tasks, both.tasks),
         family=loaded.family,
         num_parameters=loaded.num_parameters,
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -84,7 +93,7 @@ def make_card(
         max_output_tokens=max_output_tokens,
         eos_token_ids=loaded.eos_token_ids,
         bos_token_id=_bos_token_id(loaded),
-        defaults=_defaults(loaded, max_output_tokens),
+        defaults=_defaults(loaded.generation_defaults if both is None else both.defaults, max_output_tokens),
         has_chat_template=TEMPLATE_FILE in files,
         tool_format=_format(tool_format, loaded, detect_tool_format),
         reasoning_format=_format(reasoning_format, loaded, detect_reasoning_format),
@@ -93,6 +102,7 @@ def make_card(
         max_sequences=max_sequences,
         tokenizer_files={file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
         structured_output=structured_output,
+        seq2seq=None if both is None else both.card,
     )
     return Publication(card, files)
 
@@ -103,6 +113,8 @@ def _files(loaded: LoadedModel) -> dict[str, bytes]:
         TOKENIZER_FILE: text.tokenizer_json,
         SPECIAL_TOKENS_FILE: msgspec.json.encode(dict(text.special_tokens), order="sorted"),
     }
+    if text.source_tokenizer_json is not None:
+        files[SOURCE_TOKENIZER_FILE] = text.source_tokenizer_json
     if text.chat_template is not None:
         files[TEMPLATE_FILE] = text.chat_template.encode()
     return files
@@ -121,9 +133,9 @@ def _bos_token_id(loaded: LoadedModel) -> int | None:
     return None if token is None else loaded.text.tokenizer.token_to_id(token)
 
 
-def _defaults(loaded: LoadedModel, max_output_tokens: int) -> GenerationDefaults:
+def _defaults(own: Mapping[str, Any], max_output_tokens: int) -> GenerationDefaults:
     """The model's own defaults; a default for max_tokens beyond what fits would make every plain request fail."""
-    defaults = msgspec.convert(dict(loaded.generation_defaults), GenerationDefaults)
+    defaults = msgspec.convert(dict(own), GenerationDefaults)
     if defaults.max_tokens is not None and defaults.max_tokens > max_output_tokens:
         defaults = msgspec.structs.replace(defaults, max_tokens=max_output_tokens)
     return defaults

@@ -43,6 +43,11 @@ _NUMBERS: Final[Mapping[str, tuple[str, type, float, float]]] = {
     "num_beams": ("num_beams", int, 1, MAX_BEAMS),
     "length_penalty": ("length_penalty", float, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY),
 }
+# A token that is forced, and the lists that would forbid it in its place.
+_NOT_AMONG: Final[Mapping[str, tuple[str, ...]]] = {
+    "forced_eos_token_id": ("suppress_tokens",),
+    "forced_bos_token_id": ("suppress_tokens", "begin_suppress_tokens"),
+}
 
 
 def read_defaults(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -68,9 +73,11 @@ def read_defaults(generation: Mapping[str, Any], vocab_size: int) -> dict[str, A
             _log.warning("model.default_ignored", field=name, value=repr(value)[:200])
         else:
             defaults[name] = found
-    if defaults.get("forced_eos_token_id") in defaults.get("suppress_tokens", ()):
-        _log.warning("model.default_ignored", field="forced_eos_token_id", value="among suppress_tokens")
-        del defaults["forced_eos_token_id"]
+    for name, lists in _NOT_AMONG.items():
+        for suppressed in lists:
+            if name in defaults and defaults[name] in defaults.get(suppressed, ()):
+                _log.warning("model.default_ignored", field=name, value=f"among {suppressed}")
+                del defaults[name]
     if generation.get("do_sample"):
         defaults.setdefault("temperature", 1.0)
         if defaults.pop("num_beams", 1) > 1:  # beams that are sampled are not served
@@ -138,5 +145,6 @@ _OTHERS: Final[Mapping[str, Callable[[Any, int], Any]]] = {
     "begin_suppress_tokens": _ids,
     "exponential_decay_length_penalty": _decay,
     "forced_eos_token_id": _id,
+    "forced_bos_token_id": _id,
     "early_stopping": _early_stopping,
 }

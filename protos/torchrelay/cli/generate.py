@@ -262,6 +262,7 @@ def generate(
     begin_suppress_token: choice.BeginSuppressTokenOption = None,
     exponential_decay: choice.ExponentialDecayOption = None,
     forced_eos_token_id: choice.ForcedEosOption = None,
+    forced_bos_token_id: choice.ForcedBosOption = None,
     encoder_repetition_penalty: choice.EncoderRepetitionPenaltyOption = None,
     encoder_no_repeat_ngram_size: choice.EncoderNGramOption = None,
     top_logprobs: Annotated[
@@ -330,6 +331,7 @@ def generate(
         begin_suppress_tokens=begin_suppress_token,
         exponential_decay_length_penalty=choice.decay_of(exponential_decay),
         forced_eos_token_id=forced_eos_token_id,
+        forced_bos_token_id=forced_bos_token_id,
         encoder_repetition_penalty=encoder_repetition_penalty,
         encoder_no_repeat_ngram_size=encoder_no_repeat_ngram_size,
         top_logprobs=top_logprobs,

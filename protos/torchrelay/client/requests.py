@@ -66,6 +66,7 @@ class GenerationOptions(TypedDict, total=False):
     begin_suppress_tokens: Sequence[int]
     exponential_decay_length_penalty: tuple[int, float]  # start and factor
     forced_eos_token_id: int
+    forced_bos_token_id: int
     encoder_repetition_penalty: float
     encoder_no_repeat_ngram_size: int
     include_stop: bool

@@ -1,0 +1,271 @@
+"""What a model's files say of how an encoder-decoder model is asked: its tasks, its languages, its layout of a text.
+
+Families are transformers' (`config.model_type`); where a family has several tokenizers, the tokenizer's class and its
+tokens tell them apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from tokenizers import Tokenizer
+
+from common.registry import LanguagePlace, Seq2SeqCard
+from common.tasks import TaskName
+from worker.engine.generation_defaults import read_defaults
+from worker.engine.model_files import ModelError, read_json
+
+if TYPE_CHECKING:
+    from worker.engine.model import LoadedModel
+
+_USUAL_POSITIONS: Final = 512  # of a model that does not say
+_PAIR: Final = re.compile(r"translation_(\w+?)_to_(\w+)")
+# How tokens of languages are written, with the code that requests use.
+_MARIAN_MARK: Final = re.compile(r">>(.+)<<")
+_M2M100_MARK: Final = re.compile(r"__([a-z]{2,3})__")
+_NLLB_MARK: Final = re.compile(r"([a-z]{3}_[A-Z][a-z]{3})")
+_MBART_MARK: Final = re.compile(r"([a-z]{2}_[A-Z]{2})")
+
+
+class Seq2Seq(NamedTuple):
+    """An encoder-decoder model as its gateway sees it."""
+
+    card: Seq2SeqCard
+    tasks: tuple[TaskName, ...]
+    defaults: Mapping[str, Any]  # by the names of GenerationDefaults' fields
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What is read of a model's directory."""
+
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]  # what holds where a request sets nothing
+    settings: Mapping[str, Any]  # of the tokenizer
+    tokenizer: Tokenizer
+    special: Mapping[str, str]
+
+    def token_id(self, name: str, *usual: str) -> int:
+        """The id of a special token, by its name in configurations, such as eos_token. Raises ModelError."""
+        value = self.config.get(f"{name}_id")
+        for text in (self.special.get(name), *usual):
+            found = None if text is None else self.tokenizer.token_to_id(text)
+            if found is not None:
+                return int(found)
+        if type(value) is int:
+            return value
+        raise ModelError(f"the tokenizer has no {name}, which stands in every text that the model reads")
+
+    def languages(self, mark: re.Pattern[str]) -> dict[str, int]:
+        """The tokens that name a language, by its code; those of the vocabulary itself only where none was added."""
+        added = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items()}
+        for tokens in (added, self.tokenizer.get_vocab()):
+            found = {match.group(1): i for text, i in tokens.items() if (match := mark.fullmatch(text))}
+            if found:
+                return dict(sorted(found.items()))
+        return {}
+
+    def code_of(self, setting: str) -> str:
+        value = self.settings.get(setting)
+        return value if isinstance(value, str) else ""
+
+
+def read_seq2seq(loaded: LoadedModel, *, kv_tokens: int, block_tokens: int) -> Seq2Seq:
+    """Return what to publish of an encoder-decoder model; `kv_tokens` are its cache's slots. Raises ModelError."""
+    folder, config = loaded.folder, loaded.config
+    text = loaded.text
+    generation = _generation(folder, config.to_dict())
+    files = _Files(
+        {**config.to_dict(), **read_json(folder / "config.json")},
+        generation,
+        read_json(folder / "tokenizer_config.json"),
+        text.tokenizer,
+        text.special_tokens,
+    )
+    start = _decoder_start(files)
+    room = (kv_tokens // block_tokens - 1) * block_tokens  # a block at least is the decoder's
+    longest = min(_positions(files.config), room)
+    if longest < 1:
+        raise ModelError(f"a KV cache of {kv_tokens} slots has no room for a source and an output: enlarge it")
+    make = _FAMILIES.get(loaded.family)
+    if make is None:
+        raise ModelError(f"{loaded.source}: {loaded.family} is no encoder-decoder family that is served")
+    card, tasks = make(files, longest, start)
+    if text.source_tokenizer_json is not None:
+        shared = not files.settings.get("separate_vocabs")
+        card = _replace(card, unk_token_id=files.token_id("unk_token", "<unk>"), names_unknown=shared)
+    return Seq2Seq(card, tasks, _defaults(files, loaded.vocab_size, start))
+
+
+def choose_tasks(wanted: str, own: Sequence[TaskName]) -> tuple[TaskName, ...]:
+    """Return the tasks of an encoder-decoder model: `wanted`, names between commas, or where that is empty its own.
+
+    Raises ModelError for another task.
+    """
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if not names:
+        return tuple(own)
+    for name in names:
+        if name not in _POSSIBLE:
+            raise ModelError(f"{name!r} is no task of an encoder-decoder model; it takes {', '.join(_POSSIBLE)}")
+    return tuple(task for task in _POSSIBLE if task in names)
+
+
+_POSSIBLE: Final = (TaskName.GENERATE, TaskName.TRANSLATE, TaskName.SUMMARIZE)
+_TRANSLATOR: Final = (TaskName.GENERATE, TaskName.TRANSLATE)
+
+
+def _generation(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """generation_config.json, or of older directories what config.json says, as transformers does."""
+    found = read_json(folder / "generation_config.json")
+    return found or {**config, **read_json(folder / "config.json")}
+
+
+def _decoder_start(files: _Files) -> tuple[int, ...]:
+    """As `generate` begins: decoder_start_token_id, else the beginning-of-sequence token."""
+    for values in (files.generation, files.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            value = values.get(name)
+            if type(value) is int:
+                return (value,)
+    raise ModelError("neither generation_config.json nor config.json says what the decoder starts with")
+
+
+def _positions(config: Mapping[str, Any]) -> int:
+    for name in ("max_position_embeddings", "n_positions"):
+        value = config.get(name)
+        if type(value) is int and value > 0:
+            return value
+    return _USUAL_POSITIONS
+
+
+def _defaults(files: _Files, vocab_size: int, start: tuple[int, ...]) -> dict[str, Any]:
+    """The model's own defaults. max_length, which counts what the decoder starts with, bounds its outputs too."""
+    defaults = read_defaults(files.generation, vocab_size)
+    most = files.generation.get("max_length")
+    if "max_tokens" not in defaults and type(most) is int and most > len(start):
+        defaults["max_tokens"] = most - len(start)
+    return defaults
+
+
+def _replace(card: Seq2SeqCard, **changes: Any) -> Seq2SeqCard:
+    import msgspec
+
+    return msgspec.structs.replace(card, **changes)
+
+
+def _t5(files: _Files, longest: int, start: tuple[int, ...]) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
+    """T5 is told by words. Which ones, and so which tasks, its task_specific_params say.
+
+    Without them it can do neither: the first weights that were trained on no task (v1.1, mT5) come so, and a
+    fine-tune takes its own words, in plain text.
+    """
+    pairs = []
+    for name, prefix in _prefixes(files.config).items():
+        match = _PAIR.fullmatch(name)
+        if match:
+            pairs.append((match.group(1), match.group(2), prefix))
+    card = Seq2SeqCard(
+        max_source_tokens=longest,
+        decoder_start_token_ids=start,
+        after=(files.token_id("eos_token", "</s>"),),
+        pair_prefixes=tuple(sorted(pairs)),
+        summary_prefix=_summary_prefix(files.config),
+    )
+    tasks = [TaskName.GENERATE]
+    if pairs:
+        tasks.append(TaskName.TRANSLATE)
+    if "summarization" in _prefixes(files.config):
+        tasks.append(TaskName.SUMMARIZE)
+    return card, tuple(tasks)
+
+
+def _prefixes(config: Mapping[str, Any]) -> dict[str, str]:
+    """What stands before a text, by task, of those that config.json describes."""
+    params = config.get("task_specific_params")
+    found = {}
+    for name, values in params.items() if isinstance(params, dict) else ():
+        if isinstance(values, dict) and isinstance(values.get("prefix", ""), str):
+            found[name] = values.get("prefix", "")
+    return found
+
+
+def _summary_prefix(config: Mapping[str, Any]) -> str:
+    own = config.get("prefix")
+    return _prefixes(config).get("summarization") or (own if isinstance(own, str) else "")
+
+
+def _bart(files: _Files, longest: int, start: tuple[int, ...]) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
+    """BART summarizes; its makers published it for that, without words that ask for it."""
+    card = Seq2SeqCard(
+        max_source_tokens=longest,
+        decoder_start_token_ids=start,
+        before=(files.token_id("bos_token", "<s>"),),
+        after=(files.token_id("eos_token", "</s>"),),
+        summary_prefix=_summary_prefix(files.config),
+    )
+    return card, (TaskName.GENERATE, TaskName.SUMMARIZE)
+
+
+def _marian(files: _Files, longest: int, start: tuple[int, ...]) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
+    """One pair of languages; or several targets, each with a token that begins the source."""
+    languages = files.languages(_MARIAN_MARK)
+    card = Seq2SeqCard(
+        max_source_tokens=longest,
+        decoder_start_token_ids=start,
+        after=(files.token_id("eos_token", "</s>"),),
+        target_place=LanguagePlace.SOURCE_START if languages else LanguagePlace.NONE,
+        languages=languages,
+        default_source=files.code_of("source_lang"),
+        default_target="" if languages else files.code_of("target_lang"),
+    )
+    return card, _TRANSLATOR
+
+
+def _mbart(files: _Files, longest: int, start: tuple[int, ...]) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
+    """Both of its kinds have the family's name; the languages that only the later one has tell them apart."""
+    languages = files.languages(_MBART_MARK)
+    named = str(files.settings.get("tokenizer_class") or "").removesuffix("Fast")
+    is_later = named == "MBart50Tokenizer" or (named != "MBartTokenizer" and "af_ZA" in languages)
+    source = LanguagePlace.SOURCE_START if is_later else LanguagePlace.SOURCE_END
+    target = LanguagePlace.FIRST_TOKEN if is_later else LanguagePlace.DECODER_START
+    return _by_tokens(files, longest, start, languages, source, target), _TRANSLATOR
+
+
+def _m2m100(files: _Files, longest: int, start: tuple[int, ...]) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
+    """M2M100, and NLLB, whose codes are others and whose first tokenizers had the source language behind the text."""
+    languages = files.languages(_M2M100_MARK) or files.languages(_NLLB_MARK)
+    source = LanguagePlace.SOURCE_END if files.settings.get("legacy_behaviour") else LanguagePlace.SOURCE_START
+    return _by_tokens(files, longest, start, languages, source, LanguagePlace.FIRST_TOKEN), _TRANSLATOR
+
+
+def _by_tokens(
+    files: _Files,
+    longest: int,
+    start: tuple[int, ...],
+    languages: Mapping[str, int],
+    source: LanguagePlace,
+    target: LanguagePlace,
+) -> Seq2SeqCard:
+    if not languages:
+        raise ModelError("the tokenizer has no tokens of languages, by which the model is told what to translate to")
+    forced = files.generation.get("forced_bos_token_id")
+    usual = next((code for code, token_id in languages.items() if token_id == forced), "")
+    defaults = [code if code in languages else "" for code in (files.code_of("src_lang"), files.code_of("tgt_lang"))]
+    return Seq2SeqCard(
+        max_source_tokens=longest,
+        decoder_start_token_ids=start,
+        after=(files.token_id("eos_token", "</s>"),),
+        source_place=source,
+        target_place=target,
+        languages=dict(languages),
+        default_source=defaults[0],
+        default_target=defaults[1] or usual,
+    )
+
+
+_FAMILIES: Final = {"t5": _t5, "bart": _bart, "marian": _marian, "mbart": _mbart, "m2m_100": _m2m100}

@@ -87,10 +87,8 @@ class ServedModel:
             raise InvalidRequest(f"one of {kinds} is required", reason="FIELD_REQUIRED", field="input")
         if self.sources is not None:
             return await self._encode_source(self.sources, source, tenant)
-        if kind == "translation":
-            raise not_served(self.card, TaskName.TRANSLATE)
-        if kind == "summarization":
-            raise not_served(self.card, TaskName.SUMMARIZE)
+        if kind in ("translation", "summarization"):
+            raise not_served(self.card)
         if kind == "token_ids":
             ids = source.token_ids.ids[:]  # a list, in half the time that list() takes
             if not ids:
@@ -115,9 +113,8 @@ class ServedModel:
         kind = source.WhichOneof("input")
         if kind == "chat":
             raise _no_chat_template()
-        if kind in ("text", "token_ids"):
-            check_task(self.card, TaskName.GENERATE)
         if kind == "token_ids":
+            check_task(self.card, TaskName.GENERATE)
             ids = source.token_ids.ids[:]
             if not ids:
                 raise InvalidRequest("must not be empty", reason="FIELD_REQUIRED", field="input.token_ids.ids")

@@ -1,4 +1,4 @@
-"""What a model is asked for must be one of the tasks that its card names."""
+"""What a model can be asked for. Pure."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from common.tasks import TaskName
 
 
 def check_task(card: ModelCard, task: TaskName) -> None:
-    """Raise FailedPrecondition for a task that a model does not serve; its metadata names those that it does."""
-    if task.value not in card.tasks:
-        raise not_served(card, task)
+    """Raise FailedPrecondition for a task that the model does not serve; it names those that it does."""
+    if task not in card.tasks:
+        raise not_served(card)
 
 
-def not_served(card: ModelCard, task: TaskName) -> FailedPrecondition:
-    """Return the refusal."""
+def not_served(card: ModelCard) -> FailedPrecondition:
+    """Return the refusal of a task that the model does not serve."""
     return FailedPrecondition(
-        f"the model does not serve the task {task.value}; it serves: {', '.join(card.tasks)}",
-        reason="TASK_NOT_SERVED",
-        metadata={"tasks": ",".join(card.tasks)},
+        "the model does not serve this task", reason="TASK_NOT_SERVED", metadata={"tasks": ",".join(card.tasks)}
     )

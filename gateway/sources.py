@@ -66,6 +66,7 @@ class SourceEncoder:
 
         Raises InvalidRequest, and FailedPrecondition for a task that the model does not serve.
         """
+        check_task(self._card, task_of(source))
         layout = self._layout(source)
         if not layout.text:
             raise InvalidRequest("must not be empty", reason="FIELD_REQUIRED", field=layout.path)
@@ -107,7 +108,6 @@ class SourceEncoder:
         if kind == "text":
             return _Layout("input.text", source.text, decoder=self._own.decoder_start_token_ids)
         if kind == "summarization":
-            check_task(self._card, TaskName.SUMMARIZE)
             _check_truncation(source.summarization.truncation, "input.summarization.truncation")
             return _Layout(
                 "input.summarization.text",
@@ -119,7 +119,6 @@ class SourceEncoder:
                 truncation=source.summarization.truncation,
             )
         assert kind == "translation"
-        check_task(self._card, TaskName.TRANSLATE)
         return self._translation(source.translation)
 
     def _translation(self, wanted: pb.TranslationInput) -> _Layout:
@@ -204,6 +203,14 @@ class SourceEncoder:
                 limit=self._own.max_source_tokens,
                 got=num_tokens,
             )
+
+
+def task_of(source: pb.GenerationInput) -> TaskName:
+    """Return the task that an input asks for."""
+    kind = source.WhichOneof("input")
+    if kind == "translation":
+        return TaskName.TRANSLATE
+    return TaskName.SUMMARIZE if kind == "summarization" else TaskName.GENERATE
 
 
 def check_config(config: pb.GenerationConfig, num_source_tokens: int, caps: Caps) -> None:

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from gateway.chat_template import ChatTemplate, Shield
 from gateway.conversation import Conversation
@@ -80,6 +80,15 @@ class TextCodec:
         """Return the id of a piece, None for one that is not in the vocabulary, or a control token."""
         token_id = self._with_control.token_to_id(piece)
         return None if token_id in self._control_ids else token_id
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What texts are encoded with. Its settings are everybody's: not to be changed."""
+        return self._plain
+
+    def encode_pair(self, text: str, pair: str | None = None) -> Encoding:
+        """Return a text or a pair of texts as `encode_text` does, with all that the tokenizer knows of it."""
+        return self._plain.encode(text, pair)
 
     def encode_words(self, words: Iterable[str]) -> list[list[int]]:
         """Return the ids of words inside of a text: of each as it is, and behind a space; each sequence once."""

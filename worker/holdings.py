@@ -108,6 +108,7 @@ class Holdings:
                 num_scored_tokens = scores.first_token_index + len(scores.logprobs)
         completion_tokens = sum(map(len, emitted))
         prompt_kv_tokens = self._round_up(len(job.body.prompt_token_ids))
+        prompt_kv_tokens += self._round_up(len(job.body.source_token_ids))
         emitted_blocks = sum(1 + len(ids) // self._block_size for ids in emitted)
         emitted_blocks += sampling.num_sequences - sampling.num_outputs
         self._num_claims += 1
@@ -142,6 +143,7 @@ class Holdings:
             deadline=now + job.remaining_ms / 1000,
             num_scored_tokens=num_scored_tokens,
             echo_text=job.body.echo_text,
+            source_token_ids=job.body.source_token_ids,
         )
 
     def drop(self, generation_id: str) -> str | None:

@@ -63,6 +63,7 @@ class GenerationRequest:
     # What sampling.adapter names, in memory; released when the request is over.
     adapter: AdapterLease | AdapterFailure | None = None
     grammar: Grammar | GrammarFailure | None = None  # of sampling.structured_output, where it was compiled beforehand
+    source_token_ids: tuple[int, ...] = ()  # what the encoder reads, where the model has one
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_default
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
+    forced_bos_token_id: int | None = None
 
 
 class AdapterCard(msgspec.Struct, frozen=True, array_like=True):

@@ -25,6 +25,8 @@ def refusal(
     where the model has no encoder.
     """
     prompt, sampling, source = request.prompt_token_ids, request.sampling, request.source_token_ids
+    if request.task is not None:
+        return "TASK_NOT_SERVED"
     if not prompt:
         return "EMPTY_PROMPT"
     if len(prompt) + min(sampling.max_tokens, 1) > max_model_len:  # one that is only scored may fill it

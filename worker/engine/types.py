@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from common.generation import ChatParsing, OutputDelta, PromptScores, SamplingParams, ToolCallDelta, Usage
+from common.tasks import Task, TaskResult
 from worker.engine.adapters.types import AdapterFailure, AdapterLease
 from worker.engine.grammar import Grammar, GrammarFailure
 
@@ -64,6 +65,7 @@ class GenerationRequest:
     adapter: AdapterLease | AdapterFailure | None = None
     grammar: Grammar | GrammarFailure | None = None  # of sampling.structured_output, where it was compiled beforehand
     source_token_ids: tuple[int, ...] = ()  # what the encoder reads, where the model has one
+    task: Task | None = None  # in the place of prompt and sampling, for an engine of encoder models
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class RequestOutput:
     error: str | None = None
     num_held_tokens: int = 0  # decoded in this step, and in no delta: those of beams
     prompt_scores: PromptScores | None = None  # they come in order, the last ones not behind the first token
+    result: TaskResult | None = None  # of a request with a task, when it ended
 
     @property
     def finished(self) -> bool:

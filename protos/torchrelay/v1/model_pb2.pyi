@@ -54,6 +54,16 @@ class _TaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Task.ValueType],
     """Not known."""
     TASK_GENERATE: _Task.ValueType  # 1
     """GenerationService."""
+    TASK_EMBED: _Task.ValueType  # 2
+    """EmbeddingService."""
+    TASK_CLASSIFY: _Task.ValueType  # 3
+    """ClassificationService.Classify."""
+    TASK_RERANK: _Task.ValueType  # 4
+    """ClassificationService.Rerank."""
+    TASK_CLASSIFY_TOKENS: _Task.ValueType  # 5
+    """ClassificationService.ClassifyTokens."""
+    TASK_ANSWER_QUESTION: _Task.ValueType  # 6
+    """ClassificationService.AnswerQuestion."""
 
 class Task(_Task, metaclass=_TaskEnumTypeWrapper):
     """What a model can do."""
@@ -62,6 +72,16 @@ TASK_UNSPECIFIED: Task.ValueType  # 0
 """Not known."""
 TASK_GENERATE: Task.ValueType  # 1
 """GenerationService."""
+TASK_EMBED: Task.ValueType  # 2
+"""EmbeddingService."""
+TASK_CLASSIFY: Task.ValueType  # 3
+"""ClassificationService.Classify."""
+TASK_RERANK: Task.ValueType  # 4
+"""ClassificationService.Rerank."""
+TASK_CLASSIFY_TOKENS: Task.ValueType  # 5
+"""ClassificationService.ClassifyTokens."""
+TASK_ANSWER_QUESTION: Task.ValueType  # 6
+"""ClassificationService.AnswerQuestion."""
 Global___Task: _TypeAlias = Task  # noqa: Y015
 
 @_typing.final
@@ -90,6 +110,8 @@ class Model(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     TOOL_FORMAT_FIELD_NUMBER: _builtins.int
     REASONING_FORMAT_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_DIMENSIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     revision: _builtins.str
@@ -97,7 +119,9 @@ class Model(_message.Message):
     state: Global___ModelState.ValueType
     """Whether a worker serves it now."""
     context_length: _builtins.int
-    """Most tokens of prompt and output together."""
+    """Most tokens of prompt and output together; of a model that generates nothing, of one text with what is put around
+    it.
+    """
     vocab_size: _builtins.int
     """Token ids are below this."""
     has_chat_template: _builtins.bool
@@ -126,6 +150,8 @@ class Model(_message.Message):
     """
     reasoning_format: _builtins.str
     """How it marks its reasoning, such as think; empty if it does not."""
+    embedding_dimensions: _builtins.int
+    """How many numbers its vectors have; 0 if it makes none."""
     @_builtins.property
     def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
         """What it can do."""
@@ -141,6 +167,10 @@ class Model(_message.Message):
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
         """The adapters that its workers serve now, by name. Whoever may use the model may use them."""
+
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The labels of a classifier, in the order of its logits."""
 
     def __init__(
         self,
@@ -165,10 +195,12 @@ class Model(_message.Message):
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
         tool_format: _builtins.str = ...,
         reasoning_format: _builtins.str = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        embedding_dimensions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_config", b"default_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "attention_backend", b"attention_backend", "context_length", b"context_length", "default_config", b"default_config", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "name", b"name", "num_parameters", b"num_parameters", "num_queued", b"num_queued", "num_workers", b"num_workers", "reasoning_format", b"reasoning_format", "revision", b"revision", "state", b"state", "tasks", b"tasks", "tool_format", b"tool_format", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "weight_format", b"weight_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "attention_backend", b"attention_backend", "context_length", b"context_length", "default_config", b"default_config", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "labels", b"labels", "name", b"name", "num_parameters", b"num_parameters", "num_queued", b"num_queued", "num_workers", b"num_workers", "reasoning_format", b"reasoning_format", "revision", b"revision", "state", b"state", "tasks", b"tasks", "tool_format", b"tool_format", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "weight_format", b"weight_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

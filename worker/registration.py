@@ -19,7 +19,9 @@ from common.registry import (
     TOKENIZER_FILE,
     GenerationDefaults,
     ModelCard,
+    Seq2SeqCard,
 )
+from common.tasks import TaskName
 from worker.engine.model_files import ModelError, TextFiles
 from worker.seq2seq import choose_tasks, read_seq2seq
 
@@ -50,31 +52,40 @@ def make_card(
     reasoning_format: str = "auto",
     structured_output: bool = False,
     tasks: str = "",
+    max_source_tokens: int | None = None,
 ) -> Publication:
     """Return what to publish of `loaded` under `name`.
 
     `context_tokens` is the engine's limit on one sequence, `kv_tokens` the room of its KV cache; the card's context is
     the least of both and of what the model takes. `max_sequences` is how many it decodes together. The formats are
     names of `common.chat_formats`, "auto" what the chat template tells, "none" none. `tasks` are those of an
-    encoder-decoder model, between commas; empty: what its files tell. Raises ModelError for a name or a file that
+    encoder-decoder model, between commas; empty: what its files tell. `max_source_tokens` is the engine's limit on what
+    an encoder reads; None: the model's. Raises ModelError for a name or a file that
     nobody could use.
     """
     check_name(name)
     context_tokens = min(loaded.context_length, kv_tokens, context_tokens)
     if context_tokens < 2:
         raise ModelError(f"{name} could hold {context_tokens} tokens; prompt and answer need 2: enlarge the KV cache")
-    both = None
-    if loaded.config.is_encoder_decoder:
-        both = read_seq2seq(loaded, kv_tokens=kv_tokens, block_tokens=block_tokens)
+    seq2seq: Seq2SeqCard | None = None
+    names: tuple[TaskName, ...] = (TaskName.GENERATE,)
+    defaults = dict(loaded.generation_defaults)
+    if loaded.is_encoder_decoder:
+        room = (kv_tokens // block_tokens - 1) * block_tokens  # a block at least is the decoder's
+        longest = loaded.max_source_tokens if max_source_tokens is None else max_source_tokens
+        seq2seq, own = read_seq2seq(loaded, min(longest, room))
+        names = choose_tasks(tasks, own)
     elif tasks:
         raise ModelError(f"{name} is no encoder-decoder model, and only of one tasks can be set")
+    else:  # transformers forces it only where there is no prompt before it
+        defaults.pop("forced_bos_token_id", None)
     files = published_files(name, loaded.text)
     max_output_tokens = context_tokens - 1  # a prompt has at least one token
     card = ModelCard(
         name=name,
         revision=loaded.revision,
         shard=keys.shard_name(name, loaded.revision),
-        tasks=("generate",) if both is None else choose_tasks(tasks, both.tasks),
+        tasks=names,
         family=loaded.family,
         num_parameters=loaded.num_parameters,
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -86,7 +97,7 @@ def make_card(
         max_output_tokens=max_output_tokens,
         eos_token_ids=loaded.eos_token_ids,
         bos_token_id=_bos_token_id(loaded),
-        defaults=_defaults(loaded.generation_defaults if both is None else both.defaults, max_output_tokens),
+        defaults=_defaults(defaults, max_output_tokens),
         has_chat_template=TEMPLATE_FILE in files,
         tool_format=_format(tool_format, loaded, detect_tool_format),
         reasoning_format=_format(reasoning_format, loaded, detect_reasoning_format),
@@ -95,7 +106,7 @@ def make_card(
         max_sequences=max_sequences,
         tokenizer_files=digests_of(files),
         structured_output=structured_output,
-        seq2seq=None if both is None else both.card,
+        seq2seq=seq2seq,
     )
     return Publication(card, files)
 

@@ -9,20 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from tokenizers import Tokenizer
 
 from common.registry import LanguagePlace, Seq2SeqCard
 from common.tasks import TaskName
-from worker.engine.generation_defaults import read_defaults
 from worker.engine.model_files import ModelError, read_json
 
 if TYPE_CHECKING:
     from worker.engine.model import LoadedModel
 
-_USUAL_POSITIONS: Final = 512  # of a model that does not say
 _PAIR: Final = re.compile(r"translation_(\w+?)_to_(\w+)")
 # How tokens of languages are written, with the code that requests use.
 _MARIAN_MARK: Final = re.compile(r">>(.+)<<")
@@ -31,20 +29,12 @@ _NLLB_MARK: Final = re.compile(r"([a-z]{3}_[A-Z][a-z]{3})")
 _MBART_MARK: Final = re.compile(r"([a-z]{2}_[A-Z]{2})")
 
 
-class Seq2Seq(NamedTuple):
-    """An encoder-decoder model as its gateway sees it."""
-
-    card: Seq2SeqCard
-    tasks: tuple[TaskName, ...]
-    defaults: Mapping[str, Any]  # by the names of GenerationDefaults' fields
-
-
 @dataclass(frozen=True, slots=True)
 class _Files:
     """What is read of a model's directory."""
 
     config: Mapping[str, Any]
-    generation: Mapping[str, Any]  # what holds where a request sets nothing
+    forced_bos_token_id: int | None  # where a request sets none
     settings: Mapping[str, Any]  # of the tokenizer
     tokenizer: Tokenizer
     special: Mapping[str, str]
@@ -74,31 +64,33 @@ class _Files:
         return value if isinstance(value, str) else ""
 
 
-def read_seq2seq(loaded: LoadedModel, *, kv_tokens: int, block_tokens: int) -> Seq2Seq:
-    """Return what to publish of an encoder-decoder model; `kv_tokens` are its cache's slots. Raises ModelError."""
-    folder, config = loaded.folder, loaded.config
-    text = loaded.text
-    generation = _generation(folder, config.to_dict())
+def read_seq2seq(loaded: LoadedModel, *, kv_tokens: int, block_tokens: int) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
+    """Return an encoder-decoder model as its gateway sees it, and its tasks; it reads up to `longest` tokens.
+
+    Raises ModelError where its files do not tell how it is asked.
+    """
+    make = _FAMILIES.get(loaded.family)
+    if make is None:
+        raise ModelError(f"{loaded.source}: how texts are laid out for the family {loaded.family} is not known")
+    if loaded.decoder_start_token_id is None:
+        raise ModelError(
+            f"{loaded.source}: neither generation_config.json nor config.json says what a decoder begins with"
+        )
+    if longest < 1:
+        raise ModelError(f"{loaded.source}: the KV cache has no room for a source and an output: enlarge it")
+    text, defaults = loaded.text, loaded.generation_defaults
     files = _Files(
-        {**config.to_dict(), **read_json(folder / "config.json")},
-        generation,
-        read_json(folder / "tokenizer_config.json"),
+        {**loaded.config.to_dict(), **read_json(loaded.folder / "config.json")},
+        defaults.get("forced_bos_token_id"),
+        read_json(loaded.folder / "tokenizer_config.json"),
         text.tokenizer,
         text.special_tokens,
     )
-    start = _decoder_start(files)
-    room = (kv_tokens // block_tokens - 1) * block_tokens  # a block at least is the decoder's
-    longest = min(_positions(files.config), room)
-    if longest < 1:
-        raise ModelError(f"a KV cache of {kv_tokens} slots has no room for a source and an output: enlarge it")
-    make = _FAMILIES.get(loaded.family)
-    if make is None:
-        raise ModelError(f"{loaded.source}: {loaded.family} is no encoder-decoder family that is served")
-    card, tasks = make(files, longest, start)
+    card, tasks = make(files, longest, (loaded.decoder_start_token_id,))
     if text.source_tokenizer_json is not None:
-        shared = not files.settings.get("separate_vocabs")
-        card = _replace(card, unk_token_id=files.token_id("unk_token", "<unk>"), names_unknown=shared)
-    return Seq2Seq(card, tasks, _defaults(files, loaded.vocab_size, start))
+        unk, shared = files.token_id("unk_token", "<unk>"), not files.settings.get("separate_vocabs")
+        card = msgspec.structs.replace(card, unk_token_id=unk, names_unknown=shared)
+    return card, tasks
 
 
 def choose_tasks(wanted: str, own: Sequence[TaskName]) -> tuple[TaskName, ...]:
@@ -117,45 +109,6 @@ def choose_tasks(wanted: str, own: Sequence[TaskName]) -> tuple[TaskName, ...]:
 
 _POSSIBLE: Final = (TaskName.GENERATE, TaskName.TRANSLATE, TaskName.SUMMARIZE)
 _TRANSLATOR: Final = (TaskName.GENERATE, TaskName.TRANSLATE)
-
-
-def _generation(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """generation_config.json, or of older directories what config.json says, as transformers does."""
-    found = read_json(folder / "generation_config.json")
-    return found or {**config, **read_json(folder / "config.json")}
-
-
-def _decoder_start(files: _Files) -> tuple[int, ...]:
-    """As `generate` begins: decoder_start_token_id, else the beginning-of-sequence token."""
-    for values in (files.generation, files.config):
-        for name in ("decoder_start_token_id", "bos_token_id"):
-            value = values.get(name)
-            if type(value) is int:
-                return (value,)
-    raise ModelError("neither generation_config.json nor config.json says what the decoder starts with")
-
-
-def _positions(config: Mapping[str, Any]) -> int:
-    for name in ("max_position_embeddings", "n_positions"):
-        value = config.get(name)
-        if type(value) is int and value > 0:
-            return value
-    return _USUAL_POSITIONS
-
-
-def _defaults(files: _Files, vocab_size: int, start: tuple[int, ...]) -> dict[str, Any]:
-    """The model's own defaults. max_length, which counts what the decoder starts with, bounds its outputs too."""
-    defaults = read_defaults(files.generation, vocab_size)
-    most = files.generation.get("max_length")
-    if "max_tokens" not in defaults and type(most) is int and most > len(start):
-        defaults["max_tokens"] = most - len(start)
-    return defaults
-
-
-def _replace(card: Seq2SeqCard, **changes: Any) -> Seq2SeqCard:
-    import msgspec
-
-    return msgspec.structs.replace(card, **changes)
 
 
 def _t5(files: _Files, longest: int, start: tuple[int, ...]) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
@@ -253,8 +206,7 @@ def _by_tokens(
 ) -> Seq2SeqCard:
     if not languages:
         raise ModelError("the tokenizer has no tokens of languages, by which the model is told what to translate to")
-    forced = files.generation.get("forced_bos_token_id")
-    usual = next((code for code, token_id in languages.items() if token_id == forced), "")
+    usual = next((code for code, token_id in languages.items() if token_id == files.forced_bos_token_id), "")
     defaults = [code if code in languages else "" for code in (files.code_of("src_lang"), files.code_of("tgt_lang"))]
     return Seq2SeqCard(
         max_source_tokens=longest,

@@ -111,7 +111,8 @@ def _has_onednn() -> bool:
 
 
 def _logits(module: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = module(input_ids=tokens[None], use_cache=False).logits[0]
+    extra = {"decoder_input_ids": tokens[None]} if module.config.is_encoder_decoder else {}
+    logits: torch.Tensor = module(input_ids=tokens[None], use_cache=False, **extra).logits[0]
     return logits.float()
 
 

@@ -72,6 +72,8 @@ class CpuAttention:
 
         Raises ValueError for tensors that do not fit each other, before the cache is touched.
         """
+        if options.distance_bias is not None:
+            raise ValueError("the CPU attention kernel has no bias by distance")
         keys, values = cache.keys, cache.values
         num_tokens, num_heads, key_dim = query.shape
         num_blocks, num_kv_heads, value_dim = values.shape[0], values.shape[1], values.shape[3]

@@ -116,6 +116,8 @@ class TritonAttention:
         Raises ValueError for tensors that do not fit each other; whether slots and block tables are within the cache is
         not checked, since that would have to wait for the device.
         """
+        if options.distance_bias is not None:
+            raise ValueError("the Triton attention kernels have no bias by distance")
         _check(query, key, value, cache, batch)
         query, key, value = _rows(query), _rows(key), _rows(value)
         _store(key, value, cache, batch.slots)

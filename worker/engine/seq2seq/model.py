@@ -1,0 +1,96 @@
+"""Runs encoder-decoder models over the paged KV cache: sources once, and the decoder's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerCache, LayerShape
+from worker.engine.seq2seq import bridge
+from worker.engine.seq2seq.batch import SourceBatch, SourceRows
+from worker.engine.seq2seq.bridge import FilledCache, Step
+
+
+def layer_shapes(model: PreTrainedModel) -> dict[int, LayerShape]:
+    """Return the shapes of keys and values by layer index."""
+    return {index: layer.shape for index, layer in enumerate(bridge.decoder_layers(model))}
+
+
+class PagedSeq2Seq:
+    """Owns the caches of one model's layers: what is within and what is across lies in blocks of the same ones.
+
+    That needs keys and values of one shape, which all families have.
+    """
+
+    def __init__(self, model: PreTrainedModel, backend: AttentionBackend, caches: Mapping[int, LayerCache]) -> None:
+        """The bridge is installed in the model."""
+        self._model = model
+        self._layers = bridge.decoder_layers(model)
+        self._attention = _Attention(backend, caches)
+        shape = self._layers[0].shape
+        self._cache = FilledCache(shape, model.dtype, model.device)
+        self._no_source = torch.zeros(1, 1, model.config.d_model, dtype=model.dtype, device=model.device)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [1, num_tokens] int64
+        position_ids: torch.Tensor,  # [1, num_tokens] int64
+        logit_rows: torch.Tensor,
+        batch: AttentionBatch,
+        sources: SourceBatch,
+    ) -> torch.Tensor:
+        """Return the logits [num_logit_rows, vocab_size] of a step, and read its new sources before."""
+        for source in sources.new:
+            self._read(source)
+        self._attention.batch, self._attention.sources = batch, sources.attention
+        with bridge.running(Step(self._attention, position_ids[0], logit_rows)):
+            output = self._model(
+                encoder_outputs=(self._no_source,),  # read by nobody, see FilledCache
+                decoder_input_ids=input_ids,
+                past_key_values=self._cache,
+                use_cache=False,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _read(self, source: SourceRows) -> None:
+        """Encode a source alone, which gives the same in whatever batch, and keep its keys and values of all layers."""
+        hidden = self._model.get_encoder()(input_ids=source.token_ids).last_hidden_state[0]
+        for index, layer in enumerate(self._layers):
+            self._attention.store(index, *layer.keys_and_values(hidden), source.slots)
+
+
+class _Attention:
+    def __init__(self, backend: AttentionBackend, caches: Mapping[int, LayerCache]) -> None:
+        self._backend = backend
+        self._caches = caches
+        self.batch: AttentionBatch | None = None  # of the step in progress
+        self.sources: AttentionBatch | None = None
+
+    def within(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
+    ) -> torch.Tensor:
+        assert self.batch is not None, "no step is in progress"
+        return self._backend.attend(query, key, value, self._caches[layer], self.batch, options)
+
+    def across(self, layer: int, query: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+        assert self.sources is not None, "no step is in progress"
+        # A back-end always writes, and so it does: into the scratch block.
+        nothing = query.new_zeros(1, *query.shape[1:]).expand(query.shape)
+        return self._backend.attend(query, nothing, nothing, self._caches[layer], self.sources, options)
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write keys and values where a back-end reads them; what it attends over meanwhile is one token each."""
+        num_tokens, device = key.shape[0], key.device
+        starts = torch.arange(num_tokens + 1, dtype=torch.int32, device=device)
+        batch = AttentionBatch(
+            slots=slots,
+            block_tables=torch.zeros(num_tokens, 1, dtype=torch.int32, device=device),
+            query_starts=starts,
+            context_lens=torch.ones(num_tokens, dtype=torch.int32, device=device),
+            max_query_len=1,
+            max_context_len=1,
+        )
+        self._backend.attend(key, key, value, self._caches[layer], batch, AttentionOptions(scale=1.0))

@@ -38,6 +38,7 @@ class _Files:
     settings: Mapping[str, Any]  # of the tokenizer
     tokenizer: Tokenizer
     special: Mapping[str, str]
+    vocab_size: int  # of the model
 
     def token_id(self, name: str, *usual: str) -> int:
         """The id of a special token, by its name in configurations, such as eos_token. Raises ModelError."""
@@ -54,7 +55,8 @@ class _Files:
         """The tokens that name a language, by its code; those of the vocabulary itself only where none was added."""
         added = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items()}
         for tokens in (added, self.tokenizer.get_vocab()):
-            found = {match.group(1): i for text, i in tokens.items() if (match := mark.fullmatch(text))}
+            marked = ((mark.fullmatch(text), i) for text, i in tokens.items() if i < self.vocab_size)
+            found = {match.group(1): i for match, i in marked if match}
             if found:
                 return dict(sorted(found.items()))
         return {}
@@ -64,7 +66,7 @@ class _Files:
         return value if isinstance(value, str) else ""
 
 
-def read_seq2seq(loaded: LoadedModel, *, kv_tokens: int, block_tokens: int) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
+def read_seq2seq(loaded: LoadedModel, longest: int) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
     """Return an encoder-decoder model as its gateway sees it, and its tasks; it reads up to `longest` tokens.
 
     Raises ModelError where its files do not tell how it is asked.
@@ -85,6 +87,7 @@ def read_seq2seq(loaded: LoadedModel, *, kv_tokens: int, block_tokens: int) -> t
         read_json(loaded.folder / "tokenizer_config.json"),
         text.tokenizer,
         text.special_tokens,
+        loaded.vocab_size,
     )
     card, tasks = make(files, longest, (loaded.decoder_start_token_id,))
     if text.source_tokenizer_json is not None:
@@ -186,14 +189,14 @@ def _mbart(files: _Files, longest: int, start: tuple[int, ...]) -> tuple[Seq2Seq
     is_later = named == "MBart50Tokenizer" or (named != "MBartTokenizer" and "af_ZA" in languages)
     source = LanguagePlace.SOURCE_START if is_later else LanguagePlace.SOURCE_END
     target = LanguagePlace.FIRST_TOKEN if is_later else LanguagePlace.DECODER_START
-    return _by_tokens(files, longest, start, languages, source, target), _TRANSLATOR
+    return _by_tokens(files, longest, start, languages, source, target)
 
 
 def _m2m100(files: _Files, longest: int, start: tuple[int, ...]) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
     """M2M100, and NLLB, whose codes are others and whose first tokenizers had the source language behind the text."""
     languages = files.languages(_M2M100_MARK) or files.languages(_NLLB_MARK)
     source = LanguagePlace.SOURCE_END if files.settings.get("legacy_behaviour") else LanguagePlace.SOURCE_START
-    return _by_tokens(files, longest, start, languages, source, LanguagePlace.FIRST_TOKEN), _TRANSLATOR
+    return _by_tokens(files, longest, start, languages, source, LanguagePlace.FIRST_TOKEN)
 
 
 def _by_tokens(
@@ -203,21 +206,26 @@ def _by_tokens(
     languages: Mapping[str, int],
     source: LanguagePlace,
     target: LanguagePlace,
-) -> Seq2SeqCard:
-    if not languages:
-        raise ModelError("the tokenizer has no tokens of languages, by which the model is told what to translate to")
-    usual = next((code for code, token_id in languages.items() if token_id == files.forced_bos_token_id), "")
-    defaults = [code if code in languages else "" for code in (files.code_of("src_lang"), files.code_of("tgt_lang"))]
-    return Seq2SeqCard(
+) -> tuple[Seq2SeqCard, tuple[TaskName, ...]]:
+    """A model that is told by tokens; one whose tokenizer has none for languages only goes on from plain text."""
+    card = Seq2SeqCard(
         max_source_tokens=longest,
         decoder_start_token_ids=start,
         after=(files.token_id("eos_token", "</s>"),),
+    )
+    if not languages:
+        return card, (TaskName.GENERATE,)
+    usual = next((code for code, token_id in languages.items() if token_id == files.forced_bos_token_id), "")
+    defaults = [code if code in languages else "" for code in (files.code_of("src_lang"), files.code_of("tgt_lang"))]
+    card = msgspec.structs.replace(
+        card,
         source_place=source,
         target_place=target,
         languages=dict(languages),
         default_source=defaults[0],
         default_target=defaults[1] or usual,
     )
+    return card, _TRANSLATOR
 
 
 _FAMILIES: Final = {"t5": _t5, "bart": _bart, "marian": _marian, "mbart": _mbart, "m2m_100": _m2m100}

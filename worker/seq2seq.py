@@ -90,10 +90,9 @@ def read_seq2seq(loaded: LoadedModel, longest: int) -> tuple[Seq2SeqCard, tuple[
         loaded.vocab_size,
     )
     card, tasks = make(files, longest, (loaded.decoder_start_token_id,))
-    if text.source_tokenizer_json is not None:
-        unk, shared = files.token_id("unk_token", "<unk>"), not files.settings.get("separate_vocabs")
-        card = msgspec.structs.replace(card, unk_token_id=unk, names_unknown=shared)
-    return card, tasks
+    unk = text.tokenizer.token_to_id(text.special_tokens.get("unk_token", "<unk>"))
+    shared = text.source_tokenizer_json is not None and not files.settings.get("separate_vocabs")
+    return msgspec.structs.replace(card, unk_token_id=unk or 0, names_unknown=shared), tasks
 
 
 def choose_tasks(wanted: str, own: Sequence[TaskName]) -> tuple[TaskName, ...]:
@@ -215,7 +214,8 @@ def _by_tokens(
     )
     if not languages:
         return card, (TaskName.GENERATE,)
-    usual = next((code for code, token_id in languages.items() if token_id == files.forced_bos_token_id), "")
+    told = start[0] if target is LanguagePlace.DECODER_START else files.forced_bos_token_id
+    usual = next((code for code, token_id in languages.items() if token_id == told), "")
     defaults = [code if code in languages else "" for code in (files.code_of("src_lang"), files.code_of("tgt_lang"))]
     card = msgspec.structs.replace(
         card,

@@ -195,7 +195,7 @@ class TestTruncation:
     LIMIT = 12
 
     def cut(self, model: ServedModel) -> ServedModel:
-                assert model.card.seq2seq is not None
+        assert model.card.seq2seq is not None
         own = msgspec.structs.replace(model.card.seq2seq, max_source_tokens=self.LIMIT)
         card = msgspec.structs.replace(model.card, seq2seq=own)
         reader = model.sources._reader if model.sources else None
@@ -285,7 +285,7 @@ class TestTruncation:
 
 def _whole(model: ServedModel) -> sources.SourceEncoder:
     """One that takes any length."""
-        assert model.card.seq2seq is not None
+    assert model.card.seq2seq is not None
     assert model.sources is not None
     own = msgspec.structs.replace(model.card.seq2seq, max_source_tokens=1 << 20)
     return sources.SourceEncoder(msgspec.structs.replace(model.card, seq2seq=own), model.codec, model.sources._reader)
@@ -461,7 +461,6 @@ class TestBlocks:
     """A source is kept in blocks of its own."""
 
     def test_they_are_counted_beside_the_decoder_s(self, models: dict[str, ServedModel]) -> None:
-
         model = models["nllb"]
         sampling = SamplingParams(max_tokens=20)
         assert model.kv_tokens(1, sampling) == (32, 32)

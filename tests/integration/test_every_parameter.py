@@ -143,6 +143,9 @@ CASES: dict[str, Case] = {
         {"exponential_decay_length_penalty": (2, 10.0)},
         lambda plain, case: 3 < len(case.token_ids) < NUM_TOKENS and case.token_ids[-1] == EOS,
     ),
+    "forced_bos_token_id": Case(
+        {"forced_bos_token_id": 9}, lambda plain, case: (plain.token_ids[0] != 9, case.token_ids[0]) == (True, 9)
+    ),
     "forced_eos_token_id": Case(
         {"forced_eos_token_id": 9}, lambda plain, case: case.token_ids == [*plain.token_ids[:-1], 9]
     ),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from torchrelay.cli import beams, output
+from torchrelay.cli import beams, output, sources
 from torchrelay.cli import connection as at
 from torchrelay.cli import token_choice as choice
 from torchrelay.client import Client, GenerationOptions, GenerationStream, Prompt, RelayError, make_chat
@@ -279,6 +279,10 @@ def generate(
     length_penalty: beams.LengthPenaltyOption = None,
     early_stopping: beams.EarlyStoppingOption = None,
     renormalize_logits: beams.RenormalizeOption = None,
+    translate_to: sources.TranslateToOption = None,
+    translate_from: sources.TranslateFromOption = None,
+    summarize: sources.SummarizeOption = False,
+    truncate: sources.TruncateOption = None,
     tools: Annotated[str, typer.Option("--tools", help="What may be called: a JSON array, or a file with one.")] = "",
     tool_choice: Annotated[
         str | None, typer.Option("--tool-choice", help="auto, none, required, or a tool's name.")
@@ -344,12 +348,13 @@ def generate(
         early_stopping=beams.early_stopping_of(early_stopping),
         renormalize_logits=renormalize_logits,
     )
+    asked = sources.input_of(text, translate_to, translate_from, truncate, summarize=summarize)
     tls = at.tls_of(tls_ca, tls_cert, tls_key)
     with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
         name = choose_model(client, model)
         card = next((card for card in client.models() if card.name == name), None)
-        as_chat = not raw and card is not None and card.has_chat_template
-        prompt: Prompt = text
+        as_chat = asked is None and not raw and card is not None and card.has_chat_template
+        prompt: Prompt = text if asked is None else asked
         if as_chat:
             prompt = [{"role": "system", "content": system}] if system else []
             prompt = [*prompt, {"role": "user", "content": text}]

@@ -7,15 +7,21 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerCache, LayerShape
+from worker.engine.attention.hf import LayerProbe
+from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerCache
 from worker.engine.seq2seq import bridge
 from worker.engine.seq2seq.batch import SourceBatch, SourceRows
 from worker.engine.seq2seq.bridge import FilledCache, Step
 
 
-def layer_shapes(model: PreTrainedModel) -> dict[int, LayerShape]:
-    """Return the shapes of keys and values by layer index."""
-    return {index: layer.shape for index, layer in enumerate(bridge.decoder_layers(model))}
+def install(model: PreTrainedModel) -> dict[int, LayerProbe]:
+    """Install the bridge in a model, and return what the layers of its decoder ask of attention, by index.
+
+    Raises UnsupportedModel.
+    """
+    bridge.install(model)
+    shapes = [layer.shape for layer in bridge.decoder_layers(model)]
+    return {index: LayerProbe(shape, shape.num_kv_heads, AttentionOptions(1.0)) for index, shape in enumerate(shapes)}
 
 
 class PagedSeq2Seq:

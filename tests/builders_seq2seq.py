@@ -57,7 +57,10 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
 
 
 # Attention is to look at single tokens, or outputs would hardly depend on where they stand.
-_STD: Final = {"relative_attention_bias": 0.6, "q_proj": 0.8, "k_proj": 0.8, "v_proj": 0.15, "out_proj": 0.15}
+_STD: Final = {
+    **{"relative_attention_bias": 0.6, ".q.": 0.1, ".k.": 0.1},  # T5 does not scale scores
+    **{"q_proj": 0.3, "k_proj": 0.3, "v_proj": 0.15, "out_proj": 0.15},
+}
 
 
 def tiny_seq2seq_config(family: str, **changes: Any) -> PretrainedConfig:

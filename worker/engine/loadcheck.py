@@ -119,6 +119,8 @@ def _rope_parameters(text: PretrainedConfig) -> list[Mapping[str, Any]]:
 def probe_attention(module: PreTrainedModel) -> dict[int, LayerProbe]:
     """Make the model call our attention and return what its layers ask of it. Raises UnsupportedFamilyError."""
     try:
+        if families.has_encoder(module.config):
+            return seq2seq_model.install(module)
         hf.install(module)
         return hf.probe_layers(module, module.device)
     except torch.OutOfMemoryError:
@@ -166,13 +168,7 @@ def check_module(module: PreTrainedModel, backend: AttentionBackend, tolerance: 
     check_config(module.config)
     tolerance = TOLERANCE[module.dtype] if tolerance is None else tolerance
     if families.has_encoder(module.config):
-        try:
-            error = seq2seq_check.packed_error(module, backend)
-        except hf.UnsupportedModel as failure:
-            raise UnsupportedFamilyError(
-                f"the family {module.config.model_type} cannot be served: {failure}"
-            ) from failure
-        return _accept(module, error, tolerance)
+        return _accept(module, seq2seq_check.packed_error(module, backend), tolerance)
     expected = plain_logits(module)
     shapes = install_attention(module)
     calls: Counter[int] = Counter()

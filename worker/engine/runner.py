@@ -21,8 +21,8 @@ from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.host_memory import populate
 from worker.engine.memory import cache_bytes
 from worker.engine.scheduler import MAX_SCORED_ROWS, BlockCopy, Plan
-from worker.engine.seq2seq import bridge, families
-from worker.engine.seq2seq.model import PagedSeq2Seq, layer_shapes
+from worker.engine.seq2seq import families
+from worker.engine.seq2seq import model as seq2seq_model
 from worker.engine.settings import EngineSettings
 from worker.engine.transfer import to_device
 from worker.engine.types import OnPart, ignore_part
@@ -75,8 +75,7 @@ class ModelRunner:
         self.on_part = on_part
         self._has_encoder = families.has_encoder(model.config)
         if self._has_encoder:
-            bridge.install(model)
-            shapes = layer_shapes(model)
+            shapes = {layer: probe.shape for layer, probe in seq2seq_model.install(model).items()}
         elif decoder is None:
             hf.install(model)
             shapes = hf.probe_layer_shapes(model, self.device)
@@ -97,7 +96,7 @@ class ModelRunner:
         }
         self._caches = tuple(caches.values())
         self._attention = hf.PagedAttention(backend, caches)
-        self._seq2seq = PagedSeq2Seq(model, backend, caches) if self._has_encoder else None
+        self._seq2seq = seq2seq_model.PagedSeq2Seq(model, backend, caches) if self._has_encoder else None
         if decoder is not None:
             decoder.bind(caches)
         self.vocab_size: int = model.config.vocab_size

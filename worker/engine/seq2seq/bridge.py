@@ -176,9 +176,11 @@ def _attention_forward(
 class FilledCache(EncoderDecoderCache):
     """A cache that holds what is across already, and adds nothing to what is within."""
 
-    def __init__(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:
-        """`shape` is that of the stand-ins for keys and values, which our attention does not read."""
-        nothing = torch.zeros(1, shape.num_kv_heads, 1, shape.key_dim, dtype=dtype, device=device)
+    def __init__(self, model: PreTrainedModel) -> None:
+        """What stands in for keys and values has their shape, and our attention does not read it."""
+        shape, like = decoder_layers(model)[0].shape, {"dtype": model.dtype, "device": model.device}
+        self.source = torch.zeros(1, 1, model.config.d_model, **like)  # nor does anything read this
+        nothing = torch.zeros(1, shape.num_kv_heads, 1, shape.key_dim, **like)
         self.is_updated = _Same(True)
         self.cross_attention_cache = SimpleNamespace(layers=_Same(SimpleNamespace(keys=nothing, values=nothing)))
         self.self_attention_cache = SimpleNamespace(update=lambda key, value, layer: (key, value))

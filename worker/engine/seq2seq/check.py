@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from worker.engine.attention.interface import AttentionBackend, AttentionBatch
+from worker.engine.attention.interface import AttentionBackend, AttentionBatch, LayerShape
 from worker.engine.closeness import relative_error
-from worker.engine.seq2seq import bridge
 from worker.engine.seq2seq.batch import SourceBatch, across, source_rows
 from worker.engine.seq2seq.families import most_tokens
-from worker.engine.seq2seq.model import PagedSeq2Seq, layer_shapes
+from worker.engine.seq2seq.model import PagedSeq2Seq, install
 
 _SOURCE_LENGTHS: Final = (21, 5, 16)
 _TARGET_LENGTHS: Final = (7, 23, 18)
@@ -29,7 +28,7 @@ _FIRST_CHUNKS: Final = (3, 17, 0)  # target tokens of each in the first step; th
 def packed_error(module: PreTrainedModel, backend: AttentionBackend) -> float:
     """Return how far the logits of a packed batch are from the plain model's, as `relative_error`; NaN if any is.
 
-    Ends with the bridge installed. Raises UnsupportedModel, and whatever a class that is not as expected fails with.
+    Ends with the bridge installed.
     """
     limit = most_tokens(module.config) or 0
     sources, targets = (
@@ -41,8 +40,8 @@ def packed_error(module: PreTrainedModel, backend: AttentionBackend) -> float:
         module(input_ids=source[None], decoder_input_ids=target[None], use_cache=False).logits[0].float()
         for source, target in zip(sources, targets, strict=True)
     ]
-    bridge.install(module)
-    found = _packed(module, backend, sources, targets)
+    probes = install(module)
+    found = _packed(module, backend, sources, targets, {layer: probe.shape for layer, probe in probes.items()})
     errors = [relative_error(logits, plain, module.dtype) for logits, plain in zip(found, expected, strict=True)]
     # A NaN compares false with everything, so it is asked for.
     return math.nan if any(map(math.isnan, errors)) else max(errors)
@@ -57,7 +56,11 @@ def _tokens(module: PreTrainedModel, length: int, seed: int) -> torch.Tensor:
 
 
 def _packed(
-    module: PreTrainedModel, backend: AttentionBackend, sources: list[torch.Tensor], targets: list[torch.Tensor]
+    module: PreTrainedModel,
+    backend: AttentionBackend,
+    sources: list[torch.Tensor],
+    targets: list[torch.Tensor],
+    shapes: dict[int, LayerShape],
 ) -> list[torch.Tensor]:
     device, size = module.device, backend.block_size
     counts = [-(-len(tokens) // size) for tokens in (*sources, *targets)]
@@ -68,7 +71,7 @@ def _packed(
     source_tables, target_tables = tables[: len(sources)], tables[len(sources) :]
     caches = {
         layer: backend.allocate(shape, len(free) + 1, module.dtype, device)
-        for layer, shape in layer_shapes(module).items()
+        for layer, shape in shapes.items()
     }
     paged = PagedSeq2Seq(module, backend, caches)
     firsts = [min(first, len(target)) for first, target in zip(_FIRST_CHUNKS, targets, strict=True)]

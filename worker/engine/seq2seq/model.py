@@ -7,15 +7,55 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerCache, LayerShape
-from worker.engine.seq2seq import bridge
+from worker.engine.attention.hf import LayerProbe
+from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerCache
+from worker.engine.seq2seq import bridge, families
 from worker.engine.seq2seq.batch import SourceBatch, SourceRows
 from worker.engine.seq2seq.bridge import FilledCache, Step
 
 
-def layer_shapes(model: PreTrainedModel) -> dict[int, LayerShape]:
-    """Return the shapes of keys and values by layer index."""
-    return {index: layer.shape for index, layer in enumerate(bridge.decoder_layers(model))}
+def install(model: PreTrainedModel) -> dict[int, LayerProbe]:
+    """Install the bridge in a model, and return what the layers of its decoder ask of attention, by index.
+
+    Raises UnsupportedModel.
+    """
+    bridge.install(model)
+    shapes = [layer.shape for layer in bridge.decoder_layers(model)]
+    return {index: LayerProbe(shape, shape.num_kv_heads, AttentionOptions(1.0)) for index, shape in enumerate(shapes)}
+
+
+@torch.inference_mode()
+def compute_largest(model: PreTrainedModel, num_tokens: int, num_logit_rows: int) -> None:
+    """Read a source of the greatest usual length, then compute a step of so many tokens: all without a KV cache."""
+    device = model.device
+    source = torch.zeros(1, families.most_tokens(model.config) or 1, dtype=torch.int64, device=device)
+    model.get_encoder()(input_ids=source)
+    tokens = torch.zeros(1, num_tokens, dtype=torch.int64, device=device)
+    rows = torch.arange(num_logit_rows, device=device)
+    _decode(model, FilledCache(model), tokens, Step(_NoAttention(), tokens[0], rows))
+
+
+def _decode(model: PreTrainedModel, cache: FilledCache, input_ids: torch.Tensor, step: Step) -> torch.Tensor:
+    """Return the logits [num_logit_rows, vocab_size] of a step."""
+    with bridge.running(step):
+        output = model(
+            encoder_outputs=(cache.source,),
+            decoder_input_ids=input_ids,
+            past_key_values=cache,
+            use_cache=False,
+        )
+    logits: torch.Tensor = output.logits[0]
+    return logits
+
+
+class _NoAttention:
+    def within(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
+    ) -> torch.Tensor:
+        return torch.zeros_like(query)
+
+    def across(self, layer: int, query: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+        return torch.zeros_like(query)
 
 
 class PagedSeq2Seq:
@@ -29,9 +69,7 @@ class PagedSeq2Seq:
         self._model = model
         self._layers = bridge.decoder_layers(model)
         self._attention = _Attention(backend, caches)
-        shape = self._layers[0].shape
-        self._cache = FilledCache(shape, model.dtype, model.device)
-        self._no_source = torch.zeros(1, 1, model.config.d_model, dtype=model.dtype, device=model.device)
+        self._cache = FilledCache(model)
 
     def forward(
         self,
@@ -45,15 +83,7 @@ class PagedSeq2Seq:
         for source in sources.new:
             self._read(source)
         self._attention.batch, self._attention.sources = batch, sources.attention
-        with bridge.running(Step(self._attention, position_ids[0], logit_rows)):
-            output = self._model(
-                encoder_outputs=(self._no_source,),  # read by nobody, see FilledCache
-                decoder_input_ids=input_ids,
-                past_key_values=self._cache,
-                use_cache=False,
-            )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        return _decode(self._model, self._cache, input_ids, Step(self._attention, position_ids[0], logit_rows))
 
     def _read(self, source: SourceRows) -> None:
         """Encode a source alone, which gives the same in whatever batch, and keep its keys and values of all layers."""

@@ -122,7 +122,6 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         reasoning_format=settings.reasoning_format,
         structured_output=grammars is not None,
         tasks=settings.tasks,
-        max_source_tokens=engine.max_source_tokens,
     )
     folder = store = None
     if settings.adapters_dir:

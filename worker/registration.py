@@ -52,15 +52,13 @@ def make_card(
     reasoning_format: str = "auto",
     structured_output: bool = False,
     tasks: str = "",
-    max_source_tokens: int | None = None,
 ) -> Publication:
     """Return what to publish of `loaded` under `name`.
 
     `context_tokens` is the engine's limit on one sequence, `kv_tokens` the room of its KV cache; the card's context is
     the least of both and of what the model takes. `max_sequences` is how many it decodes together. The formats are
     names of `common.chat_formats`, "auto" what the chat template tells, "none" none. `tasks` are those of an
-    encoder-decoder model, between commas; empty: what its files tell. `max_source_tokens` is the engine's limit on what
-    an encoder reads; None: the model's. Raises ModelError for a name or a file that
+    encoder-decoder model, between commas; empty: what its files tell. Raises ModelError for a name or a file that
     nobody could use.
     """
     check_name(name)
@@ -72,8 +70,7 @@ def make_card(
     defaults = dict(loaded.generation_defaults)
     if loaded.is_encoder_decoder:
         room = (kv_tokens // block_tokens - 1) * block_tokens  # a block at least is the decoder's
-        longest = loaded.max_source_tokens if max_source_tokens is None else max_source_tokens
-        seq2seq, own = read_seq2seq(loaded, min(longest, room))
+        seq2seq, own = read_seq2seq(loaded, min(loaded.max_source_tokens, room))
         names = choose_tasks(tasks, own)
     elif tasks:
         raise ModelError(f"{name} is no encoder-decoder model, and only of one tasks can be set")

@@ -118,6 +118,7 @@ def resolve(
     resolved.ClearField("min_tokens")
     if least > 0:
         resolved.min_tokens = least
+    _settle_first_token(resolved, config, num_prompt_tokens)
     for name, lists in _FORCED.items():
         for suppressed in lists:
             _settle_forced(resolved, config, name, suppressed)
@@ -130,6 +131,19 @@ def resolve(
                 field="config.exponential_decay_length_penalty",
             )
         resolved.ClearField("exponential_decay_length_penalty")
+
+
+def _settle_first_token(resolved: pb.GenerationConfig, config: pb.GenerationConfig, num_prompt_tokens: int) -> None:
+    """A first token is forced behind one token alone, as in transformers. Raises InvalidRequest."""
+    if num_prompt_tokens == 1:
+        return
+    if config.HasField("forced_bos_token_id"):
+        raise InvalidRequest(
+            f"is taken only behind a prompt of one token, and this one has {num_prompt_tokens}",
+            reason="FIELD_CONFLICT",
+            field="config.forced_bos_token_id",
+        )
+    resolved.ClearField("forced_bos_token_id")
 
 
 def _settle_forced(resolved: pb.GenerationConfig, config: pb.GenerationConfig, name: Any, suppressed: str) -> None:

@@ -67,15 +67,12 @@ def make_card(
         raise ModelError(f"{name} could hold {context_tokens} tokens; prompt and answer need 2: enlarge the KV cache")
     seq2seq: Seq2SeqCard | None = None
     names: tuple[TaskName, ...] = (TaskName.GENERATE,)
-    defaults = dict(loaded.generation_defaults)
     if loaded.is_encoder_decoder:
         room = (kv_tokens // block_tokens - 1) * block_tokens  # a block at least is the decoder's
         seq2seq, own = read_seq2seq(loaded, min(loaded.max_source_tokens, room))
         names = choose_tasks(tasks, own)
     elif tasks:
         raise ModelError(f"{name} is no encoder-decoder model, and only of one tasks can be set")
-    else:  # transformers forces it only where there is no prompt before it
-        defaults.pop("forced_bos_token_id", None)
     files = published_files(name, loaded.text)
     max_output_tokens = context_tokens - 1  # a prompt has at least one token
     card = ModelCard(
@@ -94,7 +91,7 @@ def make_card(
         max_output_tokens=max_output_tokens,
         eos_token_ids=loaded.eos_token_ids,
         bos_token_id=_bos_token_id(loaded),
-        defaults=_defaults(defaults, max_output_tokens),
+        defaults=_defaults(loaded.generation_defaults, max_output_tokens),
         has_chat_template=TEMPLATE_FILE in files,
         tool_format=_format(tool_format, loaded, detect_tool_format),
         reasoning_format=_format(reasoning_format, loaded, detect_reasoning_format),

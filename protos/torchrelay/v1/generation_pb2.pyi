@@ -745,7 +745,10 @@ class GenerationConfig(_message.Message):
     forced_eos_token_id: _builtins.int
     """The token that comes last where an output reaches max_tokens or max_length."""
     forced_bos_token_id: _builtins.int
-    """The token that comes first. Not together with a translation whose language is told so, nor with structured_output."""
+    """The token that comes first behind a prompt of one token, as in transformers: what decoders beside an encoder begin
+    with. Refused behind a longer prompt, together with a translation whose language is told so, and with
+    structured_output.
+    """
     encoder_repetition_penalty: _builtins.float
     """Multiplies (or divides, if negative) the scores of the prompt's tokens; above 0, at most 10; 1 is off."""
     encoder_no_repeat_ngram_size: _builtins.int

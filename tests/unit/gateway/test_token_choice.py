@@ -31,9 +31,9 @@ def decay(start: int, factor: float) -> pb.ExponentialDecay:
     return pb.ExponentialDecay(start=start, factor=factor)
 
 
-def resolve(
-    config: pb.GenerationConfig, defaults: pb.GenerationConfig = OFF, *, prompt: int = 10, **limits: Any
-) -> Any:
+def resolve(config: pb.GenerationConfig, defaults: pb.GenerationConfig = OFF, *, prompt: int = 0, **limits: Any) -> Any:
+    """Without `prompt` it has ten tokens; where a first one is forced, the only number behind which it can be."""
+    prompt = prompt or (1 if "forced_bos_token_id" in f"{config}{defaults}" else 10)
     known = check.ConfigLimits(100, 50, max_outputs=4, max_stop_strings=3, **limits)
     return check.resolve_config(config, defaults, prompt, known, seed=7)
 
@@ -208,6 +208,15 @@ def test_what_the_model_forces_or_suppresses_gives_way_to_the_caller_s(forced: A
     assert getattr(found, suppressed) == [2, 3]
     kept = resolve(pb.GenerationConfig(**{suppressed: [2]}), forcing)
     assert (getattr(kept, forced), getattr(kept, suppressed)) == (3, [2])
+
+
+def test_a_first_token_is_forced_behind_one_token_alone() -> None:
+    error = refusal(pb.GenerationConfig(forced_bos_token_id=3), prompt=2)
+    assert (error.reason, error.violations[0].field) == ("FIELD_CONFLICT", "config.forced_bos_token_id")
+    assert "this one has 2" in error.message
+    assert not resolve(pb.GenerationConfig(), pb.GenerationConfig(forced_bos_token_id=3), prompt=2).HasField(
+        "forced_bos_token_id"
+    )
 
 
 def test_the_last_token_may_be_one_that_is_not_the_first() -> None:

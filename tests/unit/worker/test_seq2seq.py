@@ -114,10 +114,3 @@ def test_a_source_leaves_a_block_to_the_decoder(tmp_path: Path) -> None:
     assert found == [256, 256, 240, 32]
     with pytest.raises(ModelError, match="enlarge it"):
         publish(folder, kv_tokens=16)
-
-
-def test_a_first_token_is_no_default_of_a_model_that_goes_on_from_a_prompt(tmp_path: Path) -> None:
-    """transformers forces it only where nothing stands before it."""
-    folder = write_tiny_model(tmp_path / "llama")
-    (folder / "generation_config.json").write_text(json.dumps({"forced_bos_token_id": 5}))
-    assert publish(folder).card.defaults.forced_bos_token_id is None

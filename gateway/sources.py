@@ -5,7 +5,7 @@ The layout is the card's (`Seq2SeqCard`); it is that of the family's tokenizer c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -108,39 +108,49 @@ class SourceEncoder:
         if kind == "text":
             return _Layout("input.text", source.text, decoder=self._own.decoder_start_token_ids)
         if kind == "summarization":
-            _check_truncation(source.summarization.truncation, "input.summarization.truncation")
-            return _Layout(
-                "input.summarization.text",
-                source.summarization.text,
-                self._own.summary_prefix,
-                self._own.before,
-                self._own.after,
-                self._own.decoder_start_token_ids,
-                truncation=source.summarization.truncation,
-            )
+            return self._summary(source.summarization)
         assert kind == "translation"
         return self._translation(source.translation)
+
+    def _summary(self, wanted: pb.SummarizationInput) -> _Layout:
+        """With the model's own languages, where it has any: a summary is asked for without one."""
+        own = self._own
+        _check_truncation(wanted.truncation, "input.summarization.truncation")
+        path = "input.summarization.text"
+        places = self._places(own.default_source, own.default_target)
+        return self._laid_out(path, wanted.text, own.summary_prefix, places, wanted.truncation)
 
     def _translation(self, wanted: pb.TranslationInput) -> _Layout:
         own = self._own
         _check_truncation(wanted.truncation, "input.translation.truncation")
         source = self._language(wanted.source_language, own.default_source, "source_language", own.source_place)
         target = self._language(wanted.target_language, own.default_target, "target_language", own.target_place)
-        places: dict[LanguagePlace, tuple[int, ...]] = {}
-        if own.source_place is not LanguagePlace.NONE:
-            places[own.source_place] = (own.languages[source],)
-        if own.target_place is not LanguagePlace.NONE:
-            places[own.target_place] = (own.languages[target],)
-        forced = places.get(LanguagePlace.FIRST_TOKEN)
+        prefix, places = self._prefix(source, target), self._places(source, target)
+        return self._laid_out("input.translation.text", wanted.text, prefix, places, wanted.truncation)
+
+    def _places(self, source: str, target: str) -> dict[LanguagePlace, tuple[int, ...]]:
+        """Return where tokens of languages stand; of one that is not named, nowhere."""
+        told = ((self._own.source_place, source), (self._own.target_place, target))
+        return {place: (self._own.languages[code],) for place, code in told if code in self._own.languages}
+
+    def _laid_out(
+        self,
+        path: str,
+        text: str,
+        prefix: str,
+        places: Mapping[LanguagePlace, tuple[int, ...]],
+        truncation: pb.Truncation.ValueType,
+    ) -> _Layout:
+        own, forced = self._own, places.get(LanguagePlace.FIRST_TOKEN)
         return _Layout(
-            "input.translation.text",
-            wanted.text,
-            self._prefix(source, target),
+            path,
+            text,
+            prefix,
             (*places.get(LanguagePlace.SOURCE_START, ()), *own.before),
             (*own.after, *places.get(LanguagePlace.SOURCE_END, ())),
             places.get(LanguagePlace.DECODER_START, own.decoder_start_token_ids),
             None if forced is None else forced[0],
-            wanted.truncation,
+            truncation,
         )
 
     def _language(self, code: str, default: str, name: str, place: LanguagePlace) -> str:

@@ -248,7 +248,9 @@ Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
 class GenerationInput(_message.Message):
-    """What to generate from. Exactly one must be set."""
+    """What to generate from. Exactly one must be set. An encoder-decoder model reads it with its encoder, and only
+    Model.max_source_tokens bounds it; its output is bounded by the context of the decoder.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -258,8 +260,9 @@ class GenerationInput(_message.Message):
     TRANSLATION_FIELD_NUMBER: _builtins.int
     SUMMARIZATION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Plain text, continued as it is; special tokens written in it are plain text. The tokenizer adds the special
-    tokens that the model expects around a text, such as a beginning-of-sequence token.
+    """Plain text, continued as it is, or answered by an encoder-decoder model; special tokens written in it are plain
+    text. The tokenizer adds the special tokens that the model expects around a text, such as a beginning-of-sequence
+    token.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -300,9 +303,8 @@ Global___GenerationInput: _TypeAlias = GenerationInput  # noqa: Y015
 
 @_typing.final
 class TranslationInput(_message.Message):
-    """A text to translate, laid out as the model was trained: with the tokens of its languages, or the words that name
-    them. An encoder-decoder model reads it apart from what it writes: plain text and token ids are all that it reads
-    then, and only max_source_tokens of Model bounds them.
+    """A text to translate, laid out as the model was trained: with the tokens of its languages, or the words that ask for
+    them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -189,7 +189,7 @@ class Model(_message.Message):
     @_builtins.property
     def languages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The languages that translations may name, by the model's own codes, such as eng_Latn, en_XX or en; sorted. Empty if
-        it translates between those that it was made for without being told, or does not translate.
+        it does not translate, or translates between two languages that it does not name.
         """
 
     def __init__(

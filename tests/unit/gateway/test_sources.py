@@ -157,6 +157,20 @@ class TestLayout:
         assert found == EncodedInput([START], source_token_ids=[5, 6])
 
 
+async def test_a_summary_is_told_the_languages_that_a_fine_tune_names(tmp_path: Path) -> None:
+    languages = {"src_lang": "ro_RO", "tgt_lang": "de_DE"}
+    for kind in ("mbart", "mbart50"):
+        folder = write_translator(tmp_path / kind, kind, settings=languages)
+        model = served(publish(folder, tasks="generate,translate,summarize"))
+        assert await model.encode(summary("cab")) == await model.encode(translation("cab", "de_DE", "ro_RO"))
+
+
+def test_what_is_read_does_not_count_as_context(models: dict[str, ServedModel]) -> None:
+    assert models["t5"].max_input_tokens == 512
+    card = _card(None, "generate")
+    assert ServedModel(card, models["t5"].codec, default_config(card)).max_input_tokens == 63
+
+
 class TestControlTokens:
     """In a text they are plain text, also where a model has them among its pieces."""
 

@@ -70,9 +70,10 @@ def read_defaults(generation: Mapping[str, Any], vocab_size: int, *, num_started
             _log.warning("model.default_ignored", field=name, value=repr(value)[:200])
         else:
             defaults[name] = found
-    if defaults.get("forced_eos_token_id") in defaults.get("suppress_tokens", ()):
-        _log.warning("model.default_ignored", field="forced_eos_token_id", value="among suppress_tokens")
-        del defaults["forced_eos_token_id"]
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        if defaults.get(name) in defaults.get("suppress_tokens", ()):
+            _log.warning("model.default_ignored", field=name, value="among suppress_tokens")
+            del defaults[name]
     max_length = generation.get("max_length")
     if num_started and "max_tokens" not in defaults and type(max_length) is int:
         if num_started < max_length <= _MOST:

@@ -26,7 +26,9 @@ from worker.engine.merged import MergedPart, MergedProduct
 _log = structlog.get_logger(__name__)
 
 # Layers of one module that read one input, in the order in which forward calls them.
-_SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("gate_proj", "up_proj"), ("wi_0", "wi_1"))
+# Attention over what an encoder read: its query has another input than key and value.
+_ACROSS: Final = ("encoder_attn", "EncDecAttention")
 
 _TEST_TOKENS: Final = 24
 _ROWS_HINT: Final = 32  # rows that oneDNN is to pack for: decode batches
@@ -118,8 +120,8 @@ def _logits(module: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _merged_changes(module: nn.Module) -> Iterator[_Change]:
-    for parent in list(module.modules()):
-        for names in _SIBLINGS:
+    for path, parent in list(module.named_modules()):
+        for names in _SIBLINGS if not path.endswith(_ACROSS) else ():
             layers = [layer for name in names if _is_linear(layer := getattr(parent, name, None))]
             if len(layers) == len(names) and _mergeable(layers):
                 merged = MergedProduct(PackedLinear(layers), [_width_and_weight(layer)[0] for layer in layers])
@@ -155,7 +157,8 @@ def _norm_changes(module: nn.Module) -> Iterator[_Change]:
         for name, norm in list(parent.named_children()):
             eps = getattr(norm, "variance_epsilon", None)
             parameters = dict(norm.named_parameters())
-            if type(norm).__name__.endswith("RMSNorm") and isinstance(eps, float) and list(parameters) == ["weight"]:
+            is_rms = type(norm).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+            if is_rms and isinstance(eps, float) and list(parameters) == ["weight"]:
                 yield _Change(parent, name, norm, OneCallNorm(parameters["weight"], eps))
 
 

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 import structlog
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -127,7 +134,7 @@ def load_model(
         raise ModelError(f"{source}: transformers does not accept config.json: {error}") from error
     skeleton = _skeleton(source, config, dtype)
     if is_seq2seq and not generation:  # as transformers does: older ones have it in config.json
-        generation = _set_parameters(skeleton)
+        generation = _set_parameters(config, settings)
     if quantization is None:
         _check_size(source, skeleton, weights)
     decoder, not_compiled, weight_bytes = None, None, 0
@@ -233,9 +240,10 @@ def _check_size(source: str, skeleton: PreTrainedModel, weights: Weights) -> Non
         raise ModelError(f"{source}: config.json describes {described} parameters; the files hold {stored}")
 
 
-def _set_parameters(skeleton: PreTrainedModel) -> dict[str, Any]:
-    """What its configuration says of generation; `max_length` where that is not what transformers has for all."""
-    generation: Any = skeleton.generation_config
+def _set_parameters(config: PretrainedConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's configuration says of generation; `settings` are config.json, whose entries for it `config` loses."""
+    from_model_config: Any = GenerationConfig.from_model_config
+    generation = from_model_config({**config.to_dict(), **settings})
     return {name: value for name, value in generation.to_diff_dict().items() if value is not None}
 
 

@@ -78,13 +78,16 @@ def find_head(source: str, revision: str | None = None) -> Head | None:
     """
     folder = find_model(source, revision)
     config = model_files.check_config_file(folder)
-    if config.get("is_encoder_decoder"):
-        return None
-    if has_sentence_files(folder):
-        return Head.VECTOR
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
-    return next((head for suffix, head in _HEADS.items() if isinstance(name, str) and name.endswith(suffix)), None)
+    found = next((head for suffix, head in _HEADS.items() if isinstance(name, str) and name.endswith(suffix)), None)
+    if config.get("is_encoder_decoder"):
+        if found not in (None, Head.VECTOR):
+            raise ModelError(
+                f"{source} has a classifier behind a decoder ({name}); classifiers behind encoders are served"
+            )
+        return None
+    return Head.VECTOR if has_sentence_files(folder) else found
 
 
 def load_encoder(

@@ -6,12 +6,12 @@ text they are plain text: otherwise a user's message could close its own turn an
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
 from tokenizers import Encoding, Tokenizer
 
 from gateway.chat_template import ChatTemplate, Shield
@@ -140,7 +140,7 @@ def _without_control(content: bytes) -> bytes:
     if b'"Unigram"' not in content:
         return content
     try:
-        parts = json.loads(content)
+        parts = msgspec.json.decode(content)  # much faster than json, during which nothing else runs
         control = {token["content"] for token in parts["added_tokens"] if token["special"]}
         vocab = parts["model"]["vocab"]
         if parts["model"]["type"] != "Unigram":
@@ -152,9 +152,9 @@ def _without_control(content: bytes) -> bytes:
             for number, entry in enumerate(vocab)
         ]
         parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] not in hidden]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (msgspec.MsgspecError, KeyError, TypeError, IndexError) as error:
         raise ValueError("the tokenizer cannot be loaded") from error
-    return json.dumps(parts).encode()
+    return msgspec.json.encode(parts)
 
 
 def _tokenizer(content: bytes) -> Tokenizer:

@@ -193,7 +193,7 @@ async def test_what_cannot_be_done_is_refused(
     fields: list[str],
 ) -> None:  # fmt: skip
     with refused() as refusal:
-        await Outcome(client.stream(source, model=model, **config)).read()
+        await Outcome(client.stream(source, model=model, time_limit_s=2, **config)).read()
     assert (refusal.code, refusal.reason, refusal.fields) == (code, reason, fields)
     if reason == "TASK_NOT_SERVED":
         tasks = {"plain": "generate", "bart": "generate,summarize", "nllb": "generate,translate"}

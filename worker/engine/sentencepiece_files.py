@@ -28,8 +28,8 @@ _MAX_SENTINELS: Final = 10_000
 _MAX_IDS: Final = 1 << 22
 _BEHIND_ALL: Final = 100.0  # below the score of any way through a text that has one
 _CONTROL_TOKENS: Final = ("<s>", "<pad>", "</s>", "<unk>")
-# Inside of a word there is never a second mark of a space: such a piece is found in no text.
-_NOWHERE: Final = _SPACE * 2
+# In a word there is no second mark of a space, and no space itself: such a piece is found in no text.
+_NOWHERE: Final = f"{_SPACE * 2}unused "
 
 _M2M100: Final = (
     "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr ht hu hy "
@@ -242,7 +242,7 @@ def _renumbered(
         elif token in scores or not reads_only:
             vocab[number] = (token, scores.get(token, last))
     vocab += [(piece, score) for piece, score in scores.items() if piece not in ids]
-    return _tokenizer(folder, settings, found, vocab, special)
+    return _tokenizer(folder, settings, found, vocab, special, writes=not reads_only)
 
 
 def _vocab_size(folder: Path) -> int:
@@ -256,8 +256,13 @@ def _tokenizer(
     found: _Pieces,
     vocab: Sequence[tuple[str, float]],
     special: Sequence[str],
+    *,
+    writes: bool = True,
 ) -> Tokenizer:
-    """Segments as the file says, by a vocabulary in the order of ids. `special` are control tokens, beside its own."""
+    """Segments as the file says, by a vocabulary in the order of ids. `special` are control tokens, beside its own.
+
+    What it `writes` does not show ids that have no meaning: they are control tokens then.
+    """
     added = _added_tokens(folder, settings)
     vocab = _with_added(folder, vocab, added)
     ids = {piece: number for number, (piece, _) in enumerate(vocab)}
@@ -279,7 +284,10 @@ def _tokenizer(
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="always")
-    control = [token for token in dict.fromkeys([*found.named(_CONTROL), unknown[0], *special]) if token in ids]
+    unused = [token for token, _ in vocab if token.startswith(_NOWHERE)] if writes else []
+    control = [
+        token for token in dict.fromkeys([*found.named(_CONTROL), unknown[0], *special, *unused]) if token in ids
+    ]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     own = [piece for piece in found.named(_USER_DEFINED) if piece in ids and piece not in control]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in own])

@@ -160,6 +160,19 @@ class TestMarian:
         tokens = made.tokenizer.encode(text, add_special_tokens=False).tokens
         assert tokens == segment(dict(MARIAN_TARGET), text)
 
+    def test_ids_without_a_meaning_write_nothing(self, tmp_path: Path) -> None:
+        """A model may have more ids than its vocabulary."""
+        folder = write_original_tokenizer(tmp_path, "marian")
+        (folder / "config.json").write_text(json.dumps({"model_type": "marian", "vocab_size": 200}))
+        made, ids = read_text_files(folder), marian_ids()
+        word = next(token_id for piece, token_id in ids.items() if piece.startswith(SPACE) and len(piece) > 2)
+        alone = made.tokenizer.decode([word])
+        assert alone
+        assert made.tokenizer.decode([len(ids), word, 199]) == alone
+        source = Tokenizer.from_buffer(made.source_tokenizer_json)
+        missing = next(piece for piece, _ in MARIAN_SOURCE if piece not in ids)
+        assert source.token_to_id(missing) >= 200
+
     def test_two_vocabularies_are_kept_apart(self, tmp_path: Path) -> None:
         folder = write_settings(tmp_path, "MarianTokenizer", separate_vocabs=True)
         write_spm(folder / "source.spm", MARIAN_SOURCE)

@@ -83,5 +83,6 @@ def source_rows(token_ids: np.ndarray, blocks: np.ndarray, block_size: int, devi
     places = np.arange(len(token_ids))
     slots = (blocks[places // block_size] * block_size + places % block_size).astype(np.int32)
     return SourceRows(
-        on_device(torch.from_numpy(token_ids.astype(np.int64))[None], device), on_device(torch.from_numpy(slots), device)
+        on_device(torch.from_numpy(token_ids.astype(np.int64))[None], device),
+        on_device(torch.from_numpy(slots), device),
     )

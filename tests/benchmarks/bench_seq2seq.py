@@ -28,12 +28,18 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 from common.generation import SamplingParams
 from tests.builders_models import write_tokenizer
 from worker.assembly import assemble
-from worker.engine.loop import Engine
 from worker.engine.settings import EngineSettings
+from worker.engine.thread import StepEngine
 from worker.engine.types import GenerationRequest
 from worker.settings import WorkerSettings
 
-_IDS: Final = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+_IDS: Final = {
+    "forced_eos_token_id": None,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+}
 _START: Final = 3
 SHAPES: Final[dict[str, dict[str, Any]]] = {
     "marian": {
@@ -64,7 +70,7 @@ def make_model(family: str, folder: Path) -> PreTrainedModel:
     return module.eval()
 
 
-def ours(engine: Engine, sources: list[list[int]], params: SamplingParams, name: str) -> list[list[int]]:
+def ours(engine: StepEngine, sources: list[list[int]], params: SamplingParams, name: str) -> list[list[int]]:
     requests = [
         GenerationRequest(f"{name}-{i}", (_START,), params, source_token_ids=tuple(source))
         for i, source in enumerate(sources)

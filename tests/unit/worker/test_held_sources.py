@@ -50,7 +50,9 @@ def test_a_claimed_job_is_decoded_and_counted_by_its_source() -> None:
 
 def test_a_taken_over_job_goes_on_behind_what_was_emitted() -> None:
     emitted = tuple(greedy("mbart", 33)[:3])
-    taken: GenerationRequest = Holdings(16).add(job((LogEvent(bytes(8), 1, 1, EventBody((OutputDelta(0, 0, emitted),))),)), 0.0)
+    taken: GenerationRequest = Holdings(16).add(
+        job((LogEvent(bytes(8), 1, 1, EventBody((OutputDelta(0, 0, emitted),))),)), 0.0
+    )
     assert (taken.source_token_ids, taken.emitted) == (source(33), (emitted,))
     found = generate(make_engine("mbart"), taken, request(40))
     assert found[taken.request_id].tokens == [greedy("mbart", 33)]

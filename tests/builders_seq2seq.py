@@ -58,8 +58,13 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
 
 # Attention is to look at single tokens, or outputs would hardly depend on where they stand.
 _STD: Final = {
-    **{"relative_attention_bias": 0.6, ".q.": 0.1, ".k.": 0.1},  # T5 does not scale scores
-    **{"q_proj": 0.3, "k_proj": 0.3, "v_proj": 0.15, "out_proj": 0.15},
+    "relative_attention_bias": 0.6,
+    ".q.": 0.1,
+    ".k.": 0.1,  # T5 does not scale scores
+    "q_proj": 0.3,
+    "k_proj": 0.3,
+    "v_proj": 0.15,
+    "out_proj": 0.15,
 }
 
 
@@ -72,7 +77,9 @@ def tiny_seq2seq_config(family: str, **changes: Any) -> PretrainedConfig:
 
 
 @torch.no_grad()
-def tiny_seq2seq(family: str, *, seed: int | None = None, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def tiny_seq2seq(
+    family: str, *, seed: int | None = None, dtype: torch.dtype = torch.float32, **changes: Any
+) -> PreTrainedModel:
     """A random model whose outputs depend on the source and on every position, and end here and there."""
     torch.manual_seed(_SEEDS.get(family, 0) if seed is None else seed)
     config = tiny_seq2seq_config(family, **changes)

@@ -1,10 +1,10 @@
 """`make bench-seq2seq`: encoder-decoder requests in one batch, against transformers' batched `generate`.
 
 Models have random weights in the shape of opus-mt (Marian) or t5-small: what is timed does not depend on them. Sources
-differ in length, so transformers pads them; both decode the same number of tokens with as many threads, in turns. The
-figures are medians of the rounds: new tokens per second from the first request's arrival to the last one's end, and what
-it takes to read the sources alone. The last line is one JSON object; the exit status is 1 when an output differs in fp32
-by more than a near tie.
+differ in length, so transformers pads them; both decode the same number of tokens with as many threads, in turns.
+Figures are medians of the rounds: new tokens per second from the first request's arrival to the last one's end, and
+what it takes to read the sources alone. The last line is one JSON object; the exit status is 1 when an output differs
+in fp32 by more than a near tie.
 """
 
 from __future__ import annotations
@@ -28,18 +28,32 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 from common.generation import SamplingParams
 from tests.builders_models import write_tokenizer
 from worker.assembly import assemble
-from worker.engine.loop import Engine
 from worker.engine.settings import EngineSettings
+from worker.engine.thread import StepEngine
 from worker.engine.types import GenerationRequest
 from worker.settings import WorkerSettings
 
-_IDS: Final = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+_IDS: Final = {
+    "forced_eos_token_id": None,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+}
 _START: Final = 3
 SHAPES: Final[dict[str, dict[str, Any]]] = {
     "marian": {
-        **{"vocab_size": 58101, "d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "scale_embedding": True},
-        **{"encoder_attention_heads": 8, "decoder_attention_heads": 8, "max_position_embeddings": 512},
-        **{"encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, "activation_function": "swish"},
+        "vocab_size": 58101,
+        "d_model": 512,
+        "encoder_layers": 6,
+        "decoder_layers": 6,
+        "scale_embedding": True,
+        "encoder_attention_heads": 8,
+        "decoder_attention_heads": 8,
+        "max_position_embeddings": 512,
+        "encoder_ffn_dim": 2048,
+        "decoder_ffn_dim": 2048,
+        "activation_function": "swish",
     },
     "t5": {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
 }
@@ -56,7 +70,7 @@ def make_model(family: str, folder: Path) -> PreTrainedModel:
     return module.eval()
 
 
-def ours(engine: Engine, sources: list[list[int]], params: SamplingParams, name: str) -> list[list[int]]:
+def ours(engine: StepEngine, sources: list[list[int]], params: SamplingParams, name: str) -> list[list[int]]:
     requests = [
         GenerationRequest(f"{name}-{i}", (_START,), params, source_token_ids=tuple(source))
         for i, source in enumerate(sources)
@@ -105,7 +119,9 @@ def main() -> int:
     params = SamplingParams(max_tokens=args.tokens)
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(args.family, Path(folder))
-        worker = WorkerSettings(model=folder, model_name="bench", dtype="float32", device="cpu", num_threads=args.threads)
+        worker = WorkerSettings(
+            model=folder, model_name="bench", dtype="float32", device="cpu", num_threads=args.threads
+        )
         engine = assemble(worker, EngineSettings(num_blocks=2000)).engine
         torch.set_num_threads(args.threads)
         seconds: dict[str, list[float]] = {"torchrelay": [], "transformers": [], "sources alone": []}
@@ -121,6 +137,9 @@ def main() -> int:
             before_reading = time.perf_counter()
             ours(engine, fresh, SamplingParams(max_tokens=1), f"read-{turn}")
             reading = time.perf_counter() - before_reading
+            times = f"{ended - started:.2f} s, {after - ended:.2f} s, sources {reading:.2f} s"
+            sys.stdout.write(f"round {turn}: {times}\n")
+            sys.stdout.flush()
             if turn == 0:
                 continue
             seconds["torchrelay"].append(ended - started)
@@ -135,6 +154,7 @@ def main() -> int:
     num_tokens = args.requests * args.tokens
     median = {name: statistics.median(values) for name, values in seconds.items()}
     report = {
+        "target": "bench-seq2seq",
         "family": args.family,
         "requests": args.requests,
         "tokens_each": args.tokens,
@@ -149,6 +169,7 @@ def main() -> int:
         "equal": equal,
         "near_ties": near_ties,
         "seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()},
+        "load": os.getloadavg()[0],
     }
     sys.stdout.write(json.dumps(report) + "\n")
     return 0 if equal + near_ties == num_outputs else 1

@@ -241,7 +241,7 @@ def _check_size(source: str, skeleton: PreTrainedModel, weights: Weights) -> Non
 
 
 def _set_parameters(config: PretrainedConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's configuration says of generation; `settings` are config.json, whose entries for it `config` loses."""
+    """What config.json says of generation; `settings` is all of it, of which `config` loses these entries."""
     from_model_config: Any = GenerationConfig.from_model_config
     generation = from_model_config({**config.to_dict(), **settings})
     return {name: value for name, value in generation.to_diff_dict().items() if value is not None}

@@ -75,7 +75,9 @@ class ModelRunner:
         self.on_part = on_part
         self._has_encoder = families.has_encoder(model.config)
         if self._has_encoder:
-            shapes = {layer: probe.shape for layer, probe in seq2seq_model.install(model).items()}
+            shapes: Mapping[int, LayerShape] = {
+                layer: probe.shape for layer, probe in seq2seq_model.install(model).items()
+            }
         elif decoder is None:
             hf.install(model)
             shapes = hf.probe_layer_shapes(model, self.device)

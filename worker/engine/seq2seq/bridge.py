@@ -105,9 +105,17 @@ def _num_heads(attention: Any) -> int:
     return int(getattr(attention, "num_heads", None) or attention.n_heads)
 
 
+def encoder_of(model: Any) -> Any:
+    return model.get_encoder()
+
+
+def decoder_of(model: Any) -> Any:
+    return model.get_decoder()
+
+
 def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
     """Return the layers of the decoder, in order."""
-    decoder: Any = model.get_decoder()
+    decoder = decoder_of(model)
     if hasattr(decoder, "block"):  # T5
         return [DecoderLayer(block.layer[0].SelfAttention, block.layer[1].EncDecAttention) for block in decoder.block]
     return [DecoderLayer(layer.self_attn, layer.encoder_attn) for layer in decoder.layers]
@@ -120,7 +128,7 @@ def install(model: PreTrainedModel) -> None:
     """
     AttentionInterface.register(ATTENTION_NAME, _attention_forward)
     model.set_attn_implementation(ATTENTION_NAME)
-    encoder, decoder = model.get_encoder(), model.get_decoder()
+    encoder, decoder = encoder_of(model), decoder_of(model)
     layers = decoder_layers(model)
     roles = {layer.within: _DECODER for layer in layers} | {layer.across: _ACROSS for layer in layers}
     for part, own in ((encoder, _ENCODER), (decoder, None)):
@@ -137,7 +145,7 @@ def install(model: PreTrainedModel) -> None:
     else:
         positions = decoder.embed_positions
         positions.forward = partial(_POSITIONS[model.config.model_type](positions, model), positions)
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not hasattr(head, _ROLE):
         setattr(head, _ROLE, "head")
         head.register_forward_pre_hook(_keep_logit_rows)
@@ -178,12 +186,13 @@ class FilledCache(EncoderDecoderCache):
 
     def __init__(self, model: PreTrainedModel) -> None:
         """What stands in for keys and values has their shape, and our attention does not read it."""
-        shape, like = decoder_layers(model)[0].shape, {"dtype": model.dtype, "device": model.device}
-        self.source = torch.zeros(1, 1, model.config.d_model, **like)  # nor does anything read this
-        nothing = torch.zeros(1, shape.num_kv_heads, 1, shape.key_dim, **like)
+        shape, dtype, device = decoder_layers(model)[0].shape, model.dtype, model.device
+        self.source = torch.zeros(1, 1, model.config.d_model, dtype=dtype, device=device)  # nor does anything read this
+        nothing = torch.zeros(1, shape.num_kv_heads, 1, shape.key_dim, dtype=dtype, device=device)
         self.is_updated = _Same(True)
-        self.cross_attention_cache = SimpleNamespace(layers=_Same(SimpleNamespace(keys=nothing, values=nothing)))
-        self.self_attention_cache = SimpleNamespace(update=lambda key, value, layer: (key, value))
+        across: Any = SimpleNamespace(layers=_Same(SimpleNamespace(keys=nothing, values=nothing)))
+        within: Any = SimpleNamespace(update=lambda key, value, layer: (key, value))
+        self.cross_attention_cache, self.self_attention_cache = across, within
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -237,12 +246,17 @@ def bias_table(attention: Any) -> torch.Tensor:
 _Forward = Callable[..., torch.Tensor]
 
 
+def _own(embedding: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    own: torch.Tensor = type(embedding).forward(embedding, *args, **kwargs)
+    return own
+
+
 def _learned(positions: Any, model: PreTrainedModel) -> _Forward:
     offset = int(positions.offset)
 
     def forward(embedding: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if _current.step is None:
-            return type(embedding).forward(embedding, *args, **kwargs)
+            return _own(embedding, *args, **kwargs)
         return nn.functional.embedding(_current.step.position_ids + offset, embedding.weight)[None]
 
     return forward
@@ -251,7 +265,7 @@ def _learned(positions: Any, model: PreTrainedModel) -> _Forward:
 def _computed(positions: Any, model: PreTrainedModel) -> _Forward:
     def forward(embedding: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if _current.step is None:
-            return type(embedding).forward(embedding, *args, **kwargs)
+            return _own(embedding, *args, **kwargs)
         return nn.functional.embedding(_current.step.position_ids, embedding.weight)
 
     return forward
@@ -266,7 +280,7 @@ def _computed_but_for_padding(positions: Any, model: PreTrainedModel) -> _Forwar
 
     def forward(embedding: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if _current.step is None:
-            return type(embedding).forward(embedding, input_ids, *args, **kwargs)
+            return _own(embedding, input_ids, *args, **kwargs)
         places = (_current.step.position_ids + padding + 1)[None]
         return nn.functional.embedding(torch.where(input_ids == padding, padding, places), embedding.weights)
 

@@ -69,10 +69,7 @@ def _packed(
     order = free[1::2] + free[0::2]
     tables = [np.array([order.pop() for _ in range(count)], dtype=np.int32) for count in counts]
     source_tables, target_tables = tables[: len(sources)], tables[len(sources) :]
-    caches = {
-        layer: backend.allocate(shape, len(free) + 1, module.dtype, device)
-        for layer, shape in shapes.items()
-    }
+    caches = {layer: backend.allocate(shape, len(free) + 1, module.dtype, device) for layer, shape in shapes.items()}
     paged = PagedSeq2Seq(module, backend, caches)
     firsts = [min(first, len(target)) for first, target in zip(_FIRST_CHUNKS, targets, strict=True)]
     lengths = [len(target) for target in targets]

@@ -29,7 +29,7 @@ def compute_largest(model: PreTrainedModel, num_tokens: int, num_logit_rows: int
     """Read a source of the greatest usual length, then compute a step of so many tokens: all without a KV cache."""
     device = model.device
     source = torch.zeros(1, families.most_tokens(model.config) or 1, dtype=torch.int64, device=device)
-    model.get_encoder()(input_ids=source)
+    bridge.encoder_of(model)(input_ids=source)
     tokens = torch.zeros(1, num_tokens, dtype=torch.int64, device=device)
     rows = torch.arange(num_logit_rows, device=device)
     _decode(model, FilledCache(model), tokens, Step(_NoAttention(), tokens[0], rows))
@@ -87,7 +87,7 @@ class PagedSeq2Seq:
 
     def _read(self, source: SourceRows) -> None:
         """Encode a source alone, which gives the same in whatever batch, and keep its keys and values of all layers."""
-        hidden = self._model.get_encoder()(input_ids=source.token_ids).last_hidden_state[0]
+        hidden = bridge.encoder_of(self._model)(input_ids=source.token_ids).last_hidden_state[0]
         for index, layer in enumerate(self._layers):
             self._attention.store(index, *layer.keys_and_values(hidden), source.slots)
 

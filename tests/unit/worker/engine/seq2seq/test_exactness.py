@@ -43,9 +43,7 @@ def greedy(family: str, length: int) -> list[int]:
     return generate(model(family), source(length), NUM_TOKENS)[0]
 
 
-def make_engine(
-    family: str, backend: AttentionBackend | None = None, *, fast: bool = False, **limits: Any
-) -> Engine:
+def make_engine(family: str, backend: AttentionBackend | None = None, *, fast: bool = False, **limits: Any) -> Engine:
     backend = backend or CpuAttention()
     settings = EngineSettings(
         **{"block_size": backend.block_size, "token_budget": 256, "max_num_seqs": 64, "num_blocks": 400, **limits}
@@ -110,8 +108,11 @@ BEAMS: dict[str, dict[str, Any]] = {
     "early": {"early_stopping": True, "length_penalty": 0.6},
     "never": {"early_stopping": "never", "length_penalty": 2.0, "num_return_sequences": 4},
     "as translation models have it": {
-        **{"early_stopping": True, "no_repeat_ngram_size": 3, "min_length": 6},
-        **{"forced_bos_token_id": 77, "forced_eos_token_id": EOS},
+        "early_stopping": True,
+        "no_repeat_ngram_size": 3,
+        "min_length": 6,
+        "forced_bos_token_id": 77,
+        "forced_eos_token_id": EOS,
     },
 }
 EARLY_STOPPING = {

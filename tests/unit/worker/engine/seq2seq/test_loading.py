@@ -1,4 +1,4 @@
-"""Which encoder-decoder models are loaded, what is told of them, and that a wrong answer keeps one from being served."""
+"""Which encoder-decoder models are loaded, what is told of them, and what keeps one from being served."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def no_bias(batch: AttentionBatch, options: AttentionOptions) -> Any:
     ],
 )
 def test_a_fault_of_attention_is_found(family: str, fault: Callable[..., Any]) -> None:
-    with pytest.raises(UnsupportedFamilyError, match=f"the family {family} cannot be served: .*other logits than alone"):
+    with pytest.raises(
+        UnsupportedFamilyError, match=f"the family {family} cannot be served: .*other logits than alone"
+    ):
         check_module(tiny_seq2seq(family), Faulty(TorchAttention(4), fault))
 
 
@@ -145,7 +147,9 @@ def test_another_family_with_an_encoder_is_refused_by_name(tmp_path: Path) -> No
     common = {key: FAMILIES["bart"][key] for key in FAMILIES["bart"] if key != "tie_word_embeddings"}
     AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("pegasus", **common)).save_pretrained(tmp_path / "model")
     write_tokenizer(tmp_path / "model")
-    with pytest.raises(ModelError, match=r"pegasus has an encoder; of such, bart, m2m_100, marian, mbart, t5 are served"):
+    with pytest.raises(
+        ModelError, match=r"pegasus has an encoder; of such, bart, m2m_100, marian, mbart, t5 are served"
+    ):
         load(tmp_path / "model")
 
 
@@ -164,21 +168,34 @@ def test_quantized_files_are_refused(tmp_path: Path) -> None:
         load(folder, with_weights=False)
 
 
-# -- defaults --------------------------------------------------------------------------------------------------------------
+# -- defaults ------------------------------------------------------------------------------------------
 
 
 def test_what_a_translation_model_sets_are_its_defaults(tmp_path: Path) -> None:
     folder = write_tiny_seq2seq(tmp_path / "model", "m2m_100")
     generation = {
-        **{"num_beams": 5, "max_length": 200, "early_stopping": True, "length_penalty": 0.8, "decoder_start_token_id": 9},
-        **{"forced_bos_token_id": 77, "forced_eos_token_id": 2, "no_repeat_ngram_size": 3, "eos_token_id": 2},
+        "num_beams": 5,
+        "max_length": 200,
+        "early_stopping": True,
+        "length_penalty": 0.8,
+        "decoder_start_token_id": 9,
+        "forced_bos_token_id": 77,
+        "forced_eos_token_id": 2,
+        "no_repeat_ngram_size": 3,
+        "eos_token_id": 2,
     }
     (folder / "generation_config.json").write_text(json.dumps(generation))
     loaded = load(folder)
     assert loaded.decoder_start_token_id == 9
     assert dict(loaded.generation_defaults) == {
-        **{"num_beams": 5, "max_tokens": 199, "early_stopping": EarlyStopping.WHEN_FULL, "length_penalty": 0.8},
-        **{"forced_bos_token_id": 77, "forced_eos_token_id": 2, "no_repeat_ngram_size": 3, "temperature": 0.0},
+        "num_beams": 5,
+        "max_tokens": 199,
+        "early_stopping": EarlyStopping.WHEN_FULL,
+        "length_penalty": 0.8,
+        "forced_bos_token_id": 77,
+        "forced_eos_token_id": 2,
+        "no_repeat_ngram_size": 3,
+        "temperature": 0.0,
     }
 
 
@@ -191,7 +208,11 @@ def test_older_files_have_the_defaults_in_the_configuration_itself(tmp_path: Pat
     loaded = load(folder)
     assert loaded.decoder_start_token_id == START
     assert dict(loaded.generation_defaults) == {
-        **{"num_beams": 6, "max_tokens": 511, "bad_words_ids": ((0,),), "forced_eos_token_id": 2, "temperature": 0.0}
+        "num_beams": 6,
+        "max_tokens": 511,
+        "bad_words_ids": ((0,),),
+        "forced_eos_token_id": 2,
+        "temperature": 0.0,
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from common.registry import LanguagePlace, ModelCard, Seq2SeqCard
 from tests.builders_models import write_tiny_model
-from tests.builders_translation import T5_PARAMS, publish, write_translator
+from tests.builders_translation import T5_PARAMS, publish, unigram_pieces, write_spm, write_translator
 from worker.engine.model import ModelError
 
 
@@ -114,3 +114,11 @@ def test_a_source_leaves_a_block_to_the_decoder(tmp_path: Path) -> None:
     assert found == [256, 256, 240, 32]
     with pytest.raises(ModelError, match="enlarge it"):
         publish(folder, kv_tokens=16)
+
+
+def test_a_tokenizer_of_the_source_alone_makes_another_revision(tmp_path: Path) -> None:
+    folder = write_translator(tmp_path / "marian", "marian")
+    before = publish(folder).card.revision
+    assert publish(folder).card.revision == before
+    write_spm(folder / "source.spm", unigram_pieces(seed=9))
+    assert publish(folder).card.revision != before

@@ -136,6 +136,10 @@ bench-seq2seq: install-dev  ## sixteen encoder-decoder requests in one batch aga
 bench-adapters: install-dev  ## two adapters and the base in one batch against the base alone, and each rank; ARGS="--int8" and so on
 	$(BIN)/python -m tests.benchmarks.adapters $(ARGS)
 
+.PHONY: bench-tasks
+bench-tasks: install-dev  ## Embed and Classify over gRPC against the same model batched by hand, in turns; ARGS="--rounds 1" and so on
+	$(BIN)/python -m tests.benchmarks.tasks $(ARGS)
+
 bench-gpu: install-dev  ## correctness and speed on an NVIDIA GPU, ten minutes; says so where there is none
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
@@ -171,6 +175,10 @@ soak: install-dev  ## an hour of steady load with a fault a minute: memory of ev
 
 compat: install-dev  ## the unmodified openai client, grpcurl, buf, grpc-js, connect-node and Go against a running system
 	$(BIN)/pytest -q tests/compat
+
+.PHONY: examples
+examples: install-dev  ## a script for each classic use, against models that are served for them; each checks itself against transformers
+	$(BIN)/python -m tests.examples.run $(ARGS)
 
 bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
 	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)

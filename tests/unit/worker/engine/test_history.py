@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import EncoderNoRepeatNGramLogitsProcessor, NoRepeatNGramLogitsProcessor
 
@@ -30,6 +30,7 @@ def test_banned_are_the_ids_that_transformers_bans(token_ids: list[int], ngram_s
     assert banned(make_history(token_ids, no_repeat_ngram_size=ngram_size)) == expected
 
 
+@example(source=[1, 2, 3, 1], prompt=[2], output=[], ngram_size=3)  # 1 2 stands across the two
 @given(
     source=st.lists(st.integers(0, 4), min_size=1, max_size=30),
     prompt=st.lists(st.integers(0, 4), min_size=1, max_size=3),

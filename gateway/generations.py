@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import random
 import secrets
@@ -16,17 +17,19 @@ from common.deltas import merge_deltas, merge_scores
 from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
-from common.jobs import Attachment, Enqueued, NewJob
+from common.jobs import Attachment, Enqueued, GenerationRecord, NewJob
 from gateway import audit, beams, convert, token_choice
 from gateway import validation as check
 from gateway.admission import Admission
 from gateway.catalog import Catalog
+from gateway.delivery import Subscription
 from gateway.identity.caller import Caller
 from gateway.places import Places
 from gateway.progress import LogPosition
 from gateway.rights import check_model, priority_of
 from gateway.secret import SharedSecret
 from gateway.settings import GatewaySettings
+from gateway.status import GenerationEndedError
 from gateway.stream import EventStream, StreamFactory, accepted_of, stored_body
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -34,6 +37,7 @@ _MIN_TIME_LIMIT_MS: Final = 1
 _DEADLINE_SLACK_MS: Final = 100  # so that the call's own deadline is what its caller hears of
 _LEAST_CALL_MS: Final = 5  # no first token comes sooner: a caller with less time has given up before it is queued
 _RETRY_AFTER_MS: Final = 500
+_LISTEN_S: Final = 15.0  # silence after which a generation that nobody watches is looked at
 _REPEAT_GRACE_MS: Final = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED: Final = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
@@ -137,6 +141,59 @@ class Generations:
             accepted.place = max(0, enqueued.place - 1)
             convert.set_wait(accepted, enqueued.expected_wait_ms)
         return accepted
+
+    async def begin(self, request: pb.SubmitGenerationRequest, caller: Caller) -> Subscription:
+        """Queue a generation that goes on by itself, or find the one that its idempotency key made; listen to it.
+
+        To be ended by `let_go`. Raises what `_job` and `Admission.enqueue` raise.
+        """
+        job, accepted = await self._job(request, caller, None)
+        known = await self._known(request.model, job)
+        while True:
+            subscription = self._streams.listen(known or accepted.generation_id, caller.tenant, in_background=True)
+            try:
+                if known is not None:
+                    await self._queue.attach(known, caller.tenant, attach_id=subscription.attach_id)
+                    subscription.look()  # what it did before is not told again
+                    return subscription
+                shard = keys.shard_of(accepted.generation_id)
+                enqueued = await self._admission.enqueue(shard, job, caller, attach_id=subscription.attach_id)
+                if not enqueued.duplicate:
+                    return subscription
+                known = enqueued.generation_id
+            except BaseException:
+                self._streams.let_go(subscription)
+                raise
+            self._streams.let_go(subscription)
+
+    async def ended(self, subscription: Subscription, caller: Caller) -> pb.Generation:
+        """Wait for the end of a generation and return it, whole. Raises GenerationEndedError for one that failed."""
+        generation_id = subscription.generation_id
+        while True:
+            while (items := await subscription.take(_LISTEN_S)) is not None:
+                if any(item.kind.is_terminal for item in items):
+                    break
+            message, record = await self._read_whole(generation_id, caller)
+            if record.state.is_final:
+                break
+            if record.gateway_id != self._queue.gateway_id:  # our lease had ended: what happens is not told here
+                await self._queue.attach(generation_id, caller.tenant, attach_id=subscription.attach_id)
+                subscription.look()
+        failure = convert.failure_of(record)
+        if failure is not None:
+            raise GenerationEndedError(failure, convert.usage_message(record.usage) if record.started else None)
+        return message
+
+    def let_go(self, subscription: Subscription) -> None:
+        """Listen no longer to a generation that goes on by itself."""
+        self._streams.let_go(subscription)
+
+    async def find(self, model: str, tenant: str, idempotency_key: str) -> str | None:
+        """Return the generation that a key made of any revision of a model that is still known, if it is kept."""
+        shards = {*self._catalog.earlier_shards(model)}
+        with contextlib.suppress(errors.NotFound):
+            shards.add(self._catalog.entry(model).card.shard)
+        return await self._queue.find_by_key(shards, tenant, idempotency_key)
 
     @asynccontextmanager
     async def resume(
@@ -308,6 +365,13 @@ class Generations:
 
     async def whole(self, generation_id: str, caller: Caller) -> pb.Generation:
         """Return a generation with everything in its log. Raises GenerationNotFound."""
+        message, record = await self._read_whole(generation_id, caller)
+        failure = convert.failure_of(record)
+        if failure is not None:
+            message.error_reason = failure.reason
+        return message
+
+    async def _read_whole(self, generation_id: str, caller: Caller) -> tuple[pb.Generation, GenerationRecord]:
         position = LogPosition()
         deltas: list[OutputDelta] = []
         scores: list[PromptScores | None] = []
@@ -324,10 +388,7 @@ class Generations:
         message = convert.generation_message(
             part.record, accepted_of(part.record), merge_deltas(deltas), position, merge_scores(scores)
         )
-        failure = convert.failure_of(part.record)
-        if failure is not None:
-            message.error_reason = failure.reason
-        return message
+        return message, part.record
 
     @staticmethod
     def _salt(secret: bytes, caller: Caller, given: bytes) -> bytes:

@@ -187,3 +187,18 @@ class Answers(msgspec.Struct, frozen=True, array_like=True, tag="answer_question
 
 
 TaskResult: TypeAlias = Embeddings | Labels | Ranking | Entities | Answers
+
+
+def bytes_of_result(result: TaskResult) -> int:
+    """Return about how much memory a result takes."""
+    match result:
+        case Embeddings(vectors=vectors):
+            return sum(64 + len(vector) for vector in vectors)
+        case Labels(texts=texts):
+            return sum(64 + 160 * len(labels) for labels in texts)
+        case Ranking(documents=documents):
+            return 120 * len(documents)
+        case Entities(texts=texts):
+            return sum(64 + sum(320 + 4 * len(one.text) for one in found) for found in texts)
+        case Answers(answers=answers):
+            return sum(256 + 4 * len(one.text) for one in answers)

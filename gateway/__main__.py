@@ -54,10 +54,18 @@ from gateway.server import GatewayServer, certificates_of, check_plaintext, is_a
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.stream import StreamFactory, StreamTimes
+from gateway.tasks.core import Tasks
+from gateway.tasks.servicers import ClassificationServicer, EmbeddingServicer
 from gateway.tls import CertificateError
 from gateway.upkeep import Upkeep
 from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc, tenant_pb2_grpc, usage_pb2_grpc
-from torchrelay.v1 import batch_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
+from torchrelay.v1 import (
+    batch_pb2_grpc,
+    classification_pb2_grpc,
+    embedding_pb2_grpc,
+    generation_pb2_grpc,
+    model_pb2_grpc,
+)
 
 log = structlog.get_logger()
 
@@ -114,6 +122,9 @@ async def run(
     admission = Admission(queue, quotas)
     generations = Generations(queue, admission, streams, catalog, settings, secret)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generations), server.public)
+    tasks = Tasks(generations, catalog, settings, secret, queue_settings.max_log_bytes)
+    embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(tasks), server.public)
+    classification_pb2_grpc.add_ClassificationServiceServicer_to_server(ClassificationServicer(tasks), server.public)
     batching = build_batching(
         Batches(
             redis,
@@ -124,7 +135,11 @@ async def run(
             sealer=sealer,
         ),
         queue,
+        admission,
+        streams,
+        catalog,
         generations,
+        tasks,
         Owners(ApiKeys(redis, retry=retry), tenants),
         secret,
         settings,

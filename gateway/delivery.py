@@ -17,6 +17,7 @@ from common.generation import Alternatives, EventBody
 from common.jobs import ItemKind, ReplyItem
 from common.records import open_item
 from common.sealing import PLAIN, GenerationSealer
+from common.tasks import bytes_of_result
 
 _PART_BYTES: Final = 200  # of an event or delta, besides what it holds
 _TOKEN_ID_BYTES: Final = 40
@@ -203,4 +204,6 @@ def _bytes_of(item: ReplyItem) -> int:
         if scores is not None:
             size += _PART_BYTES + 2 * _LOGPROB_BYTES * len(scores.logprobs)
             size += _bytes_of_alternatives(scores.top_logprobs)
+        if item.body.result is not None:
+            size += bytes_of_result(item.body.result)
     return size

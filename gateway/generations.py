@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import random
 import secrets
@@ -18,26 +17,24 @@ from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
 from common.jobs import Attachment, Enqueued, GenerationRecord, NewJob
+from common.tasks import TaskName
 from gateway import audit, beams, convert, token_choice
 from gateway import validation as check
 from gateway.admission import Admission
 from gateway.catalog import Catalog
-from gateway.delivery import Subscription
 from gateway.identity.caller import Caller
+from gateway.new_jobs import new_job
 from gateway.places import Places
 from gateway.progress import LogPosition
 from gateway.rights import check_model, priority_of
 from gateway.secret import SharedSecret
+from gateway.served_tasks import check_task
 from gateway.settings import GatewaySettings
-from gateway.status import GenerationEndedError
-from gateway.stream import EventStream, StreamFactory, accepted_of, stored_body
+from gateway.stream import EventStream, StreamFactory, accepted_of
 from torchrelay.v1 import generation_pb2 as pb
 
-_MIN_TIME_LIMIT_MS: Final = 1
-_DEADLINE_SLACK_MS: Final = 100  # so that the call's own deadline is what its caller hears of
 _LEAST_CALL_MS: Final = 5  # no first token comes sooner: a caller with less time has given up before it is queued
 _RETRY_AFTER_MS: Final = 500
-_LISTEN_S: Final = 15.0  # silence after which a generation that nobody watches is looked at
 _REPEAT_GRACE_MS: Final = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED: Final = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
@@ -88,48 +85,60 @@ class Generations:
         generation is queued. Raises what `_job` and `Admission.enqueue` raise.
         """
         with self.place(caller):
-            _check_time_left(call)
+            check_time_left(call)
             job, accepted = await self._job(request, caller, call.time_remaining(), part)
-            _check_time_left(call)  # what came before may have taken long, as a prompt of a megabyte does
-            known = await self._known(request.model, job)
-            subscription = self._streams.listen(known or accepted.generation_id, caller.tenant)
-            stream: EventStream | None = None
-            least_grace_ms = 0
-            try:
-                attachment: Attachment | None = None
-                if known is None:
-                    shard = keys.shard_of(accepted.generation_id)
-                    try:
-                        enqueued = await self._admission.enqueue(shard, job, caller, attach_id=subscription.attach_id)
-                    except errors.ReplicationUnconfirmed:
-                        if job.idempotency_key is not None:
-                            # The caller is told to repeat the call: what it then finds must not be a cancelled one.
-                            least_grace_ms = _REPEAT_GRACE_MS
-                        raise
-                    if enqueued.duplicate:
-                        known = enqueued.generation_id
-                        await self._streams.close(subscription, ended=True)
-                        subscription = self._streams.listen(known, caller.tenant)
-                    accepted.place = max(0, enqueued.place - 1)
-                    convert.set_wait(accepted, enqueued.expected_wait_ms)
-                if known is not None:
-                    attachment = await self._queue.attach(known, caller.tenant, attach_id=subscription.attach_id)
-                    accepted = accepted_of(attachment.record)
-                    accepted.replayed = True
-                await call.announce(accepted.generation_id)
-                stream = self._streams.open(subscription, caller.tenant, accepted, LogPosition(), attachment)
-                attachment = None  # up to a page of the log, which the stream keeps only until it is sent
-                yield stream, accepted
-            finally:
-                # An enqueue whose reply never came may have taken effect all the same: it is let go of too.
-                ended = stream is not None and stream.ended
-                await self._streams.close(subscription, ended=ended, least_grace_ms=least_grace_ms)
+            check_time_left(call)  # what came before may have taken long, as a prompt of a megabyte does
+            async with self.open_job(job, accepted, caller, call) as opened:
+                yield opened
+
+    @asynccontextmanager
+    async def open_job(
+        self, job: NewJob, accepted: pb.Accepted, caller: Caller, call: Call
+    ) -> AsyncIterator[tuple[EventStream, pb.Accepted]]:
+        """As `open`, of a job that is made already."""
+        known = await self._known(accepted.model, job)
+        subscription = self._streams.listen(known or accepted.generation_id, caller.tenant)
+        stream: EventStream | None = None
+        least_grace_ms = 0
+        try:
+            attachment: Attachment | None = None
+            if known is None:
+                shard = keys.shard_of(accepted.generation_id)
+                try:
+                    enqueued = await self._admission.enqueue(shard, job, caller, attach_id=subscription.attach_id)
+                except errors.ReplicationUnconfirmed:
+                    if job.idempotency_key is not None:
+                        # The caller is told to repeat the call: what it then finds must not be a cancelled one.
+                        least_grace_ms = _REPEAT_GRACE_MS
+                    raise
+                if enqueued.duplicate:
+                    known = enqueued.generation_id
+                    await self._streams.close(subscription, ended=True)
+                    subscription = self._streams.listen(known, caller.tenant)
+                accepted.place = max(0, enqueued.place - 1)
+                convert.set_wait(accepted, enqueued.expected_wait_ms)
+            if known is not None:
+                attachment = await self._queue.attach(known, caller.tenant, attach_id=subscription.attach_id)
+                accepted = accepted_of(attachment.record)
+                accepted.replayed = True
+            await call.announce(accepted.generation_id)
+            stream = self._streams.open(subscription, caller.tenant, accepted, LogPosition(), attachment)
+            attachment = None  # up to a page of the log, which the stream keeps only until it is sent
+            yield stream, accepted
+        finally:
+            # An enqueue whose reply never came may have taken effect all the same: it is let go of too.
+            ended = stream is not None and stream.ended
+            await self._streams.close(subscription, ended=ended, least_grace_ms=least_grace_ms)
 
     async def submit(self, request: pb.SubmitGenerationRequest, caller: Caller, call: Call) -> pb.Accepted:
         """Queue a generation that nobody listens to."""
-        _check_time_left(call)
+        check_time_left(call)
         job, accepted = await self._job(request, caller, None)
-        _check_time_left(call)
+        check_time_left(call)
+        return await self.submit_job(job, accepted, caller)
+
+    async def submit_job(self, job: NewJob, accepted: pb.Accepted, caller: Caller) -> pb.Accepted:
+        """As `submit`, of a job that is made already."""
         enqueued = await self._admission.enqueue(keys.shard_of(accepted.generation_id), job, caller)
         _note_accepted(enqueued, job, accepted)
         if enqueued.duplicate:
@@ -142,58 +151,9 @@ class Generations:
             convert.set_wait(accepted, enqueued.expected_wait_ms)
         return accepted
 
-    async def begin(self, request: pb.SubmitGenerationRequest, caller: Caller) -> Subscription:
-        """Queue a generation that goes on by itself, or find the one that its idempotency key made; listen to it.
-
-        To be ended by `let_go`. Raises what `_job` and `Admission.enqueue` raise.
-        """
-        job, accepted = await self._job(request, caller, None)
-        known = await self._known(request.model, job)
-        while True:
-            subscription = self._streams.listen(known or accepted.generation_id, caller.tenant, in_background=True)
-            try:
-                if known is not None:
-                    await self._queue.attach(known, caller.tenant, attach_id=subscription.attach_id)
-                    subscription.look()  # what it did before is not told again
-                    return subscription
-                shard = keys.shard_of(accepted.generation_id)
-                enqueued = await self._admission.enqueue(shard, job, caller, attach_id=subscription.attach_id)
-                if not enqueued.duplicate:
-                    return subscription
-                known = enqueued.generation_id
-            except BaseException:
-                self._streams.let_go(subscription)
-                raise
-            self._streams.let_go(subscription)
-
-    async def ended(self, subscription: Subscription, caller: Caller) -> pb.Generation:
-        """Wait for the end of a generation and return it, whole. Raises GenerationEndedError for one that failed."""
-        generation_id = subscription.generation_id
-        while True:
-            while (items := await subscription.take(_LISTEN_S)) is not None:
-                if any(item.kind.is_terminal for item in items):
-                    break
-            message, record = await self._read_whole(generation_id, caller)
-            if record.state.is_final:
-                break
-            if record.gateway_id != self._queue.gateway_id:  # our lease had ended: what happens is not told here
-                await self._queue.attach(generation_id, caller.tenant, attach_id=subscription.attach_id)
-                subscription.look()
-        failure = convert.failure_of(record)
-        if failure is not None:
-            raise GenerationEndedError(failure, convert.usage_message(record.usage) if record.started else None)
-        return message
-
-    def let_go(self, subscription: Subscription) -> None:
-        """Listen no longer to a generation that goes on by itself."""
-        self._streams.let_go(subscription)
-
-    async def find(self, model: str, tenant: str, idempotency_key: str) -> str | None:
-        """Return the generation that a key made of any revision of a model that is still known, if it is kept."""
-        shards = {*self._catalog.earlier_shards(model)}
-        with contextlib.suppress(errors.NotFound):
-            shards.add(self._catalog.entry(model).card.shard)
-        return await self._queue.find_by_key(shards, tenant, idempotency_key)
+    async def unattended(self, request: pb.SubmitGenerationRequest, caller: Caller) -> tuple[NewJob, pb.Accepted]:
+        """Return the job of a generation that nobody listens to, for others to queue. Raises what `_job` raises."""
+        return await self._job(request, caller, None)
 
     @asynccontextmanager
     async def resume(
@@ -232,10 +192,11 @@ class Generations:
         self, request: NewGeneration, caller: Caller, call_remaining_s: float | None, part: int = 0
     ) -> tuple[NewJob, pb.Accepted]:
         """Validate and tokenize a request. Raises InvalidRequest, NotFound and FailedPrecondition."""
-        settings, grants, policy = self._settings, caller.grants, caller.policy
+        settings, grants = self._settings, caller.grants
         check_model(caller, check.check_model_name(request.model), reveal=settings.reveal_models)
-        priority = priority_of(request.priority, grants.priorities)
+        priority_of(request.priority, grants.priorities)  # what is not allowed is refused before anything takes long
         model = await self._catalog.get(request.model)
+        check_task(model.card, TaskName.GENERATE)
         adapter = model.adapter(request.adapter)
         encoded = await model.encode(request.input, caller.tenant)
         prompt = encoded.token_ids
@@ -280,35 +241,24 @@ class Generations:
             adapter="" if adapter is None else adapter.name,
             adapter_revision="" if adapter is None else adapter.revision,
         )
-        kv_tokens, peak_kv_tokens = model.kv_tokens(len(prompt), sampling)
-        job = NewJob(
-            tenant=caller.tenant,
-            key_id=caller.key_id,
-            body=JobBody(
-                prompt_token_ids=tuple(prompt),
-                sampling=sampling,
-                cache_salt=salt,
-                chat=encoded.chat,
-                echo_text=await model.text_of(request.input, caller.tenant) if config.echo else "",
-            ),
-            priority=priority,
-            weight=policy.weight,
-            time_limit_ms=self._time_limit_ms(request, grace_ms, call_remaining_s),
-            disconnect_grace_ms=grace_ms,
+        body = JobBody(
+            prompt_token_ids=tuple(prompt),
+            sampling=sampling,
+            cache_salt=salt,
+            chat=encoded.chat,
+            echo_text=await model.text_of(request.input, caller.tenant) if config.echo else "",
+        )
+        job = new_job(
+            request,
+            caller,
+            accepted,
+            body,
+            kv_tokens=model.kv_tokens(len(prompt), sampling),
+            digest=self._digest(secret, request),
+            part=part,
+            grace_ms=grace_ms,
+            call_remaining_s=call_remaining_s,
             attended=not isinstance(request, pb.SubmitGenerationRequest),
-            kv_tokens=kv_tokens,
-            peak_kv_tokens=peak_kv_tokens,
-            idempotency_key=check.idempotency_key_of(request.idempotency_key, part),
-            request_digest=self._digest(secret, request),
-            echo=stored_body(accepted),
-            generation_id=accepted.generation_id,
-            retention_ms=policy.retention_ms,
-            max_queued=policy.quotas.max_queued,
-            max_live=policy.quotas.max_live,
-            quota_id=caller.quota_id or caller.key_id,
-            max_queued_of_key=grants.quotas.max_queued,
-            max_live_of_key=grants.quotas.max_live,
-            has_reservation=policy.quotas.are_metered or grants.quotas.are_metered,
         )
         return job, accepted
 
@@ -320,19 +270,6 @@ class Generations:
         return check.milliseconds(
             request.disconnect_grace, "disconnect_grace", minimum=0, maximum=caps.max_disconnect_grace_ms
         )
-
-    @staticmethod
-    def _time_limit_ms(request: NewGeneration, grace_ms: int, call_remaining_s: float | None) -> int | None:
-        """Return how long the generation may live, None for the queue's default.
-
-        Without a grace it need not outlive its call: a worker is then never given one whose caller has stopped waiting.
-        """
-        limits = []
-        if request.HasField("time_limit"):
-            limits.append(check.milliseconds(request.time_limit, "time_limit", minimum=_MIN_TIME_LIMIT_MS))
-        if call_remaining_s is not None and not grace_ms:
-            limits.append(max(_MIN_TIME_LIMIT_MS, int(call_remaining_s * 1000) + _DEADLINE_SLACK_MS))
-        return min(limits, default=None)
 
     async def _known(self, model: str, job: NewJob) -> str | None:
         """Return the generation that this request's idempotency key made under another revision of the model."""
@@ -365,13 +302,14 @@ class Generations:
 
     async def whole(self, generation_id: str, caller: Caller) -> pb.Generation:
         """Return a generation with everything in its log. Raises GenerationNotFound."""
-        message, record = await self._read_whole(generation_id, caller)
+        message, record = await self.read_whole(generation_id, caller)
         failure = convert.failure_of(record)
         if failure is not None:
             message.error_reason = failure.reason
         return message
 
-    async def _read_whole(self, generation_id: str, caller: Caller) -> tuple[pb.Generation, GenerationRecord]:
+    async def read_whole(self, generation_id: str, caller: Caller) -> tuple[pb.Generation, GenerationRecord]:
+        """As `whole`, with what is stored of it beside; the message does not say why it failed."""
         position = LogPosition()
         deltas: list[OutputDelta] = []
         scores: list[PromptScores | None] = []
@@ -417,7 +355,7 @@ class Generations:
         return self._places.take(caller.tenant, retry_after_ms=delay_ms)
 
 
-def _check_time_left(call: Call) -> None:
+def check_time_left(call: Call) -> None:
     """Refuse a call that ends before it could be answered. Raises DeadlineExceeded."""
     remaining_s = call.time_remaining()
     if remaining_s is not None and remaining_s * 1000 < _LEAST_CALL_MS:

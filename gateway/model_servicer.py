@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, Final
 
 import grpc.aio
@@ -10,6 +11,7 @@ import grpc.aio
 from common import errors
 from common.job_queue import JobQueue
 from common.registry import ModelEntry, ModelState
+from common.tasks import TaskName
 from gateway import validation as check
 from gateway.catalog import Catalog, default_config
 from gateway.identity.caller import current_caller
@@ -21,7 +23,14 @@ DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000
 _MAX_DETOKENIZE_IDS: Final = 1 << 17
 
-_TASKS: Final = {"generate": pb.TASK_GENERATE}
+_TASKS: Final[Mapping[str, pb.Task.ValueType]] = {
+    TaskName.GENERATE: pb.TASK_GENERATE,
+    TaskName.EMBED: pb.TASK_EMBED,
+    TaskName.CLASSIFY: pb.TASK_CLASSIFY,
+    TaskName.RERANK: pb.TASK_RERANK,
+    TaskName.CLASSIFY_TOKENS: pb.TASK_CLASSIFY_TOKENS,
+    TaskName.ANSWER_QUESTION: pb.TASK_ANSWER_QUESTION,
+}
 _STATES: Final = {ModelState.READY: pb.MODEL_STATE_READY, ModelState.COLD: pb.MODEL_STATE_COLD}
 
 
@@ -115,6 +124,8 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
             ],
             tool_format=card.tool_format,
             reasoning_format=card.reasoning_format,
+            labels=card.encoder.labels if card.encoder is not None else (),
+            embedding_dimensions=card.encoder.embedding_dimensions if card.encoder is not None else 0,
         )
 
 

@@ -14,6 +14,8 @@ from torchrelay.v1 import generation_pb2 as pb
 _SCOPE_OF: Final[Mapping[str, Scope | None]] = {
     "torchrelay.v1.GenerationService": Scope.GENERATE,
     "torchrelay.v1.ModelService": None,
+    "torchrelay.v1.EmbeddingService": Scope.TASKS,
+    "torchrelay.v1.ClassificationService": Scope.TASKS,
     "torchrelay.v1.BatchService": Scope.BATCH,
     "torchrelay.admin.v1beta1.ApiKeyService": Scope.ADMIN_KEYS,
     "torchrelay.admin.v1beta1.TenantService": Scope.ADMIN_TENANTS,

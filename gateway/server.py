@@ -17,10 +17,9 @@ from gateway.settings import GatewaySettings
 from gateway.tls import ServerCertificates
 from torchrelay.client.channel import is_loopback
 
-_PUBLIC: Final = (
-    "torchrelay.v1.GenerationService",
-    "torchrelay.v1.ModelService",
-    "torchrelay.v1.BatchService",
+_PUBLIC: Final = tuple(
+    f"torchrelay.v1.{name}"
+    for name in ("GenerationService", "ModelService", "EmbeddingService", "ClassificationService", "BatchService")
 )
 _ADMIN: Final = tuple(
     f"torchrelay.admin.v1beta1.{name}" for name in ("ApiKeyService", "TenantService", "FleetService", "UsageService")

@@ -28,7 +28,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
     ) -> pb.GenerateResponse:
         caller = current_caller()
-        async with self._generations.open(request, caller, _GrpcCall(context)) as (stream, accepted):
+        async with self._generations.open(request, caller, GrpcCall(context)) as (stream, accepted):
             async for _ in stream.events():
                 pass
         return pb.GenerateResponse(generation=await self._generations.whole(accepted.generation_id, caller))
@@ -38,7 +38,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         request: pb.StreamGenerateRequest,
         context: grpc.aio.ServicerContext[pb.StreamGenerateRequest, pb.StreamGenerateResponse],
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
-        async with self._generations.open(request, current_caller(), _GrpcCall(context)) as (stream, accepted):
+        async with self._generations.open(request, current_caller(), GrpcCall(context)) as (stream, accepted):
             yield pb.StreamGenerateResponse(event=pb.GenerationEvent(accepted=accepted))
             async for event in stream.events():
                 yield pb.StreamGenerateResponse(event=event)
@@ -48,7 +48,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         request: pb.SubmitGenerationRequest,
         context: grpc.aio.ServicerContext[pb.SubmitGenerationRequest, pb.SubmitGenerationResponse],
     ) -> pb.SubmitGenerationResponse:
-        accepted = await self._generations.submit(request, current_caller(), _GrpcCall(context))
+        accepted = await self._generations.submit(request, current_caller(), GrpcCall(context))
         return pb.SubmitGenerationResponse(accepted=accepted)
 
     async def ResumeGeneration(  # noqa: N802
@@ -64,7 +64,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         if not request.after_sequence:
             position = LogPosition()
         async with self._generations.resume(
-            request.generation_id, caller, _GrpcCall(context), position, request.chain_hash
+            request.generation_id, caller, GrpcCall(context), position, request.chain_hash
         ) as (stream, accepted):
             yield pb.ResumeGenerationResponse(
                 event=pb.GenerationEvent(
@@ -103,8 +103,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return pb.DeleteGenerationResponse()
 
 
-class _GrpcCall:
-    """A call by gRPC."""
+class GrpcCall:
+    """A call by gRPC, of any service."""
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._context = context

@@ -14,6 +14,7 @@ from common.generation import EventBody, OutputDelta
 from common.job_queue import JobQueue
 from common.jobs import Attachment, GenerationRecord, ItemKind, LogEvent, ReplyItem
 from common.sealing import PLAIN, Sealer
+from common.tasks import TaskResult
 from gateway import convert
 from gateway.delivery import EventHub, Subscription
 from gateway.progress import LogPosition, Verdict
@@ -63,6 +64,8 @@ class EventStream:
         self._must_read_log = False
         self._first_page = attachment
         self.ended = False
+        self.result: TaskResult | None = None  # of a task, once it has come
+        self.record: GenerationRecord | None = None  # once `events` has ended
 
     async def events(self) -> AsyncIterator[pb.GenerationEvent]:
         """Yield everything behind the position, ending with Finished.
@@ -166,6 +169,8 @@ class EventStream:
 
     def _reported(self, bodies: list[EventBody], before: LogPosition) -> list[pb.GenerationEvent]:
         """Return what these bodies report, the first of which stands behind `before` and the last at the position."""
+        for body in bodies:
+            self.result = body.result or self.result
         tokens = self._tokens([delta for body in bodies for delta in body.deltas])
         scores = merge_scores(body.prompt_scores for body in bodies)
         if scores is None:
@@ -204,7 +209,7 @@ class EventStream:
 
     async def _finish(self) -> pb.GenerationEvent:
         """Return the last event. Raises GenerationEndedError."""
-        record = await self._queue.get(self._generation_id, self._tenant)
+        record = self.record = await self._queue.get(self._generation_id, self._tenant)
         if not record.state.is_final:
             raise errors.ResultLost  # the end was delivered, and then lost by the server
         failure = convert.failure_of(record)

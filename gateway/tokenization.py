@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from gateway.chat_template import ChatTemplate, Shield
 from gateway.conversation import Conversation
@@ -67,6 +67,15 @@ class TextCodec:
         """Return the ids of a text, control tokens in it as plain text, with what the tokenizer adds around a text."""
         ids: list[int] = self._plain.encode(text).ids
         return ids
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What texts are encoded with. Its settings are everybody's: not to be changed."""
+        return self._plain
+
+    def encode_pair(self, text: str, pair: str | None = None) -> Encoding:
+        """Return a text or a pair of texts as `encode_text` does, with all that the tokenizer knows of it."""
+        return self._plain.encode(text, pair)
 
     def encode_words(self, words: Iterable[str]) -> list[list[int]]:
         """Return the ids of words inside of a text: of each as it is, and behind a space; each sequence once."""

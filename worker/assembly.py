@@ -26,17 +26,21 @@ from worker.engine.host_memory import trim
 from worker.engine.kernels.build import KernelBuildError
 from worker.engine.loadcheck import check_model
 from worker.engine.loop import Engine, Runner
-from worker.engine.model import load_model
+from worker.engine.model import ModelError, load_model
 from worker.engine.probe import probe_cost
 from worker.engine.quantize import Narrow, check_device
 from worker.engine.runner import ModelRunner
 from worker.engine.sampler import Argmax
 from worker.engine.settings import EngineSettings
+from worker.engine.thread import StepEngine
 from worker.engine.types import OnPart, ignore_part
 from worker.profiling import StepProfiler
 from worker.registration import make_card
 from worker.settings import WorkerSettings
 from worker.structured import make_compiler
+from worker.tasks.assembly import make_encoder_card, make_engine
+from worker.tasks.facts import Head
+from worker.tasks.loading import find_head, load_encoder
 
 log = structlog.get_logger()
 
@@ -47,7 +51,7 @@ _SLOWER: Final = "attention in torch: right, but slower"
 class Assembly:
     """What a worker process runs, and what it publishes."""
 
-    engine: Engine
+    engine: StepEngine
     card: ModelCard
     files: dict[str, bytes]
     device: str
@@ -63,6 +67,9 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     device = choose_device(settings.device)
     torch.set_num_threads(settings.num_threads or num_compute_threads())
     dtype = choose_dtype(settings.dtype, device)
+    head = find_head(settings.model, settings.revision)
+    if head is not None:
+        return _assemble_encoder(settings, engine_settings, head, dtype, device)
     backend = choose_backend(device, dtype, engine_settings.block_size)
     narrow = None if settings.quantization == "none" else settings.quantization
     if narrow is not None:
@@ -132,6 +139,31 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         adapters=[adapter.name for adapter in card.adapters],
     )
     return Assembly(engine, card, files, describe_device(device), folder, store)
+
+
+def _assemble_encoder(
+    settings: WorkerSettings, engine_settings: EngineSettings, head: Head, dtype: torch.dtype, device: torch.device
+) -> Assembly:
+    """As `assemble`, of a model whose tasks are those of encoders."""
+    for name in ("quantization", "adapters_dir"):
+        if getattr(settings, name) not in ("", "none"):
+            raise ModelError(f"{settings.model} is an encoder model: {name} is only for models that generate text")
+    limit = engine_settings.max_model_len
+    loaded = load_encoder(settings.model, head, dtype, device, settings.revision, max_tokens=limit)
+    engine = make_engine(loaded, engine_settings, device)
+    name = settings.model_name or default_name(settings.model)
+    card, files = make_encoder_card(loaded, name, settings.max_jobs)
+    trim()
+    log.info(
+        "engine.ready",
+        model=card.name,
+        device=describe_device(device),
+        dtype=card.dtype,
+        tasks=card.tasks,
+        threads=torch.get_num_threads(),
+        context_tokens=card.context_tokens,
+    )
+    return Assembly(engine, card, files, describe_device(device))
 
 
 def check_narrow(narrow: Narrow, device: torch.device, dtype: torch.dtype, backend: AttentionBackend) -> None:

@@ -107,8 +107,8 @@ class Holdings:
                 scores = event.body.prompt_scores
                 num_scored_tokens = scores.first_token_index + len(scores.logprobs)
         completion_tokens = sum(map(len, emitted))
-        prompt_kv_tokens = self._round_up(len(job.body.prompt_token_ids))
-        emitted_blocks = sum(1 + len(ids) // self._block_size for ids in emitted)
+        prompt_kv_tokens = self._round_up(job.body.num_prompt_tokens)
+        emitted_blocks = sum(1 + len(ids) // self._block_size for ids in emitted) if job.body.task is None else 0
         emitted_blocks += sampling.num_sequences - sampling.num_outputs
         self._num_claims += 1
         request_id = f"{job.generation_id}@{job.epoch}"
@@ -142,6 +142,7 @@ class Holdings:
             deadline=now + job.remaining_ms / 1000,
             num_scored_tokens=num_scored_tokens,
             echo_text=job.body.echo_text,
+            task=job.body.task,
         )
 
     def drop(self, generation_id: str) -> str | None:
@@ -183,7 +184,7 @@ class Holdings:
         if held.ranking is not None:
             held.ranking.take(deltas)
             deltas = held.ranking.best() if last.usage is not None else []
-        body = EventBody(tuple(merge_deltas(deltas)), last.usage, merge_scores(event.scores))
+        body = EventBody(tuple(merge_deltas(deltas)), last.usage, merge_scores(event.scores), last.result)
         # What is held back begins anew at a takeover: only what no attempt has come to before shows that the work goes
         # on. Else a request that ends its worker in the midst of its beams would do so without end.
         went_on = bool(body.deltas) or body.prompt_scores is not None or held.completion_tokens > held.furthest

@@ -103,7 +103,7 @@ async def run(
         engine,
         settings,
         lambda: describe(assembly, engine, agent, started_ms),
-        max_num_seqs=engine_settings.max_num_seqs,
+        max_num_seqs=assembly.card.max_sequences,
         beat_interval_s=queue_settings.worker_lease_ms / 1000 / _BEATS_PER_LEASE,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
@@ -19,7 +19,7 @@ from common.registry import (
     GenerationDefaults,
     ModelCard,
 )
-from worker.engine.model_files import ModelError
+from worker.engine.model_files import ModelError, TextFiles
 
 if TYPE_CHECKING:
     from worker.engine.model import LoadedModel
@@ -55,18 +55,11 @@ def make_card(
     names of `common.chat_formats`, "auto" what the chat template tells, "none" none. Raises ModelError for a name or a
     file that nobody could use.
     """
-    if not _NAME.fullmatch(name) or len(name) > _MAX_NAME_LENGTH:
-        raise ModelError(
-            f"{name!r} cannot be a model name: it takes up to {_MAX_NAME_LENGTH} of A-Z a-z 0-9 . _ / - and begins "
-            "with a letter or digit"
-        )
+    check_name(name)
     context_tokens = min(loaded.context_length, kv_tokens, context_tokens)
     if context_tokens < 2:
         raise ModelError(f"{name} could hold {context_tokens} tokens; prompt and answer need 2: enlarge the KV cache")
-    files = _files(loaded)
-    for file, content in files.items():
-        if len(content) > MAX_FILE_BYTES:
-            raise ModelError(f"{name}: {file} has {len(content)} bytes; the registry takes {MAX_FILE_BYTES}")
+    files = published_files(name, loaded.text)
     max_output_tokens = context_tokens - 1  # a prompt has at least one token
     card = ModelCard(
         name=name,
@@ -91,21 +84,38 @@ def make_card(
         block_tokens=block_tokens,
         kv_tokens=kv_tokens,
         max_sequences=max_sequences,
-        tokenizer_files={file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+        tokenizer_files=digests_of(files),
         structured_output=structured_output,
     )
     return Publication(card, files)
 
 
-def _files(loaded: LoadedModel) -> dict[str, bytes]:
-    text = loaded.text
+def check_name(name: str) -> None:
+    """Raise ModelError for a name that cannot be a model's."""
+    if not _NAME.fullmatch(name) or len(name) > _MAX_NAME_LENGTH:
+        raise ModelError(
+            f"{name!r} cannot be a model name: it takes up to {_MAX_NAME_LENGTH} of A-Z a-z 0-9 . _ / - and begins "
+            "with a letter or digit"
+        )
+
+
+def published_files(name: str, text: TextFiles) -> dict[str, bytes]:
+    """Return what gateways tokenize with, by the names of `common.registry`. Raises ModelError if it is too large."""
     files = {
         TOKENIZER_FILE: text.tokenizer_json,
         SPECIAL_TOKENS_FILE: msgspec.json.encode(dict(text.special_tokens), order="sorted"),
     }
     if text.chat_template is not None:
         files[TEMPLATE_FILE] = text.chat_template.encode()
+    for file, content in files.items():
+        if len(content) > MAX_FILE_BYTES:
+            raise ModelError(f"{name}: {file} has {len(content)} bytes; the registry takes {MAX_FILE_BYTES}")
     return files
+
+
+def digests_of(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the SHA-256 of each file, in hex, as a card names them."""
+    return {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
 
 
 def _format(name: str, loaded: LoadedModel, detect: Callable[[str], str]) -> str:

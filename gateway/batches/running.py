@@ -18,10 +18,7 @@ from common.batches import Owner
 from common.grants import Scope
 from common.job_queue import JobQueue
 from common.tenants import Tenants
-from gateway.delivery import Subscription
-from gateway.generations import Generations
 from gateway.identity.caller import Caller
-from torchrelay.v1 import generation_pb2
 
 _LOOK_AGAIN_S: Final = 5.0
 _MAX_OWNERS: Final = 10_000
@@ -55,39 +52,6 @@ class Runner(Protocol):
     async def find(self, request: Any, tenant: str) -> str | None:
         """Return the id of the job that the request's idempotency key made, if it is still kept."""
         ...
-
-
-class GenerationRunner:
-    """Runs GenerateRequests."""
-
-    def __init__(self, generations: Generations) -> None:
-        self._generations = generations
-
-    async def submit(self, request: generation_pb2.GenerateRequest, caller: Caller) -> Subscription:
-        return await self._generations.begin(_submission(request), caller)
-
-    async def response(self, running: Subscription, caller: Caller) -> generation_pb2.GenerateResponse:
-        return generation_pb2.GenerateResponse(generation=await self._generations.ended(running, caller))
-
-    def let_go(self, running: Subscription) -> None:
-        self._generations.let_go(running)
-
-    async def find(self, request: generation_pb2.GenerateRequest, tenant: str) -> str | None:
-        return await self._generations.find(request.model, tenant, request.idempotency_key)
-
-
-def _submission(request: generation_pb2.GenerateRequest) -> generation_pb2.SubmitGenerationRequest:
-    submission = generation_pb2.SubmitGenerationRequest(
-        model=request.model,
-        idempotency_key=request.idempotency_key,
-        priority=request.priority,
-        cache_salt=request.cache_salt,
-        adapter=request.adapter,
-    )
-    for name in ("input", "config", "time_limit"):
-        if request.HasField(name):
-            getattr(submission, name).CopyFrom(getattr(request, name))
-    return submission
 
 
 class Owners:

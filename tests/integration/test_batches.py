@@ -11,15 +11,11 @@ import grpc
 import grpc.aio
 import pytest
 
-from common.redis import connect, execute
-from common.settings import RedisSettings
-from tests.builders_calls import Refusal, refused
 from tests.builders_models import write_tiny_model
-from tests.builders_system import System, running_system, until
+from tests.builders_system import System, running_system
 from torchrelay.client import AsyncClient
-from torchrelay.client.batches import batch_requests
 from torchrelay.v1 import batch_pb2 as pb
-from torchrelay.v1 import embedding_pb2, generation_pb2
+from torchrelay.v1 import generation_pb2
 
 MODEL = "tiny"
 INVALID = grpc.StatusCode.INVALID_ARGUMENT

@@ -30,6 +30,8 @@ _MAX_BYTES: Final[Mapping[str, int]] = {
     "special_tokens_map.json": 4 * _MIB,
     "config.json": 4 * _MIB,
     "generation_config.json": 1 * _MIB,
+    "modules.json": 1 * _MIB,
+    "sentence_bert_config.json": 1 * _MIB,
     "adapter_config.json": 1 * _MIB,
     "quantize_config.json": 4 * _MIB,
     "quant_config.json": 4 * _MIB,
@@ -48,13 +50,16 @@ class ModelError(Exception):
     """A model cannot be served; the message names it, says why, and what to do."""
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, within: Path | None = None) -> None:
     """Check every file of a directory that loading could open.
 
-    Raises ModelError for one that is no regular file, is too large, or is a link that leaves the directory. Links of
-    the Hub's cache lead from snapshots/COMMIT to blobs/, which belongs to the same model.
+    Raises ModelError for one that is no regular file, is too large, or is a link that leaves the directory, or the one
+    `within` which that lies. Links of the Hub's cache lead from snapshots/COMMIT to blobs/, which belongs to the same
+    model.
     """
-    roots = [folder.resolve()]
+    roots = [(within or folder).resolve()]
+    if within is not None and not folder.resolve().is_relative_to(roots[0]):
+        raise ModelError(f"{folder} is a link to outside of the model's directory; put the directory itself there")
     if roots[0].parent.name == "snapshots":
         roots.append((roots[0].parent.parent / "blobs").resolve())
     try:

@@ -32,6 +32,7 @@ _HUB_FILES: Final = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", *SLOW_TOKENIZERS),
+    *("modules.json", "sentence_bert_config.json", "[0-9]_*/config.json"),  # of sentence-transformers
 )
 _HUB_CONFIGS: Final = ("config.json", "tokenizer_config.json", "adapter_config.json")
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
@@ -98,7 +99,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         # What is refused by its configuration is refused before gigabytes are fetched.
         for patterns in (_HUB_CONFIGS, _HUB_FILES):
             folder = snapshot_download(
-                hub_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]
+                hub_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=["[!0-9]*/*", "consolidated*"]
             )
             check_config_file(Path(folder))
     except GatedRepoError as error:

@@ -23,6 +23,8 @@ def refusal(
     `kv_tokens` are the slots of the whole KV cache; one sequence of `max_model_len` fits it.
     """
     prompt, sampling = request.prompt_token_ids, request.sampling
+    if request.task is not None:
+        return "TASK_NOT_SERVED"
     if not prompt:
         return "EMPTY_PROMPT"
     if len(prompt) + min(sampling.max_tokens, 1) > max_model_len:  # one that is only scored may fill it

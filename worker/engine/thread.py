@@ -15,14 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
 from common.logs import describe_exception
 from worker.engine.adapters.store import AdapterStore
 from worker.engine.grammar import GrammarFailure
-from worker.engine.loop import Engine
 from worker.engine.turns import TakingTurns
 from worker.engine.types import DuplicateRequest, EngineStats, GenerationRequest, StepResult
 
@@ -39,11 +38,23 @@ class EngineStopped(Exception):
     """The engine was stopped, and there are no more results."""
 
 
+class StepEngine(Protocol):
+    """What the thread needs of an engine; see `loop.Engine` for what its methods do."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def prepare(self, request: GenerationRequest) -> GenerationRequest: ...
+    def add(self, request: GenerationRequest) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self, now: float) -> StepResult: ...
+    def stats(self) -> EngineStats: ...
+
+
 class EngineThread:
     """Runs an engine. All methods but `next_result` may be called from any thread."""
 
     def __init__(
-        self, engine: Engine, clock: Callable[[], float] = time.monotonic, adapters: AdapterStore | None = None
+        self, engine: StepEngine, clock: Callable[[], float] = time.monotonic, adapters: AdapterStore | None = None
     ) -> None:
         """Requests that name an adapter take it from `adapters`; without, they end with an error."""
         self._engine = engine

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from common.generation import ChatParsing, OutputDelta, PromptScores, SamplingParams, ToolCallDelta, Usage
+from common.tasks import Task, TaskResult
 from worker.engine.adapters.types import AdapterFailure, AdapterLease
 from worker.engine.grammar import Grammar, GrammarFailure
 
@@ -63,6 +64,7 @@ class GenerationRequest:
     # What sampling.adapter names, in memory; released when the request is over.
     adapter: AdapterLease | AdapterFailure | None = None
     grammar: Grammar | GrammarFailure | None = None  # of sampling.structured_output, where it was compiled beforehand
+    task: Task | None = None  # in the place of prompt and sampling, for an engine of encoder models
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class RequestOutput:
     error: str | None = None
     num_held_tokens: int = 0  # decoded in this step, and in no delta: those of beams
     prompt_scores: PromptScores | None = None  # they come in order, the last ones not behind the first token
+    result: TaskResult | None = None  # of a request with a task, when it ended
 
     @property
     def finished(self) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack, overload
 
 import grpc
 import grpc.aio
@@ -17,7 +17,10 @@ from torchrelay.client.batches import AsyncBatchCalls
 from torchrelay.client.errors import RelayError, from_rpc_error
 from torchrelay.client.requests import GenerationOptions, Priority, Prompt, make_stream_request
 from torchrelay.client.resume import RetryPolicy, StreamPosition
-from torchrelay.v1 import batch_pb2_grpc, model_pb2, model_pb2_grpc
+from torchrelay.client.tasks import keyed, method_of
+from torchrelay.v1 import batch_pb2_grpc, classification_pb2_grpc, embedding_pb2_grpc, model_pb2, model_pb2_grpc
+from torchrelay.v1 import classification_pb2 as cpb
+from torchrelay.v1 import embedding_pb2 as epb
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import generation_pb2_grpc as pb_grpc
 
@@ -106,6 +109,12 @@ class AsyncClient(AsyncBatchCalls):
             credentials = (tls or channels.Tls()).credentials()
             self._channel = grpc.aio.secure_channel(address, credentials, options=channels.OPTIONS)
         self.generation: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(self._channel)
+        self.embedding: embedding_pb2_grpc.EmbeddingServiceAsyncStub = embedding_pb2_grpc.EmbeddingServiceStub(
+            self._channel
+        )
+        self.classification: classification_pb2_grpc.ClassificationServiceAsyncStub = (
+            classification_pb2_grpc.ClassificationServiceStub(self._channel)
+        )
         self.model: model_pb2_grpc.ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(self._channel)
         self.batch: batch_pb2_grpc.BatchServiceAsyncStub = batch_pb2_grpc.BatchServiceStub(self._channel)
         self._retry = retry or RetryPolicy()
@@ -217,6 +226,27 @@ class AsyncClient(AsyncBatchCalls):
         """End a generation if it runs, and erase all that is stored of it."""
         request = pb.DeleteGenerationRequest(generation_id=generation_id)
         await self._retrying(lambda: self.generation.DeleteGeneration(request, metadata=self.metadata))
+
+    @overload
+    async def run(self, request: epb.EmbedRequest) -> epb.EmbedResponse: ...
+    @overload
+    async def run(self, request: cpb.ClassifyRequest) -> cpb.ClassifyResponse: ...
+    @overload
+    async def run(self, request: cpb.ClassifyTokensRequest) -> cpb.ClassifyTokensResponse: ...
+    @overload
+    async def run(self, request: cpb.AnswerQuestionRequest) -> cpb.AnswerQuestionResponse: ...
+    @overload
+    async def run(self, request: cpb.RerankRequest) -> cpb.RerankResponse: ...
+    async def run(self, request: Any) -> Any:
+        """Send a request of EmbeddingService or ClassificationService, and return its response.
+
+        Lost replies are asked for again, with an idempotency key that is made up if the request has none. Raises
+        TypeError for any other message.
+        """
+        service, method = method_of(request)
+        call = getattr(getattr(self, service), method)
+        request = keyed(request)
+        return await self._retrying(lambda: call(request, metadata=self.metadata))
 
     async def models(self) -> list[model_pb2.Model]:
         """List every model that the caller may use."""

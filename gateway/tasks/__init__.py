@@ -1,0 +1,1 @@
+"""The tasks of encoder models: EmbeddingService, ClassificationService and OpenAI's embeddings over the same queue."""

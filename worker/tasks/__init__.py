@@ -1,0 +1,1 @@
+"""Tasks of encoder models: texts batched by length through one forward pass, and what their answers are made of."""

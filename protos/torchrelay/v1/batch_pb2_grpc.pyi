@@ -52,8 +52,8 @@ class BatchServiceStub:
     DeleteBatch: _grpc.UnaryUnaryMultiCallable[_batch_pb2.DeleteBatchRequest, _batch_pb2.DeleteBatchResponse]
     """Ends a batch if it runs, and erases all that is stored of it. NOT_FOUND afterwards."""
     StreamBatchResults: _grpc.UnaryStreamMultiCallable[_batch_pb2.StreamBatchResultsRequest, _batch_pb2.StreamBatchResultsResponse]
-    """Streams results in the order in which items ended, the batch first and last, and follows a running batch to its end.
-    A stream that broke goes on after the last index that was received, on any gateway.
+    """Streams results in the order in which items ended, the batch first and last, and follows a running batch to its
+    end. A stream that broke goes on after the last index that was received, on any gateway.
     """
 
 @_typing.type_check_only
@@ -80,8 +80,8 @@ class BatchServiceAsyncStub(BatchServiceStub):
     DeleteBatch: _aio.UnaryUnaryMultiCallable[_batch_pb2.DeleteBatchRequest, _batch_pb2.DeleteBatchResponse]  # type: ignore[assignment]
     """Ends a batch if it runs, and erases all that is stored of it. NOT_FOUND afterwards."""
     StreamBatchResults: _aio.UnaryStreamMultiCallable[_batch_pb2.StreamBatchResultsRequest, _batch_pb2.StreamBatchResultsResponse]  # type: ignore[assignment]
-    """Streams results in the order in which items ended, the batch first and last, and follows a running batch to its end.
-    A stream that broke goes on after the last index that was received, on any gateway.
+    """Streams results in the order in which items ended, the batch first and last, and follows a running batch to its
+    end. A stream that broke goes on after the last index that was received, on any gateway.
     """
 
 class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -141,8 +141,8 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _batch_pb2.StreamBatchResultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_batch_pb2.StreamBatchResultsResponse], _abc.AsyncIterator[_batch_pb2.StreamBatchResultsResponse]]:
-        """Streams results in the order in which items ended, the batch first and last, and follows a running batch to its end.
-        A stream that broke goes on after the last index that was received, on any gateway.
+        """Streams results in the order in which items ended, the batch first and last, and follows a running batch to its
+        end. A stream that broke goes on after the last index that was received, on any gateway.
         """
 
 def add_BatchServiceServicer_to_server(servicer: BatchServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -99,6 +99,7 @@ class Feeder:
         self._submitting = asyncio.Semaphore(_SUBMITTED_AT_ONCE)
         self._slots = asyncio.Semaphore(settings.window)
         self._reserving = asyncio.Lock()
+        self._told: set[str] = set()  # reasons for want of room
         self._has_ended = asyncio.Event()  # an item, since somebody began to wait for it
 
     async def run(self) -> None:
@@ -290,14 +291,15 @@ class Feeder:
                 except errors.ServingError as error:
                     if not is_for_now(error):
                         raise
-                    if attempt == 0:
+                    if error.reason not in self._told:  # once: this is the usual state of a large batch
+                        self._told.add(error.reason)
                         log.info("batch.no_room", batch_id=self._batch.batch_id, reason=error.reason)
                     attempt += 1
                     if await self._has_room_within(pause_s(attempt, error, self._rng), error):
                         attempt = 0
 
     async def _has_room_within(self, seconds: float, error: errors.ServingError) -> bool:
-        """Wait; less long, and return True, where room is made by an item of ours that ends, and it is room that lacks."""
+        """Wait; return True, and sooner, where it is the queue that is full, and an item of ours that ends makes room."""
         if not isinstance(error, errors.QueueFull):
             await asyncio.sleep(seconds)
             return False

@@ -299,7 +299,7 @@ class Feeder:
                         attempt = 0
 
     async def _has_room_within(self, seconds: float, error: errors.ServingError) -> bool:
-        """Wait; return True, and sooner, where it is the queue that is full, and an item of ours that ends makes room."""
+        """Wait; return True, and sooner, where the queue is full and an item of ours that ends makes room."""
         if not isinstance(error, errors.QueueFull):
             await asyncio.sleep(seconds)
             return False

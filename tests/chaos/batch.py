@@ -106,8 +106,8 @@ class Experiment:
             killing = asyncio.create_task(self._kill(made.batch_id))
             try:
                 seen = await self._read(client, made.batch_id)
-            except RelayError as error:
-                run.violations[f"the caller gave up: {error.reason or error.code.name}"] += 1
+            except (RelayError, TimeoutError) as error:
+                run.violations[f"the caller gave up: {getattr(error, 'reason', '') or 'no result came any more'}"] += 1
                 return
             finally:
                 self._is_over = True
@@ -138,12 +138,14 @@ class Experiment:
         pauses = [self.run.num_items // 3, self.run.num_items + 1]
         for pause in pauses:
             results = client.batch_results(batch_id, after_index=len(seen))
-            async for result in results:
-                seen.append(result)
-                self.num_read = len(seen)
-                self._has_news.set()
-                if len(seen) == pause:
-                    break
+            async with asyncio.timeout(_GIVE_UP_S) as patience:
+                async for result in results:
+                    patience.reschedule(asyncio.get_running_loop().time() + _GIVE_UP_S)
+                    seen.append(result)
+                    self.num_read = len(seen)
+                    self._has_news.set()
+                    if len(seen) == pause:
+                        break
             self.run.num_resumes += results.position.num_resumes
         return seen
 

@@ -153,7 +153,9 @@ async def run(
         bodies=bodies_of(settings),
         send_timeout_s=settings.send_timeout_s,
     )
-    openai = OpenAiServer(OpenAiDoor(generations, catalog, settings, door).app, settings, certificates_of(settings))
+    openai = OpenAiServer(
+        OpenAiDoor(generations, tasks, catalog, settings, door).app, settings, certificates_of(settings)
+    )
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         ModelServicer(catalog, queue, reveal=settings.reveal_models), server.public
     )

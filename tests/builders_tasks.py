@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -66,7 +67,7 @@ def write_encoder(
     """Save a tiny model of this family with a tokenizer; `head` is body, labels, tokens or spans. Return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     is_byte_level = "roberta" in family
-    tokenizer = _byte_level() if is_byte_level else _word_piece()
+    tokenizer = make_tokenizer("byte_level" if is_byte_level else "word_piece")
     tokenizer.save(str(folder / "tokenizer.json"))
     names = ("<pad>", "<s>", "</s>", "<unk>") if is_byte_level else ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
     kinds = ("pad_token", "cls_token", "sep_token", "unk_token")
@@ -95,6 +96,18 @@ def tiny_encoder(
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=0.25)
     return module.eval()
+
+
+def make_tokenizer(kind: str) -> Tokenizer:
+    """One of word_piece (as BERT's) and byte_level (as RoBERTa's), trained on CORPUS."""
+    return Tokenizer.from_str(_trained(kind))
+
+
+@cache
+def _trained(kind: str) -> str:
+    """Once a process: training breaks ties by chance."""
+    found: str = (_byte_level() if kind == "byte_level" else _word_piece()).to_str()
+    return found
 
 
 def _word_piece() -> Tokenizer:

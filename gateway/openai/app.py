@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.catalog import MAX_INLINE_BYTES, Catalog, ServedModel, adapter_of
 from gateway.generations import Generations
 from gateway.identity.caller import current_caller
-from gateway.openai import schemas
+from gateway.openai import embeddings, schemas
 from gateway.openai.answers import ChatChoices, Choices, CompletionChoices, Envelope
 from gateway.openai.errors import HttpError, answer_to, merge_headers
 from gateway.openai.exchange import Door, Exchange, while_wanted
@@ -25,22 +25,28 @@ from gateway.openai.requests import Parsed, chat_request, completion_requests, f
 from gateway.rights import check_model
 from gateway.settings import GatewaySettings
 from gateway.stream import EventStream
+from gateway.tasks.core import Tasks
 from gateway.validation import check_model_name
+from torchrelay.v1 import embedding_pb2 as epb
 from torchrelay.v1 import generation_pb2 as pb
 
 _T = TypeVar("_T")
 
 _GENERATE: Final = "/torchrelay.v1.GenerationService/StreamGenerate"
+_EMBED: Final = "/torchrelay.v1.EmbeddingService/Embed"
 _MODELS: Final = "/torchrelay.v1.ModelService/ListModels"
 _MOST_TOKENS_PER_BYTE: Final = 16  # of a prompt, however its text is normalized; what may be more is counted
 _DEFAULT_TEMPERATURE: Final = 1.0  # as OpenAI documents it, for models that have no own
 
 
 class OpenAiDoor:
-    """Completions, chat completions and models."""
+    """Completions, chat completions, embeddings and models."""
 
-    def __init__(self, generations: Generations, catalog: Catalog, settings: GatewaySettings, door: Door) -> None:
+    def __init__(
+        self, generations: Generations, tasks: Tasks, catalog: Catalog, settings: GatewaySettings, door: Door
+    ) -> None:
         self._generations = generations
+        self._tasks = tasks
         self._catalog = catalog
         self._settings = settings
         self.app = Starlette(
@@ -51,6 +57,7 @@ class OpenAiDoor:
                     door.route(_GENERATE, self._chat_completions, is_chat=True),
                     methods=["POST"],
                 ),
+                Route("/v1/embeddings", door.route(_EMBED, self._embeddings), methods=["POST"]),
                 Route("/v1/models", door.route(_MODELS, self._models), methods=["GET"]),
                 Route("/v1/models/{model:path}", door.route(_MODELS, self._model), methods=["GET"]),
             ],
@@ -142,6 +149,18 @@ class OpenAiDoor:
             for output in generation.outputs:
                 made.append(choices.of_output(len(made), output, generation.prompt_scores))
         return envelope.whole(choices.whole_kind, made, [generation.usage for generation in found])
+
+    async def _embeddings(self, exchange: Exchange) -> None:
+        body = await exchange.body(self._settings.max_message_bytes, current_caller().tenant)
+        parsed = await self._beside(body, lambda: embeddings.parse(body))
+        request = embeddings.embed_request(parsed, exchange.header("idempotency-key"))
+
+        async def work() -> None:
+            response = await self._tasks.run(request, current_caller(), _HttpCall(exchange))
+            assert isinstance(response, epb.EmbedResponse)
+            await exchange.answer(await self._beside(body, lambda: embeddings.answer_of(response, parsed)))
+
+        await while_wanted(exchange, work())
 
     async def _models(self, exchange: Exchange) -> None:
         grants = current_caller().grants

@@ -93,6 +93,8 @@ def param_of(field: str, *, is_chat: bool) -> str:
             return theirs
     if field == "input":
         return "messages" if is_chat else "prompt"
+    if field.partition("[")[0] == "texts":
+        return f"input{field.removeprefix('texts')}"
     name = field.removeprefix("config.").removeprefix("input.chat.")
     name = _TOOL_FIELD.sub(r"\1.function.\2", _PART.sub(r".content\1", name))
     return name.replace(".parts", ".content") or field

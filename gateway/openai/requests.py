@@ -80,7 +80,7 @@ def parse(body: bytes, kind: type[_T]) -> Parsed:
     try:
         return Parsed(msgspec.convert(fields, kind), extensions)
     except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
+        raise invalid(str(error)) from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deep", reason="MALFORMED_MESSAGE") from None
 
@@ -98,7 +98,7 @@ def full_name(model: str, adapter: str) -> str:
     return f"{model}:{adapter}" if adapter else model
 
 
-def _invalid(text: str) -> InvalidRequest:
+def invalid(text: str) -> InvalidRequest:
     """Say what was expected and where; what was sent is not repeated."""
     told, mark, where = text.rpartition(" - at `")  # what is told may hold names of the caller's, of any length
     found = _WHERE.fullmatch(where) if mark else None

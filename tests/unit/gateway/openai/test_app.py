@@ -24,6 +24,7 @@ from gateway.openai import requests
 from gateway.openai.app import OpenAiDoor
 from gateway.openai.exchange import Door, bodies_of
 from gateway.settings import GatewaySettings
+from gateway.tasks.core import Tasks
 from gateway.tokenization import TextCodec
 from gateway.turns import TenantTurns
 from torchrelay.v1 import generation_pb2 as pb
@@ -79,7 +80,7 @@ async def post(
 
     settings = GatewaySettings()
     around = Door(authenticate, lambda method, caller: None, Audit(), bodies=bodies_of(settings), send_timeout_s=5)
-    door = OpenAiDoor(cast(Generations, generations), cast(Catalog, OneModel()), settings, around)
+    door = OpenAiDoor(cast(Generations, generations), cast(Tasks, None), cast(Catalog, OneModel()), settings, around)
     scope = {"type": "http", "method": "POST", "path": path, "headers": [], "client": ("127.0.0.1", 1)}
     await door.app(scope, receive, send)
     return sent[0]["status"], b"".join(message["body"] for message in sent[1:])

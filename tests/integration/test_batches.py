@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import grpc.aio
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
+from typer.testing import CliRunner, Result
 
 from common.api_keys import ApiKeys
 from common.grants import Quotas
@@ -26,6 +25,7 @@ from tests.builders_calls import idle_fleet, refused
 from tests.builders_models import write_tiny_model
 from tests.builders_system import Gateway, System, running_system, until
 from tests.builders_tasks import CORPUS, write_encoder
+from torchrelay.cli.main import make_app
 from torchrelay.client import AsyncClient
 from torchrelay.v1 import batch_pb2 as pb
 from torchrelay.v1 import classification_pb2 as cpb
@@ -374,11 +374,12 @@ async def test_a_deleted_batch_leaves_nothing_behind_neither_results_nor_jobs(
             assert refusal.reason == "BATCH_NOT_FOUND"
 
         async def is_gone() -> bool:
-            return not await superuser_call(system, "KEYS", f"*{made.batch_id}*")
+            active = await superuser_call(system, "ZRANGE", "{batches}:active", "0", "-1")
+            is_active = any(made.batch_id.encode() in member for member in active)
+            return not is_active and not await superuser_call(system, "KEYS", f"*{made.batch_id}*")
 
         await until(is_gone, what="nothing of the batch")
         assert not await superuser_call(system, "KEYS", f"{{t:{tenant}}}:b*")
-        assert await superuser_call(system, "ZCARD", "{batches}:active") == 0
         await idle_fleet(system)
 
 
@@ -430,6 +431,50 @@ async def test_a_killed_gateway_and_a_killed_worker_lose_nothing_and_repeat_noth
         assert f'"batch_id": "{made.batch_id}", "epoch": 2' in other.log()
 
 
+async def test_a_gateway_that_ends_leaves_its_batches_to_others_at_once(system: System, client: AsyncClient) -> None:
+    tenant, own = tenant_client(system)
+    async with own:
+        made = await own.create_batch([item(index, max_tokens=12) for index in range(120)])
+        await begun(own, made.batch_id, 10)
+        (feeding,) = (gateway for gateway in system.gateways if feeds(gateway, made.batch_id))
+        (other,) = (gateway for gateway in system.gateways if gateway is not feeding)
+        assert await asyncio.to_thread(feeding.stop) == 0
+        ends = [line for line in feeding.log().splitlines() if "batch.left" in line and made.batch_id in line]
+        assert not ends, "it had not come to its end there"
+        results = await read(own, made.batch_id)
+        assert sorted(result.item_index for result in results) == list(range(120))
+        assert await num_generations(system, tenant) == 120
+        assert feeds(other, made.batch_id)
+
+
+async def test_cancelling_ends_what_a_killed_gateway_had_fed(system: System, client: AsyncClient) -> None:
+    made = await client.create_batch([item(index, max_tokens=400) for index in range(60)])
+    await begun(client, made.batch_id)
+    (feeding,) = (gateway for gateway in system.gateways if feeds(gateway, made.batch_id))
+    feeding.kill()
+    await client.cancel_batch(made.batch_id)
+    results = await read(client, made.batch_id)
+    assert sorted(result.item_index for result in results) == list(range(60))
+    assert (await client.get_batch(made.batch_id)).state == pb.BATCH_STATE_CANCELLED
+    for shard in await superuser_call(system, "KEYS", "*:live"):
+        assert await superuser_call(system, "HGETALL", shard.decode()) == {}
+
+
+async def test_a_batch_that_runs_for_too_long_is_given_up(system: System, client: AsyncClient, folder: Path) -> None:
+    hasty = system.add_gateway(TORCHRELAY_GATEWAY_BATCH_LIFETIME_S="1.5")
+    await system.ready(MODEL)
+    tenant = f"tenant-{random_id()}"
+    async with system.client(hasty, key=system.create_key(tenant)) as own:
+        made = await own.create_batch([item(index, max_tokens=400) for index in range(100)])
+        results = await read(own, made.batch_id)
+        late = {summary(result) for result in results if result.WhichOneof("result") == "error"}
+        assert late == {(grpc.StatusCode.DEADLINE_EXCEEDED, "BATCH_EXPIRED")}
+        batch = await own.get_batch(made.batch_id)
+        assert (batch.state, batch.counts.succeeded + batch.counts.failed) == (pb.BATCH_STATE_DONE, 100)
+    await system.scale(folder, gateways=2)
+    await idle_fleet(system)
+
+
 def feeds(gateway: Gateway, batch_id: str) -> bool:
     return any("batch.fed" in line and batch_id in line for line in gateway.log().splitlines())
 
@@ -437,11 +482,10 @@ def feeds(gateway: Gateway, batch_id: str) -> bool:
 # -- the command
 
 
-def command(system: System, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+def command(system: System, *arguments: str, status: int = 0) -> Result:
     address = ["--address", system.gateways[0].address, "--api-key", system.key, "--insecure"]
-    program = [sys.executable, "-c", "from torchrelay.cli.main import main; main()", "batch", *arguments, *address]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
-    assert done.returncode == status, done.stderr
+    done = CliRunner().invoke(make_app(), ["batch", *arguments, *address])
+    assert done.exit_code == status, done.output
     return done
 
 

@@ -32,6 +32,7 @@ from common.scripts import ScriptRunner, as_list
 from common.sealing import PLAIN, GenerationSealer, Sealer
 
 MAKING_MS: Final = 600_000  # how long items are kept between two calls of `append`
+_SOON_MS: Final = 10_000  # after which a batch is looked at whose maker may have died
 MAX_APPENDED: Final = 256  # items of one call: a script's arguments must fit its stack
 MAX_PAGE_BYTES: Final = 1 << 20
 _INDEX_BYTES: Final = 4
@@ -207,7 +208,7 @@ class Batches:
         sealer = self._sealer.of(tenant, batch_id)
         key = keys.batch(tenant, batch_id)
         # First, so that a batch that exists is always on this list; whoever finds one there that does not takes it off.
-        await self._mark(tenant, batch_id, MAKING_MS)
+        await self._mark(tenant, batch_id, _SOON_MS)
         arguments: tuple[Argument, ...] = (
             new.total,
             "" if new.idempotency_key is None else keys.idempotency_digest(tenant, new.idempotency_key),
@@ -326,7 +327,7 @@ class Batches:
             ended_ms=ended,
             retention_ms=retention,
             priority=priority,
-            display_name=self._sealer.of(tenant, batch_id).open(name, _NAME_LABEL).decode() if name else "",
+            display_name=_open_name(name, self._sealer.of(tenant, batch_id)),
             salt=salt.decode(),
         )
 
@@ -429,6 +430,14 @@ def _item_label(index: int) -> bytes:
 
 def _result_label(item_index: int) -> bytes:
     return b"batch result %d" % item_index
+
+
+def _open_name(record: bytes, sealer: GenerationSealer) -> str:
+    """What cannot be opened is left out: a batch is no less for it, and must be fed, listed and erased."""
+    try:
+        return sealer.open(record, _NAME_LABEL).decode() if record else ""
+    except SealBroken:
+        return ""
 
 
 def _open_item(entry: bytes, index: int, sealer: GenerationSealer) -> bytes | SealBroken:

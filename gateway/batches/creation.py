@@ -62,7 +62,11 @@ class Maker:
             if digest != items.digest:
                 raise errors.IdempotencyKeyReused
             audit.note(batch_id=earlier_id)
-            return await self._batches.get(caller.tenant, earlier_id), True
+            try:
+                return await self._batches.get(caller.tenant, earlier_id), True
+            except errors.BatchNotFound:
+                message = "the batch that was made with this key has just expired; repeat the call to make another"
+                raise errors.Unavailable(message, reason="BATCH_LOST") from None
         settings = self._settings
         record, replayed = await self._batches.start(
             NewBatch(

@@ -127,6 +127,23 @@ async def test_items_that_are_gone_are_missed(batches: Batches, superuser: redis
     assert superuser.keys("*") == []
 
 
+async def test_a_batch_whose_maker_dies_on_the_way_is_found_or_forgotten(
+    batches: Batches, gateway_redis: FlakyRedis, superuser: redis_sync.Redis
+) -> None:
+    made, unmade = keys.new_batch_id(), keys.new_batch_id()
+    for batch_id in (made, unmade):
+        await batches.append(TENANT, batch_id, 0, [b"item 0"])
+        await batches.start(new(batch_id, 1))
+        superuser.zadd(keys.ACTIVE_BATCHES, {f"{batch_id} {TENANT}": 1})
+    superuser.delete(keys.batch(TENANT, unmade))  # as if it had come no further than its place on the list
+    assert await batches.take(TENANT, made, LEASE_MS) is not None
+    assert await batches.take(TENANT, unmade, LEASE_MS) is None
+    assert superuser.zcard(keys.ACTIVE_BATCHES) == 2, "it may yet be made"
+    superuser.delete(keys.batch(TENANT, unmade) + ":items")
+    assert await batches.take(TENANT, unmade, LEASE_MS) is None
+    assert superuser.zcard(keys.ACTIVE_BATCHES) == 1
+
+
 async def test_an_idempotency_key_makes_one_batch(batches: Batches, superuser: redis_sync.Redis) -> None:
     first = await make(batches, 2, idempotency_key="k", request_digest=b"same\n \x00")
     assert await batches.earlier(TENANT, "k") == (first.batch_id, b"same\n \x00")
@@ -274,6 +291,8 @@ async def test_nothing_of_a_batch_lies_readable_in_the_server(
     assert (await batches.results(TENANT, batch_id, 0))[1] == [(0, CANARY)]
     entries = superuser.lrange(f"{key}:items", 0, -1)
     superuser.lset(f"{key}:items", 0, entries[1])  # type: ignore[index]
+    superuser.hset(key, "nm", entries[0])  # type: ignore[index]
+    assert (await batches.get(TENANT, batch_id)).display_name == ""
     moved, whole = await batches.items(TENANT, batch_id, 0, 2)
     assert isinstance(moved, SealBroken)
     assert whole == CANARY + b"1"

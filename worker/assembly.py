@@ -26,6 +26,7 @@ from worker.engine.host_memory import trim
 from worker.engine.kernels.build import KernelBuildError
 from worker.engine.loadcheck import check_model
 from worker.engine.loop import Engine, Runner
+from worker.engine.memory import limit_memory
 from worker.engine.model import ModelError, load_model
 from worker.engine.probe import probe_cost
 from worker.engine.quantize import Narrow, check_device
@@ -149,6 +150,7 @@ def _assemble_encoder(
         if getattr(settings, name) not in ("", "none"):
             raise ModelError(f"{settings.model} is an encoder model: {name} is only for models that generate text")
     limit = engine_settings.max_model_len
+    limit_memory(device, engine_settings)
     loaded = load_encoder(settings.model, head, dtype, device, settings.revision, max_tokens=limit)
     engine = make_engine(loaded, engine_settings, device)
     name = settings.model_name or default_name(settings.model)

@@ -22,6 +22,8 @@ from worker.engine.loadcheck import check_module, context_limit, probe_attention
 from worker.engine.model import LoadedModel, ModelError, load_model
 from worker.engine.settings import EngineSettings
 from worker.settings import WorkerSettings
+from worker.tasks.loading import find_head
+from worker.tasks.report import check_encoder, describe_encoder
 
 _CPU: Final = torch.device("cpu")  # the only device with a compiled decoder
 
@@ -72,7 +74,13 @@ def check_model_dir(*, as_json: bool) -> int:
         lambda: (WorkerSettings(), EngineSettings()), WorkerSettings, EngineSettings
     )
     try:
-        report = check(settings, engine_settings)
+        head = find_head(settings.model, settings.revision)
+        if head is not None:
+            encoder = check_encoder(settings, head)
+            text, found = describe_encoder(encoder), asdict(encoder)
+        else:
+            report = check(settings, engine_settings)
+            text, found = describe(report), asdict(report)
     except Exception as error:  # noqa: BLE001 - as in a worker: every library on the way has its own
         reason = str(error) or type(error).__name__
         if as_json:
@@ -81,9 +89,9 @@ def check_model_dir(*, as_json: bool) -> int:
             sys.stdout.write(f"{settings.model} cannot be served: {reason}\n")
         return CANNOT_START
     if as_json:
-        _write_json({"can_be_served": True, **asdict(report)})
+        _write_json({"can_be_served": True, **found})
     else:
-        sys.stdout.write(describe(report))
+        sys.stdout.write(text)
     return 0
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import structlog
@@ -18,6 +18,10 @@ from common.registry import ModelCard, ModelRegistry
 from common.settings import RedisSettings
 from common.startup import read_settings
 from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from worker.engine.adapters.files import LinearShape
+    from worker.registration import Publication
 
 log = structlog.get_logger()
 
@@ -45,36 +49,18 @@ def register_model(*, as_json: bool, adapters: Sequence[str] = ()) -> int:
     """
     settings, redis_settings = read_settings(lambda: (WorkerSettings(), RedisSettings()), WorkerSettings)
     from worker.adapters import read_cards, whole_folders  # imports torch
-    from worker.assembly import default_name
     from worker.engine.adapters.files import AdapterError, AdapterLimits
-    from worker.engine.device import choose_device, choose_dtype
-    from worker.engine.model import ModelError, load_model
-    from worker.registration import make_card
-    from worker.structured import make_compiler
+    from worker.engine.model import ModelError
 
-    device = choose_device(settings.device)
     try:
-        loaded = load_model(
-            settings.model, choose_dtype(settings.dtype, device), device, settings.revision, with_weights=False
-        )
-        name = settings.model_name or default_name(settings.model)
-        # How much a worker can hold is known once one has started; until then the model's own limit holds.
-        limit = loaded.context_length
-        grammars = make_compiler(loaded.text.tokenizer_json, loaded.vocab_size, loaded.eos_token_ids)
-        card, files = make_card(
-            loaded,
-            name=name,
-            context_tokens=limit,
-            block_tokens=16,
-            kv_tokens=limit,
-            tool_format=settings.tool_format,
-            reasoning_format=settings.reasoning_format,
-            structured_output=grammars is not None,
-        )
-        limits = AdapterLimits(settings.max_adapter_rank, settings.adapter_bytes)
+        (card, files), linear_layers = _describe(settings)
         if settings.adapters_dir:
             adapters = (*whole_folders(Path(settings.adapters_dir)), *adapters)
-        card = msgspec.structs.replace(card, adapters=read_cards(adapters, loaded.linear_layers, limits))
+        if linear_layers is None and adapters:
+            raise AdapterError("adapters are only for models that generate text")
+        if linear_layers is not None:
+            limits = AdapterLimits(settings.max_adapter_rank, settings.adapter_bytes)
+            card = msgspec.structs.replace(card, adapters=read_cards(adapters, linear_layers, limits))
     except (ModelError, AdapterError) as error:
         log.error("model.refused", error=str(error))
         return 1
@@ -99,3 +85,37 @@ def register_model(*, as_json: bool, adapters: Sequence[str] = ()) -> int:
         adapted = "".join(f" {card.name}:{adapter.name}" for adapter in card.adapters)
         sys.stderr.write(f"registered {card.name} {card.revision[:12]}{adapted}\n")
     return 0
+
+
+def _describe(settings: WorkerSettings) -> tuple[Publication, Mapping[str, LinearShape] | None]:
+    """Return what is published of a model, and its linear layers where it generates text. Raises ModelError."""
+    from worker.assembly import default_name  # imports torch
+    from worker.engine.device import choose_device, choose_dtype
+    from worker.engine.model import load_model
+    from worker.registration import make_card
+    from worker.structured import make_compiler
+    from worker.tasks.assembly import make_encoder_card
+    from worker.tasks.loading import find_head, load_encoder
+
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    name = settings.model_name or default_name(settings.model)
+    head = find_head(settings.model, settings.revision)
+    if head is not None:
+        encoder = load_encoder(settings.model, head, dtype, device, settings.revision, with_weights=False)
+        return make_encoder_card(encoder, name), None
+    loaded = load_model(settings.model, dtype, device, settings.revision, with_weights=False)
+    # How much a worker can hold is known once one has started; until then the model's own limit holds.
+    limit = loaded.context_length
+    grammars = make_compiler(loaded.text.tokenizer_json, loaded.vocab_size, loaded.eos_token_ids)
+    publication = make_card(
+        loaded,
+        name=name,
+        context_tokens=limit,
+        block_tokens=16,
+        kv_tokens=limit,
+        tool_format=settings.tool_format,
+        reasoning_format=settings.reasoning_format,
+        structured_output=grammars is not None,
+    )
+    return publication, loaded.linear_layers

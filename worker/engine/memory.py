@@ -16,6 +16,7 @@ from worker.engine.settings import EngineSettings
 _log = structlog.get_logger(__name__)
 
 CPU_CACHE_BYTES: Final = 1 << 30
+_MARGIN: Final = 50  # of a GPU's memory one part in so many stays free
 # The sampler's work per row of logits: the row in float32, a copy of it with penalties, and noise in float64.
 _SAMPLER_BYTES_PER_LOGIT: Final = 4 + 4 + 8
 
@@ -37,24 +38,39 @@ def cache_bytes(model: PreTrainedModel, settings: EngineSettings) -> int:
     free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
     num_logits = settings.max_num_seqs * model.config.get_text_config().vocab_size
     reserved_bytes = step_bytes + num_logits * _SAMPLER_BYTES_PER_LOGIT
-    size = remaining_bytes(total_bytes, free_bytes, reserved_bytes, settings.gpu_memory_fraction)
+    own_bytes = torch.cuda.memory_reserved(model.device)
+    size = remaining_bytes(total_bytes, free_bytes, own_bytes, reserved_bytes, settings.gpu_memory_fraction)
     _log.info(
-        "memory.measured", total_bytes=total_bytes, free_bytes=free_bytes, step_bytes=step_bytes, cache_bytes=size
+        "memory.measured",
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+        own_bytes=own_bytes,
+        step_bytes=step_bytes,
+        cache_bytes=size,
     )
     return size
 
 
-def remaining_bytes(total_bytes: int, free_bytes: int, reserved_bytes: int, fraction: float) -> int:
-    """Return what is left of a share of the device, with this much used and this much needed by steps.
+def limit_memory(device: torch.device, settings: EngineSettings) -> None:
+    """Keep this process within its share of a GPU, for engines that take memory as they need it."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction, device)
 
-    What others use on the device counts as used. Raises NoRoomForCache.
+
+def remaining_bytes(total_bytes: int, free_bytes: int, own_bytes: int, reserved_bytes: int, fraction: float) -> int:
+    """Return what is left of a share of the device, `own_bytes` of which are used, and this much needed by steps.
+
+    Workers on one device have a share each: what others use is not taken from it, but what is free is all there is.
+    Raises NoRoomForCache.
     """
     allowed = int(total_bytes * fraction)
-    size = allowed - (total_bytes - free_bytes) - reserved_bytes
+    margin = total_bytes // _MARGIN  # of what the device itself and other processes may want yet
+    size = min(allowed - own_bytes, free_bytes - margin) - reserved_bytes
     if size <= 0:
         raise NoRoomForCache(
             f"no memory is left for the KV cache: {allowed >> 20} MiB may be used (gpu_memory_fraction {fraction}), "
-            f"{(total_bytes - free_bytes) >> 20} MiB are, and a step needs {reserved_bytes >> 20} MiB"
+            f"{own_bytes >> 20} MiB are, {free_bytes >> 20} MiB of the device are free, and a step needs "
+            f"{reserved_bytes >> 20} MiB"
         )
     return size
 

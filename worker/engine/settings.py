@@ -32,7 +32,8 @@ class EngineSettings(BaseSettings):
         default=0.9,
         gt=0,
         le=1,
-        description="Share of a GPU's memory that weights, steps and KV cache may take together.",
+        description="Share of a GPU's memory that weights, steps and KV cache may take together. Several workers on "
+        "one GPU have a share each, of at most about 0.95 in all.",
     )
     num_blocks: int | None = Field(default=None, gt=0, description="KV blocks; overrides kv_cache_bytes.")
     max_model_len: int | None = Field(

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -69,6 +69,7 @@ class LoadedEncoder:
     num_parameters: int
     weight_bytes: int
     dtype: torch.dtype
+    load_check_error: float | None = None  # of texts in a padded batch against each alone; None without weights
 
 
 def find_head(source: str, revision: str | None = None) -> Head | None:
@@ -142,7 +143,8 @@ def load_encoder(
         dtype=dtype,
     )
     if with_weights:
-        difference = check_module(module, loaded.vocab_size, [min(n, loaded.max_tokens) for n in _SAMPLE_TOKENS])
+        lengths = [min(length, loaded.max_tokens) for length in _SAMPLE_TOKENS]
+        loaded = replace(loaded, load_check_error=check_module(module, loaded.vocab_size, lengths))
         _log.info(
             "model.loaded",
             source=source,
@@ -152,7 +154,7 @@ def load_encoder(
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             parameters=loaded.num_parameters,
-            error=difference,
+            error=loaded.load_check_error,
             seconds=round(time.monotonic() - started, 1),
         )
     return loaded

@@ -8,6 +8,7 @@ sentence_bert_config.json       the most tokens of a text
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from worker.tasks.pooling import Pooling
 
 _MODULES: Final = "modules.json"
 _LIMITS: Final = "sentence_bert_config.json"
+_KINDS: Final = ("Transformer", "Pooling", "Dense", "Normalize")
 _FOLDER: Final = re.compile(r"\d{1,2}_[A-Za-z]+")
 _POOLINGS: Final[Mapping[str, Pooling]] = {
     "pooling_mode_cls_token": Pooling.CLS,
@@ -84,8 +86,6 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
                 contents |= {f"{part.name}/{file.name}": file.read_bytes() for file in [dense[-1].weights]}
             case "Normalize":
                 normalizes = True
-            case _:
-                raise ModelError(f"{folder / _MODULES} names a part {kind!r}; served are {', '.join(_KINDS)}")
     limits = read_json(folder / _LIMITS)
     max_tokens = limits.get("max_seq_length")
     return SentenceFiles(
@@ -97,9 +97,6 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     )
 
 
-_KINDS: Final = ("Transformer", "Pooling", "Dense", "Normalize")
-
-
 def _read(path: Path) -> bytes:
     try:
         return model_dir.read_limited(path)
@@ -109,8 +106,6 @@ def _read(path: Path) -> bytes:
 
 def _parts(folder: Path) -> list[tuple[str, Path]]:
     """Return the kind and the directory of each part, in order; each directory's files are checked."""
-    import json
-
     path = folder / _MODULES
     try:
         entries = json.loads(_read(path))
@@ -121,6 +116,8 @@ def _parts(folder: Path) -> list[tuple[str, Path]]:
     parts = []
     for entry in entries:
         kind, name = str(entry.get("type", "")).rpartition(".")[2], entry.get("path", "")
+        if kind not in _KINDS:
+            raise ModelError(f"{path} names a part {kind!r}; served are {', '.join(_KINDS)}")
         if name and not (isinstance(name, str) and _FOLDER.fullmatch(name)):
             raise ModelError(f"{path} names the directory {name!r}; parts lie in directories such as 1_Pooling")
         if name and kind != "Normalize":

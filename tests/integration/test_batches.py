@@ -149,9 +149,9 @@ def summary(result: pb.BatchResult) -> tuple[grpc.StatusCode, str]:
 
 
 async def test_results_are_read_again_behind_any_index_on_any_gateway(system: System, client: AsyncClient) -> None:
-    made = await client.create_batch([item(index) for index in range(30)])
+    made = await client.create_batch([item(index, max_tokens=1) for index in range(270)])
     whole = await read(client, made.batch_id)
-    for gateway, after in zip(system.gateways * 2, (0, 7, 29, 30), strict=True):
+    for gateway, after in zip(system.gateways * 2, (0, 7, 269, 270), strict=True):
         key = next(value.split()[1] for _, value in client.metadata)
         async with system.client(gateway, key=key) as other:
             stub = other.batch.StreamBatchResults(
@@ -160,12 +160,12 @@ async def test_results_are_read_again_behind_any_index_on_any_gateway(system: Sy
             events = [event async for event in stub]
             assert [event.result for event in events[1:-1]] == whole[after:]
             for end in (events[0], events[-1]):
-                assert end.batch.counts.succeeded == 30
+                assert end.batch.counts.succeeded == 270
     with refused() as refusal:
-        await read(client, made.batch_id, 31)
+        await read(client, made.batch_id, 271)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.OUT_OF_RANGE, "INDEX_OUT_OF_RANGE")
     assert refusal.error is not None
-    assert dict(refusal.error.metadata) == {"field": "after_index", "limit": "30", "got": "31"}
+    assert dict(refusal.error.metadata) == {"field": "after_index", "limit": "270", "got": "271"}
 
 
 # -- what is refused when a batch is made

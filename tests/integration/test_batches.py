@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,40 @@ import grpc
 import grpc.aio
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2
-from typer.testing import CliRunner, Result
 
 from common.api_keys import ApiKeys
 from common.grants import Quotas
 from common.keys import random_id
-from common.redis import connect, execute
+from common.redis import connect
 from common.settings import RedisSettings
+from tests.builders_batches import (
+    MODEL,
+    begun,
+    command,
+    create_raw,
+    feeds,
+    header,
+    item,
+    live_tenants,
+    num_generations,
+    part,
+    prompt,
+    read,
+    stored_items,
+    summary,
+    superuser_call,
+    tenant_client,
+)
 from tests.builders_calls import idle_fleet, refused
 from tests.builders_models import write_tiny_model
-from tests.builders_system import Gateway, System, running_system, until
+from tests.builders_system import System, running_system, until
 from tests.builders_tasks import CORPUS, write_encoder
-from torchrelay.cli.main import make_app
 from torchrelay.client import AsyncClient
 from torchrelay.v1 import batch_pb2 as pb
 from torchrelay.v1 import classification_pb2 as cpb
 from torchrelay.v1 import embedding_pb2 as epb
 from torchrelay.v1 import generation_pb2
 
-MODEL = "tiny"
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
 PERMISSION_DENIED = grpc.StatusCode.PERMISSION_DENIED
@@ -68,24 +83,6 @@ async def client(system: System, folder: Path) -> AsyncIterator[AsyncClient]:
     await system.scale(folder, gateways=2)
     async with system.client(key=system.create_key(f"tenant-{random_id()}")) as client:
         yield client
-
-
-def prompt(index: int) -> list[int]:
-    return [3 + (17 * index + 29 * i) % 250 for i in range(4 + index % 13)]
-
-
-def item(index: int, *, max_tokens: int = 4, custom_id: str = "", **fields: Any) -> pb.BatchItem:
-    request = generation_pb2.GenerateRequest(
-        model=fields.pop("model", MODEL),
-        input=generation_pb2.GenerationInput(token_ids=generation_pb2.TokenIds(ids=prompt(index))),
-        config=generation_pb2.GenerationConfig(max_tokens=max_tokens, temperature=0),
-        **fields,
-    )
-    return pb.BatchItem(custom_id=custom_id, generate=request)
-
-
-async def read(client: AsyncClient, batch_id: str, after_index: int = 0) -> list[pb.BatchResult]:
-    return [result async for result in client.batch_results(batch_id, after_index)]
 
 
 async def test_every_item_has_its_own_result_and_the_batch_says_so(client: AsyncClient) -> None:
@@ -139,15 +136,6 @@ async def test_requests_of_all_kinds_share_a_batch_and_an_items_fault_is_its_own
     assert summary(by_id["too many"]) == (INVALID, "FIELD_OUT_OF_RANGE")
 
 
-def summary(result: pb.BatchResult) -> tuple[grpc.StatusCode, str]:
-    """Code and reason of an item's error."""
-    assert result.WhichOneof("result") == "error", result
-    code = next(code for code in grpc.StatusCode if code.value[0] == result.error.code)
-    info = error_details_pb2.ErrorInfo()
-    assert result.error.details[0].Unpack(info)
-    return code, info.reason
-
-
 async def test_results_are_read_again_behind_any_index_on_any_gateway(system: System, client: AsyncClient) -> None:
     made = await client.create_batch([item(index, max_tokens=1) for index in range(270)])
     whole = await read(client, made.batch_id)
@@ -169,18 +157,6 @@ async def test_results_are_read_again_behind_any_index_on_any_gateway(system: Sy
 
 
 # -- what is refused when a batch is made
-
-
-async def create_raw(client: AsyncClient, *parts: pb.CreateBatchRequest) -> pb.CreateBatchResponse:
-    return await client.batch.CreateBatch(iter(parts), metadata=client.metadata)
-
-
-def header(**fields: Any) -> pb.CreateBatchRequest:
-    return pb.CreateBatchRequest(header=pb.BatchHeader(**fields))
-
-
-def part(one: pb.BatchItem) -> pb.CreateBatchRequest:
-    return pb.CreateBatchRequest(item=one)
 
 
 REFUSED: list[tuple[list[pb.CreateBatchRequest], str, str]] = [
@@ -213,15 +189,6 @@ async def test_what_no_batch_may_be_is_refused_by_field_and_nothing_of_it_is_kep
     assert (refusal.code, refusal.reason, refusal.fields) == (INVALID, reason, [field])
     assert await client.batches() == []
     assert await stored_items(system) == []
-
-
-async def stored_items(system: System) -> list[bytes]:
-    redis = connect(RedisSettings(url=system.server.url))
-    try:
-        found: list[bytes] = await execute(redis, "KEYS", "*:items")
-        return found
-    finally:
-        await redis.aclose()
 
 
 async def test_unknown_fields_are_refused_deep_in_an_item(client: AsyncClient) -> None:
@@ -305,48 +272,6 @@ async def test_a_tenant_has_so_many_batches_and_lists_them_by_page_the_latest_fi
 
 
 # -- ends before their time
-
-
-async def begun(client: AsyncClient, batch_id: str, num_results: int = 1) -> list[pb.BatchResult]:
-    """Wait until a batch has so many results, and go away."""
-    found: list[pb.BatchResult] = []
-    async with contextlib.aclosing(aiter(client.batch_results(batch_id))) as results:  # type: ignore[type-var]
-        async for result in results:
-            found.append(result)
-            if len(found) >= num_results:
-                break
-    return found
-
-
-async def superuser_call(system: System, *command: str) -> Any:
-    redis = connect(RedisSettings(url=system.server.url))
-    try:
-        return await execute(redis, *command)
-    finally:
-        await redis.aclose()
-
-
-async def num_generations(system: System, tenant: str) -> int:
-    """How many generations of a tenant have been counted as used."""
-    total = 0
-    for key in await superuser_call(system, "KEYS", "*:usage:*"):
-        for name, count in (await superuser_call(system, "HGETALL", key.decode())).items():
-            kind, _, owner = name.decode().partition(":")
-            total += int(count) if kind == "generations" and owner.endswith(f":{tenant}") else 0
-    return total
-
-
-async def live_tenants(system: System) -> set[str]:
-    """Tenants with generations that wait or run."""
-    found: set[str] = set()
-    for key in await superuser_call(system, "KEYS", "*:live"):
-        found |= {name.decode() for name in await superuser_call(system, "HGETALL", key.decode())}
-    return found
-
-
-def tenant_client(system: System, **grants: Any) -> tuple[str, AsyncClient]:
-    tenant = f"tenant-{random_id()}"
-    return tenant, system.client(key=system.create_key(tenant, **grants))
 
 
 async def test_a_cancelled_batch_ends_and_every_item_has_a_result(system: System, client: AsyncClient) -> None:
@@ -484,18 +409,7 @@ async def test_a_batch_that_runs_for_too_long_is_given_up(system: System, client
     await idle_fleet(system)
 
 
-def feeds(gateway: Gateway, batch_id: str) -> bool:
-    return any("batch.fed" in line and batch_id in line for line in gateway.log().splitlines())
-
-
 # -- the command
-
-
-def command(system: System, *arguments: str, status: int = 0) -> Result:
-    address = ["--address", system.gateways[0].address, "--api-key", system.key, "--insecure"]
-    done = CliRunner().invoke(make_app(), ["batch", *arguments, *address])
-    assert done.exit_code == status, done.output
-    return done
 
 
 async def test_a_file_becomes_a_file_and_goes_on_where_it_was_broken_off(
@@ -524,3 +438,33 @@ async def test_a_file_becomes_a_file_and_goes_on_where_it_was_broken_off(
     assert (await asyncio.to_thread(command, system, "results", batch_id)).stdout == whole
     await asyncio.to_thread(command, system, "delete", batch_id)
     assert "no such batch" in (await asyncio.to_thread(command, system, "get", batch_id, status=1)).stderr
+
+
+async def test_an_interrupted_command_says_how_to_go_on_and_the_batch_goes_on(
+    system: System, client: AsyncClient, tmp_path: Path
+) -> None:
+    requests, found = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
+    line = {"generate": {"model": MODEL, "input": {"text": "one two"}, "config": {"max_tokens": 60}}}
+    requests.write_text((json.dumps(line) + "\n") * 100)
+    address = ["--address", system.gateways[0].address, "--api-key", system.key, "--insecure"]
+    program = [sys.executable, "-c", "from torchrelay.cli.main import main; main()", "batch", "run", str(requests)]
+    process = await asyncio.create_subprocess_exec(*program, "-o", str(found), *address, stderr=asyncio.subprocess.PIPE)
+    try:
+
+        async def has_results() -> bool:
+            return found.exists() and "\n" in found.read_text()
+
+        await until(has_results)
+        process.send_signal(signal.SIGINT)
+        says = (await asyncio.wait_for(process.communicate(), 30))[1].decode()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 130, says
+    batch_id = says.split()[1].rstrip(":")
+    assert f"torchrelay batch run --batch {batch_id} --output {found}" in says
+    assert f"torchrelay batch cancel {batch_id}" in says
+    done = await asyncio.to_thread(command, system, "run", "--batch", batch_id, "-o", str(found))
+    assert done.stderr == "100 of 100 succeeded\n"
+    indices = [int(json.loads(text)["index"]) for text in found.read_text().splitlines()]
+    assert indices == list(range(1, 101))

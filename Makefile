@@ -132,6 +132,10 @@ bench-beams: install-dev  ## beam search of eight requests against transformers'
 bench-adapters: install-dev  ## two adapters and the base in one batch against the base alone, and each rank; ARGS="--int8" and so on
 	$(BIN)/python -m tests.benchmarks.adapters $(ARGS)
 
+.PHONY: bench-tasks
+bench-tasks: install-dev  ## Embed and Classify over gRPC against the same model batched by hand, in turns; ARGS="--rounds 1" and so on
+	$(BIN)/python -m tests.benchmarks.tasks $(ARGS)
+
 bench-gpu: install-dev  ## correctness and speed on an NVIDIA GPU, ten minutes; says so where there is none
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
@@ -171,6 +175,10 @@ batch-chaos: install-dev  ## a batch of 10,000 classifications, gateway and work
 
 compat: install-dev  ## the unmodified openai client, grpcurl, buf, grpc-js, connect-node and Go against a running system
 	$(BIN)/pytest -q tests/compat
+
+.PHONY: examples
+examples: install-dev  ## a script for each classic use, against models that are served for them; each checks itself against transformers
+	$(BIN)/python -m tests.examples.run $(ARGS)
 
 bench-slow-clients: install-dev  ## what clients that read slowly cost the others, 7 minutes; ARGS="--rounds 1" is shorter
 	$(BIN)/python -m tests.benchmarks.slow_clients $(ARGS)

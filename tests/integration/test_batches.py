@@ -319,9 +319,9 @@ async def test_a_deleted_batch_leaves_nothing_behind_neither_results_nor_jobs(
 
 
 async def test_a_revoked_keys_items_are_refused_from_then_on(system: System, client: AsyncClient) -> None:
-    tenant, own = tenant_client(system)
+    tenant, own = tenant_client(system, quotas=Quotas(max_live=2))  # so that it takes its time
     async with own, system.client(key=system.create_key(tenant)) as colleague:
-        made = await own.create_batch([item(index, max_tokens=60) for index in range(250)])
+        made = await own.create_batch([item(index, max_tokens=120) for index in range(250)])
         await begun(own, made.batch_id)
         redis = connect(RedisSettings(url=system.server.url))
         await ApiKeys(redis).revoke((await ApiKeys(redis).list(tenant))[0].key_id)  # the oldest

@@ -157,12 +157,7 @@ class Feeder:
         async with self._reserving:
             while index >= self._fed_below:
                 self._fed_below = index + 1 + 4 * self._settings.window
-                while True:
-                    try:
-                        await self._renew()
-                        break
-                    except errors.ServingError:
-                        await asyncio.sleep(_RETRY_S)
+                await self._patiently(self._renew)
 
     # -- feeding --------------------------------------------------------------------------------------------------
 
@@ -210,11 +205,13 @@ class Feeder:
                 index += 1
 
     async def _patiently(self, ask: Callable[[], Awaitable[_T]]) -> _T:
-        """Ask the store until it answers."""
+        """Ask the store until it answers. Raises ServingError for what no waiting helps."""
         while True:
             try:
                 return await ask()
             except errors.ServingError as error:
+                if not is_for_now(error):
+                    raise
                 log.warning("batch.store_unavailable", batch_id=self._batch.batch_id, reason=error.reason)
                 await asyncio.sleep(_RETRY_S)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -97,9 +96,10 @@ class JobRunner:
 
     async def find(self, request: Any, tenant: str) -> str | None:
         """Return the job that the key of a request made, of any revision of its model that is still known."""
-        shards = {*self._catalog.earlier_shards(request.model)}
-        with contextlib.suppress(errors.NotFound):
-            shards.add(self._catalog.entry(request.model).card.shard)
+        try:
+            shards = [self._catalog.entry(request.model).card.shard, *self._catalog.earlier_shards(request.model)]
+        except errors.NotFound:
+            return None
         return await self._queue.find_by_key(shards, tenant, request.idempotency_key)
 
 

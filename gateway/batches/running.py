@@ -25,7 +25,8 @@ _MAX_OWNERS: Final = 10_000
 _FIRST_PAUSE_S: Final = 0.1
 _MAX_PAUSE_S: Final = 30.0
 _FORGET_AFTER_S: Final = 60.0
-_MAX_FORGOTTEN: Final = 256  # in one round
+_FORGOTTEN_AT_ONCE: Final = 16
+_MAX_FORGOTTEN: Final = 2048  # in one round, a second
 
 
 class RunningItem(Protocol):
@@ -139,13 +140,18 @@ class Forgetting:
         self._later.append((self._clock() + _FORGET_AFTER_S, tenant, generation_id))
 
     async def round(self) -> None:
-        """Erase what is due. Raises the errors of `Retry`."""
-        for _ in range(_MAX_FORGOTTEN):
-            if not self._later or self._later[0][0] > self._clock():
+        """Erase what is due. Raises the errors of `Retry`; what was not erased then is due again."""
+        for _ in range(_MAX_FORGOTTEN // _FORGOTTEN_AT_ONCE):
+            due: list[tuple[float, str, str]] = []
+            while self._later and self._later[0][0] <= self._clock() and len(due) < _FORGOTTEN_AT_ONCE:
+                due.append(self._later.popleft())
+            if not due:
                 return
-            _, tenant, generation_id = self._later[0]
-            await erase_job(self._queue, tenant, generation_id)
-            self._later.popleft()
+            try:
+                await asyncio.gather(*(erase_job(self._queue, tenant, job) for _, tenant, job in due))
+            except errors.ServingError:
+                self._later.extendleft(reversed(due))
+                raise
 
 
 async def erase_job(queue: JobQueue, tenant: str, generation_id: str) -> None:

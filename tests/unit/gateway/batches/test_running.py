@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,7 +16,10 @@ from common.batches import Owner
 from common.grants import Grants, TenantPolicy
 from common.job_queue import JobQueue
 from common.tenants import Tenants
+from gateway.batches.jobs import JobRunner
 from gateway.batches.running import Bells, Forgetting, Owners, is_for_now, pause_s
+from gateway.catalog import Catalog
+from torchrelay.v1 import generation_pb2
 
 
 class Clock:
@@ -154,11 +157,48 @@ async def test_jobs_are_erased_a_while_after_their_results_are_stored() -> None:
     await forgetting.round()
     await forgetting.round()
     assert jobs.erased == ["acme gone"]
+    for number in range(3, 50):
+        forgetting.add("acme", f"g{number}")
     clock.now = 1000.0
-    await asyncio.gather(forgetting.round())
-    assert jobs.erased == ["acme gone", "acme g2"]
+    await forgetting.round()
+    assert jobs.erased == ["acme gone", *(f"acme g{number}" for number in range(2, 50))]
 
 
 def test_owners_are_told_apart_by_all_that_they_are() -> None:
     owners_of_one_key: set[Any] = {OWNER, Owner("other", "k1"), Owner("acme", "k1", "jwt")}
     assert len(owners_of_one_key) == 3
+
+
+class Models:
+    """One model with two revisions."""
+
+    def entry(self, name: str) -> Any:
+        if name != "known":
+            raise errors.ModelNotFound("no such model")
+        return SimpleNamespace(card=SimpleNamespace(shard="new"))
+
+    def earlier_shards(self, name: str) -> list[str]:
+        self.entry(name)
+        return ["old"]
+
+
+class Found:
+    """Notes where a key is looked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    async def find_by_key(self, shards: Any, tenant: str, key: str) -> str:
+        self.asked.append((list(shards), tenant, key))
+        return "old.g"
+
+
+async def test_the_job_of_an_item_is_looked_for_in_every_revision_of_its_model() -> None:
+    queue: Any = Found()
+    unused: Any = None
+    runner = JobRunner(queue, unused, unused, cast(Catalog, Models()), unused, unused)
+    request = generation_pb2.GenerateRequest(model="known", idempotency_key="k")
+    assert await runner.find(request, "acme") == "old.g"
+    assert queue.asked == [(["new", "old"], "acme", "k")]
+    request.model = "gone"
+    assert await runner.find(request, "acme") is None

@@ -128,6 +128,10 @@ bench-outputs: install-dev  ## time and KV blocks of eight outputs of one prompt
 .PHONY: bench-beams
 bench-beams: install-dev  ## beam search of eight requests against transformers' own, in turns; ARGS="--rounds 1" and so on
 	$(BIN)/python -m tests.benchmarks.beams $(ARGS)
+.PHONY: bench-seq2seq
+bench-seq2seq: install-dev  ## sixteen encoder-decoder requests in one batch against transformers' own, in turns; ARGS="--family t5" and so on
+	$(BIN)/python -m tests.benchmarks.bench_seq2seq $(ARGS)
+
 .PHONY: bench-adapters
 bench-adapters: install-dev  ## two adapters and the base in one batch against the base alone, and each rank; ARGS="--int8" and so on
 	$(BIN)/python -m tests.benchmarks.adapters $(ARGS)

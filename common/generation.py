@@ -126,15 +126,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return max(self.num_outputs, self.num_beams)
 
 
-def peak_kv_tokens(num_prompt_tokens: int, sampling: SamplingParams, block_tokens: int) -> int:
+def peak_kv_tokens(
+    num_prompt_tokens: int, sampling: SamplingParams, block_tokens: int, num_source_tokens: int = 0
+) -> int:
     """Return the KV slots without which a generation can never end.
 
     Outputs may be decoded one after another: the longest alone must fit. Beams are decoded together, and share no more
-    than the prompt's full blocks in the worst case.
+    than the prompt's full blocks in the worst case. What an encoder read is kept once, in whole blocks of its own.
     """
     num_shared = 0 if sampling.num_beams == 1 else num_prompt_tokens // block_tokens * block_tokens
     num_own = -(-(num_prompt_tokens - num_shared + sampling.max_tokens) // block_tokens) * block_tokens
-    return num_shared + sampling.num_beams * num_own
+    return -(-num_source_tokens // block_tokens) * block_tokens + num_shared + sampling.num_beams * num_own
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):

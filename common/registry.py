@@ -28,6 +28,7 @@ MAX_TEMPLATE_BYTES: Final = 256 << 10  # of a chat template; the largest public 
 TOKENIZER_FILE: Final = "tokenizer.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
 SPECIAL_TOKENS_FILE: Final = "special_tokens.json"
+SOURCE_TOKENIZER_FILE: Final = "source_tokenizer.json"  # of what an encoder reads, where that has its own
 
 _RETRY_AFTER_MS: Final = 500
 _MAX_UPLOADS: Final = 3  # a deletion that races with us may remove a file between upload and publication
@@ -68,6 +69,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_default
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
+    forced_bos_token_id: int | None = None
 
 
 class AdapterCard(msgspec.Struct, frozen=True, array_like=True):
@@ -84,6 +86,34 @@ class EncoderCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
     embedding_dimensions: int = 0  # 0: it embeds nothing
     # The greatest number of tokens of a text, special tokens included, is the card's context_tokens.
+
+
+class LanguagePlace(StrEnum):
+    """Where an encoder-decoder model is told of a language, by that language's token."""
+
+    NONE = "none"  # nowhere
+    SOURCE_START = "source_start"  # before the text
+    SOURCE_END = "source_end"  # behind the text and its end
+    DECODER_START = "decoder_start"  # the decoder begins with it, and with nothing else
+    FIRST_TOKEN = "first_token"  # forced as the first token of the output
+
+
+class Seq2SeqCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Of an encoder-decoder model: how a text is laid out for its encoder, and what its decoder begins with."""
+
+    max_source_tokens: int  # special tokens included
+    decoder_start_token_ids: tuple[int, ...]
+    before: tuple[int, ...] = ()  # special tokens around the text
+    after: tuple[int, ...] = ()
+    source_place: LanguagePlace = LanguagePlace.NONE
+    target_place: LanguagePlace = LanguagePlace.NONE
+    languages: dict[str, int] = {}  # code -> token; of those that are told by tokens
+    default_source: str = ""  # the code where a request names none; alone, without `languages`, the only one there is
+    default_target: str = ""
+    pair_prefixes: tuple[tuple[str, str, str], ...] = ()  # source, target, and the words that ask for that translation
+    summary_prefix: str = ""  # the words that ask for a summary
+    unk_token_id: int = 0  # of what the tokenizer of the source knows, and the model does not
+    names_unknown: bool = False  # what the source's tokenizer does not know may be a token of the other's all the same
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +145,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     adapters: tuple[AdapterCard, ...] = ()  # by name; changes while workers run, and all of them serve the same
     structured_output: bool = False  # its workers constrain outputs; earlier ones would read over it
     encoder: EncoderCard | None = None  # of a model whose tasks are those of encoders
+    seq2seq: Seq2SeqCard | None = None  # of a model with an encoder beside its decoder
 
 
 _CARD_DECODER: Final = msgspec.msgpack.Decoder(ModelCard)

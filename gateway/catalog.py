@@ -13,6 +13,7 @@ import msgspec
 from common.errors import AdapterNotFound, FailedPrecondition, InvalidRequest, ModelNotReady
 from common.generation import AdapterRef, ChatParsing, SamplingParams, StructuredOutput, peak_kv_tokens
 from common.registry import (
+    SOURCE_TOKENIZER_FILE,
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
@@ -21,11 +22,14 @@ from common.registry import (
     ModelEntry,
     ModelRegistry,
 )
+from common.tasks import TaskName
 from gateway import beams, structured, token_choice
 from gateway import validation as check
 from gateway.chat_constraints import chat_constraint
 from gateway.chat_template import TemplateError
 from gateway.conversation import Conversation, conversation_of
+from gateway.served_tasks import check_task, not_served
+from gateway.sources import SourceEncoder
 from gateway.structured import StructuredOutputs
 from gateway.tokenization import MAX_INLINE_CHARS, EncodedChat, TextCodec
 from gateway.tool_calls import GENERIC, as_plain, parsing_of
@@ -43,9 +47,16 @@ _MAX_CHARS_PER_TOKEN = 64
 class EncodedInput(NamedTuple):
     """What a request's input comes to."""
 
-    token_ids: list[int]
+    token_ids: list[int]  # the prompt; of an encoder-decoder model what its decoder begins with
     chat: ChatParsing | None = None  # what is looked for in the answer; None: nothing
     conversation: Conversation | None = None  # None: it is no chat
+    source_token_ids: Sequence[int] = ()  # what an encoder beside the decoder reads
+    forced_bos_token_id: int | None = None  # what the first new token must be
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the caller's input, as `JobBody.num_prompt_tokens` counts them."""
+        return len(self.source_token_ids or self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +68,27 @@ class ServedModel:
     defaults: pb.GenerationConfig
     turns: TenantTurns = field(default_factory=TenantTurns)  # at what takes long, of all models
     structured: StructuredOutputs | None = None  # None where its workers do not take any
+    sources: SourceEncoder | None = None  # of a model with an encoder beside its decoder
+
+    @property
+    def max_input_tokens(self) -> int:
+        """Most tokens of a request's input."""
+        return self.card.context_tokens - 1 if self.sources is None else self.sources.max_tokens
 
     async def encode(self, source: pb.GenerationInput, tenant: str = "") -> EncodedInput:
         """Tokenize a request's input; a long one waits for the tenant's turn.
 
-        Raises InvalidRequest, or FailedPrecondition for a chat without a chat template, or tools where none are served.
+        Raises InvalidRequest, or FailedPrecondition for a task that is not served, a chat without a chat template, or
+        tools where none are served.
         """
         kind = source.WhichOneof("input")
         if kind is None:
-            raise InvalidRequest("one of text, token_ids and chat is required", reason="FIELD_REQUIRED", field="input")
+            kinds = "text, token_ids, chat, translation and summarization"
+            raise InvalidRequest(f"one of {kinds} is required", reason="FIELD_REQUIRED", field="input")
+        if self.sources is not None:
+            return await self._encode_source(self.sources, source, tenant)
+        if kind in ("translation", "summarization"):
+            raise not_served(self.card)
         if kind == "token_ids":
             ids = source.token_ids.ids[:]  # a list, in half the time that list() takes
             if not ids:
@@ -85,6 +108,27 @@ class ServedModel:
             raise InvalidRequest("the input has no tokens", reason="FIELD_REQUIRED", field="input")
         return encoded
 
+    async def _encode_source(self, sources: SourceEncoder, source: pb.GenerationInput, tenant: str) -> EncodedInput:
+        """As `encode`, for what an encoder reads."""
+        kind = source.WhichOneof("input")
+        if kind == "chat":
+            raise _no_chat_template()
+        if kind == "token_ids":
+            check_task(self.card, TaskName.GENERATE)
+            ids = source.token_ids.ids[:]
+            if not ids:
+                raise InvalidRequest("must not be empty", reason="FIELD_REQUIRED", field="input.token_ids.ids")
+            check.check_token_ids(ids, self.card.vocab_size, "input.token_ids.ids")
+            found = sources.encode_ids(ids)
+        else:
+            sources.check(source)
+            found = await self._beside(tenant, lambda: sources.encode(source), source.ByteSize())
+        return EncodedInput(
+            found.decoder_token_ids,
+            source_token_ids=found.token_ids,
+            forced_bos_token_id=found.forced_bos_token_id,
+        )
+
     async def text_of(self, source: pb.GenerationInput, tenant: str) -> str:
         """Return the text of an input that `encode` took and that is no conversation, as an output repeats it.
 
@@ -101,9 +145,7 @@ class ServedModel:
         else:  # its arguments and schemas are JSON, which takes long to read
             conversation = await self.turns.run(tenant, lambda: conversation_of(chat))
         if not self.codec.has_chat_template:
-            raise FailedPrecondition(
-                "the model has no chat template; send text or token ids", reason="NO_CHAT_TEMPLATE"
-            )
+            raise _no_chat_template()
         if conversation.tools and not self.card.tool_format:
             raise FailedPrecondition("tools are not served with this model", reason="TOOLS_NOT_SERVED")
         self._check_length(conversation.num_chars)
@@ -172,21 +214,26 @@ class ServedModel:
                 limit=self.card.context_tokens,
             )
 
-    def has_room_for_beams(self, num_prompt_tokens: int, config: pb.GenerationConfig) -> bool:
+    def has_room_for_beams(
+        self, num_prompt_tokens: int, config: pb.GenerationConfig, num_source_tokens: int = 0
+    ) -> bool:
         """Whether the search that a resolved config asks for, if it does, fits this model's workers."""
         search = SamplingParams(max_tokens=config.max_tokens, num_beams=config.num_beams or 1)
-        peak = peak_kv_tokens(num_prompt_tokens, search, self.card.block_tokens)
+        peak = peak_kv_tokens(num_prompt_tokens, search, self.card.block_tokens, num_source_tokens)
         return not self.card.kv_tokens or peak <= self.card.kv_tokens
 
-    def kv_tokens(self, num_prompt_tokens: int, sampling: SamplingParams) -> tuple[int, int]:
+    def kv_tokens(
+        self, num_prompt_tokens: int, sampling: SamplingParams, num_source_tokens: int = 0
+    ) -> tuple[int, int]:
         """Return the KV slots that a request needs to begin, and those without which it can never end.
 
         Outputs share the prompt's full blocks, and a worker may run them one after another: the longest alone must fit.
-        Beams run together. Raises InvalidRequest if no worker of this model could ever hold it.
+        Beams run together. All of them share what the encoder read, which is kept to the end. Raises InvalidRequest if
+        no worker of this model could ever hold it.
         """
         block = self.card.block_tokens
-        peak = peak_kv_tokens(num_prompt_tokens, sampling, block)
-        begin = (-(-num_prompt_tokens // block) + sampling.num_sequences) * block
+        peak = peak_kv_tokens(num_prompt_tokens, sampling, block, num_source_tokens)
+        begin = (-(-num_prompt_tokens // block) + -(-num_source_tokens // block) + sampling.num_sequences) * block
         if self.card.kv_tokens and peak > self.card.kv_tokens:
             raise InvalidRequest(
                 f"prompt and output need {peak} KV slots; a worker of this model has {self.card.kv_tokens}",
@@ -286,7 +333,7 @@ class Catalog:
         if failed is not None and failed.card == card and self._monotonic() < failed.until:
             raise _not_ready(failed.message)
         try:
-            codec, tokenizer_json = await self._codec(card)
+            codec, tokenizer_json, reader = await self._codec(card)
         except ValueError as error:
             self._failed[card.shard] = _Failed(card, str(error), self._monotonic() + _AGAIN_MS / 1000)
             raise _not_ready(str(error)) from error
@@ -294,10 +341,14 @@ class Catalog:
         structured = None
         if card.structured_output:
             structured = StructuredOutputs(tokenizer_json, card.vocab_size, card.eos_token_ids)
-        return ServedModel(card, codec, default_config(card), self.turns, structured)
+        sources = None if card.seq2seq is None else SourceEncoder(card, codec, reader)
+        return ServedModel(card, codec, default_config(card), self.turns, structured, sources)
 
-    async def _codec(self, card: ModelCard) -> tuple[TextCodec, bytes]:
-        """Make it of the files that were published; return the tokenizer's too. Raises ValueError."""
+    async def _codec(self, card: ModelCard) -> tuple[TextCodec, bytes, TextCodec | None]:
+        """Make it of the files that were published; return the tokenizer's too, and what sources are read with.
+
+        Raises ValueError.
+        """
         files = {name: await self._registry.file(digest) for name, digest in card.tokenizer_files.items()}
         if TOKENIZER_FILE not in files:
             raise ValueError("the model was published without a tokenizer")
@@ -306,14 +357,21 @@ class Catalog:
             special = msgspec.json.decode(files.get(SPECIAL_TOKENS_FILE, b"{}"), type=dict[str, str])
             text = template.decode() if template is not None else None
             codec = await asyncio.to_thread(TextCodec, files[TOKENIZER_FILE], text, special)
+            reader = None
+            if SOURCE_TOKENIZER_FILE in files:
+                reader = await asyncio.to_thread(TextCodec, files[SOURCE_TOKENIZER_FILE], None)
         except (ValueError, msgspec.MsgspecError) as error:
             raise ValueError("the model was published with files that cannot be used") from error
-        return codec, files[TOKENIZER_FILE]
+        return codec, files[TOKENIZER_FILE], reader
 
 
 def _differ_in_adapters_alone(one: ModelCard, other: ModelCard) -> bool:
     """Adapters come and go while a model is served; its tokenizer need not be made again for that."""
     return one != other and msgspec.structs.replace(one, adapters=other.adapters) == other
+
+
+def _no_chat_template() -> FailedPrecondition:
+    return FailedPrecondition("the model has no chat template; send text or token ids", reason="NO_CHAT_TEMPLATE")
 
 
 def _not_ready(message: str) -> ModelNotReady:

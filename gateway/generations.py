@@ -17,8 +17,7 @@ from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
 from common.jobs import Attachment, Enqueued, GenerationRecord, NewJob
-from common.tasks import TaskName
-from gateway import audit, beams, convert, token_choice
+from gateway import audit, beams, convert, sources, token_choice
 from gateway import validation as check
 from gateway.admission import Admission
 from gateway.catalog import Catalog
@@ -196,11 +195,14 @@ class Generations:
         check_model(caller, check.check_model_name(request.model), reveal=settings.reveal_models)
         priority_of(request.priority, grants.priorities)  # what is not allowed is refused before anything takes long
         model = await self._catalog.get(request.model)
-        check_task(model.card, TaskName.GENERATE)
+        check_task(model.card, sources.task_of(request.input))
         adapter = model.adapter(request.adapter)
         encoded = await model.encode(request.input, caller.tenant)
-        prompt = encoded.token_ids
+        prompt, num_source = encoded.token_ids, len(encoded.source_token_ids)
         card = model.card
+        asked = sources.with_forced(request.config, encoded.forced_bos_token_id)
+        if num_source:
+            sources.check_config(asked, num_source, grants.caps)
         limits = check.ConfigLimits(
             card.context_tokens,
             card.vocab_size,
@@ -212,7 +214,7 @@ class Generations:
         ).within(grants.caps)
         secret = await self._secret.get()
         config = check.resolve_config(
-            request.config,
+            asked,
             model.defaults,
             len(prompt),
             limits,
@@ -221,11 +223,11 @@ class Generations:
         )
         constraint = await model.constraint_of(config, encoded, caller.tenant)
         if not request.config.HasField("num_beams") and (
-            constraint or not model.has_room_for_beams(len(prompt), config)
+            constraint or not model.has_room_for_beams(len(prompt), config, num_source)
         ):
             beams.give_up(config)  # the model's default refuses no request
         beams.check_constraint(config, constraint)
-        token_choice.settle_constraint(config, request.config, constraint)
+        token_choice.settle_constraint(config, asked, constraint)
         bad_words_ids = await model.bad_words_ids(config.bad_words, caller.tenant)
         sampling = check.sampling_params(config, card.eos_token_ids, bad_words_ids, constraint)
         if adapter is not None:
@@ -237,7 +239,7 @@ class Generations:
             model=card.name,
             model_revision=card.revision,
             config=config,
-            prompt_tokens=len(prompt),
+            prompt_tokens=encoded.num_tokens,
             adapter="" if adapter is None else adapter.name,
             adapter_revision="" if adapter is None else adapter.revision,
         )
@@ -247,13 +249,14 @@ class Generations:
             cache_salt=salt,
             chat=encoded.chat,
             echo_text=await model.text_of(request.input, caller.tenant) if config.echo else "",
+            source_token_ids=tuple(encoded.source_token_ids),
         )
         job = new_job(
             request,
             caller,
             accepted,
             body,
-            kv_tokens=model.kv_tokens(len(prompt), sampling),
+            kv_tokens=model.kv_tokens(len(prompt), sampling, num_source),
             digest=self._digest(secret, request),
             part=part,
             grace_ms=grace_ms,

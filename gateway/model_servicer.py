@@ -16,6 +16,7 @@ from gateway import validation as check
 from gateway.catalog import Catalog, default_config
 from gateway.identity.caller import current_caller
 from gateway.rights import check_model
+from gateway.sources import languages_of
 from torchrelay.v1 import model_pb2 as pb
 from torchrelay.v1 import model_pb2_grpc as pb_grpc
 
@@ -30,6 +31,8 @@ _TASKS: Final[Mapping[str, pb.Task.ValueType]] = {
     TaskName.RERANK: pb.TASK_RERANK,
     TaskName.CLASSIFY_TOKENS: pb.TASK_CLASSIFY_TOKENS,
     TaskName.ANSWER_QUESTION: pb.TASK_ANSWER_QUESTION,
+    TaskName.TRANSLATE: pb.TASK_TRANSLATE,
+    TaskName.SUMMARIZE: pb.TASK_SUMMARIZE,
 }
 _STATES: Final = {ModelState.READY: pb.MODEL_STATE_READY, ModelState.COLD: pb.MODEL_STATE_COLD}
 
@@ -78,7 +81,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
                 "token ids are tokenized already", reason="FIELD_INVALID", field="input.token_ids"
             )
         encoded = await model.encode(request.input, caller.tenant)
-        return pb.TokenizeResponse(token_ids=encoded.token_ids)
+        return pb.TokenizeResponse(token_ids=encoded.source_token_ids or encoded.token_ids)
 
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -126,6 +129,8 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
             reasoning_format=card.reasoning_format,
             labels=card.encoder.labels if card.encoder is not None else (),
             embedding_dimensions=card.encoder.embedding_dimensions if card.encoder is not None else 0,
+            languages=languages_of(card.seq2seq),
+            max_source_tokens=0 if card.seq2seq is None else card.seq2seq.max_source_tokens,
         )
 
 

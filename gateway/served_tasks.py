@@ -10,6 +10,11 @@ from common.tasks import TaskName
 def check_task(card: ModelCard, task: TaskName) -> None:
     """Raise FailedPrecondition for a task that the model does not serve; it names those that it does."""
     if task not in card.tasks:
-        raise FailedPrecondition(
-            "the model does not serve this task", reason="TASK_NOT_SERVED", metadata={"tasks": ",".join(card.tasks)}
-        )
+        raise not_served(card)
+
+
+def not_served(card: ModelCard) -> FailedPrecondition:
+    """Return the refusal of a task that the model does not serve."""
+    return FailedPrecondition(
+        "the model does not serve this task", reason="TASK_NOT_SERVED", metadata={"tasks": ",".join(card.tasks)}
+    )

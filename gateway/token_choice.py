@@ -5,7 +5,7 @@ What they mean is transformers' (`generation/logits_process.py`); ranges are che
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from common.errors import InvalidRequest
@@ -31,8 +31,12 @@ _REPEATED: Final = (
 )  # fmt: skip
 _SCALARS: Final = (
     "min_tokens", *_FILTERS, "presence_penalty", "frequency_penalty",
-    "forced_eos_token_id", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+    "forced_eos_token_id", "forced_bos_token_id", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
 )  # fmt: skip
+_FORCED: Final[Mapping[str, tuple[str, ...]]] = {  # with the lists that keep a token from its place
+    "forced_eos_token_id": ("suppress_tokens",),
+    "forced_bos_token_id": ("suppress_tokens", "begin_suppress_tokens"),
+}
 
 
 def check(config: pb.GenerationConfig, vocab_size: int, bad: Violations) -> None:
@@ -51,8 +55,9 @@ def check(config: pb.GenerationConfig, vocab_size: int, bad: Violations) -> None
         if not 0 < factor <= MAX_FACTOR:
             path = "config.exponential_decay_length_penalty.factor"
             bad.add(path, f"must be above 0 and at most {MAX_FACTOR:g}")
-    if config.forced_eos_token_id >= vocab_size:
-        bad.add("config.forced_eos_token_id", f"must be below {vocab_size}")
+    for name in _FORCED:
+        if getattr(config, name) >= vocab_size:
+            bad.add(f"config.{name}", f"must be below {vocab_size}")
     _check_ids("suppress_tokens", config.suppress_tokens, vocab_size, bad)
     _check_ids("begin_suppress_tokens", config.begin_suppress_tokens, vocab_size, bad)
     _check_ids("logit_bias", config.logit_bias, vocab_size, bad)
@@ -113,7 +118,10 @@ def resolve(
     resolved.ClearField("min_tokens")
     if least > 0:
         resolved.min_tokens = least
-    _settle_forced_eos(resolved, config)
+    _settle_first_token(resolved, config, num_prompt_tokens)
+    for name, lists in _FORCED.items():
+        for suppressed in lists:
+            _settle_forced(resolved, config, name, suppressed)
     has_end = bool(resolved.stop_token_ids) or (has_eos and not resolved.ignore_eos)
     if not has_end and resolved.HasField("exponential_decay_length_penalty"):
         if config.HasField("exponential_decay_length_penalty"):
@@ -125,39 +133,51 @@ def resolve(
         resolved.ClearField("exponential_decay_length_penalty")
 
 
-def _settle_forced_eos(resolved: pb.GenerationConfig, config: pb.GenerationConfig) -> None:
-    """A token cannot be forced and suppressed; what only the model asks for gives way. Raises InvalidRequest."""
-    forced = resolved.forced_eos_token_id
-    if not resolved.HasField("forced_eos_token_id") or forced not in resolved.suppress_tokens:
+def _settle_first_token(resolved: pb.GenerationConfig, config: pb.GenerationConfig, num_prompt_tokens: int) -> None:
+    """A first token is forced behind one token alone, as in transformers. Raises InvalidRequest."""
+    if num_prompt_tokens == 1:
         return
-    if not config.HasField("forced_eos_token_id"):
-        resolved.ClearField("forced_eos_token_id")
-    elif not config.suppress_tokens:
-        kept = [token_id for token_id in resolved.suppress_tokens if token_id != forced]
-        del resolved.suppress_tokens[:]
-        resolved.suppress_tokens.extend(kept)
-    else:
+    if config.HasField("forced_bos_token_id"):
         raise InvalidRequest(
-            "must not be among suppress_tokens", reason="FIELD_CONFLICT", field="config.forced_eos_token_id"
+            f"is taken only behind a prompt of one token, and this one has {num_prompt_tokens}",
+            reason="FIELD_CONFLICT",
+            field="config.forced_bos_token_id",
         )
+    resolved.ClearField("forced_bos_token_id")
+
+
+def _settle_forced(resolved: pb.GenerationConfig, config: pb.GenerationConfig, name: Any, suppressed: str) -> None:
+    """A token cannot be forced and suppressed; what only the model asks for gives way. Raises InvalidRequest."""
+    forced, ids = getattr(resolved, name), getattr(resolved, suppressed)
+    if not resolved.HasField(name) or forced not in ids:
+        return
+    if not config.HasField(name):
+        resolved.ClearField(name)
+    elif not getattr(config, suppressed):
+        kept = [token_id for token_id in ids if token_id != forced]
+        del ids[:]
+        ids.extend(kept)
+    else:
+        raise InvalidRequest(f"must not be among {suppressed}", reason="FIELD_CONFLICT", field=f"config.{name}")
 
 
 def settle_constraint(
     resolved: pb.GenerationConfig, config: pb.GenerationConfig, constraint: StructuredOutput | None
 ) -> None:
-    """A last token cannot be forced where an output must match something; what only the model asks for gives way.
+    """No token can be forced where an output must match something; what only the model asks for gives way.
 
     Raises InvalidRequest with both fields.
     """
-    if constraint is None or not resolved.HasField("forced_eos_token_id"):
-        return
-    if not config.HasField("forced_eos_token_id"):
-        resolved.ClearField("forced_eos_token_id")
+    if constraint is None:
         return
     bad = Violations()
     other = "config.structured_output" if config.HasField("structured_output") else "input.chat.tools"
-    bad.add("config.forced_eos_token_id", f"must not be set together with {other}", "FIELD_CONFLICT")
-    bad.add(other, "must not be set together with config.forced_eos_token_id", "FIELD_CONFLICT")
+    for name in _FORCED:
+        if not config.HasField(name):  # type: ignore[arg-type]
+            resolved.ClearField(name)  # type: ignore[arg-type]
+            continue
+        bad.add(f"config.{name}", f"must not be set together with {other}", "FIELD_CONFLICT")
+        bad.add(other, f"must not be set together with config.{name}", "FIELD_CONFLICT")
     bad.raise_if_any()
 
 

@@ -7,9 +7,11 @@ text they are plain text: otherwise a user's message could close its own turn an
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
 from tokenizers import Encoding, Tokenizer
 
 from gateway.chat_template import ChatTemplate, Shield
@@ -39,7 +41,7 @@ class TextCodec:
         Raises ValueError if the tokenizer cannot be used, or the template is over 256 KiB or does not compile.
         """
         # Two copies, since what text may contain is a property of the tokenizer, not an argument of a call.
-        self._with_control, self._plain = (_tokenizer(tokenizer_json) for _ in range(2))
+        self._with_control, self._plain = map(_tokenizer, (tokenizer_json, _without_control(tokenizer_json)))
         self._plain.encode_special_tokens = True
         for tokenizer in (self._with_control, self._plain):
             tokenizer.no_truncation()
@@ -67,6 +69,17 @@ class TextCodec:
         """Return the ids of a text, control tokens in it as plain text, with what the tokenizer adds around a text."""
         ids: list[int] = self._plain.encode(text).ids
         return ids
+
+    def encode_source(self, text: str, *, with_special: bool) -> tuple[list[int], list[tuple[int, str]]]:
+        """Return the ids of a text, and with each of them the piece that it stands for, as the tokenizer writes it."""
+        encoding = self._plain.encode(text, add_special_tokens=with_special)
+        ids: list[int] = encoding.ids
+        return ids, list(zip(ids, encoding.tokens, strict=True))
+
+    def id_of(self, piece: str) -> int | None:
+        """Return the id of a piece, None for one that is not in the vocabulary, or a control token."""
+        token_id = self._with_control.token_to_id(piece)
+        return None if token_id in self._control_ids else token_id
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -116,6 +129,32 @@ class TextCodec:
         """Return the text of ids; invalid UTF-8 becomes U+FFFD."""
         text: str = self._with_control.decode(list(token_ids), skip_special_tokens=not keep_special_tokens)
         return text
+
+
+def _without_control(content: bytes) -> bytes:
+    """Return a tokenizer that finds no control token in a text.
+
+    A unigram model (T5, mBART) has them among its pieces, where every text may hold them. There they get names that
+    nobody can guess. Other models put pieces together by merges, which none has for a control token.
+    """
+    if b'"Unigram"' not in content:
+        return content
+    try:
+        parts = msgspec.json.decode(content)  # much faster than json, during which nothing else runs
+        control = {token["content"] for token in parts["added_tokens"] if token["special"]}
+        vocab = parts["model"]["vocab"]
+        if parts["model"]["type"] != "Unigram":
+            return content
+        hidden = {entry[0] for entry in vocab} & control
+        secret = secrets.token_hex(16)
+        parts["model"]["vocab"] = [
+            [f"\u2581\u2581{secret}{number}" if entry[0] in hidden else entry[0], entry[1]]
+            for number, entry in enumerate(vocab)
+        ]
+        parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] not in hidden]
+    except (msgspec.MsgspecError, KeyError, TypeError, IndexError) as error:
+        raise ValueError("the tokenizer cannot be loaded") from error
+    return msgspec.json.encode(parts)
 
 
 def _tokenizer(content: bytes) -> Tokenizer:

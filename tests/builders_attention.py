@@ -56,6 +56,12 @@ def make_case(
     )
 
 
+def distance_bias(num_heads: int, num_distances: int = 21) -> torch.Tensor:
+    """Another one for each head and distance, none of them small."""
+    generator = torch.Generator().manual_seed(num_heads)
+    return torch.randn(num_heads, num_distances, generator=generator) * 2
+
+
 def by_hand(case: Case, options: AttentionOptions) -> torch.Tensor:
     rows, row = [], 0
     for k, v, query_len in zip(case.keys, case.values, case.query_lens, strict=True):
@@ -67,6 +73,9 @@ def by_hand(case: Case, options: AttentionOptions) -> torch.Tensor:
             scores = torch.einsum("hd,khd->hk", case.query[row].double(), keys) * options.scale
             if options.softcap is not None:
                 scores = options.softcap * torch.tanh(scores / options.softcap)
+            if options.distance_bias is not None:
+                distances = torch.arange(position - first, -1, -1).clamp(max=options.distance_bias.shape[1] - 1)
+                scores = scores + options.distance_bias[:, distances].double()
             weights = scores.exp()
             total = weights.sum(-1, keepdim=True)
             if options.sinks is not None:

@@ -117,6 +117,7 @@ class PaperRunner:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_model_len = min(max_model_len, (num_blocks - 1) * block_size)
+        self.max_source_tokens = 0
         self.vocab_size = vocab_size
         self.memory = memory
         self.num_steps = 0

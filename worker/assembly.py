@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -85,7 +85,9 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     )
     if loaded.decoder is None:  # a compiled decoder was checked when it was made
         check_model(loaded, backend)
-    longest = min(engine_settings.max_model_len or loaded.context_length, loaded.context_length)
+    longest = engine_settings.max_model_len or loaded.context_length
+    if loaded.has_fixed_context:
+        longest = min(longest, loaded.context_length)
     engine_settings = engine_settings.model_copy(update={"max_model_len": longest})
     on_part: OnPart = ignore_part
     if settings.profile_steps:
@@ -107,6 +109,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         on_part=on_part,
         read_chat=ChatReader(loaded.text.tokenizer),
     )
+    loaded = replace(loaded, context_length=longest, max_source_tokens=engine.max_source_tokens)
     stats = engine.stats()
     card, files = make_card(
         loaded,
@@ -119,6 +122,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         tool_format=settings.tool_format,
         reasoning_format=settings.reasoning_format,
         structured_output=grammars is not None,
+        tasks=settings.tasks,
     )
     folder = store = None
     if settings.adapters_dir:
@@ -146,7 +150,7 @@ def _assemble_encoder(
     settings: WorkerSettings, engine_settings: EngineSettings, head: Head, dtype: torch.dtype, device: torch.device
 ) -> Assembly:
     """As `assemble`, of a model whose tasks are those of encoders."""
-    for name in ("quantization", "adapters_dir"):
+    for name in ("quantization", "adapters_dir", "tasks"):
         if getattr(settings, name) not in ("", "none"):
             raise ModelError(f"{settings.model} is an encoder model: {name} is only for models that generate text")
     limit = engine_settings.max_model_len
@@ -178,6 +182,8 @@ def check_narrow(narrow: Narrow, device: torch.device, dtype: torch.dtype, backe
 def make_runner(runner: ModelRunner, settings: EngineSettings) -> Runner:
     """Return what runs the steps: on a GPU, decodes are recorded now and replayed from then on."""
     if runner.device.type != "cuda" or runner.attention_name == TorchAttention.name:  # torch's waits for the device
+        return runner
+    if runner.max_source_tokens:  # what its classes compute is not recorded
         return runner
     return GraphRunner(runner, CudaRecorder(runner.device), settings.max_num_seqs, settings.block_size)
 

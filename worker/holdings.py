@@ -108,6 +108,8 @@ class Holdings:
                 num_scored_tokens = scores.first_token_index + len(scores.logprobs)
         completion_tokens = sum(map(len, emitted))
         prompt_kv_tokens = self._round_up(job.body.num_prompt_tokens)
+        if job.body.source_token_ids:  # what its encoder reads has blocks of its own
+            prompt_kv_tokens += self._round_up(len(job.body.prompt_token_ids))
         emitted_blocks = sum(1 + len(ids) // self._block_size for ids in emitted) if job.body.task is None else 0
         emitted_blocks += sampling.num_sequences - sampling.num_outputs
         self._num_claims += 1
@@ -143,6 +145,7 @@ class Holdings:
             num_scored_tokens=num_scored_tokens,
             echo_text=job.body.echo_text,
             task=job.body.task,
+            source_token_ids=job.body.source_token_ids,
         )
 
     def drop(self, generation_id: str) -> str | None:

@@ -53,6 +53,7 @@ class ModelReport:
     device: str
     context_tokens: int
     context_limited_by: str | None
+    max_source_tokens: int  # that an encoder reads; 0 without one
     layers: Mapping[str, int]  # number of layers by kind of attention, "sliding window 512" or "full"
     attention: str  # name of the back-end
     is_compiled: bool  # runs as the compiled decoder
@@ -122,6 +123,7 @@ def check(settings: WorkerSettings, engine_settings: EngineSettings) -> ModelRep
         "device": describe_device(device),
         "context_tokens": limit.tokens,
         "context_limited_by": limit.reason,
+        "max_source_tokens": loaded.max_source_tokens,
         "layers": _layers(loaded),
         "attention": backend.name,
         "is_compiled": loaded.decoder is not None,
@@ -183,6 +185,8 @@ def describe(report: ModelReport) -> str:
         int8_text = f"not possible: {int8.reason}"
     layers = ", ".join(f"{number} x {kind}" for kind, number in report.layers.items())
     context = f"{report.context_tokens} tokens"
+    if report.max_source_tokens:
+        context += f", behind a source of {report.max_source_tokens}"
     if report.context_limited_by is not None:
         context += f"; limited: {report.context_limited_by}"
     lines = {

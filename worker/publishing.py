@@ -113,9 +113,10 @@ def _describe(settings: WorkerSettings) -> tuple[Publication, Mapping[str, Linea
         name=name,
         context_tokens=limit,
         block_tokens=16,
-        kv_tokens=limit,
+        kv_tokens=limit + -(-loaded.max_source_tokens // 16) * 16,
         tool_format=settings.tool_format,
         reasoning_format=settings.reasoning_format,
         structured_output=grammars is not None,
+        tasks=settings.tasks,
     )
     return publication, loaded.linear_layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
@@ -13,13 +13,17 @@ from common import keys
 from common.chat_formats import detect_reasoning_format, detect_tool_format
 from common.registry import (
     MAX_FILE_BYTES,
+    SOURCE_TOKENIZER_FILE,
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     GenerationDefaults,
     ModelCard,
+    Seq2SeqCard,
 )
+from common.tasks import TaskName
 from worker.engine.model_files import ModelError, TextFiles
+from worker.seq2seq import choose_tasks, read_seq2seq
 
 if TYPE_CHECKING:
     from worker.engine.model import LoadedModel
@@ -47,25 +51,35 @@ def make_card(
     tool_format: str = "auto",
     reasoning_format: str = "auto",
     structured_output: bool = False,
+    tasks: str = "",
 ) -> Publication:
     """Return what to publish of `loaded` under `name`.
 
     `context_tokens` is the engine's limit on one sequence, `kv_tokens` the room of its KV cache; the card's context is
     the least of both and of what the model takes. `max_sequences` is how many it decodes together. The formats are
-    names of `common.chat_formats`, "auto" what the chat template tells, "none" none. Raises ModelError for a name or a
-    file that nobody could use.
+    names of `common.chat_formats`, "auto" what the chat template tells, "none" none. `tasks` are those of an
+    encoder-decoder model, between commas; empty: what its files tell. Raises ModelError for a name or a file that
+    nobody could use.
     """
     check_name(name)
     context_tokens = min(loaded.context_length, kv_tokens, context_tokens)
     if context_tokens < 2:
         raise ModelError(f"{name} could hold {context_tokens} tokens; prompt and answer need 2: enlarge the KV cache")
+    seq2seq: Seq2SeqCard | None = None
+    names: tuple[TaskName, ...] = (TaskName.GENERATE,)
+    if loaded.is_encoder_decoder:
+        room = (kv_tokens // block_tokens - 1) * block_tokens  # a block at least is the decoder's
+        seq2seq, own = read_seq2seq(loaded, min(loaded.max_source_tokens, room))
+        names = choose_tasks(tasks, own)
+    elif tasks:
+        raise ModelError(f"{name} is no encoder-decoder model, and only of one tasks can be set")
     files = published_files(name, loaded.text)
     max_output_tokens = context_tokens - 1  # a prompt has at least one token
     card = ModelCard(
         name=name,
         revision=loaded.revision,
         shard=keys.shard_name(name, loaded.revision),
-        tasks=("generate",),
+        tasks=names,
         family=loaded.family,
         num_parameters=loaded.num_parameters,
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -77,7 +91,7 @@ def make_card(
         max_output_tokens=max_output_tokens,
         eos_token_ids=loaded.eos_token_ids,
         bos_token_id=_bos_token_id(loaded),
-        defaults=_defaults(loaded, max_output_tokens),
+        defaults=_defaults(loaded.generation_defaults, max_output_tokens),
         has_chat_template=TEMPLATE_FILE in files,
         tool_format=_format(tool_format, loaded, detect_tool_format),
         reasoning_format=_format(reasoning_format, loaded, detect_reasoning_format),
@@ -86,6 +100,7 @@ def make_card(
         max_sequences=max_sequences,
         tokenizer_files=digests_of(files),
         structured_output=structured_output,
+        seq2seq=seq2seq,
     )
     return Publication(card, files)
 
@@ -105,6 +120,8 @@ def published_files(name: str, text: TextFiles) -> dict[str, bytes]:
         TOKENIZER_FILE: text.tokenizer_json,
         SPECIAL_TOKENS_FILE: msgspec.json.encode(dict(text.special_tokens), order="sorted"),
     }
+    if text.source_tokenizer_json is not None:
+        files[SOURCE_TOKENIZER_FILE] = text.source_tokenizer_json
     if text.chat_template is not None:
         files[TEMPLATE_FILE] = text.chat_template.encode()
     for file, content in files.items():
@@ -131,9 +148,9 @@ def _bos_token_id(loaded: LoadedModel) -> int | None:
     return None if token is None else loaded.text.tokenizer.token_to_id(token)
 
 
-def _defaults(loaded: LoadedModel, max_output_tokens: int) -> GenerationDefaults:
+def _defaults(own: Mapping[str, Any], max_output_tokens: int) -> GenerationDefaults:
     """The model's own defaults; a default for max_tokens beyond what fits would make every plain request fail."""
-    defaults = msgspec.convert(dict(loaded.generation_defaults), GenerationDefaults)
+    defaults = msgspec.convert(dict(own), GenerationDefaults)
     if defaults.max_tokens is not None and defaults.max_tokens > max_output_tokens:
         defaults = msgspec.structs.replace(defaults, max_tokens=max_output_tokens)
     return defaults

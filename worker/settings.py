@@ -27,6 +27,11 @@ class WorkerSettings(BaseSettings):
     reasoning_format: Literal["auto", "think", "magistral", "none"] = Field(
         default="auto", description="How the model marks its reasoning; auto is by its chat template."
     )
+    tasks: str = Field(
+        default="",
+        description="Tasks of an encoder-decoder model, of generate, translate and summarize, between commas; default: "
+        "what its files tell.",
+    )
     adapters_dir: str = Field(
         default="",
         description="Folder of LoRA adapters in PEFT's format, each in a sub-directory of its name; watched.",

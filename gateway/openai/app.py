@@ -74,7 +74,7 @@ class OpenAiDoor:
             lambda: completion_requests(
                 parsed,
                 default_temperature=temperature,
-                context_tokens=model.card.context_tokens,
+                context_tokens=model.max_input_tokens + 1,
                 idempotency_key=exchange.header("idempotency-key"),
             ),
         )

@@ -11,12 +11,13 @@ import msgspec
 from common.errors import InvalidRequest
 from gateway.openai.requests import invalid
 from torchrelay.v1 import embedding_pb2 as epb
+from torchrelay.v1 import generation_pb2 as pb
 
 _NATIVE_IS_BIG: Final = array("i", [1]).tobytes()[0] == 0
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body. Null is as if it were not there. `truncate` is ours: as in EmbedRequest."""
+    """The body. Null is as if it were not there. `truncate` is ours: a text that is too long loses its end."""
 
     model: str
     input: str | list[Any]
@@ -60,7 +61,8 @@ def embed_request(request: EmbeddingRequest, idempotency_key: str) -> epb.EmbedR
         if not 0 < request.dimensions < 1 << 31:
             raise InvalidRequest("must be at least 1", reason="FIELD_OUT_OF_RANGE", field="dimensions")
         found.dimensions = request.dimensions
-    found.truncate = bool(request.truncate)
+    if request.truncate:
+        found.truncation = pb.TRUNCATION_END
     return found
 
 

@@ -63,8 +63,8 @@ class Tokens:
         return [i for i, one in enumerate(self.owners) if one == owner]
 
 
-def cut(tokens: Tokens, max_tokens: int, side: Cut = Cut.LONGEST) -> Tokens:
-    """Return at most `max_tokens`, without the last ones of a text; of a pair by the rule of `side`.
+def cut(tokens: Tokens, max_tokens: int, side: Cut = Cut.LONGEST, *, at_start: bool = False) -> Tokens:
+    """Return at most `max_tokens`, without the last ones of a text, or the first; of a pair by the rule of `side`.
 
     As tokenizers do it (`truncate_encodings`, LongestFirst and OnlySecond). A text that is not to give way may leave
     more than that.
@@ -74,15 +74,12 @@ def cut(tokens: Tokens, max_tokens: int, side: Cut = Cut.LONGEST) -> Tokens:
     room = max(0, max_tokens - tokens.count(None))
     first, second = tokens.count(0), tokens.count(1)
     rooms = (first, max(0, room - first)) if side is Cut.SECOND else _longest_first(first, second, room)
-    left = list(rooms)
-    kept = []
-    for place, owner in enumerate(tokens.owners):
-        if owner is not None:
-            if not left[owner]:
-                continue
-            left[owner] -= 1
-        kept.append(place)
-    return tokens.keep(kept)
+    kept: list[int] = []
+    for owner in (0, 1):
+        places = tokens.places(owner)
+        kept += places[len(places) - rooms[owner] :] if at_start else places[: rooms[owner]]
+    around = [place for place, owner in enumerate(tokens.owners) if owner is None]
+    return tokens.keep(sorted([*kept, *around]))
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:

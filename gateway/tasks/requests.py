@@ -24,10 +24,13 @@ from gateway.tokenization import TextCodec
 from gateway.violations import Violations
 from torchrelay.v1 import classification_pb2 as cpb
 from torchrelay.v1 import embedding_pb2 as epb
+from torchrelay.v1 import generation_pb2 as pb
 
 TaskRequest: TypeAlias = (
     epb.EmbedRequest | cpb.ClassifyRequest | cpb.ClassifyTokensRequest | cpb.AnswerQuestionRequest | cpb.RerankRequest
 )
+
+Truncation: TypeAlias = pb.Truncation.ValueType
 
 MAX_ANSWERS: Final = 128
 MAX_ANSWER_TOKENS: Final = 512
@@ -70,6 +73,8 @@ def name_of(request: TaskRequest) -> TaskName:
 def check_fields(request: TaskRequest, card: ModelCard) -> None:
     """Look at what needs no tokens. Raises InvalidRequest with every bad field."""
     bad = Violations()
+    if not isinstance(request, cpb.AnswerQuestionRequest):
+        _check_enum(request.truncation, frozenset(pb.Truncation.values()), "truncation", bad)
     match request:
         case epb.EmbedRequest():
             _check_texts(request.texts, "texts", bad)
@@ -142,7 +147,7 @@ class TaskReader:
         """Raises InvalidRequest for a text that is too long, or has no tokens."""
         match request:
             case epb.EmbedRequest():
-                texts = self._texts(request.texts, "texts", truncate=request.truncate)
+                texts = self._texts(request.texts, "texts", truncation=request.truncation)
                 return EmbedTask(
                     tuple(text.encoded() for text in texts),
                     request.dimensions,
@@ -151,13 +156,13 @@ class TaskReader:
             case cpb.ClassifyRequest():
                 encoded = [
                     self._encode(
-                        entry.text, entry.pair or None, f"inputs[{number}]", truncate=request.truncate
+                        entry.text, entry.pair or None, f"inputs[{number}]", truncation=request.truncation
                     ).encoded()
                     for number, entry in enumerate(request.inputs)
                 ]
                 return ClassifyTask(tuple(encoded), request.top_k, _FUNCTIONS[request.function])
             case cpb.ClassifyTokensRequest():
-                texts = self._texts(request.texts, "texts", truncate=request.truncate)
+                texts = self._texts(request.texts, "texts", truncation=request.truncation)
                 sources = tuple(request.texts)
                 return ClassifyTokensTask(
                     tuple(text.encoded() for text in texts),
@@ -171,20 +176,26 @@ class TaskReader:
             case cpb.RerankRequest():
                 documents = [
                     self._encode(
-                        request.query, document, f"documents[{number}]", truncate=request.truncate, side=Cut.SECOND
+                        request.query, document, f"documents[{number}]", truncation=request.truncation, side=Cut.SECOND
                     ).encoded()
                     for number, document in enumerate(request.documents)
                 ]
                 return RerankTask(tuple(documents), request.top_n, _FUNCTIONS[request.function])
 
-    def _texts(self, texts: Sequence[str], path: str, *, truncate: bool) -> list[Tokens]:
-        return [self._encode(text, None, f"{path}[{number}]", truncate=truncate) for number, text in enumerate(texts)]
+    def _texts(self, texts: Sequence[str], path: str, *, truncation: Truncation) -> list[Tokens]:
+        return [
+            self._encode(text, None, f"{path}[{number}]", truncation=truncation) for number, text in enumerate(texts)
+        ]
 
-    def _encode(self, text: str, pair: str | None, path: str, *, truncate: bool, side: Cut = Cut.LONGEST) -> Tokens:
+    def _encode(
+        self, text: str, pair: str | None, path: str, *, truncation: Truncation, side: Cut = Cut.LONGEST
+    ) -> Tokens:
         """Return a text's tokens, at most as many as the model takes."""
         longest = self._max_tokens * _MAX_CHARS_PER_TOKEN
-        if truncate:  # what lies behind cannot matter, and takes time that others need
-            text, pair = text[:longest], pair and pair[:longest]
+        at_start = truncation == pb.TRUNCATION_START
+        if truncation:  # what lies beyond cannot matter, and takes time that others need
+            beyond = slice(-longest, None) if at_start else slice(longest)
+            text, pair = text[beyond], pair and pair[beyond]
         elif len(text) + len(pair or "") > longest:
             raise self._too_long(path)
         tokens = Tokens.of(self.codec.encode_pair(text, pair))
@@ -192,9 +203,9 @@ class TaskReader:
             raise InvalidRequest("the text has no tokens", reason="FIELD_REQUIRED", field=path)
         if len(tokens) <= self._max_tokens:
             return tokens
-        if not truncate:
+        if not truncation:
             raise self._too_long(path, len(tokens))
-        short = cut(tokens, self._max_tokens, side)
+        short = cut(tokens, self._max_tokens, side, at_start=at_start)
         if len(short) > self._max_tokens or (pair is not None and not short.count(1)):
             raise self._too_long(path, len(tokens))  # what may not be cut leaves no room for the rest
         return short

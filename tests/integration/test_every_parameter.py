@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Case:
     options: Options | Callable[[Outcome], Options]  # the latter of the plain greedy output
     shows: Callable[[Outcome, Outcome], bool]  # of what `against` gives, and of what the case gives
     against: Options | Callable[[Outcome], Options] = field(default_factory=dict)  # default: the plain output
+    prompt: Sequence[int] = tuple(PROMPT)
 
 
 def same(one: Outcome, other: Outcome) -> bool:
@@ -143,6 +144,12 @@ CASES: dict[str, Case] = {
         {"exponential_decay_length_penalty": (2, 10.0)},
         lambda plain, case: 3 < len(case.token_ids) < NUM_TOKENS and case.token_ids[-1] == EOS,
     ),
+    "forced_bos_token_id": Case(
+        {"forced_bos_token_id": 9},
+        lambda free, case: (free.token_ids[0] != 9, case.token_ids[0]) == (True, 9),
+        {"seed": 1},
+        prompt=PROMPT[:1],
+    ),
     "forced_eos_token_id": Case(
         {"forced_eos_token_id": 9}, lambda plain, case: case.token_ids == [*plain.token_ids[:-1], 9]
     ),
@@ -218,10 +225,10 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         yield system
 
 
-async def run(client: AsyncClient, options: Options) -> Outcome:
+async def run(client: AsyncClient, options: Options, prompt: Sequence[int] = PROMPT) -> Outcome:
     length = {} if "max_length" in options else {"max_tokens": NUM_TOKENS}
     config: Any = {"temperature": 0.0, **length, **options}
-    return await Outcome(client.stream(PROMPT, model=MODEL, **config)).read()
+    return await Outcome(client.stream(list(prompt), model=MODEL, **config)).read()
 
 
 def test_every_field_has_a_case() -> None:
@@ -251,8 +258,8 @@ async def test_each_field_has_its_effect(system: System) -> None:
                 choice(plain) if callable(choice) else choice for choice in (case.options, case.against)
             )
             assert name in options, "a case sets its field"
-            found = await run(client, options)
-            before = await run(client, against) if against else plain
+            found = await run(client, options, case.prompt)
+            before = await run(client, against, case.prompt) if against else plain
             assert found.accepted is not None
             shown = {descriptor.name for descriptor, _ in found.accepted.config.ListFields()}
             if SHOWN_AS.get(name, name) not in shown:

@@ -245,7 +245,7 @@ async def test_get_model_says_what_a_model_does(system: System) -> None:
         (cpb.AnswerQuestionRequest(model="spans", question="q", context="c", top_k=1000), "top_k", _RANGE),
         (cpb.RerankRequest(model="ranks", query="q", documents=["ok", "the " * 95]), "documents[1]", _TOO_LONG),
         (
-            cpb.RerankRequest(model="ranks", query="the " * 95, documents=["d"], truncate=True),
+            cpb.RerankRequest(model="ranks", query="the " * 95, documents=["d"], truncation=pb.TRUNCATION_END),
             "documents[0]",
             _TOO_LONG,
         ),
@@ -282,12 +282,12 @@ async def test_long_texts_are_cut_where_that_is_asked_for(system: System, folder
     with torch.no_grad():
         expected = torch.nn.functional.normalize(model(input_ids=torch.tensor([ids])).last_hidden_state.mean(1))[0]
     async with system.client() as client:
-        found = await client.run(epb.EmbedRequest(model="minilm", texts=[long], truncate=True))
+        found = await client.run(epb.EmbedRequest(model="minilm", texts=[long], truncation=pb.TRUNCATION_END))
         assert found.usage.prompt_tokens == 256
         assert np.allclose(found.embeddings[0].values, expected, atol=1e-4)
         # The query stays whole, and as much of the document as fits beside it.
         ranked = await client.run(
-            cpb.RerankRequest(model="ranks", query="where", documents=["the " * 95], truncate=True)
+            cpb.RerankRequest(model="ranks", query="where", documents=["the " * 95], truncation=pb.TRUNCATION_END)
         )
         assert ranked.usage.prompt_tokens == 94
 

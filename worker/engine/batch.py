@@ -18,6 +18,7 @@ import torch
 from worker.engine.adapters.types import Adapter
 from worker.engine.attention.interface import AttentionBatch
 from worker.engine.scheduler import Plan
+from worker.engine.seq2seq.batch import SourceBatch, source_batch
 from worker.engine.sequence import Sequence
 from worker.engine.transfer import to_device
 
@@ -58,6 +59,7 @@ class StepBatch:
     logit_rows: torch.Tensor  # [num_logit_rows] int64: the rows whose logits are needed
     attention: AttentionBatch
     adapters: AdapterRows | None = None  # None: no row has one
+    sources: SourceBatch | None = None  # None: the model has no encoder
 
 
 class _Buffer:
@@ -95,12 +97,15 @@ class BatchBuffers:
         block_size: int,
         device: torch.device,
         max_scored_rows: int = 0,
+        has_sources: bool = False,
     ) -> None:
         """`max_num_seqs` bounds the rows of logits too, drafts' included; but for `max_scored_rows` of prompts.
 
-        `max_num_blocks` is of one sequence.
+        `max_num_blocks` is of one sequence; it `has_sources` where the model has an encoder.
         """
         self._block_size = block_size
+        self._has_sources = has_sources
+        self._device = device
         self._input_ids = _Buffer(max_num_tokens, torch.int64, device)
         self._position_ids = _Buffer(max_num_tokens, torch.int64, device)
         self._logit_rows = _Buffer(max_num_seqs + max_scored_rows, torch.int64, device)
@@ -155,6 +160,7 @@ class BatchBuffers:
                 max_context_len=max_context_len,
             ),
             adapters=self._adapters(plan, row),
+            sources=source_batch(plan, block_size, self._device) if self._has_sources else None,
         )
 
     def _adapters(self, plan: Plan, num_rows: int) -> AdapterRows | None:

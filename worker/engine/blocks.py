@@ -82,6 +82,13 @@ class BlockPool:
             parent = hashlib.sha256(parent + token_ids[start : start + self.block_size].tobytes()).digest()
             hashes.append(parent)
 
+    def hashes_of(self, num_blocks: int, salt: bytes) -> list[bytes]:
+        """One for each block of what `salt` stands for as a whole; none where nothing is to be found again."""
+        if not self._enable_prefix_cache:
+            return []
+        root = self._root(salt)
+        return [hashlib.sha256(root + b"whole" + index.to_bytes(4, "little")).digest() for index in range(num_blocks)]
+
     def _root(self, request_salt: bytes) -> bytes:
         length = len(self._salt).to_bytes(8, "little")  # keeps (ab, c) apart from (a, bc)
         return hashlib.sha256(length + self._salt + request_salt).digest()

@@ -9,7 +9,8 @@ The order is transformers' (`generation/utils.py`, `_get_logits_processor`), wit
     encoder_repetition_penalty            divided or multiplied, tokens of the prompt
     repetition_penalty                    likewise, tokens of prompt and output
     no_repeat_ngram_size, encoder_no_repeat_ngram_size, bad words, min_tokens       to -inf
-    forced_eos_token_id                   all others to -inf, for the last token
+    forced_bos_token_id                   all others to -inf, for the first token behind a prompt of one
+    forced_eos_token_id                   likewise, for the last token
     exponential_decay_length_penalty      added to what ends the output
     suppress_tokens, begin_suppress_tokens                                          to -inf
     presence_penalty, frequency_penalty   taken off, tokens of the output
@@ -81,10 +82,10 @@ def edit_scores(scores: torch.Tensor, rows: Rows[EditedRow]) -> None:
         if history is None:
             continue
         params = history.sampling
-        is_forced = params.forced_eos_token_id is not None and history.num_output_tokens == params.max_tokens - 1
-        if is_forced:
+        forced_id = _forced_id(history)
+        if forced_id is not None:
             forced_rows.append(i)
-            forced.add(i, np.array([params.forced_eos_token_id], dtype=np.int64), 0.0)
+            forced.add(i, np.array([forced_id], dtype=np.int64), 0.0)
             banned.add(i, np.array(params.suppress_tokens, dtype=np.int64), _NEG_INF)
         else:
             biased.add(i, *history.biases())
@@ -99,7 +100,7 @@ def edit_scores(scores: torch.Tensor, rows: Rows[EditedRow]) -> None:
             if decay is not None and history.num_output_tokens > decay[0]:
                 growth = _power(decay[1], history.num_output_tokens - decay[0]) - 1
                 ending.add(i, np.array(params.stop_token_ids, dtype=np.int64), growth)
-        if params.begin_suppress_tokens and history.num_output_tokens == 0:
+        if params.begin_suppress_tokens and history.num_free_output_tokens == 0:
             banned.add(i, np.array(params.begin_suppress_tokens, dtype=np.int64), _NEG_INF)
         counts = np.frombuffer(history.counts, dtype=np.int32)
         penalties = params.presence_penalty + params.frequency_penalty * counts
@@ -124,6 +125,14 @@ def edit_scores(scores: torch.Tensor, rows: Rows[EditedRow]) -> None:
         flat[index] = torch.where(values.isfinite(), grown, values)
     if counted:
         flat.index_add_(0, counted.index(device), counted.values(device))
+
+
+def _forced_id(history: TokenHistory) -> int | None:
+    """What the next token is whatever the scores are; the end's takes the place of the beginning's."""
+    params = history.sampling
+    if params.forced_eos_token_id is not None and history.num_output_tokens == params.max_tokens - 1:
+        return params.forced_eos_token_id
+    return params.forced_bos_token_id if history.num_tokens == 1 else None
 
 
 def _power(factor: float, exponent: int) -> float:

@@ -26,7 +26,9 @@ from worker.engine.merged import MergedPart, MergedProduct
 _log = structlog.get_logger(__name__)
 
 # Layers of one module that read one input, in the order in which forward calls them.
-_SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("gate_proj", "up_proj"), ("wi_0", "wi_1"))
+# Attention over what an encoder read: its query has another input than key and value.
+_ACROSS: Final = ("encoder_attn", "EncDecAttention")
 
 _TEST_TOKENS: Final = 24
 _ROWS_HINT: Final = 32  # rows that oneDNN is to pack for: decode batches
@@ -41,6 +43,7 @@ class PackedLinear(nn.Module):
         weight = torch.cat([_width_and_weight(layer)[1] for layer in layers])
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
         self._bias: torch.Tensor | None = None
+        self.weight = None  # for classes that look at its dtype before they call it (T5)
         if layers[0].bias is not None:
             self._bias = torch.cat([layer.get_parameter("bias").detach() for layer in layers])
 
@@ -111,13 +114,14 @@ def _has_onednn() -> bool:
 
 
 def _logits(module: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = module(input_ids=tokens[None], use_cache=False).logits[0]
+    extra = {"decoder_input_ids": tokens[None]} if module.config.is_encoder_decoder else {}
+    logits: torch.Tensor = module(input_ids=tokens[None], use_cache=False, **extra).logits[0]
     return logits.float()
 
 
 def _merged_changes(module: nn.Module) -> Iterator[_Change]:
-    for parent in list(module.modules()):
-        for names in _SIBLINGS:
+    for path, parent in list(module.named_modules()):
+        for names in _SIBLINGS if not path.endswith(_ACROSS) else ():
             layers = [layer for name in names if _is_linear(layer := getattr(parent, name, None))]
             if len(layers) == len(names) and _mergeable(layers):
                 merged = MergedProduct(PackedLinear(layers), [_width_and_weight(layer)[0] for layer in layers])
@@ -153,7 +157,8 @@ def _norm_changes(module: nn.Module) -> Iterator[_Change]:
         for name, norm in list(parent.named_children()):
             eps = getattr(norm, "variance_epsilon", None)
             parameters = dict(norm.named_parameters())
-            if type(norm).__name__.endswith("RMSNorm") and isinstance(eps, float) and list(parameters) == ["weight"]:
+            is_rms = type(norm).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+            if is_rms and isinstance(eps, float) and list(parameters) == ["weight"]:
                 yield _Change(parent, name, norm, OneCallNorm(parameters["weight"], eps))
 
 

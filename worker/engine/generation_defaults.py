@@ -43,11 +43,18 @@ _NUMBERS: Final[Mapping[str, tuple[str, type, float, float]]] = {
     "num_beams": ("num_beams", int, 1, MAX_BEAMS),
     "length_penalty": ("length_penalty", float, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY),
 }
+# A token that is forced, and the lists that would forbid it in its place.
+_NOT_AMONG: Final[Mapping[str, tuple[str, ...]]] = {
+    "forced_eos_token_id": ("suppress_tokens",),
+    "forced_bos_token_id": ("suppress_tokens", "begin_suppress_tokens"),
+}
 
 
-def read_defaults(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def read_defaults(generation: Mapping[str, Any], vocab_size: int, *, num_started: int = 0) -> dict[str, Any]:
     """What it sets, by the names of GenerationDefaults. Without do_sample the model's default is greedy.
 
+    Where a decoder begins with `num_started` tokens of its own, whatever the source, `max_length` counts them, and is a
+    number of new tokens.
     A value outside its range is left out and logged: it must not keep the model from being served.
     """
     defaults: dict[str, Any] = {}
@@ -68,9 +75,17 @@ def read_defaults(generation: Mapping[str, Any], vocab_size: int) -> dict[str, A
             _log.warning("model.default_ignored", field=name, value=repr(value)[:200])
         else:
             defaults[name] = found
-    if defaults.get("forced_eos_token_id") in defaults.get("suppress_tokens", ()):
-        _log.warning("model.default_ignored", field="forced_eos_token_id", value="among suppress_tokens")
-        del defaults["forced_eos_token_id"]
+    for name, lists in _NOT_AMONG.items():
+        for suppressed in lists:
+            if name in defaults and defaults[name] in defaults.get(suppressed, ()):
+                _log.warning("model.default_ignored", field=name, value=f"among {suppressed}")
+                del defaults[name]
+    max_length = generation.get("max_length")
+    if num_started and "max_tokens" not in defaults and type(max_length) is int:
+        if num_started < max_length <= _MOST:
+            defaults["max_tokens"] = max_length - num_started
+        else:
+            _log.warning("model.default_ignored", field="max_length", value=max_length)
     if generation.get("do_sample"):
         defaults.setdefault("temperature", 1.0)
         if defaults.pop("num_beams", 1) > 1:  # beams that are sampled are not served
@@ -137,6 +152,7 @@ _OTHERS: Final[Mapping[str, Callable[[Any, int], Any]]] = {
     "suppress_tokens": _ids,
     "begin_suppress_tokens": _ids,
     "exponential_decay_length_penalty": _decay,
+    "forced_bos_token_id": _id,
     "forced_eos_token_id": _id,
     "early_stopping": _early_stopping,
 }

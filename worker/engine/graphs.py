@@ -162,6 +162,7 @@ class GraphRunner:
         self.device = runner.device
         self.num_blocks = runner.num_blocks
         self.max_model_len = runner.max_model_len
+        self.max_source_tokens = runner.max_source_tokens
         self.vocab_size = runner.vocab_size
         max_num_blocks = -(-runner.max_model_len // block_size)
         self._static = _Static(max_num_seqs, max_num_blocks, runner.device)

@@ -43,6 +43,10 @@ class NGramFollowers:
         if self._size > 1:
             self._tail = (*self._tail, token_id)[-(self._size - 1) :]
 
+    def begin_anew(self) -> None:
+        """What comes next does not follow what was taken in."""
+        self._tail = ()
+
     def _note(self, token_id: int) -> None:
         ids = self._followers.get(self._tail)
         if ids is None or (self._own is not None and self._tail not in self._own):
@@ -96,6 +100,7 @@ class TokenHistory:
         "_count_index",
         "_has_phrases",
         "_is_seen",
+        "_learns_prompt",
         "_ngrams",
         "_num_prompt_tokens",
         "_num_tokens",
@@ -111,8 +116,12 @@ class TokenHistory:
         "seen_ids",
     )
 
-    def __init__(self, sampling: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, sampling: SamplingParams, prompt_token_ids: Sequence[int], source_token_ids: Sequence[int] | None = None
+    ) -> None:
+        """With a source, that is what the parameters for the encoder's tokens mean, and not the prompt."""
         self.sampling: Final = sampling
+        encoded = prompt_token_ids if source_token_ids is None else source_token_ids
         self._num_prompt_tokens = len(prompt_token_ids)
         self._num_tokens = 0
         self._track_seen = sampling.repetition_penalty != 1.0
@@ -127,7 +136,7 @@ class TokenHistory:
         self._prompt_ngrams = NGramFollowers(size) if size else None
         self.prompt_ids = _NO_IDS  # each once
         if sampling.encoder_repetition_penalty != 1.0:
-            self.prompt_ids = np.unique(np.asarray(prompt_token_ids, dtype=np.int64))
+            self.prompt_ids = np.unique(np.asarray(encoded, dtype=np.int64))
         single = [(ids[0], value) for ids, value in sampling.sequence_bias if len(ids) == 1]
         self._bias_ids = np.array([token_id for token_id, _ in single], dtype=np.int64)
         self._bias_values = np.array([value for _, value in single], dtype=np.float32)
@@ -140,6 +149,11 @@ class TokenHistory:
         bad = [ids[0] for ids in sampling.bad_words_ids if len(ids) == 1 and ids[0] not in sampling.stop_token_ids]
         # What is banned at every place: bad words of one token (but those that end an output), and suppressed tokens.
         self.always_banned: Final = np.array([*bad, *sampling.suppress_tokens], dtype=np.int64)
+        if self._prompt_ngrams is not None and source_token_ids is not None:
+            for token_id in source_token_ids:
+                self._prompt_ngrams.push(token_id)
+            self._prompt_ngrams.begin_anew()
+        self._learns_prompt = source_token_ids is None
         self._take(prompt_token_ids, is_prompt=True)
 
     @staticmethod
@@ -158,6 +172,7 @@ class TokenHistory:
             or bool(sampling.suppress_tokens)
             or bool(sampling.begin_suppress_tokens)
             or sampling.exponential_decay_length_penalty is not None
+            or sampling.forced_bos_token_id is not None
             or sampling.forced_eos_token_id is not None
         )
 
@@ -178,6 +193,11 @@ class TokenHistory:
         return self._num_tokens
 
     @property
+    def num_free_output_tokens(self) -> int:
+        """Without the one that is forced to be the first."""
+        return self.num_output_tokens - (self.sampling.forced_bos_token_id is not None and self._num_prompt_tokens == 1)
+
+    @property
     def num_output_tokens(self) -> int:
         return self._num_tokens - self._num_prompt_tokens
 
@@ -196,7 +216,7 @@ class TokenHistory:
             if self._ngrams is not None:
                 self._ngrams.push(token_id)
             if self._prompt_ngrams is not None:
-                self._prompt_ngrams.push(token_id, learn=is_prompt)
+                self._prompt_ngrams.push(token_id, learn=is_prompt and self._learns_prompt)
             if self._has_phrases:
                 self._token_ids.append(token_id)
 

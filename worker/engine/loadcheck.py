@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,9 @@ from worker.engine.attention.hf import LayerProbe
 from worker.engine.attention.interface import AttentionBackend, AttentionBatch, AttentionOptions, LayerCache, LayerShape
 from worker.engine.batch import StepBatch
 from worker.engine.closeness import FP8_TOLERANCE, TOLERANCE, relative_error
+from worker.engine.seq2seq import bridge, families
+from worker.engine.seq2seq import check as seq2seq_check
+from worker.engine.seq2seq import model as seq2seq_model
 
 if TYPE_CHECKING:
     from worker.engine.model import LoadedModel
@@ -56,8 +60,9 @@ def check_config(config: PretrainedConfig) -> None:
     """Refuse what the configuration alone shows to be unsupported. Raises UnsupportedFamilyError."""
     text = config.get_text_config()
     family = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedFamilyError(f"the family {family} has an encoder; only decoder models are served")
+    if families.has_encoder(config) and family not in families.FAMILIES:
+        served = ", ".join(sorted(families.FAMILIES))
+        raise UnsupportedFamilyError(f"the family {family} has an encoder; of such, {served} are served")
     unknown = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
     if unknown:
         raise UnsupportedFamilyError(
@@ -76,8 +81,8 @@ class ContextLimit:
 def context_limit(config: PretrainedConfig) -> ContextLimit:
     """Read the limit from the configuration. Raises UnsupportedFamilyError."""
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
+    limit = families.most_tokens(text)
+    if limit is None:
         raise UnsupportedFamilyError(
             f"the family {config.model_type} names no context length (max_position_embeddings)"
         )
@@ -114,6 +119,8 @@ def _rope_parameters(text: PretrainedConfig) -> list[Mapping[str, Any]]:
 def probe_attention(module: PreTrainedModel) -> dict[int, LayerProbe]:
     """Make the model call our attention and return what its layers ask of it. Raises UnsupportedFamilyError."""
     try:
+        if families.has_encoder(module.config):
+            return seq2seq_model.install(module)
         hf.install(module)
         return hf.probe_layers(module, module.device)
     except torch.OutOfMemoryError:
@@ -147,8 +154,8 @@ def check_model(loaded: LoadedModel, backend: AttentionBackend, cache_root: Path
 def _source_digest() -> str:
     """The check itself, and the bridges that it checks, may change."""
     digest = hashlib.sha256()
-    for path in (Path(__file__), Path(closeness.__file__), Path(hf.__file__), Path(call_sites.__file__)):
-        digest.update(path.read_bytes())
+    for source in (sys.modules[__name__], closeness, hf, call_sites, seq2seq_check, bridge, seq2seq_model):
+        digest.update(Path(str(source.__file__)).read_bytes())
     return digest.hexdigest()
 
 
@@ -159,6 +166,9 @@ def check_module(module: PreTrainedModel, backend: AttentionBackend, tolerance: 
     By default the tolerance is that of the model's dtype.
     """
     check_config(module.config)
+    tolerance = TOLERANCE[module.dtype] if tolerance is None else tolerance
+    if families.has_encoder(module.config):
+        return _accept(module, seq2seq_check.packed_error(module, backend), tolerance)
     expected = plain_logits(module)
     shapes = install_attention(module)
     calls: Counter[int] = Counter()
@@ -183,8 +193,10 @@ def check_module(module: PreTrainedModel, backend: AttentionBackend, tolerance: 
 
         return forward
 
-    error = packed_error(bind, shapes, module.dtype, backend, expected)
-    tolerance = TOLERANCE[module.dtype] if tolerance is None else tolerance
+    return _accept(module, packed_error(bind, shapes, module.dtype, backend, expected), tolerance)
+
+
+def _accept(module: PreTrainedModel, error: float, tolerance: float) -> float:
     if not error <= tolerance:
         raise UnsupportedFamilyError(
             f"the family {module.config.model_type} cannot be served: sequences packed into one batch give other "

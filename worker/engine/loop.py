@@ -20,8 +20,7 @@ import msgspec
 import torch
 
 from common.generation import ChatParsing, FinishReason
-from worker.engine.adapters.requests import cache_salt, release, unmet_adapter
-from worker.engine.adapters.types import AdapterLease
+from worker.engine.adapters.requests import release, unmet_adapter
 from worker.engine.batch import TokensInFlight
 from worker.engine.beam_request import BeamRequest, Continuations, continue_beams, without_beams
 from worker.engine.blocks import BlockPool
@@ -29,6 +28,7 @@ from worker.engine.cost import UNMEASURED, CostModel, StepBudget
 from worker.engine.flight import Flight
 from worker.engine.grammar import Grammar, GrammarCompiler, GrammarFailure, MaskFiller
 from worker.engine.refusals import refusal
+from worker.engine.request_sequence import new_sequence
 from worker.engine.request_state import OutputState, RequestState
 from worker.engine.results import Results, end_delta, score_chunk, token_delta, valid_rows
 from worker.engine.runner import StepOutOfMemory, memory_guard
@@ -56,6 +56,7 @@ class Runner(Protocol):
     device: torch.device
     num_blocks: int  # scratch block included
     max_model_len: int  # tokens of one sequence
+    max_source_tokens: int  # that an encoder reads for one; 0 without an encoder
     vocab_size: int
 
     def copy_blocks(self, copies: Iterable[BlockCopy]) -> None: ...
@@ -120,6 +121,11 @@ class Engine:
     @property
     def max_model_len(self) -> int:
         return self._runner.max_model_len
+
+    @property
+    def max_source_tokens(self) -> int:
+        """Of what an encoder reads for a request; 0 without an encoder."""
+        return self._runner.max_source_tokens
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -189,6 +195,7 @@ class Engine:
             max_num_seqs=self._max_num_seqs,
             kv_tokens=self._pool.num_usable_blocks * self._pool.block_size,
             block_size=self._pool.block_size,
+            max_source_tokens=self._runner.max_source_tokens,
         )
 
     def _start_output(self, state: RequestState, output_index: int, emitted: tuple[int, ...]) -> None:
@@ -211,21 +218,7 @@ class Engine:
             end = Progress("", stop.finished.finish_reason, stop.finished.stop_match)  # its parts are in the log too
             self._results.add(request.request_id, end_delta(output_index, len(emitted), end))
             return
-        sequence = Sequence(
-            request.request_id,
-            request.prompt_token_ids,
-            sampling,
-            output_index=output_index,
-            emitted=emitted,
-            cache_salt=cache_salt(request),
-            priority=request.priority,
-            arrival=self._num_arrivals,
-            deadline=request.deadline,
-            tenant=request.tenant,
-            weight=request.weight,
-            matcher=matcher,
-            adapter=request.adapter.adapter if isinstance(request.adapter, AdapterLease) else None,
-        )
+        sequence = new_sequence(request, sampling, output_index, emitted, self._num_arrivals, matcher)
         state.first = state.first or sequence
         state.outputs[output_index] = OutputState(sequence, stop)
         if sampling.num_beams > 1:
@@ -323,7 +316,7 @@ class Engine:
 
     def _relieve(self, plan: Plan) -> None:
         """Requeue the newest prefill, or else the newest sequence; the second time that memory fails it, end it."""
-        prefills = [chunk.sequence for chunk in plan.chunks if chunk.num_tokens > 1 + len(chunk.drafts)]
+        prefills = [chunk.sequence for chunk in plan.chunks if chunk.is_prefill]
         victim = max(prefills or [chunk.sequence for chunk in plan.chunks], key=lambda sequence: sequence.order)
         if self._count_memory_failure(victim.leader):
             self._scheduler.preempt(victim)

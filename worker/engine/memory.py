@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from worker.engine.attention import hf
 from worker.engine.attention.interface import AttentionOptions
+from worker.engine.seq2seq import families
+from worker.engine.seq2seq.model import compute_largest
 from worker.engine.settings import EngineSettings
 
 _log = structlog.get_logger(__name__)
@@ -93,8 +95,11 @@ def _warm_up(model: PreTrainedModel, settings: EngineSettings) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    with hf.attention(attend):
-        model(input_ids=tokens, position_ids=tokens, use_cache=False, **extra)
+    if families.has_encoder(model.config):
+        compute_largest(model, settings.most_step_tokens, len(rows))
+    else:
+        with hf.attention(attend):
+            model(input_ids=tokens, position_ids=tokens, use_cache=False, **extra)
     torch.cuda.synchronize(device)
     peak: int = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()

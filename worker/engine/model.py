@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 import structlog
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +36,7 @@ from worker.engine.loadcheck import UnsupportedFamilyError, check_config, contex
 from worker.engine.model_dir import check_counts
 from worker.engine.model_files import ModelError, TextFiles, Weights, find_model
 from worker.engine.quantize import Narrow, num_bytes
+from worker.engine.seq2seq import families
 
 _log = structlog.get_logger(__name__)
 
@@ -47,7 +55,8 @@ class LoadedModel:
     text: TextFiles
     generation_defaults: Mapping[str, Any]  # by the names of GenerationDefaults' fields; only what the model sets
     eos_token_ids: tuple[int, ...]
-    context_length: int  # most tokens of a sequence, prompt and output together
+    # Most tokens of a sequence, prompt and output together; beside an encoder, of the decoder, its start included.
+    context_length: int
     vocab_size: int  # width of the logits
     revision: str  # SHA-256, hex
     num_parameters: int
@@ -57,6 +66,10 @@ class LoadedModel:
     not_compiled: str | None = None  # why there is no decoder, where one was asked for
     linear_layers: Mapping[str, LinearShape] = field(default_factory=dict)  # by path, as the model came; not the head
     decoder: CompiledDecoder | None = None  # runs in the module's place; the module's linear layers are then empty
+    is_encoder_decoder: bool = False
+    max_source_tokens: int = 0  # that its encoder reads; 0 without one
+    decoder_start_token_id: int | None = None  # what its decoder begins with; None without an encoder
+    has_fixed_context: bool = True  # else the lengths above are what is usual, and a setting may raise them
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,11 +122,19 @@ def load_model(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         check_config(config)
         limit = context_length(config)
+        is_seq2seq = families.has_encoder(config)
+        if is_seq2seq and (narrow is not None or quantization is not None):
+            kind = narrow if quantization is None else quantization.name
+            raise UnsupportedFamilyError(
+                f"the family {config.model_type} has an encoder, and is served with plain weights alone, not {kind}"
+            )
     except UnsupportedFamilyError as error:
         raise ModelError(f"{source}: {error}") from error
     except Exception as error:
         raise ModelError(f"{source}: transformers does not accept config.json: {error}") from error
     skeleton = _skeleton(source, config, dtype)
+    if is_seq2seq and not generation:  # as transformers does: older ones have it in config.json
+        generation = _set_parameters(config, settings)
     if quantization is None:
         _check_size(source, skeleton, weights)
     decoder, not_compiled, weight_bytes = None, None, 0
@@ -123,7 +144,9 @@ def load_model(
         # Files of a quantized model may pack several parameters into one number.
         num_parameters = _num_parameters(module if quantization is None else skeleton)
         try:
-            if compile_for is not None:
+            if is_seq2seq:
+                not_compiled = f"the family {config.model_type} has an encoder"
+            elif compile_for is not None:
                 module, decoder, not_compiled = _compile(source, read, module, compile_for, limit, narrow)
             # Layers that are replaced below keep their weights, in another layout.
             weight_bytes = num_bytes(module) if decoder is None else decoder.weight_bytes
@@ -146,7 +169,9 @@ def load_model(
         config=config,
         family=str(config.model_type),
         text=text,
-        generation_defaults=read_defaults(generation, int(config.get_text_config().vocab_size)),
+        generation_defaults=read_defaults(
+            generation, int(config.get_text_config().vocab_size), num_started=int(is_seq2seq)
+        ),
         eos_token_ids=_eos_token_ids(generation, config, text),
         context_length=limit,
         vocab_size=int(config.get_text_config().vocab_size),
@@ -156,8 +181,12 @@ def load_model(
         weight_bytes=weight_bytes,
         quantization=None if quantization is None else quantization.name,
         not_compiled=not_compiled,
-        linear_layers=_linear_layers(skeleton),
+        linear_layers={} if is_seq2seq else _linear_layers(skeleton),
         decoder=decoder,
+        is_encoder_decoder=is_seq2seq,
+        max_source_tokens=limit if is_seq2seq else 0,
+        decoder_start_token_id=families.decoder_start(generation, config) if is_seq2seq else None,
+        has_fixed_context=not (is_seq2seq and families.is_unbounded(config)),
     )
     _log.info(
         "model.loaded",
@@ -176,6 +205,8 @@ def speed_up_for_device(module: PreTrainedModel) -> tuple[str, ...]:
     """Replace layers by the faster ones of the device; return the names of the changes that were kept."""
     if module.device.type != "cuda":
         return speed_up(module)
+    if families.has_encoder(module.config):
+        return ()
     try:
         from worker.engine import fuse_cuda
     except ImportError as error:
@@ -188,11 +219,15 @@ def _skeleton(source: str, config: PretrainedConfig, dtype: torch.dtype) -> PreT
     """The model without its weights. Raises ModelError."""
     try:
         with torch.device("meta"):
-            from_config: Any = AutoModelForCausalLM.from_config
+            from_config: Any = _auto_class(config).from_config
             module: PreTrainedModel = from_config(config, dtype=dtype, attn_implementation="eager")
             return module
     except Exception as error:
         raise ModelError(f"{source}: transformers cannot build a model of config.json: {error}") from error
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if families.has_encoder(config) else AutoModelForCausalLM
 
 
 def _check_size(source: str, skeleton: PreTrainedModel, weights: Weights) -> None:
@@ -203,6 +238,13 @@ def _check_size(source: str, skeleton: PreTrainedModel, weights: Weights) -> Non
     described, stored = _num_parameters(skeleton), weights.num_elements
     if described > 2 * stored:
         raise ModelError(f"{source}: config.json describes {described} parameters; the files hold {stored}")
+
+
+def _set_parameters(config: PretrainedConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of generation; `settings` is all of it, of which `config` loses these entries."""
+    from_model_config: Any = GenerationConfig.from_model_config
+    generation = from_model_config({**config.to_dict(), **settings})
+    return {name: value for name, value in generation.to_diff_dict().items() if value is not None}
 
 
 def _linear_layers(skeleton: PreTrainedModel) -> dict[str, LinearShape]:
@@ -283,7 +325,7 @@ def _load_weights(
         faults.append("unexpected_keys")  # a scale that is left behind
     try:
         # In evaluation mode already.
-        result: Any = AutoModelForCausalLM.from_pretrained(
+        result: Any = _auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,

@@ -17,7 +17,9 @@ from common.registry import MAX_FILE_BYTES, MAX_TEMPLATE_BYTES
 
 _MIB: Final = 1 << 20
 
-SLOW_TOKENIZERS: Final = ("*.model", "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "*.tiktoken", "*.spm")
+SLOW_TOKENIZERS: Final = (
+    *("*.model", "vocab.json", "target_vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "*.tiktoken", "*.spm"),
+)
 WEIGHTS: Final = "*.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 

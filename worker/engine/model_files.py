@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING
 
 from common.registry import MAX_TEMPLATE_BYTES
 from worker.cache import cache_dir, write_atomically
-from worker.engine import model_dir
+from worker.engine import model_dir, sentencepiece_files
 from worker.engine.demo import DemoModelError, demo_model_dir
 from worker.engine.model_dir import SLOW_TOKENIZERS, WEIGHTS_INDEX, ModelError, read_json
 from worker.engine.safetensors_header import Header, HeaderError, read_header
@@ -48,6 +48,7 @@ class TextFiles:
     tokenizer_json: bytes  # complete: the tokenizer can be built from these bytes alone
     chat_template: str | None
     special_tokens: Mapping[str, str]  # by the names that chat templates use: bos_token, eos_token ...
+    source_tokenizer_json: bytes | None = None  # of what an encoder reads, where it is not the one of what is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,11 @@ def read_text_files(folder: Path) -> TextFiles:
     settings = read_json(folder / "tokenizer_config.json")
     path = folder / "tokenizer.json"
     model_dir.refuse_remote_code(folder / "tokenizer_config.json", settings, has_own=path.is_file())
-    content = model_dir.read_limited(path) if path.is_file() else _converted_tokenizer(folder, settings)
+    source: bytes | None = None
+    if path.is_file():
+        content = model_dir.read_limited(path)
+    else:
+        content, source = _converted_tokenizer(folder, settings)
     tokenizer = _parse_tokenizer(path, content)
     if tokenizer.truncation is not None or tokenizer.padding is not None:
         # Left over from training; a prompt must arrive whole and alone.
@@ -203,7 +208,7 @@ def read_text_files(folder: Path) -> TextFiles:
         content = tokenizer.to_str().encode()
     named = {**read_json(folder / "special_tokens_map.json"), **settings}
     special = {name: _token_text(folder, name, named[name]) for name in _SPECIAL_TOKENS if named.get(name)}
-    return TextFiles(tokenizer, content, _chat_template(folder, settings), special)
+    return TextFiles(tokenizer, content, _chat_template(folder, settings), special, source)
 
 
 def _parse_tokenizer(path: Path, content: bytes) -> Tokenizer:
@@ -216,7 +221,8 @@ def _parse_tokenizer(path: Path, content: bytes) -> Tokenizer:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
 
 
-def _converted_tokenizer(folder: Path, settings: Mapping[str, Any]) -> bytes:
+def _converted_tokenizer(folder: Path, settings: Mapping[str, Any]) -> tuple[bytes, bytes | None]:
+    """Return a tokenizer made of other files, and the one of what an encoder reads where that is another."""
     from transformers import AutoTokenizer
 
     for key, value in settings.items():
@@ -228,6 +234,9 @@ def _converted_tokenizer(folder: Path, settings: Mapping[str, Any]) -> bytes:
     if not any(file for pattern in SLOW_TOKENIZERS for file in folder.glob(pattern)):
         # transformers would make an empty tokenizer of nothing for some families.
         raise ModelError(f"{folder} has no tokenizer.json, nor files to make one of; {advice}")
+    made = sentencepiece_files.convert(folder, settings, str(read_json(folder / "config.json").get("model_type")))
+    if made is not None:
+        return made.tokenizer.to_str().encode(), None if made.source is None else made.source.to_str().encode()
     try:
         slow = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
@@ -236,7 +245,7 @@ def _converted_tokenizer(folder: Path, settings: Mapping[str, Any]) -> bytes:
     if backend is None:
         raise ModelError(f"{folder} has no tokenizer.json and {type(slow).__name__} has no fast form; {advice}")
     content: str = backend.to_str()
-    return content.encode()
+    return content.encode(), None
 
 
 def _token_text(folder: Path, name: str, token: object) -> str:
@@ -286,6 +295,8 @@ def revision_of(folder: Path, weights: tuple[Path, ...], text: TextFiles, cache_
             digest.update(f"{file.name} {file_digest(file, cache_root)}\n".encode())
     for name, content in (("tokenizer", text.tokenizer_json), ("template", (text.chat_template or "").encode())):
         digest.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
+    if text.source_tokenizer_json is not None:
+        digest.update(f"source {hashlib.sha256(text.source_tokenizer_json).hexdigest()}\n".encode())
     digest.update(json.dumps(dict(text.special_tokens), sort_keys=True).encode())
     return digest.hexdigest()
 

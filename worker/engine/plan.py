@@ -20,6 +20,16 @@ class Chunk:
     num_scored_rows: int = 0  # whose logits say how probable the prompt's next tokens were
 
     @property
+    def num_source_tokens(self) -> int:
+        """Tokens of a source that are read for it in this step."""
+        return self.sequence.num_source_tokens_to_read
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether it is more than a decode with its drafts."""
+        return self.num_tokens > 1 + len(self.drafts) or self.num_source_tokens > 0
+
+    @property
     def num_sampled_rows(self) -> int:
         """Rows whose logits give a new token: of the last known token and of every draft."""
         return 1 + len(self.drafts) if self.is_last else 0

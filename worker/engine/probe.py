@@ -13,6 +13,7 @@ from worker.engine.cost import CostModel
 from worker.engine.runner import StepOutOfMemory
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Chunk, Plan
+from worker.engine.seq2seq.source import Source
 from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 
@@ -30,6 +31,7 @@ class ProbedRunner(Protocol):
 
     device: torch.device
     max_model_len: int
+    max_source_tokens: int  # 0 without an encoder
     vocab_size: int
 
     def execute(self, plan: Plan) -> torch.Tensor: ...
@@ -126,7 +128,12 @@ def _drafted_plan(runner: ProbedRunner, settings: EngineSettings) -> Plan:
 def _chunk(context: int, num_tokens: int, runner: ProbedRunner, settings: EngineSettings) -> Chunk:
     """The last `num_tokens` of a sequence of `context` tokens; a decode is sampled greedily."""
     token_ids = [(7919 * i) % runner.vocab_size for i in range(context)]  # spread over the experts of a mixture
-    sequence = Sequence("probe", token_ids, SamplingParams(max_tokens=1))
+    source = Source.of(token_ids[: runner.max_source_tokens])
+    sequence = Sequence("probe", token_ids, SamplingParams(max_tokens=1), source=source)
+    if source is not None:  # it has been read
+        num_blocks = -(-len(source.token_ids) // settings.block_size)
+        sequence.source_block_ids.extend(range(_FIRST_BLOCK, _FIRST_BLOCK + num_blocks))
+        sequence.is_source_computed = True
     num_blocks = -(-context // settings.block_size)
     sequence.block_ids.extend(range(_FIRST_BLOCK, _FIRST_BLOCK + num_blocks))
     sequence.num_computed_tokens = context - num_tokens

@@ -31,7 +31,7 @@ class RequestState:
 
     @property
     def usage(self) -> Usage:
-        num_prompt_tokens = len(self.request.prompt_token_ids)
+        num_prompt_tokens = len(self.request.source_token_ids or self.request.prompt_token_ids)
         num_hit_tokens = 0 if self.first is None else self.first.num_hit_tokens or 0
         return Usage(num_prompt_tokens, min(num_hit_tokens, num_prompt_tokens), self.num_completion_tokens)
 

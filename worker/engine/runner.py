@@ -21,6 +21,8 @@ from worker.engine.decoder.program import CompiledDecoder
 from worker.engine.host_memory import populate
 from worker.engine.memory import cache_bytes
 from worker.engine.scheduler import MAX_SCORED_ROWS, BlockCopy, Plan
+from worker.engine.seq2seq import families
+from worker.engine.seq2seq import model as seq2seq_model
 from worker.engine.settings import EngineSettings
 from worker.engine.transfer import to_device
 from worker.engine.types import OnPart, ignore_part
@@ -71,10 +73,19 @@ class ModelRunner:
         self.attention_name = backend.name
         self._decoder = decoder
         self.on_part = on_part
-        if decoder is None:
+        self._has_encoder = families.has_encoder(model.config)
+        if self._has_encoder:
+            shapes: Mapping[int, LayerShape] = {
+                layer: probe.shape for layer, probe in seq2seq_model.install(model).items()
+            }
+        elif decoder is None:
             hf.install(model)
-        shapes = hf.probe_layer_shapes(model, self.device) if decoder is None else decoder.layer_shapes
-        self._adapted = None if adapt is None or decoder is not None else AdaptedModule(model, adapt)
+            shapes = hf.probe_layer_shapes(model, self.device)
+        else:
+            shapes = decoder.layer_shapes
+        self._adapted = None
+        if adapt is not None and decoder is None and not self._has_encoder:
+            self._adapted = AdaptedModule(model, adapt)
         self.num_blocks = settings.num_blocks or 0
         if settings.num_blocks is None:
             size = cache_bytes(model, settings)
@@ -87,10 +98,12 @@ class ModelRunner:
         }
         self._caches = tuple(caches.values())
         self._attention = hf.PagedAttention(backend, caches)
+        self._seq2seq = seq2seq_model.PagedSeq2Seq(model, backend, caches) if self._has_encoder else None
         if decoder is not None:
             decoder.bind(caches)
         self.vocab_size: int = model.config.vocab_size
         self.max_model_len = self._max_model_len(settings)
+        self.max_source_tokens = self._max_source_tokens(settings) if self._has_encoder else 0
         self._buffers = BatchBuffers(
             max_num_tokens=settings.most_step_tokens,
             max_num_seqs=settings.max_num_seqs,
@@ -98,6 +111,7 @@ class ModelRunner:
             block_size=settings.block_size,
             device=self.device,
             max_scored_rows=MAX_SCORED_ROWS,
+            has_sources=self._has_encoder,
         )
         self._takes_logit_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -108,6 +122,13 @@ class ModelRunner:
             getattr(self._model.config, "max_position_embeddings", None),
             settings.max_model_len,
         ]
+        return min(limit for limit in limits if limit is not None)
+
+    def _max_source_tokens(self, settings: EngineSettings) -> int:
+        """What the encoder reads of one source, beside which one block is left."""
+        limits = [(self.num_blocks - 2) * settings.block_size, families.most_tokens(self._model.config)]
+        if families.is_unbounded(self._model.config):
+            limits[1] = max(limits[1] or 0, settings.max_model_len or 0)
         return min(limit for limit in limits if limit is not None)
 
     @property
@@ -160,6 +181,12 @@ class ModelRunner:
         if self._decoder is not None:
             with memory_guard():
                 return self._decoder.forward(batch)
+        if self._seq2seq is not None:
+            assert batch.sources is not None, "an encoder-decoder model needs sources"
+            with memory_guard():
+                return self._seq2seq.forward(
+                    batch.input_ids, batch.position_ids, batch.logit_rows, batch.attention, batch.sources
+                )
         self._attention.batch = batch.attention
         if self._adapted is not None:
             self._adapted.begin(batch.adapters)

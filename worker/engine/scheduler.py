@@ -30,6 +30,7 @@ from worker.engine.blocks import BlockPool, PrefixMatch
 from worker.engine.cost import StepBudget
 from worker.engine.fairness import TenantService, fair_order
 from worker.engine.plan import BlockCopy, Chunk, DraftRow, Plan
+from worker.engine.seq2seq.source import SourceBlocks
 from worker.engine.sequence import OrderKey, Sequence, SequenceGroup
 from worker.engine.settings import EngineSettings
 from worker.engine.speculation import Speculator
@@ -38,6 +39,11 @@ __all__ = ["MAX_SCORED_ROWS", "BlockCopy", "Chunk", "DraftRow", "Plan", "Schedul
 
 MAX_SCORED_ROWS: Final = 64  # of prompts, in one step: their logits take as much memory as those of decodes
 _LOOKAHEAD: Final = 64  # waiting sequences whose prefixes are looked up before every step
+
+
+def held_blocks(sequence: Sequence) -> Iterable[int]:
+    """All blocks that a sequence holds: of its tokens and of its source."""
+    return chain(sequence.block_ids, sequence.source_block_ids)
 
 
 def _order(sequence: Sequence) -> OrderKey:
@@ -52,6 +58,7 @@ class Scheduler:
     ) -> None:
         self._settings = settings
         self._pool = pool
+        self._sources = SourceBlocks(pool)
         self._budget = budget
         self._speculator = speculator
         self._running: list[Sequence] = []
@@ -135,6 +142,7 @@ class Scheduler:
         child.block_ids = block_ids
         child.block_hashes = parent.block_hashes[: parent.num_computed_tokens // self._pool.block_size]
         child.num_computed_tokens = parent.num_computed_tokens
+        self._sources.share(parent, child)
 
     def regroup(self, group: SequenceGroup, children: Iterable[tuple[Sequence, Sequence]]) -> None:
         """Let `children`, each behind the member that it continues, maybe itself, take the places of the members.
@@ -162,7 +170,8 @@ class Scheduler:
         """
         group = sequence.group
         if group is not None:
-            group.num_lost_blocks = len({block_id for member in group.members for block_id in member.block_ids})
+            held = (block_id for member in group.members for block_id in held_blocks(member))
+            group.num_lost_blocks = len(set(held))
         self._stop_running(sequence)
         insort(self._waiting, sequence.leader, key=_order)
         self.num_preemptions += 1
@@ -278,8 +287,13 @@ class Scheduler:
                 continue
             if match.is_pending:
                 continue  # this very step computes the next block: cheaper to wait for it than to do it twice
+            source = self._sources.match(sequence)
+            if source.is_pending:
+                continue
             num_new = pool.num_blocks_for(sequence.num_tokens) - len(match.block_ids)
-            num_available = pool.num_free_blocks - pool.num_unreferenced(match.block_ids)
+            num_new += self._sources.num_blocks(sequence) - len(source.block_ids)
+            found = (*match.block_ids, *source.block_ids)
+            num_available = pool.num_free_blocks - pool.num_unreferenced(found)
             # One block stays free for each running sequence, or the newcomer would soon be preempted again. This also
             # keeps a sequence preempted in this very plan from taking its blocks straight back. So does one for each
             # fork and beam, as far as others run: alone it begins in any case. Beams that were preempted would be once
@@ -291,17 +305,20 @@ class Scheduler:
                 continue
             pool.acquire(match.block_ids)
             sequence.block_ids.extend(match.block_ids)
-            sequence.block_ids.extend(pool.allocate(num_new))
+            self._sources.take(sequence, source)
+            sequence.block_ids.extend(pool.allocate(pool.num_blocks_for(sequence.num_tokens) - len(match.block_ids)))
             sequence.num_computed_tokens = len(match.block_ids) * pool.block_size
             self._waiting.remove(sequence)
             if sequence.num_hit_tokens is None:
-                self._service.admit(sequence, sequence.num_uncomputed_tokens, self._waiting)
+                num_tokens = sequence.num_uncomputed_tokens + sequence.num_source_tokens_to_read
+                self._service.admit(sequence, num_tokens, self._waiting)
             self._count_prompt(sequence)
             self._count_overtaken(sequence, turns)
             insort(self._running, sequence, key=_order)
             num_places -= 1 + len(sequence.forks) if group is None else group.size
             chunks.append(self._chunk(sequence, budget))
-            budget -= chunks[-1].num_tokens
+            # A source is read in one step, however long it is; but no other begins in that step then.
+            budget = max(0, budget - chunks[-1].num_tokens - chunks[-1].num_source_tokens)
 
     def _admission_order(self, turns: list[Sequence]) -> list[Sequence]:
         if len(turns) < 2 or self._settings.max_overtakings == 0:
@@ -325,7 +342,7 @@ class Scheduler:
             if sequence is admitted:
                 break
             is_before = sequence.priority == admitted.priority and not sequence.block_ids
-            if is_before and not self._match(sequence).is_pending:
+            if is_before and not self._match(sequence).is_pending and not self._sources.match(sequence).is_pending:
                 sequence.num_overtaken += 1
 
     def _add_drafts(self, chunks: list[Chunk], num_decodes: int, speculator: Speculator) -> None:
@@ -347,12 +364,15 @@ class Scheduler:
     def _count_prompt(self, sequence: Sequence) -> None:
         if sequence.num_hit_tokens is None:  # later admissions follow a preemption and hit what they left themselves
             sequence.num_hit_tokens = sequence.num_computed_tokens
-            self.num_prompt_tokens += sequence.num_prompt_tokens
-            self.num_cached_prompt_tokens += min(sequence.num_hit_tokens, sequence.num_prompt_tokens)
+            if sequence.source is not None:
+                sequence.num_hit_tokens = len(sequence.source.token_ids) * sequence.is_source_computed
+            self.num_prompt_tokens += sequence.num_input_tokens
+            self.num_cached_prompt_tokens += min(sequence.num_hit_tokens, sequence.num_input_tokens)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         num_tokens = min(sequence.num_uncomputed_tokens, self._most_tokens(sequence, budget))
         self._register(sequence, num_tokens)
+        self._sources.register(sequence)
         num_scored_rows, first_row = 0, sequence.first_row_to_score
         if first_row is not None:
             start = sequence.num_computed_tokens
@@ -402,6 +422,7 @@ class Scheduler:
         """
         for chunk in plan.chunks:
             chunk.sequence.num_computed_tokens += chunk.num_tokens - len(chunk.drafts)
+            chunk.sequence.is_source_computed = chunk.sequence.source is not None
             if chunk.is_last:
                 self._service.generate(chunk.sequence, 1 + len(chunk.sequence.forks))
         self._pool.settle()
@@ -444,7 +465,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError when blocks are lost, or counted otherwise than sequences hold them."""
-        self._pool.check_integrity(sequence.block_ids for sequence in self.sequences())
+        self._pool.check_integrity(held_blocks(sequence) for sequence in self.sequences())
         assert self._num_unforked == sum(sequence.parent is not None for sequence in self.sequences())
         for group in {sequence.group for sequence in self.sequences() if sequence.group is not None}:
             beams = [sequence for sequence in self.sequences() if sequence.group is group]
@@ -453,7 +474,7 @@ class Scheduler:
 
     def forget_blocks(self, sequence: Sequence) -> None:
         """Let nobody hit what this sequence computed."""
-        self._pool.forget(sequence.block_ids)
+        self._pool.forget(held_blocks(sequence))
 
     def _give_back_spare(self, sequence: Sequence) -> None:
         """Free blocks that only drafts needed: another sequence may want them before this one does."""
@@ -463,5 +484,6 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.block_ids)
+        self._sources.release(sequence)
         sequence.block_ids = type(sequence.block_ids)("i")
         sequence.num_computed_tokens = 0

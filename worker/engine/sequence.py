@@ -11,6 +11,7 @@ from worker.engine.adapters.types import Adapter
 from worker.engine.grammar import Matcher
 from worker.engine.history import TokenHistory
 from worker.engine.lookup import PromptLookup
+from worker.engine.seq2seq.source import Source
 
 OrderKey: TypeAlias = tuple[int, int, int]
 
@@ -36,6 +37,7 @@ class Sequence:
         "forks",
         "group",
         "history",
+        "is_source_computed",
         "lookup",
         "matcher",
         "num_computed_tokens",
@@ -51,6 +53,8 @@ class Sequence:
         "priority",
         "request_id",
         "sampling",
+        "source",
+        "source_block_ids",
         "tenant",
         "token_ids",
         "weight",
@@ -73,6 +77,7 @@ class Sequence:
         matcher: Matcher | None = None,
         history: TokenHistory | None = None,
         adapter: Adapter | None = None,
+        source: Source | None = None,
     ) -> None:
         """`history` is that of these tokens, where there is one already."""
         self.request_id: Final = request_id
@@ -85,6 +90,7 @@ class Sequence:
         self.tenant: Final = tenant
         self.weight: Final = weight
         self.adapter: Final = adapter  # `cache_salt` stands for it too
+        self.source: Final = source  # `cache_salt` stands for it too
         self.order: Final[OrderKey] = (priority, arrival, output_index)
         # Arrays of C ints: a slice is hashed and copied into a batch without touching single Python ints.
         self.token_ids: array[int] = array("i", prompt_token_ids)
@@ -92,12 +98,15 @@ class Sequence:
         self.token_ids.extend(emitted)
         self.history = history
         if history is None and TokenHistory.is_needed(sampling):
-            self.history = TokenHistory(sampling, self.token_ids[: self.num_prompt_tokens])
+            source_ids = None if source is None else source.token_ids
+            self.history = TokenHistory(sampling, self.token_ids[: self.num_prompt_tokens], source_ids)
             self.history.extend(self.token_ids[self.num_prompt_tokens :])
         self.matcher: Final = matcher  # masks its next token; its output's StopState pushes the tokens
         self.lookup: PromptLookup | None = None  # made when it first may draft
         self.block_ids: array[int] = array("i")
         self.block_hashes: list[bytes] = []
+        self.source_block_ids: array[int] = array("i")
+        self.is_source_computed = False
         self.num_computed_tokens = 0
         self.num_hit_tokens: int | None = None  # found in the prefix cache when first admitted; None before
         # Outputs of the same request that begin where this one's prompt ends: they take its blocks and logits then.
@@ -142,9 +151,20 @@ class Sequence:
             tenant=self.tenant,
             weight=self.weight,
             history=self.history and self.history.copy(),
+            source=self.source,
         )
         other.group = self.group
         return other
+
+    @property
+    def num_input_tokens(self) -> int:
+        """What the caller gave: the source, where there is one, and else the prompt."""
+        return self.num_prompt_tokens if self.source is None else len(self.source.token_ids)
+
+    @property
+    def num_source_tokens_to_read(self) -> int:
+        """Of its source, before its own tokens can be computed: all or none."""
+        return len(self.source.token_ids) if self.source is not None and not self.is_source_computed else 0
 
     @property
     def leader(self) -> Sequence:

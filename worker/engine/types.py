@@ -64,6 +64,7 @@ class GenerationRequest:
     # What sampling.adapter names, in memory; released when the request is over.
     adapter: AdapterLease | AdapterFailure | None = None
     grammar: Grammar | GrammarFailure | None = None  # of sampling.structured_output, where it was compiled beforehand
+    source_token_ids: tuple[int, ...] = ()  # what the encoder reads, where the model has one
     task: Task | None = None  # in the place of prompt and sampling, for an engine of encoder models
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from torchrelay.cli import beams, output
+from torchrelay.cli import beams, output, sources
 from torchrelay.cli import connection as at
 from torchrelay.cli import token_choice as choice
 from torchrelay.client import Client, GenerationOptions, GenerationStream, Prompt, RelayError, make_chat
@@ -262,6 +262,7 @@ def generate(
     begin_suppress_token: choice.BeginSuppressTokenOption = None,
     exponential_decay: choice.ExponentialDecayOption = None,
     forced_eos_token_id: choice.ForcedEosOption = None,
+    forced_bos_token_id: choice.ForcedBosOption = None,
     encoder_repetition_penalty: choice.EncoderRepetitionPenaltyOption = None,
     encoder_no_repeat_ngram_size: choice.EncoderNGramOption = None,
     top_logprobs: Annotated[
@@ -278,6 +279,10 @@ def generate(
     length_penalty: beams.LengthPenaltyOption = None,
     early_stopping: beams.EarlyStoppingOption = None,
     renormalize_logits: beams.RenormalizeOption = None,
+    translate_to: sources.TranslateToOption = None,
+    translate_from: sources.TranslateFromOption = None,
+    summarize: sources.SummarizeOption = False,
+    truncate: sources.TruncateOption = None,
     tools: Annotated[str, typer.Option("--tools", help="What may be called: a JSON array, or a file with one.")] = "",
     tool_choice: Annotated[
         str | None, typer.Option("--tool-choice", help="auto, none, required, or a tool's name.")
@@ -330,6 +335,7 @@ def generate(
         begin_suppress_tokens=begin_suppress_token,
         exponential_decay_length_penalty=choice.decay_of(exponential_decay),
         forced_eos_token_id=forced_eos_token_id,
+        forced_bos_token_id=forced_bos_token_id,
         encoder_repetition_penalty=encoder_repetition_penalty,
         encoder_no_repeat_ngram_size=encoder_no_repeat_ngram_size,
         top_logprobs=top_logprobs,
@@ -342,12 +348,13 @@ def generate(
         early_stopping=beams.early_stopping_of(early_stopping),
         renormalize_logits=renormalize_logits,
     )
+    asked = sources.input_of(text, translate_to, translate_from, truncate, summarize=summarize)
     tls = at.tls_of(tls_ca, tls_cert, tls_key)
     with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
         name = choose_model(client, model)
         card = next((card for card in client.models() if card.name == name), None)
-        as_chat = not raw and card is not None and card.has_chat_template
-        prompt: Prompt = text
+        as_chat = asked is None and not raw and card is not None and card.has_chat_template
+        prompt: Prompt = text if asked is None else asked
         if as_chat:
             prompt = [{"role": "system", "content": system}] if system else []
             prompt = [*prompt, {"role": "user", "content": text}]

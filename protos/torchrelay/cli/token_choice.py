@@ -40,6 +40,7 @@ ExponentialDecayOption = Annotated[
     typer.Option("--exponential-decay-length-penalty", metavar="START,FACTOR", help="Ends grow likelier."),
 ]
 ForcedEosOption = Annotated[int | None, typer.Option("--forced-eos-token-id", help="The last token of a full answer.")]
+ForcedBosOption = Annotated[int | None, typer.Option("--forced-bos-token-id", help="The answer's first token.")]
 EncoderRepetitionPenaltyOption = Annotated[
     float | None, typer.Option("--encoder-repetition-penalty", help="Favours the prompt's tokens; 1 is off.")
 ]

@@ -4,7 +4,7 @@ from torchrelay.client.aio import AsyncClient, AsyncGenerationStream
 from torchrelay.client.batches import AsyncBatchResults, BatchResults, ResultPosition
 from torchrelay.client.channel import Tls
 from torchrelay.client.errors import FieldViolation, RelayError
-from torchrelay.client.requests import GenerationOptions, Prompt, make_chat
+from torchrelay.client.requests import GenerationOptions, Prompt, make_chat, make_summarization, make_translation
 from torchrelay.client.resume import RetryPolicy, StreamPosition
 from torchrelay.client.sync import Client, GenerationStream
 
@@ -24,4 +24,6 @@ __all__ = [
     "StreamPosition",
     "Tls",
     "make_chat",
+    "make_summarization",
+    "make_translation",
 ]

@@ -12,10 +12,12 @@ from google.protobuf.duration_pb2 import Duration
 
 from torchrelay.v1 import generation_pb2 as pb
 
-# A prompt: text, token ids, messages like {"role": "user", "content": "Hello"}, or an input as `make_chat` makes it.
+# A prompt: text, token ids, messages like {"role": "user", "content": "Hello"}, or an input as `make_chat`,
+# `make_translation` and `make_summarization` make it.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | pb.GenerationInput
 
 Priority = Literal["high", "normal", "low"]
+Truncation = Literal["end", "start"]  # what is left out of a text that is too long; None: it is refused
 
 _PRIORITIES = {"high": pb.PRIORITY_HIGH, "normal": pb.PRIORITY_NORMAL, "low": pb.PRIORITY_LOW}
 _WHAT_A_PROMPT_IS = "a prompt is a string, a list of token ids, or a list of messages with role and content"
@@ -24,6 +26,11 @@ _ROLES = {
     "user": pb.ROLE_USER,
     "assistant": pb.ROLE_ASSISTANT,
     "tool": pb.ROLE_TOOL,
+}
+_TRUNCATIONS: Mapping[Truncation | None, pb.Truncation.ValueType] = {
+    None: pb.TRUNCATION_UNSPECIFIED,
+    "end": pb.TRUNCATION_END,
+    "start": pb.TRUNCATION_START,
 }
 _MODES = {
     "auto": pb.TOOL_CHOICE_MODE_AUTO,
@@ -66,6 +73,7 @@ class GenerationOptions(TypedDict, total=False):
     begin_suppress_tokens: Sequence[int]
     exponential_decay_length_penalty: tuple[int, float]  # start and factor
     forced_eos_token_id: int
+    forced_bos_token_id: int
     encoder_repetition_penalty: float
     encoder_no_repeat_ngram_size: int
     include_stop: bool
@@ -148,6 +156,27 @@ def make_chat(
     if template_arguments is not None:
         chat.template_arguments.update(template_arguments)
     return pb.GenerationInput(chat=chat)
+
+
+def make_translation(
+    text: str, target_language: str = "", source_language: str = "", *, truncation: Truncation | None = None
+) -> pb.GenerationInput:
+    """Build the input of a translation; languages as GetModel names them, empty: the model's own.
+
+    Raises KeyError for an unknown truncation.
+    """
+    wanted = pb.TranslationInput(
+        text=text,
+        source_language=source_language,
+        target_language=target_language,
+        truncation=_TRUNCATIONS[truncation],
+    )
+    return pb.GenerationInput(translation=wanted)
+
+
+def make_summarization(text: str, *, truncation: Truncation | None = None) -> pb.GenerationInput:
+    """Build the input of a summary. Raises KeyError for an unknown truncation."""
+    return pb.GenerationInput(summarization=pb.SummarizationInput(text=text, truncation=_TRUNCATIONS[truncation]))
 
 
 def _message(item: Mapping[str, Any]) -> pb.ChatMessage:

@@ -26,47 +26,47 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from torchrelay.v1 import generation_pb2 as torchrelay_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"torchrelay/v1/classification.proto\x12\rtorchrelay.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1etorchrelay/v1/generation.proto\"?\n\x13\x43lassificationInput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\x04pair\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_pair\"\x98\x02\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x32\n\x06inputs\x18\x02 \x03(\x0b\x32\".torchrelay.v1.ClassificationInput\x12\r\n\x05top_k\x18\x03 \x01(\r\x12.\n\x08\x66unction\x18\x04 \x01(\x0e\x32\x1c.torchrelay.v1.ScoreFunction\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x12-\n\ntime_limit\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fidempotency_key\x18\x07 \x01(\t\x12)\n\x08priority\x18\x08 \x01(\x0e\x32\x17.torchrelay.v1.Priority\"\x9e\x01\n\x10\x43lassifyResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x36\n\x0f\x63lassifications\x18\x03 \x03(\x0b\x32\x1d.torchrelay.v1.Classification\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.torchrelay.v1.Usage\";\n\x0e\x43lassification\x12)\n\x06labels\x18\x01 \x03(\x0b\x32\x19.torchrelay.v1.LabelScore\"*\n\nLabelScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\"\x84\x02\n\x15\x43lassifyTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12/\n\x0b\x61ggregation\x18\x03 \x01(\x0e\x32\x1a.torchrelay.v1.Aggregation\x12\x17\n\x0finclude_outside\x18\x04 \x01(\x08\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x12-\n\ntime_limit\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fidempotency_key\x18\x07 \x01(\t\x12)\n\x08priority\x18\x08 \x01(\x0e\x32\x17.torchrelay.v1.Priority\"\x9f\x01\n\x16\x43lassifyTokensResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x31\n\x05texts\x18\x03 \x03(\x0b\x32\".torchrelay.v1.TokenClassification\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.torchrelay.v1.Usage\">\n\x13TokenClassification\x12\'\n\x08\x65ntities\x18\x01 \x03(\x0b\x32\x15.torchrelay.v1.Entity\"P\n\x06\x45ntity\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\"\xaf\x02\n\x15\x41nswerQuestionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x01(\t\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x19\n\x11max_answer_tokens\x18\x05 \x01(\r\x12\x17\n\x0f\x61llow_no_answer\x18\x06 \x01(\x08\x12\x1b\n\x0ewindow_overlap\x18\x07 \x01(\rH\x00\x88\x01\x01\x12-\n\ntime_limit\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fidempotency_key\x18\t \x01(\t\x12)\n\x08priority\x18\n \x01(\x0e\x32\x17.torchrelay.v1.PriorityB\x11\n\x0f_window_overlap\"\x94\x01\n\x16\x41nswerQuestionResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12&\n\x07\x61nswers\x18\x03 \x03(\x0b\x32\x15.torchrelay.v1.Answer\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.torchrelay.v1.Usage\"A\n\x06\x41nswer\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\"\x84\x02\n\rRerankRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05query\x18\x02 \x01(\t\x12\x11\n\tdocuments\x18\x03 \x03(\t\x12\r\n\x05top_n\x18\x04 \x01(\r\x12.\n\x08\x66unction\x18\x05 \x01(\x0e\x32\x1c.torchrelay.v1.ScoreFunction\x12\x10\n\x08truncate\x18\x06 \x01(\x08\x12-\n\ntime_limit\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\t\x12)\n\x08priority\x18\t \x01(\x0e\x32\x17.torchrelay.v1.Priority\"\x96\x01\n\x0eRerankResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x30\n\tdocuments\x18\x03 \x03(\x0b\x32\x1d.torchrelay.v1.RankedDocument\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.torchrelay.v1.Usage\".\n\x0eRankedDocument\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x02*\x80\x01\n\rScoreFunction\x12\x1e\n\x1aSCORE_FUNCTION_UNSPECIFIED\x10\x00\x12\x1a\n\x16SCORE_FUNCTION_SOFTMAX\x10\x01\x12\x1a\n\x16SCORE_FUNCTION_SIGMOID\x10\x02\x12\x17\n\x13SCORE_FUNCTION_NONE\x10\x03*\x9d\x01\n\x0b\x41ggregation\x12\x1b\n\x17\x41GGREGATION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41GGREGATION_NONE\x10\x01\x12\x16\n\x12\x41GGREGATION_SIMPLE\x10\x02\x12\x15\n\x11\x41GGREGATION_FIRST\x10\x03\x12\x17\n\x13\x41GGREGATION_AVERAGE\x10\x04\x12\x13\n\x0f\x41GGREGATION_MAX\x10\x05\x32\xe9\x02\n\x15\x43lassificationService\x12K\n\x08\x43lassify\x12\x1e.torchrelay.v1.ClassifyRequest\x1a\x1f.torchrelay.v1.ClassifyResponse\x12]\n\x0e\x43lassifyTokens\x12$.torchrelay.v1.ClassifyTokensRequest\x1a%.torchrelay.v1.ClassifyTokensResponse\x12]\n\x0e\x41nswerQuestion\x12$.torchrelay.v1.AnswerQuestionRequest\x1a%.torchrelay.v1.AnswerQuestionResponse\x12\x45\n\x06Rerank\x12\x1c.torchrelay.v1.RerankRequest\x1a\x1d.torchrelay.v1.RerankResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"torchrelay/v1/classification.proto\x12\rtorchrelay.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1etorchrelay/v1/generation.proto\"?\n\x13\x43lassificationInput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\x04pair\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_pair\"\xb5\x02\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x32\n\x06inputs\x18\x02 \x03(\x0b\x32\".torchrelay.v1.ClassificationInput\x12\r\n\x05top_k\x18\x03 \x01(\r\x12.\n\x08\x66unction\x18\x04 \x01(\x0e\x32\x1c.torchrelay.v1.ScoreFunction\x12-\n\ntruncation\x18\x05 \x01(\x0e\x32\x19.torchrelay.v1.Truncation\x12-\n\ntime_limit\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fidempotency_key\x18\x07 \x01(\t\x12)\n\x08priority\x18\x08 \x01(\x0e\x32\x17.torchrelay.v1.Priority\"\x9e\x01\n\x10\x43lassifyResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x36\n\x0f\x63lassifications\x18\x03 \x03(\x0b\x32\x1d.torchrelay.v1.Classification\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.torchrelay.v1.Usage\";\n\x0e\x43lassification\x12)\n\x06labels\x18\x01 \x03(\x0b\x32\x19.torchrelay.v1.LabelScore\"*\n\nLabelScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\"\xa1\x02\n\x15\x43lassifyTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12/\n\x0b\x61ggregation\x18\x03 \x01(\x0e\x32\x1a.torchrelay.v1.Aggregation\x12\x17\n\x0finclude_outside\x18\x04 \x01(\x08\x12-\n\ntruncation\x18\x05 \x01(\x0e\x32\x19.torchrelay.v1.Truncation\x12-\n\ntime_limit\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fidempotency_key\x18\x07 \x01(\t\x12)\n\x08priority\x18\x08 \x01(\x0e\x32\x17.torchrelay.v1.Priority\"\x9f\x01\n\x16\x43lassifyTokensResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x31\n\x05texts\x18\x03 \x03(\x0b\x32\".torchrelay.v1.TokenClassification\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.torchrelay.v1.Usage\">\n\x13TokenClassification\x12\'\n\x08\x65ntities\x18\x01 \x03(\x0b\x32\x15.torchrelay.v1.Entity\"P\n\x06\x45ntity\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\"\xaf\x02\n\x15\x41nswerQuestionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x01(\t\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x19\n\x11max_answer_tokens\x18\x05 \x01(\r\x12\x17\n\x0f\x61llow_no_answer\x18\x06 \x01(\x08\x12\x1b\n\x0ewindow_overlap\x18\x07 \x01(\rH\x00\x88\x01\x01\x12-\n\ntime_limit\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fidempotency_key\x18\t \x01(\t\x12)\n\x08priority\x18\n \x01(\x0e\x32\x17.torchrelay.v1.PriorityB\x11\n\x0f_window_overlap\"\x94\x01\n\x16\x41nswerQuestionResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12&\n\x07\x61nswers\x18\x03 \x03(\x0b\x32\x15.torchrelay.v1.Answer\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.torchrelay.v1.Usage\"A\n\x06\x41nswer\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\"\xa1\x02\n\rRerankRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05query\x18\x02 \x01(\t\x12\x11\n\tdocuments\x18\x03 \x03(\t\x12\r\n\x05top_n\x18\x04 \x01(\r\x12.\n\x08\x66unction\x18\x05 \x01(\x0e\x32\x1c.torchrelay.v1.ScoreFunction\x12-\n\ntruncation\x18\x06 \x01(\x0e\x32\x19.torchrelay.v1.Truncation\x12-\n\ntime_limit\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\t\x12)\n\x08priority\x18\t \x01(\x0e\x32\x17.torchrelay.v1.Priority\"\x96\x01\n\x0eRerankResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x30\n\tdocuments\x18\x03 \x03(\x0b\x32\x1d.torchrelay.v1.RankedDocument\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.torchrelay.v1.Usage\".\n\x0eRankedDocument\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x02*\x80\x01\n\rScoreFunction\x12\x1e\n\x1aSCORE_FUNCTION_UNSPECIFIED\x10\x00\x12\x1a\n\x16SCORE_FUNCTION_SOFTMAX\x10\x01\x12\x1a\n\x16SCORE_FUNCTION_SIGMOID\x10\x02\x12\x17\n\x13SCORE_FUNCTION_NONE\x10\x03*\x9d\x01\n\x0b\x41ggregation\x12\x1b\n\x17\x41GGREGATION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41GGREGATION_NONE\x10\x01\x12\x16\n\x12\x41GGREGATION_SIMPLE\x10\x02\x12\x15\n\x11\x41GGREGATION_FIRST\x10\x03\x12\x17\n\x13\x41GGREGATION_AVERAGE\x10\x04\x12\x13\n\x0f\x41GGREGATION_MAX\x10\x05\x32\xe9\x02\n\x15\x43lassificationService\x12K\n\x08\x43lassify\x12\x1e.torchrelay.v1.ClassifyRequest\x1a\x1f.torchrelay.v1.ClassifyResponse\x12]\n\x0e\x43lassifyTokens\x12$.torchrelay.v1.ClassifyTokensRequest\x1a%.torchrelay.v1.ClassifyTokensResponse\x12]\n\x0e\x41nswerQuestion\x12$.torchrelay.v1.AnswerQuestionRequest\x1a%.torchrelay.v1.AnswerQuestionResponse\x12\x45\n\x06Rerank\x12\x1c.torchrelay.v1.RerankRequest\x1a\x1d.torchrelay.v1.RerankResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'torchrelay.v1.classification_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOREFUNCTION']._serialized_start=2291
-  _globals['_SCOREFUNCTION']._serialized_end=2419
-  _globals['_AGGREGATION']._serialized_start=2422
-  _globals['_AGGREGATION']._serialized_end=2579
+  _globals['_SCOREFUNCTION']._serialized_start=2378
+  _globals['_SCOREFUNCTION']._serialized_end=2506
+  _globals['_AGGREGATION']._serialized_start=2509
+  _globals['_AGGREGATION']._serialized_end=2666
   _globals['_CLASSIFICATIONINPUT']._serialized_start=117
   _globals['_CLASSIFICATIONINPUT']._serialized_end=180
   _globals['_CLASSIFYREQUEST']._serialized_start=183
-  _globals['_CLASSIFYREQUEST']._serialized_end=463
-  _globals['_CLASSIFYRESPONSE']._serialized_start=466
-  _globals['_CLASSIFYRESPONSE']._serialized_end=624
-  _globals['_CLASSIFICATION']._serialized_start=626
-  _globals['_CLASSIFICATION']._serialized_end=685
-  _globals['_LABELSCORE']._serialized_start=687
-  _globals['_LABELSCORE']._serialized_end=729
-  _globals['_CLASSIFYTOKENSREQUEST']._serialized_start=732
-  _globals['_CLASSIFYTOKENSREQUEST']._serialized_end=992
-  _globals['_CLASSIFYTOKENSRESPONSE']._serialized_start=995
-  _globals['_CLASSIFYTOKENSRESPONSE']._serialized_end=1154
-  _globals['_TOKENCLASSIFICATION']._serialized_start=1156
-  _globals['_TOKENCLASSIFICATION']._serialized_end=1218
-  _globals['_ENTITY']._serialized_start=1220
-  _globals['_ENTITY']._serialized_end=1300
-  _globals['_ANSWERQUESTIONREQUEST']._serialized_start=1303
-  _globals['_ANSWERQUESTIONREQUEST']._serialized_end=1606
-  _globals['_ANSWERQUESTIONRESPONSE']._serialized_start=1609
-  _globals['_ANSWERQUESTIONRESPONSE']._serialized_end=1757
-  _globals['_ANSWER']._serialized_start=1759
-  _globals['_ANSWER']._serialized_end=1824
-  _globals['_RERANKREQUEST']._serialized_start=1827
-  _globals['_RERANKREQUEST']._serialized_end=2087
-  _globals['_RERANKRESPONSE']._serialized_start=2090
-  _globals['_RERANKRESPONSE']._serialized_end=2240
-  _globals['_RANKEDDOCUMENT']._serialized_start=2242
-  _globals['_RANKEDDOCUMENT']._serialized_end=2288
-  _globals['_CLASSIFICATIONSERVICE']._serialized_start=2582
-  _globals['_CLASSIFICATIONSERVICE']._serialized_end=2943
+  _globals['_CLASSIFYREQUEST']._serialized_end=492
+  _globals['_CLASSIFYRESPONSE']._serialized_start=495
+  _globals['_CLASSIFYRESPONSE']._serialized_end=653
+  _globals['_CLASSIFICATION']._serialized_start=655
+  _globals['_CLASSIFICATION']._serialized_end=714
+  _globals['_LABELSCORE']._serialized_start=716
+  _globals['_LABELSCORE']._serialized_end=758
+  _globals['_CLASSIFYTOKENSREQUEST']._serialized_start=761
+  _globals['_CLASSIFYTOKENSREQUEST']._serialized_end=1050
+  _globals['_CLASSIFYTOKENSRESPONSE']._serialized_start=1053
+  _globals['_CLASSIFYTOKENSRESPONSE']._serialized_end=1212
+  _globals['_TOKENCLASSIFICATION']._serialized_start=1214
+  _globals['_TOKENCLASSIFICATION']._serialized_end=1276
+  _globals['_ENTITY']._serialized_start=1278
+  _globals['_ENTITY']._serialized_end=1358
+  _globals['_ANSWERQUESTIONREQUEST']._serialized_start=1361
+  _globals['_ANSWERQUESTIONREQUEST']._serialized_end=1664
+  _globals['_ANSWERQUESTIONRESPONSE']._serialized_start=1667
+  _globals['_ANSWERQUESTIONRESPONSE']._serialized_end=1815
+  _globals['_ANSWER']._serialized_start=1817
+  _globals['_ANSWER']._serialized_end=1882
+  _globals['_RERANKREQUEST']._serialized_start=1885
+  _globals['_RERANKREQUEST']._serialized_end=2174
+  _globals['_RERANKRESPONSE']._serialized_start=2177
+  _globals['_RERANKRESPONSE']._serialized_end=2327
+  _globals['_RANKEDDOCUMENT']._serialized_start=2329
+  _globals['_RANKEDDOCUMENT']._serialized_end=2375
+  _globals['_CLASSIFICATIONSERVICE']._serialized_start=2669
+  _globals['_CLASSIFICATIONSERVICE']._serialized_end=3030
 # @@protoc_insertion_point(module_scope)

@@ -127,7 +127,7 @@ class ClassifyRequest(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     FUNCTION_FIELD_NUMBER: _builtins.int
-    TRUNCATE_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
@@ -137,10 +137,8 @@ class ClassifyRequest(_message.Message):
     """How many labels to return of each, the best; 0 is all."""
     function: Global___ScoreFunction.ValueType
     """What scores are."""
-    truncate: _builtins.bool
-    """Whether texts longer than Model.context_length are cut at their end, of a pair the longer text first. Otherwise they
-    are INVALID_ARGUMENT, reason CONTEXT_LENGTH_EXCEEDED.
-    """
+    truncation: _generation_pb2.Truncation.ValueType
+    """What is done with texts longer than Model.context_length; of a pair the longer text is cut first."""
     idempotency_key: _builtins.str
     """See GenerateRequest.idempotency_key."""
     priority: _generation_pb2.Priority.ValueType
@@ -160,14 +158,14 @@ class ClassifyRequest(_message.Message):
         inputs: _abc.Iterable[Global___ClassificationInput] | None = ...,
         top_k: _builtins.int = ...,
         function: Global___ScoreFunction.ValueType = ...,
-        truncate: _builtins.bool = ...,
+        truncation: _generation_pb2.Truncation.ValueType = ...,
         time_limit: _duration_pb2.Duration | None = ...,
         idempotency_key: _builtins.str = ...,
         priority: _generation_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "idempotency_key", b"idempotency_key", "inputs", b"inputs", "model", b"model", "priority", b"priority", "time_limit", b"time_limit", "top_k", b"top_k", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "idempotency_key", b"idempotency_key", "inputs", b"inputs", "model", b"model", "priority", b"priority", "time_limit", b"time_limit", "top_k", b"top_k", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -271,7 +269,7 @@ class ClassifyTokensRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     AGGREGATION_FIELD_NUMBER: _builtins.int
     INCLUDE_OUTSIDE_FIELD_NUMBER: _builtins.int
-    TRUNCATE_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
@@ -281,10 +279,8 @@ class ClassifyTokensRequest(_message.Message):
     """How tokens become entities."""
     include_outside: _builtins.bool
     """Whether what is outside of all entities (the label O) is returned too."""
-    truncate: _builtins.bool
-    """Whether texts longer than Model.context_length are cut at their end. Otherwise they are INVALID_ARGUMENT, reason
-    CONTEXT_LENGTH_EXCEEDED.
-    """
+    truncation: _generation_pb2.Truncation.ValueType
+    """What is done with texts longer than Model.context_length."""
     idempotency_key: _builtins.str
     """See GenerateRequest.idempotency_key."""
     priority: _generation_pb2.Priority.ValueType
@@ -304,14 +300,14 @@ class ClassifyTokensRequest(_message.Message):
         texts: _abc.Iterable[_builtins.str] | None = ...,
         aggregation: Global___Aggregation.ValueType = ...,
         include_outside: _builtins.bool = ...,
-        truncate: _builtins.bool = ...,
+        truncation: _generation_pb2.Truncation.ValueType = ...,
         time_limit: _duration_pb2.Duration | None = ...,
         idempotency_key: _builtins.str = ...,
         priority: _generation_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregation", b"aggregation", "idempotency_key", b"idempotency_key", "include_outside", b"include_outside", "model", b"model", "priority", b"priority", "texts", b"texts", "time_limit", b"time_limit", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregation", b"aggregation", "idempotency_key", b"idempotency_key", "include_outside", b"include_outside", "model", b"model", "priority", b"priority", "texts", b"texts", "time_limit", b"time_limit", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -562,7 +558,7 @@ class RerankRequest(_message.Message):
     DOCUMENTS_FIELD_NUMBER: _builtins.int
     TOP_N_FIELD_NUMBER: _builtins.int
     FUNCTION_FIELD_NUMBER: _builtins.int
-    TRUNCATE_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
@@ -574,10 +570,8 @@ class RerankRequest(_message.Message):
     """How many to return, the best; 0 is all."""
     function: Global___ScoreFunction.ValueType
     """What scores are."""
-    truncate: _builtins.bool
-    """Whether documents that do not fit Model.context_length beside the query are cut at their end. Otherwise they are
-    INVALID_ARGUMENT, reason CONTEXT_LENGTH_EXCEEDED.
-    """
+    truncation: _generation_pb2.Truncation.ValueType
+    """What is done with documents that do not fit Model.context_length beside the query."""
     idempotency_key: _builtins.str
     """See GenerateRequest.idempotency_key."""
     priority: _generation_pb2.Priority.ValueType
@@ -598,14 +592,14 @@ class RerankRequest(_message.Message):
         documents: _abc.Iterable[_builtins.str] | None = ...,
         top_n: _builtins.int = ...,
         function: Global___ScoreFunction.ValueType = ...,
-        truncate: _builtins.bool = ...,
+        truncation: _generation_pb2.Truncation.ValueType = ...,
         time_limit: _duration_pb2.Duration | None = ...,
         idempotency_key: _builtins.str = ...,
         priority: _generation_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "function", b"function", "idempotency_key", b"idempotency_key", "model", b"model", "priority", b"priority", "query", b"query", "time_limit", b"time_limit", "top_n", b"top_n", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "function", b"function", "idempotency_key", b"idempotency_key", "model", b"model", "priority", b"priority", "query", b"query", "time_limit", b"time_limit", "top_n", b"top_n", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

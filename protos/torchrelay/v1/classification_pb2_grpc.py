@@ -27,8 +27,8 @@ if _version_not_supported:
 
 class ClassificationServiceStub(object):
     """Labels of texts, of parts of them, and of how they fit together. Calls are queued, shared out and limited as
-    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata names
-    the tasks that it does serve.
+    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata
+    names the tasks that it does serve.
     """
 
     def __init__(self, channel):
@@ -61,8 +61,8 @@ class ClassificationServiceStub(object):
 
 class ClassificationServiceServicer(object):
     """Labels of texts, of parts of them, and of how they fit together. Calls are queued, shared out and limited as
-    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata names
-    the tasks that it does serve.
+    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata
+    names the tasks that it does serve.
     """
 
     def Classify(self, request, context):
@@ -126,8 +126,8 @@ def add_ClassificationServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ClassificationService(object):
     """Labels of texts, of parts of them, and of how they fit together. Calls are queued, shared out and limited as
-    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata names
-    the tasks that it does serve.
+    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata
+    names the tasks that it does serve.
     """
 
     @staticmethod

@@ -28,8 +28,8 @@ GRPC_VERSION: str
 
 class ClassificationServiceStub:
     """Labels of texts, of parts of them, and of how they fit together. Calls are queued, shared out and limited as
-    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata names
-    the tasks that it does serve.
+    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata
+    names the tasks that it does serve.
     """
 
     @_typing.overload
@@ -48,8 +48,8 @@ class ClassificationServiceStub:
 @_typing.type_check_only
 class ClassificationServiceAsyncStub(ClassificationServiceStub):
     """Labels of texts, of parts of them, and of how they fit together. Calls are queued, shared out and limited as
-    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata names
-    the tasks that it does serve.
+    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata
+    names the tasks that it does serve.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -64,8 +64,8 @@ class ClassificationServiceAsyncStub(ClassificationServiceStub):
 
 class ClassificationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Labels of texts, of parts of them, and of how they fit together. Calls are queued, shared out and limited as
-    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata names
-    the tasks that it does serve.
+    generations are. A task that a model does not serve is FAILED_PRECONDITION, reason TASK_NOT_SERVED; the metadata
+    names the tasks that it does serve.
     """
 
     @_abc_1.abstractmethod

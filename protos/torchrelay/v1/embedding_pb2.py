@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from torchrelay.v1 import generation_pb2 as torchrelay_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtorchrelay/v1/embedding.proto\x12\rtorchrelay.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1etorchrelay/v1/generation.proto\"\xff\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x17\n\ndimensions\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x16\n\tnormalize\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x12-\n\ntime_limit\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fidempotency_key\x18\x07 \x01(\t\x12)\n\x08priority\x18\x08 \x01(\x0e\x32\x17.torchrelay.v1.PriorityB\r\n\x0b_dimensionsB\x0c\n\n_normalize\"\x91\x01\n\rEmbedResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12,\n\nembeddings\x18\x03 \x03(\x0b\x32\x18.torchrelay.v1.Embedding\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.torchrelay.v1.Usage\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x32V\n\x10\x45mbeddingService\x12\x42\n\x05\x45mbed\x12\x1b.torchrelay.v1.EmbedRequest\x1a\x1c.torchrelay.v1.EmbedResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtorchrelay/v1/embedding.proto\x12\rtorchrelay.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1etorchrelay/v1/generation.proto\"\x9c\x02\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x17\n\ndimensions\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x16\n\tnormalize\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12-\n\ntruncation\x18\x05 \x01(\x0e\x32\x19.torchrelay.v1.Truncation\x12-\n\ntime_limit\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fidempotency_key\x18\x07 \x01(\t\x12)\n\x08priority\x18\x08 \x01(\x0e\x32\x17.torchrelay.v1.PriorityB\r\n\x0b_dimensionsB\x0c\n\n_normalize\"\x91\x01\n\rEmbedResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12,\n\nembeddings\x18\x03 \x03(\x0b\x32\x18.torchrelay.v1.Embedding\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.torchrelay.v1.Usage\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x32V\n\x10\x45mbeddingService\x12\x42\n\x05\x45mbed\x12\x1b.torchrelay.v1.EmbedRequest\x1a\x1c.torchrelay.v1.EmbedResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'torchrelay.v1.embedding_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EMBEDREQUEST']._serialized_start=113
-  _globals['_EMBEDREQUEST']._serialized_end=368
-  _globals['_EMBEDRESPONSE']._serialized_start=371
-  _globals['_EMBEDRESPONSE']._serialized_end=516
-  _globals['_EMBEDDING']._serialized_start=518
-  _globals['_EMBEDDING']._serialized_end=545
-  _globals['_EMBEDDINGSERVICE']._serialized_start=547
-  _globals['_EMBEDDINGSERVICE']._serialized_end=633
+  _globals['_EMBEDREQUEST']._serialized_end=397
+  _globals['_EMBEDRESPONSE']._serialized_start=400
+  _globals['_EMBEDRESPONSE']._serialized_end=545
+  _globals['_EMBEDDING']._serialized_start=547
+  _globals['_EMBEDDING']._serialized_end=574
+  _globals['_EMBEDDINGSERVICE']._serialized_start=576
+  _globals['_EMBEDDINGSERVICE']._serialized_end=662
 # @@protoc_insertion_point(module_scope)

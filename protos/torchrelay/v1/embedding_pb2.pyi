@@ -30,7 +30,7 @@ class EmbedRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     DIMENSIONS_FIELD_NUMBER: _builtins.int
     NORMALIZE_FIELD_NUMBER: _builtins.int
-    TRUNCATE_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
@@ -42,10 +42,8 @@ class EmbedRequest(_message.Message):
     """
     normalize: _builtins.bool
     """Whether vectors have length 1. Unset: as the model was made."""
-    truncate: _builtins.bool
-    """Whether texts longer than Model.context_length are cut at their end. Otherwise they are INVALID_ARGUMENT, reason
-    CONTEXT_LENGTH_EXCEEDED.
-    """
+    truncation: _generation_pb2.Truncation.ValueType
+    """What is done with texts longer than Model.context_length."""
     idempotency_key: _builtins.str
     """See GenerateRequest.idempotency_key."""
     priority: _generation_pb2.Priority.ValueType
@@ -65,14 +63,14 @@ class EmbedRequest(_message.Message):
         texts: _abc.Iterable[_builtins.str] | None = ...,
         dimensions: _builtins.int | None = ...,
         normalize: _builtins.bool | None = ...,
-        truncate: _builtins.bool = ...,
+        truncation: _generation_pb2.Truncation.ValueType = ...,
         time_limit: _duration_pb2.Duration | None = ...,
         idempotency_key: _builtins.str = ...,
         priority: _generation_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_normalize", b"_normalize", "dimensions", b"dimensions", "normalize", b"normalize", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_normalize", b"_normalize", "dimensions", b"dimensions", "idempotency_key", b"idempotency_key", "model", b"model", "normalize", b"normalize", "priority", b"priority", "texts", b"texts", "time_limit", b"time_limit", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_normalize", b"_normalize", "dimensions", b"dimensions", "idempotency_key", b"idempotency_key", "model", b"model", "normalize", b"normalize", "priority", b"priority", "texts", b"texts", "time_limit", b"time_limit", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dimensions: _TypeAlias = _typing.Literal["dimensions"]  # noqa: Y015
     _WhichOneofArgType__dimensions: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions"]  # noqa: Y015

@@ -22,6 +22,32 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Truncation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TruncationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Truncation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRUNCATION_UNSPECIFIED: _Truncation.ValueType  # 0
+    """Nothing: INVALID_ARGUMENT, reason CONTEXT_LENGTH_EXCEEDED, with how many tokens the model takes and it got."""
+    TRUNCATION_END: _Truncation.ValueType  # 1
+    """The end."""
+    TRUNCATION_START: _Truncation.ValueType  # 2
+    """The beginning."""
+
+class Truncation(_Truncation, metaclass=_TruncationEnumTypeWrapper):
+    """What is left out of a text with more tokens than the model reads. Special tokens, tokens of languages and words that
+    name the task always stay, and count.
+    """
+
+TRUNCATION_UNSPECIFIED: Truncation.ValueType  # 0
+"""Nothing: INVALID_ARGUMENT, reason CONTEXT_LENGTH_EXCEEDED, with how many tokens the model takes and it got."""
+TRUNCATION_END: Truncation.ValueType  # 1
+"""The end."""
+TRUNCATION_START: Truncation.ValueType  # 2
+"""The beginning."""
+Global___Truncation: _TypeAlias = Truncation  # noqa: Y015
+
 class _ToolChoiceMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -222,16 +248,21 @@ Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
 class GenerationInput(_message.Message):
-    """What to generate from. Exactly one must be set."""
+    """What to generate from. Exactly one must be set. An encoder-decoder model reads it with its encoder, and only
+    Model.max_source_tokens bounds it; its output is bounded by the context of the decoder.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
+    TRANSLATION_FIELD_NUMBER: _builtins.int
+    SUMMARIZATION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Plain text, continued as it is; special tokens written in it are plain text. The tokenizer adds the special
-    tokens that the model expects around a text, such as a beginning-of-sequence token.
+    """Plain text, continued as it is, or answered by an encoder-decoder model; special tokens written in it are plain
+    text. The tokenizer adds the special tokens that the model expects around a text, such as a beginning-of-sequence
+    token.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -241,22 +272,98 @@ class GenerationInput(_message.Message):
     def chat(self) -> Global___ChatInput:
         """A conversation, rendered with the model's chat template. FAILED_PRECONDITION if the model has none."""
 
+    @_builtins.property
+    def translation(self) -> Global___TranslationInput:
+        """A text to translate. FAILED_PRECONDITION, reason TASK_NOT_SERVED, if the model does not: metadata `tasks` names
+        what it does.
+        """
+
+    @_builtins.property
+    def summarization(self) -> Global___SummarizationInput:
+        """A text to summarize. FAILED_PRECONDITION, reason TASK_NOT_SERVED, likewise."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
         chat: Global___ChatInput | None = ...,
+        translation: Global___TranslationInput | None = ...,
+        summarization: Global___SummarizationInput | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "summarization", b"summarization", "text", b"text", "token_ids", b"token_ids", "translation", b"translation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "summarization", b"summarization", "text", b"text", "token_ids", b"token_ids", "translation", b"translation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids", "chat", "translation", "summarization"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerationInput: _TypeAlias = GenerationInput  # noqa: Y015
+
+@_typing.final
+class TranslationInput(_message.Message):
+    """A text to translate, laid out as the model was trained: with the tokens of its languages, or the words that ask for
+    them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    SOURCE_LANGUAGE_FIELD_NUMBER: _builtins.int
+    TARGET_LANGUAGE_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text; special tokens written in it are plain text."""
+    source_language: _builtins.str
+    """The language that it is in, as Model.languages writes it. Empty: the model's own source language, if it has one."""
+    target_language: _builtins.str
+    """The language that is wanted, likewise. Models that are told by the first token of their output have it forced: see
+    forced_bos_token_id, which Accepted shows.
+    """
+    truncation: Global___Truncation.ValueType
+    """What is done with a text that is too long."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        source_language: _builtins.str = ...,
+        target_language: _builtins.str = ...,
+        truncation: Global___Truncation.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source_language", b"source_language", "target_language", b"target_language", "text", b"text", "truncation", b"truncation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TranslationInput: _TypeAlias = TranslationInput  # noqa: Y015
+
+@_typing.final
+class SummarizationInput(_message.Message):
+    """A text to summarize."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text; special tokens written in it are plain text."""
+    truncation: Global___Truncation.ValueType
+    """What is done with a text that is too long."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        truncation: Global___Truncation.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "truncation", b"truncation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SummarizationInput: _TypeAlias = SummarizationInput  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -570,6 +677,7 @@ class GenerationConfig(_message.Message):
     BEGIN_SUPPRESS_TOKENS_FIELD_NUMBER: _builtins.int
     EXPONENTIAL_DECAY_LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
     FORCED_EOS_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    FORCED_BOS_TOKEN_ID_FIELD_NUMBER: _builtins.int
     ENCODER_REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     ENCODER_NO_REPEAT_NGRAM_SIZE_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_FIELD_NUMBER: _builtins.int
@@ -587,7 +695,9 @@ class GenerationConfig(_message.Message):
     context, at most the model's default.
     """
     max_length: _builtins.int
-    """Most tokens of prompt and output together, as in transformers. Not together with max_tokens."""
+    """Most tokens of prompt and output together, as in transformers. Not together with max_tokens. Of an encoder-decoder
+    model the prompt is what its decoder begins with, mostly one token.
+    """
     temperature: _builtins.float
     """0 to 2. 0 takes the most probable token, and what else chooses among tokens has no effect; unset while top_k,
     top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff or top_h is set means the model's, or 1.
@@ -636,6 +746,11 @@ class GenerationConfig(_message.Message):
     """Taken from the score of a token as often as the output contains it; -2 to 2; 0 is off."""
     forced_eos_token_id: _builtins.int
     """The token that comes last where an output reaches max_tokens or max_length."""
+    forced_bos_token_id: _builtins.int
+    """The token that comes first behind a prompt of one token, as in transformers: what decoders beside an encoder begin
+    with. Refused behind a longer prompt, together with a translation whose language is told so, and with
+    structured_output.
+    """
     encoder_repetition_penalty: _builtins.float
     """Multiplies (or divides, if negative) the scores of the prompt's tokens; above 0, at most 10; 1 is off."""
     encoder_no_repeat_ngram_size: _builtins.int
@@ -651,10 +766,10 @@ class GenerationConfig(_message.Message):
     """With logprobs: report so many of the most probable tokens in the place of each sampled one, and its rank. 0 to 20."""
     prompt_logprobs: _builtins.int
     """Report how probable each token of the prompt was, with so many alternatives. 0 to 20. The prompt is then computed
-    whole, whatever the prefix cache has of it.
+    whole, whatever the prefix cache has of it. Not with encoder-decoder models, whose prompt is not scored.
     """
     echo: _builtins.bool
-    """Let the text of each output begin with the prompt's. Not for conversations."""
+    """Let the text of each output begin with the prompt's. Not for conversations, nor with encoder-decoder models."""
     num_beams: _builtins.int
     """Above 1: search with so many beams, 2 to 16, at most the sequences of one step of a worker, as transformers does
     without sampling: outputs are the best num_outputs sequences found, the best first, each with its score, and
@@ -760,6 +875,7 @@ class GenerationConfig(_message.Message):
         begin_suppress_tokens: _abc.Iterable[_builtins.int] | None = ...,
         exponential_decay_length_penalty: Global___ExponentialDecay | None = ...,
         forced_eos_token_id: _builtins.int | None = ...,
+        forced_bos_token_id: _builtins.int | None = ...,
         encoder_repetition_penalty: _builtins.float | None = ...,
         encoder_no_repeat_ngram_size: _builtins.int | None = ...,
         include_stop: _builtins.bool | None = ...,
@@ -773,9 +889,9 @@ class GenerationConfig(_message.Message):
         renormalize_logits: _builtins.bool | None = ...,
         structured_output: Global___StructuredOutput | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_of", b"_best_of", "_echo", b"_echo", "_encoder_no_repeat_ngram_size", b"_encoder_no_repeat_ngram_size", "_encoder_repetition_penalty", b"_encoder_repetition_penalty", "_epsilon_cutoff", b"_epsilon_cutoff", "_eta_cutoff", b"_eta_cutoff", "_forced_eos_token_id", b"_forced_eos_token_id", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_stop", b"_include_stop", "_length_penalty", b"_length_penalty", "_logprobs", b"_logprobs", "_max_length", b"_max_length", "_max_tokens", b"_max_tokens", "_min_length", b"_min_length", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beams", b"_num_beams", "_num_outputs", b"_num_outputs", "_presence_penalty", b"_presence_penalty", "_prompt_logprobs", b"_prompt_logprobs", "_renormalize_logits", b"_renormalize_logits", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_h", b"_top_h", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "best_of", b"best_of", "echo", b"echo", "encoder_no_repeat_ngram_size", b"encoder_no_repeat_ngram_size", "encoder_repetition_penalty", b"encoder_repetition_penalty", "epsilon_cutoff", b"epsilon_cutoff", "eta_cutoff", b"eta_cutoff", "exponential_decay_length_penalty", b"exponential_decay_length_penalty", "forced_eos_token_id", b"forced_eos_token_id", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "length_penalty", b"length_penalty", "logprobs", b"logprobs", "max_length", b"max_length", "max_tokens", b"max_tokens", "min_length", b"min_length", "min_p", b"min_p", "min_tokens", b"min_tokens", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beams", b"num_beams", "num_outputs", b"num_outputs", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "renormalize_logits", b"renormalize_logits", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "structured_output", b"structured_output", "temperature", b"temperature", "top_h", b"top_h", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_of", b"_best_of", "_echo", b"_echo", "_encoder_no_repeat_ngram_size", b"_encoder_no_repeat_ngram_size", "_encoder_repetition_penalty", b"_encoder_repetition_penalty", "_epsilon_cutoff", b"_epsilon_cutoff", "_eta_cutoff", b"_eta_cutoff", "_forced_bos_token_id", b"_forced_bos_token_id", "_forced_eos_token_id", b"_forced_eos_token_id", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_stop", b"_include_stop", "_length_penalty", b"_length_penalty", "_logprobs", b"_logprobs", "_max_length", b"_max_length", "_max_tokens", b"_max_tokens", "_min_length", b"_min_length", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beams", b"_num_beams", "_num_outputs", b"_num_outputs", "_presence_penalty", b"_presence_penalty", "_prompt_logprobs", b"_prompt_logprobs", "_renormalize_logits", b"_renormalize_logits", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_h", b"_top_h", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "best_of", b"best_of", "echo", b"echo", "encoder_no_repeat_ngram_size", b"encoder_no_repeat_ngram_size", "encoder_repetition_penalty", b"encoder_repetition_penalty", "epsilon_cutoff", b"epsilon_cutoff", "eta_cutoff", b"eta_cutoff", "exponential_decay_length_penalty", b"exponential_decay_length_penalty", "forced_bos_token_id", b"forced_bos_token_id", "forced_eos_token_id", b"forced_eos_token_id", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "length_penalty", b"length_penalty", "logprobs", b"logprobs", "max_length", b"max_length", "max_tokens", b"max_tokens", "min_length", b"min_length", "min_p", b"min_p", "min_tokens", b"min_tokens", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beams", b"num_beams", "num_outputs", b"num_outputs", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "renormalize_logits", b"renormalize_logits", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "structured_output", b"structured_output", "temperature", b"temperature", "top_h", b"top_h", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_of", b"_best_of", "_echo", b"_echo", "_encoder_no_repeat_ngram_size", b"_encoder_no_repeat_ngram_size", "_encoder_repetition_penalty", b"_encoder_repetition_penalty", "_epsilon_cutoff", b"_epsilon_cutoff", "_eta_cutoff", b"_eta_cutoff", "_forced_eos_token_id", b"_forced_eos_token_id", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_stop", b"_include_stop", "_length_penalty", b"_length_penalty", "_logprobs", b"_logprobs", "_max_length", b"_max_length", "_max_tokens", b"_max_tokens", "_min_length", b"_min_length", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beams", b"_num_beams", "_num_outputs", b"_num_outputs", "_presence_penalty", b"_presence_penalty", "_prompt_logprobs", b"_prompt_logprobs", "_renormalize_logits", b"_renormalize_logits", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_h", b"_top_h", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "bad_words", b"bad_words", "bad_words_ids", b"bad_words_ids", "begin_suppress_tokens", b"begin_suppress_tokens", "best_of", b"best_of", "early_stopping", b"early_stopping", "echo", b"echo", "encoder_no_repeat_ngram_size", b"encoder_no_repeat_ngram_size", "encoder_repetition_penalty", b"encoder_repetition_penalty", "epsilon_cutoff", b"epsilon_cutoff", "eta_cutoff", b"eta_cutoff", "exponential_decay_length_penalty", b"exponential_decay_length_penalty", "forced_eos_token_id", b"forced_eos_token_id", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "length_penalty", b"length_penalty", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_length", b"max_length", "max_tokens", b"max_tokens", "min_length", b"min_length", "min_p", b"min_p", "min_tokens", b"min_tokens", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beams", b"num_beams", "num_outputs", b"num_outputs", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "renormalize_logits", b"renormalize_logits", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "sequence_bias", b"sequence_bias", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "structured_output", b"structured_output", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_h", b"top_h", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_of", b"_best_of", "_echo", b"_echo", "_encoder_no_repeat_ngram_size", b"_encoder_no_repeat_ngram_size", "_encoder_repetition_penalty", b"_encoder_repetition_penalty", "_epsilon_cutoff", b"_epsilon_cutoff", "_eta_cutoff", b"_eta_cutoff", "_forced_bos_token_id", b"_forced_bos_token_id", "_forced_eos_token_id", b"_forced_eos_token_id", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_stop", b"_include_stop", "_length_penalty", b"_length_penalty", "_logprobs", b"_logprobs", "_max_length", b"_max_length", "_max_tokens", b"_max_tokens", "_min_length", b"_min_length", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beams", b"_num_beams", "_num_outputs", b"_num_outputs", "_presence_penalty", b"_presence_penalty", "_prompt_logprobs", b"_prompt_logprobs", "_renormalize_logits", b"_renormalize_logits", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_h", b"_top_h", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "bad_words", b"bad_words", "bad_words_ids", b"bad_words_ids", "begin_suppress_tokens", b"begin_suppress_tokens", "best_of", b"best_of", "early_stopping", b"early_stopping", "echo", b"echo", "encoder_no_repeat_ngram_size", b"encoder_no_repeat_ngram_size", "encoder_repetition_penalty", b"encoder_repetition_penalty", "epsilon_cutoff", b"epsilon_cutoff", "eta_cutoff", b"eta_cutoff", "exponential_decay_length_penalty", b"exponential_decay_length_penalty", "forced_bos_token_id", b"forced_bos_token_id", "forced_eos_token_id", b"forced_eos_token_id", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "length_penalty", b"length_penalty", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_length", b"max_length", "max_tokens", b"max_tokens", "min_length", b"min_length", "min_p", b"min_p", "min_tokens", b"min_tokens", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beams", b"num_beams", "num_outputs", b"num_outputs", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "renormalize_logits", b"renormalize_logits", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "sequence_bias", b"sequence_bias", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "structured_output", b"structured_output", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_h", b"top_h", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_of: _TypeAlias = _typing.Literal["best_of"]  # noqa: Y015
     _WhichOneofArgType__best_of: _TypeAlias = _typing.Literal["_best_of", b"_best_of"]  # noqa: Y015
@@ -789,6 +905,8 @@ class GenerationConfig(_message.Message):
     _WhichOneofArgType__epsilon_cutoff: _TypeAlias = _typing.Literal["_epsilon_cutoff", b"_epsilon_cutoff"]  # noqa: Y015
     _WhichOneofReturnType__eta_cutoff: _TypeAlias = _typing.Literal["eta_cutoff"]  # noqa: Y015
     _WhichOneofArgType__eta_cutoff: _TypeAlias = _typing.Literal["_eta_cutoff", b"_eta_cutoff"]  # noqa: Y015
+    _WhichOneofReturnType__forced_bos_token_id: _TypeAlias = _typing.Literal["forced_bos_token_id"]  # noqa: Y015
+    _WhichOneofArgType__forced_bos_token_id: _TypeAlias = _typing.Literal["_forced_bos_token_id", b"_forced_bos_token_id"]  # noqa: Y015
     _WhichOneofReturnType__forced_eos_token_id: _TypeAlias = _typing.Literal["forced_eos_token_id"]  # noqa: Y015
     _WhichOneofArgType__forced_eos_token_id: _TypeAlias = _typing.Literal["_forced_eos_token_id", b"_forced_eos_token_id"]  # noqa: Y015
     _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
@@ -851,6 +969,8 @@ class GenerationConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_cutoff) -> _WhichOneofReturnType__epsilon_cutoff | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eta_cutoff) -> _WhichOneofReturnType__eta_cutoff | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__forced_bos_token_id) -> _WhichOneofReturnType__forced_bos_token_id | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__forced_eos_token_id) -> _WhichOneofReturnType__forced_eos_token_id | None: ...
     @_typing.overload

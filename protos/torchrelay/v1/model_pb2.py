@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from torchrelay.v1 import generation_pb2 as torchrelay_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19torchrelay/v1/model.proto\x12\rtorchrelay.v1\x1a\x1etorchrelay/v1/generation.proto\"\xbb\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.torchrelay.v1.ModelState\x12\"\n\x05tasks\x18\x04 \x03(\x0e\x32\x13.torchrelay.v1.Task\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x37\n\x0e\x64\x65\x66\x61ult_config\x18\x08 \x01(\x0b\x32\x1f.torchrelay.v1.GenerationConfig\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\x12\x0e\n\x06\x66\x61mily\x18\n \x01(\t\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x16\n\x0enum_parameters\x18\x0c \x01(\x04\x12\x13\n\x0bnum_workers\x18\r \x01(\r\x12\x12\n\nnum_queued\x18\x0e \x01(\r\x12\x15\n\rweight_format\x18\x0f \x01(\t\x12\x14\n\x0cweight_bytes\x18\x10 \x01(\x04\x12\x19\n\x11\x61ttention_backend\x18\x11 \x01(\t\x12(\n\x08\x61\x64\x61pters\x18\x12 \x03(\x0b\x32\x16.torchrelay.v1.Adapter\x12\x13\n\x0btool_format\x18\x13 \x01(\t\x12\x18\n\x10reasoning_format\x18\x14 \x01(\t\x12\x0e\n\x06labels\x18\x15 \x03(\t\x12\x1c\n\x14\x65mbedding_dimensions\x18\x16 \x01(\r\"7\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"S\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.torchrelay.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.torchrelay.v1.Model\"O\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12-\n\x05input\x18\x02 \x01(\x0b\x32\x1e.torchrelay.v1.GenerationInput\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*V\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11MODEL_STATE_READY\x10\x01\x12\x14\n\x10MODEL_STATE_COLD\x10\x02*\x97\x01\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x11\n\rTASK_GENERATE\x10\x01\x12\x0e\n\nTASK_EMBED\x10\x02\x12\x11\n\rTASK_CLASSIFY\x10\x03\x12\x0f\n\x0bTASK_RERANK\x10\x04\x12\x18\n\x14TASK_CLASSIFY_TOKENS\x10\x05\x12\x18\n\x14TASK_ANSWER_QUESTION\x10\x06\x32\xce\x02\n\x0cModelService\x12Q\n\nListModels\x12 .torchrelay.v1.ListModelsRequest\x1a!.torchrelay.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.torchrelay.v1.GetModelRequest\x1a\x1f.torchrelay.v1.GetModelResponse\x12K\n\x08Tokenize\x12\x1e.torchrelay.v1.TokenizeRequest\x1a\x1f.torchrelay.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .torchrelay.v1.DetokenizeRequest\x1a!.torchrelay.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19torchrelay/v1/model.proto\x12\rtorchrelay.v1\x1a\x1etorchrelay/v1/generation.proto\"\xe9\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.torchrelay.v1.ModelState\x12\"\n\x05tasks\x18\x04 \x03(\x0e\x32\x13.torchrelay.v1.Task\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x37\n\x0e\x64\x65\x66\x61ult_config\x18\x08 \x01(\x0b\x32\x1f.torchrelay.v1.GenerationConfig\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\x12\x0e\n\x06\x66\x61mily\x18\n \x01(\t\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x16\n\x0enum_parameters\x18\x0c \x01(\x04\x12\x13\n\x0bnum_workers\x18\r \x01(\r\x12\x12\n\nnum_queued\x18\x0e \x01(\r\x12\x15\n\rweight_format\x18\x0f \x01(\t\x12\x14\n\x0cweight_bytes\x18\x10 \x01(\x04\x12\x19\n\x11\x61ttention_backend\x18\x11 \x01(\t\x12(\n\x08\x61\x64\x61pters\x18\x12 \x03(\x0b\x32\x16.torchrelay.v1.Adapter\x12\x13\n\x0btool_format\x18\x13 \x01(\t\x12\x18\n\x10reasoning_format\x18\x14 \x01(\t\x12\x0e\n\x06labels\x18\x15 \x03(\t\x12\x1c\n\x14\x65mbedding_dimensions\x18\x16 \x01(\r\x12\x11\n\tlanguages\x18\x17 \x03(\t\x12\x19\n\x11max_source_tokens\x18\x18 \x01(\r\"7\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"S\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.torchrelay.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.torchrelay.v1.Model\"O\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12-\n\x05input\x18\x02 \x01(\x0b\x32\x1e.torchrelay.v1.GenerationInput\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*V\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11MODEL_STATE_READY\x10\x01\x12\x14\n\x10MODEL_STATE_COLD\x10\x02*\xbf\x01\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x11\n\rTASK_GENERATE\x10\x01\x12\x0e\n\nTASK_EMBED\x10\x02\x12\x11\n\rTASK_CLASSIFY\x10\x03\x12\x0f\n\x0bTASK_RERANK\x10\x04\x12\x18\n\x14TASK_CLASSIFY_TOKENS\x10\x05\x12\x18\n\x14TASK_ANSWER_QUESTION\x10\x06\x12\x12\n\x0eTASK_TRANSLATE\x10\x07\x12\x12\n\x0eTASK_SUMMARIZE\x10\x08\x32\xce\x02\n\x0cModelService\x12Q\n\nListModels\x12 .torchrelay.v1.ListModelsRequest\x1a!.torchrelay.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.torchrelay.v1.GetModelRequest\x1a\x1f.torchrelay.v1.GetModelResponse\x12K\n\x08Tokenize\x12\x1e.torchrelay.v1.TokenizeRequest\x1a\x1f.torchrelay.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .torchrelay.v1.DetokenizeRequest\x1a!.torchrelay.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'torchrelay.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=1183
-  _globals['_MODELSTATE']._serialized_end=1269
-  _globals['_TASK']._serialized_start=1272
-  _globals['_TASK']._serialized_end=1423
+  _globals['_MODELSTATE']._serialized_start=1229
+  _globals['_MODELSTATE']._serialized_end=1315
+  _globals['_TASK']._serialized_start=1318
+  _globals['_TASK']._serialized_end=1509
   _globals['_MODEL']._serialized_start=77
-  _globals['_MODEL']._serialized_end=648
-  _globals['_ADAPTER']._serialized_start=650
-  _globals['_ADAPTER']._serialized_end=705
-  _globals['_LISTMODELSREQUEST']._serialized_start=707
-  _globals['_LISTMODELSREQUEST']._serialized_end=765
-  _globals['_LISTMODELSRESPONSE']._serialized_start=767
-  _globals['_LISTMODELSRESPONSE']._serialized_end=850
-  _globals['_GETMODELREQUEST']._serialized_start=852
-  _globals['_GETMODELREQUEST']._serialized_end=884
-  _globals['_GETMODELRESPONSE']._serialized_start=886
-  _globals['_GETMODELRESPONSE']._serialized_end=941
-  _globals['_TOKENIZEREQUEST']._serialized_start=943
-  _globals['_TOKENIZEREQUEST']._serialized_end=1022
-  _globals['_TOKENIZERESPONSE']._serialized_start=1024
-  _globals['_TOKENIZERESPONSE']._serialized_end=1061
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1063
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1145
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1147
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1181
-  _globals['_MODELSERVICE']._serialized_start=1426
-  _globals['_MODELSERVICE']._serialized_end=1760
+  _globals['_MODEL']._serialized_end=694
+  _globals['_ADAPTER']._serialized_start=696
+  _globals['_ADAPTER']._serialized_end=751
+  _globals['_LISTMODELSREQUEST']._serialized_start=753
+  _globals['_LISTMODELSREQUEST']._serialized_end=811
+  _globals['_LISTMODELSRESPONSE']._serialized_start=813
+  _globals['_LISTMODELSRESPONSE']._serialized_end=896
+  _globals['_GETMODELREQUEST']._serialized_start=898
+  _globals['_GETMODELREQUEST']._serialized_end=930
+  _globals['_GETMODELRESPONSE']._serialized_start=932
+  _globals['_GETMODELRESPONSE']._serialized_end=987
+  _globals['_TOKENIZEREQUEST']._serialized_start=989
+  _globals['_TOKENIZEREQUEST']._serialized_end=1068
+  _globals['_TOKENIZERESPONSE']._serialized_start=1070
+  _globals['_TOKENIZERESPONSE']._serialized_end=1107
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1109
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1191
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1193
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1227
+  _globals['_MODELSERVICE']._serialized_start=1512
+  _globals['_MODELSERVICE']._serialized_end=1846
 # @@protoc_insertion_point(module_scope)

@@ -64,6 +64,10 @@ class _TaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Task.ValueType],
     """ClassificationService.ClassifyTokens."""
     TASK_ANSWER_QUESTION: _Task.ValueType  # 6
     """ClassificationService.AnswerQuestion."""
+    TASK_TRANSLATE: _Task.ValueType  # 7
+    """GenerationService, from GenerationInput.translation."""
+    TASK_SUMMARIZE: _Task.ValueType  # 8
+    """GenerationService, from GenerationInput.summarization."""
 
 class Task(_Task, metaclass=_TaskEnumTypeWrapper):
     """What a model can do."""
@@ -82,6 +86,10 @@ TASK_CLASSIFY_TOKENS: Task.ValueType  # 5
 """ClassificationService.ClassifyTokens."""
 TASK_ANSWER_QUESTION: Task.ValueType  # 6
 """ClassificationService.AnswerQuestion."""
+TASK_TRANSLATE: Task.ValueType  # 7
+"""GenerationService, from GenerationInput.translation."""
+TASK_SUMMARIZE: Task.ValueType  # 8
+"""GenerationService, from GenerationInput.summarization."""
 Global___Task: _TypeAlias = Task  # noqa: Y015
 
 @_typing.final
@@ -112,6 +120,8 @@ class Model(_message.Message):
     REASONING_FORMAT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     EMBEDDING_DIMENSIONS_FIELD_NUMBER: _builtins.int
+    LANGUAGES_FIELD_NUMBER: _builtins.int
+    MAX_SOURCE_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     revision: _builtins.str
@@ -152,6 +162,10 @@ class Model(_message.Message):
     """How it marks its reasoning, such as think; empty if it does not."""
     embedding_dimensions: _builtins.int
     """How many numbers its vectors have; 0 if it makes none."""
+    max_source_tokens: _builtins.int
+    """Of an encoder-decoder model: most tokens of a text that it reads, special tokens included. context_length is then
+    of what its decoder begins with and the output together. 0: the model has no encoder beside its decoder.
+    """
     @_builtins.property
     def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
         """What it can do."""
@@ -171,6 +185,12 @@ class Model(_message.Message):
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The labels of a classifier, in the order of its logits."""
+
+    @_builtins.property
+    def languages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The languages that translations may name, by the model's own codes, such as eng_Latn, en_XX or en; sorted. Empty if
+        it does not translate, or translates between two languages that it does not name.
+        """
 
     def __init__(
         self,
@@ -197,10 +217,12 @@ class Model(_message.Message):
         reasoning_format: _builtins.str = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
         embedding_dimensions: _builtins.int = ...,
+        languages: _abc.Iterable[_builtins.str] | None = ...,
+        max_source_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_config", b"default_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "attention_backend", b"attention_backend", "context_length", b"context_length", "default_config", b"default_config", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "labels", b"labels", "name", b"name", "num_parameters", b"num_parameters", "num_queued", b"num_queued", "num_workers", b"num_workers", "reasoning_format", b"reasoning_format", "revision", b"revision", "state", b"state", "tasks", b"tasks", "tool_format", b"tool_format", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "weight_format", b"weight_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "attention_backend", b"attention_backend", "context_length", b"context_length", "default_config", b"default_config", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "labels", b"labels", "languages", b"languages", "max_source_tokens", b"max_source_tokens", "name", b"name", "num_parameters", b"num_parameters", "num_queued", b"num_queued", "num_workers", b"num_workers", "reasoning_format", b"reasoning_format", "revision", b"revision", "state", b"state", "tasks", b"tasks", "tool_format", b"tool_format", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "weight_format", b"weight_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,7 +76,8 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Turns text or a conversation into the token ids that a generation from it would start with.
+        """Turns text or a conversation into the token ids that a generation from it would start with; of an encoder-decoder
+        model those that its encoder would read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,9 @@ class ModelServiceStub:
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
     """Returns one model. NOT_FOUND if it is not registered or the caller may not use it."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_model_pb2.TokenizeRequest, _model_pb2.TokenizeResponse]
-    """Turns text or a conversation into the token ids that a generation from it would start with."""
+    """Turns text or a conversation into the token ids that a generation from it would start with; of an encoder-decoder
+    model those that its encoder would read.
+    """
     Detokenize: _grpc.UnaryUnaryMultiCallable[_model_pb2.DetokenizeRequest, _model_pb2.DetokenizeResponse]
     """Turns token ids into text."""
 
@@ -52,7 +54,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
     """Returns one model. NOT_FOUND if it is not registered or the caller may not use it."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_model_pb2.TokenizeRequest, _model_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Turns text or a conversation into the token ids that a generation from it would start with."""
+    """Turns text or a conversation into the token ids that a generation from it would start with; of an encoder-decoder
+    model those that its encoder would read.
+    """
     Detokenize: _aio.UnaryUnaryMultiCallable[_model_pb2.DetokenizeRequest, _model_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Turns token ids into text."""
 
@@ -81,7 +85,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.TokenizeResponse, _abc.Awaitable[_model_pb2.TokenizeResponse]]:
-        """Turns text or a conversation into the token ids that a generation from it would start with."""
+        """Turns text or a conversation into the token ids that a generation from it would start with; of an encoder-decoder
+        model those that its encoder would read.
+        """
 
     @_abc_1.abstractmethod
     def Detokenize(

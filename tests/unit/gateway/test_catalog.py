@@ -62,7 +62,7 @@ def chat(*texts: str) -> pb.GenerationInput:
 
 
 async def test_all_kinds_of_input_become_ids(model: ServedModel) -> None:
-    ids, _, _ = await model.encode(pb.GenerationInput(text="Hello world"))
+    ids, *_ = await model.encode(pb.GenerationInput(text="Hello world"))
     assert model.codec.decode(ids) == "Hello world"
     assert (await model.encode(pb.GenerationInput(token_ids=pb.TokenIds(ids=[0, 49151])))).token_ids == [0, 49151]
     assert (await model.encode(chat("Hello world"))).token_ids == ids

@@ -31,9 +31,9 @@ def decay(start: int, factor: float) -> pb.ExponentialDecay:
     return pb.ExponentialDecay(start=start, factor=factor)
 
 
-def resolve(
-    config: pb.GenerationConfig, defaults: pb.GenerationConfig = OFF, *, prompt: int = 10, **limits: Any
-) -> Any:
+def resolve(config: pb.GenerationConfig, defaults: pb.GenerationConfig = OFF, *, prompt: int = 0, **limits: Any) -> Any:
+    """Without `prompt` it has ten tokens; where a first one is forced, the only number behind which it can be."""
+    prompt = prompt or (1 if "forced_bos_token_id" in f"{config}{defaults}" else 10)
     known = check.ConfigLimits(100, 50, max_outputs=4, max_stop_strings=3, **limits)
     return check.resolve_config(config, defaults, prompt, known, seed=7)
 
@@ -60,6 +60,7 @@ BAD: list[tuple[str, list[Any]]] = [
     ("suppress_tokens", [[50], [1] * 1025]),
     ("begin_suppress_tokens", [[50], [1] * 1025]),
     ("forced_eos_token_id", [50, 2**32 - 1]),
+    ("forced_bos_token_id", [50, 2**32 - 1]),
     ("encoder_repetition_penalty", [*NOT_NUMBERS, 0.0, -1.0, 10.1]),
     ("encoder_no_repeat_ngram_size", [65, 2**32 - 1]),
 ]  # fmt: skip
@@ -79,6 +80,7 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("begin_suppress_tokens", [[49], [1] * 1024]),
     ("exponential_decay_length_penalty", [decay(0, 1e-3), decay(2**32 - 1, 10.0)]),
     ("forced_eos_token_id", [0, 49]),
+    ("forced_bos_token_id", [0, 49]),
     ("encoder_repetition_penalty", [1e-3, 10.0]),
     ("encoder_no_repeat_ngram_size", [0, 64]),
 ]
@@ -182,21 +184,44 @@ def test_a_penalty_for_ends_needs_one(options: dict[str, Any]) -> None:
     assert not quiet.HasField("exponential_decay_length_penalty")
 
 
-def test_a_forced_token_must_not_be_suppressed() -> None:
-    error = refusal(pb.GenerationConfig(forced_eos_token_id=3, suppress_tokens=[2, 3]))
-    assert (error.reason, error.violations[0].field) == ("FIELD_CONFLICT", "config.forced_eos_token_id")
+FORCED: list[tuple[str, str]] = [  # a token's place, and a list that would keep it from there
+    ("forced_eos_token_id", "suppress_tokens"),
+    ("forced_bos_token_id", "suppress_tokens"),
+    ("forced_bos_token_id", "begin_suppress_tokens"),
+]
 
 
-def test_what_the_model_forces_or_suppresses_gives_way_to_the_caller_s() -> None:
-    suppressing = pb.GenerationConfig(suppress_tokens=[2, 3])
-    forced = resolve(pb.GenerationConfig(forced_eos_token_id=3), suppressing)
-    assert (forced.forced_eos_token_id, forced.suppress_tokens) == (3, [2])
-    forcing = pb.GenerationConfig(forced_eos_token_id=3)
-    suppressed = resolve(pb.GenerationConfig(suppress_tokens=[2, 3]), forcing)
-    assert not suppressed.HasField("forced_eos_token_id")
-    assert suppressed.suppress_tokens == [2, 3]
-    kept = resolve(pb.GenerationConfig(suppress_tokens=[2]), forcing)
-    assert (kept.forced_eos_token_id, kept.suppress_tokens) == (3, [2])
+@pytest.mark.parametrize(("forced", "suppressed"), FORCED)
+def test_a_forced_token_must_not_be_suppressed(forced: Any, suppressed: str) -> None:
+    error = refusal(pb.GenerationConfig(**{forced: 3, suppressed: [2, 3]}))
+    assert (error.reason, error.violations[0].field) == ("FIELD_CONFLICT", f"config.{forced}")
+    assert suppressed in error.message
+
+
+@pytest.mark.parametrize(("forced", "suppressed"), FORCED)
+def test_what_the_model_forces_or_suppresses_gives_way_to_the_caller_s(forced: Any, suppressed: str) -> None:
+    found = resolve(pb.GenerationConfig(**{forced: 3}), pb.GenerationConfig(**{suppressed: [2, 3]}))
+    assert (getattr(found, forced), getattr(found, suppressed)) == (3, [2])
+    forcing = pb.GenerationConfig(**{forced: 3})
+    found = resolve(pb.GenerationConfig(**{suppressed: [2, 3]}), forcing)
+    assert not found.HasField(forced)
+    assert getattr(found, suppressed) == [2, 3]
+    kept = resolve(pb.GenerationConfig(**{suppressed: [2]}), forcing)
+    assert (getattr(kept, forced), getattr(kept, suppressed)) == (3, [2])
+
+
+def test_a_first_token_is_forced_behind_one_token_alone() -> None:
+    error = refusal(pb.GenerationConfig(forced_bos_token_id=3), prompt=2)
+    assert (error.reason, error.violations[0].field) == ("FIELD_CONFLICT", "config.forced_bos_token_id")
+    assert "this one has 2" in error.message
+    assert not resolve(pb.GenerationConfig(), pb.GenerationConfig(forced_bos_token_id=3), prompt=2).HasField(
+        "forced_bos_token_id"
+    )
+
+
+def test_the_last_token_may_be_one_that_is_not_the_first() -> None:
+    config = pb.GenerationConfig(forced_eos_token_id=3, begin_suppress_tokens=[3])
+    assert resolve(config).forced_eos_token_id == 3
 
 
 @pytest.mark.parametrize("fields", [{"typical_p": 0.5}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1}, {"top_h": 0.5}])
@@ -229,7 +254,7 @@ def test_the_engine_gets_every_parameter() -> None:
         frequency_penalty=0.5, bad_words=["no"], bad_words_ids=ids([1, 2], [3]), logit_bias={4: 1.5, 5: -2.0},
         sequence_bias=biases(([4], 1.0), ([6, 7], 3.0)), suppress_tokens=[8], begin_suppress_tokens=[9],
         exponential_decay_length_penalty=decay(3, 1.5), forced_eos_token_id=10, encoder_repetition_penalty=1.6,
-        encoder_no_repeat_ngram_size=3, stop_token_ids=[11],
+        encoder_no_repeat_ngram_size=3, stop_token_ids=[11], forced_bos_token_id=12,
     )  # fmt: skip
     params = check.sampling_params(resolve(config), [2], [[20], [3]])
     assert params == SamplingParams(
@@ -237,7 +262,7 @@ def test_the_engine_gets_every_parameter() -> None:
         presence_penalty=0.4, frequency_penalty=0.5, bad_words_ids=((1, 2), (3,), (20,)),
         sequence_bias=(((4,), 2.5), ((6, 7), 3.0), ((5,), -2.0)), suppress_tokens=(8,), begin_suppress_tokens=(9,),
         exponential_decay_length_penalty=(3, 1.5), forced_eos_token_id=10, encoder_repetition_penalty=1.6,
-        encoder_no_repeat_ngram_size=3, stop_token_ids=(2, 11), seed=7,
+        encoder_no_repeat_ngram_size=3, stop_token_ids=(2, 11), seed=7, forced_bos_token_id=12,
     )  # fmt: skip
 
 
@@ -251,28 +276,31 @@ def test_a_model_s_defaults_are_shown_where_they_change_anything() -> None:
     defaults = GenerationDefaults(
         min_length=5, typical_p=0.9, bad_words_ids=((1, 2),), sequence_bias=(((3,), 1.0),), suppress_tokens=(4,),
         begin_suppress_tokens=(5,), exponential_decay_length_penalty=(6, 1.5), forced_eos_token_id=0, top_h=0.5,
+        forced_bos_token_id=0,
     )  # fmt: skip
     assert token_choice.default_config(defaults) == pb.GenerationConfig(
         min_length=5, typical_p=0.9, bad_words_ids=ids([1, 2]), sequence_bias=biases(([3], 1.0)), suppress_tokens=[4],
         begin_suppress_tokens=[5], exponential_decay_length_penalty=decay(6, 1.5), forced_eos_token_id=0, top_h=0.5,
+        forced_bos_token_id=0,
     )  # fmt: skip
 
 
-def test_no_last_token_is_forced_where_an_output_must_match() -> None:
+@pytest.mark.parametrize("forced", ["forced_eos_token_id", "forced_bos_token_id"])
+def test_no_token_is_forced_where_an_output_must_match(forced: Any) -> None:
     constraint = StructuredOutput(GrammarKind.REGEX, "a+")
-    asked = pb.GenerationConfig(forced_eos_token_id=3)
-    with_format = pb.GenerationConfig(forced_eos_token_id=3, structured_output=pb.StructuredOutput(regex="a+"))
+    asked = pb.GenerationConfig(**{forced: 3})
+    with_format = pb.GenerationConfig(**{forced: 3}, structured_output=pb.StructuredOutput(regex="a+"))
     for config, other in ((with_format, "config.structured_output"), (asked, "input.chat.tools")):
         with pytest.raises(InvalidRequest) as raised:
             token_choice.settle_constraint(resolve(config), config, constraint)
         assert raised.value.reason == "FIELD_CONFLICT"
-        assert [one.field for one in raised.value.violations] == ["config.forced_eos_token_id", other]
+        assert [one.field for one in raised.value.violations] == [f"config.{forced}", other]
     # What only the model asks for gives way, and what is in force says so.
-    forcing = pb.GenerationConfig(forced_eos_token_id=3)
+    forcing = pb.GenerationConfig(**{forced: 3})
     for config in (pb.GenerationConfig(), pb.GenerationConfig(structured_output=pb.StructuredOutput(regex="a+"))):
         resolved = resolve(config, forcing)
         token_choice.settle_constraint(resolved, config, constraint)
-        assert not resolved.HasField("forced_eos_token_id")
+        assert not resolved.HasField(forced)
     unconstrained = resolve(asked)
     token_choice.settle_constraint(unconstrained, asked, None)
-    assert unconstrained.forced_eos_token_id == 3
+    assert getattr(unconstrained, forced) == 3

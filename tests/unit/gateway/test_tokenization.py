@@ -283,3 +283,15 @@ def test_truncation_and_padding_of_the_file_do_not_apply(folder: Path) -> None:
     text = "one two three four five six seven"
     plain = TextCodec((folder / "tokenizer.json").read_bytes(), None)
     assert TextCodec(tokenizer.to_str().encode(), None).encode_text(text) == plain.encode_text(text)
+
+
+@pytest.mark.parametrize("content", [b'{"type": "Unigram"', b'{"model": {"type": "Unigram"}}', b'["Unigram"]'])
+def test_a_damaged_unigram_tokenizer_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        TextCodec(content, None)
+
+
+def test_other_models_may_name_unigram() -> None:
+    """As a word of their vocabulary."""
+    plain = Tokenizer(models.WordLevel({"Unigram": 0, "<unk>": 1}, unk_token="<unk>"))
+    assert TextCodec(plain.to_str().encode(), None).encode_text("Unigram") == [0]

@@ -21,9 +21,9 @@ _FAILURES: Final = {
 }
 
 
-# `PagedAttentionArguments` of kernels/paged_attention.h: 11 pointers, 16 strides and counts, scale and softcap, element
+# `PagedAttentionArguments` of kernels/paged_attention.h: 12 pointers, 17 strides and counts, scale and softcap, element
 # type and thread count. Packed bytes: filling a ctypes structure would cost a call 1.5 microseconds more.
-_ARGUMENTS: Final = struct.Struct("@11P16q2f2i")
+_ARGUMENTS: Final = struct.Struct("@12P17q2f2i")
 
 
 class CpuAttention:
@@ -92,6 +92,11 @@ class CpuAttention:
         sinks = options.sinks
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()
+        bias, num_distances = options.distance_bias, 0
+        if bias is not None:
+            num_distances = bias.shape[-1]
+            if bias.shape != (num_heads, num_distances) or bias.dtype != torch.float32 or not bias.is_contiguous():
+                raise ValueError(f"the bias by distance is {bias.dtype} {tuple(bias.shape)}, not float32 of each head")
         output = torch.empty((num_tokens, num_heads, value_dim), dtype=dtype)
         tables = batch.block_tables
         num_seqs, width = tables.shape
@@ -108,6 +113,7 @@ class CpuAttention:
             batch.query_starts.data_ptr(),
             batch.context_lens.data_ptr(),
             0 if sinks is None else sinks.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             query_strides[0],
             query_strides[1],
             key_strides[0],
@@ -124,6 +130,7 @@ class CpuAttention:
             key_dim,
             value_dim,
             options.sliding_window or 0,
+            num_distances,
             options.scale,
             options.softcap or 0.0,
             _ELEMENT_TYPES[dtype],

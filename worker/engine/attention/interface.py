@@ -49,6 +49,9 @@ class AttentionOptions:
     sliding_window: int | None = None  # a row sees its last `sliding_window` tokens, itself included
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     sinks: torch.Tensor | None = None  # [num_heads]: a logit per head that joins the softmax and is dropped (gpt_oss)
+    # [num_heads, num_distances] float32: added to a score by how far the key is behind the row, the last one for all
+    # that are farther (T5). Not every back-end knows it; one that does not refuses it.
+    distance_bias: torch.Tensor | None = None
 
 
 class AttentionBackend(Protocol):

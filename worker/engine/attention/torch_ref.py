@@ -7,6 +7,7 @@ but not on the layer is prepared once, by the first layer.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -37,6 +38,13 @@ class _Group:
             self.masks[window] = self._build_mask(window)
         return self.masks[window]
 
+    def biases(self, table: torch.Tensor) -> torch.Tensor:
+        """[num_seqs, num_heads, num_queries, num_keys], of a table [num_heads, num_distances]."""
+        device = self.blocks.device
+        queries = self.first_positions[:, None] + torch.arange(self.num_queries, device=device)
+        distances = queries[:, :, None] - torch.arange(self.num_keys, device=device)
+        return table[:, distances.clamp(0, table.shape[1] - 1)].transpose(0, 1).contiguous()
+
     def _build_mask(self, window: int | None) -> torch.Tensor | None:
         if self.num_queries == 1 and not self.is_padded and (window is None or self.num_keys <= window):
             return None
@@ -62,8 +70,8 @@ class TorchAttention:
 
     def __init__(self, block_size: int = 16) -> None:
         self.block_size = block_size
-        self._batch: AttentionBatch | None = None
-        self._prepared: _Prepared | None = None
+        # Of the latest batches: layers with attention across take turns with two.
+        self._prepared: deque[tuple[AttentionBatch, _Prepared]] = deque(maxlen=2)
 
     def allocate(self, shape: LayerShape, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         size = (num_blocks, self.block_size, shape.num_kv_heads)
@@ -81,12 +89,14 @@ class TorchAttention:
         batch: AttentionBatch,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        if self._batch is not batch or self._prepared is None:
-            self._batch, self._prepared = batch, self._prepare(batch)
-        cache.keys.view(-1, *key.shape[1:]).index_copy_(0, self._prepared.slots, key)
-        cache.values.view(-1, *value.shape[1:]).index_copy_(0, self._prepared.slots, value)
+        prepared = next((known for other, known in self._prepared if other is batch), None)
+        if prepared is None:
+            prepared = self._prepare(batch)
+            self._prepared.append((batch, prepared))
+        cache.keys.view(-1, *key.shape[1:]).index_copy_(0, prepared.slots, key)
+        cache.values.view(-1, *value.shape[1:]).index_copy_(0, prepared.slots, value)
         output = query.new_empty(*query.shape[:2], value.shape[-1])
-        for group in self._prepared.groups:
+        for group in prepared.groups:
             output[group.rows] = self._attend_group(query[group.rows], cache, group, options)
         return output
 
@@ -151,7 +161,9 @@ class TorchAttention:
             keys = keys.masked_fill(is_behind_end[:, None, None, :, None], 0)
             values = values.masked_fill(is_behind_end[:, None, None, :, None], 0)
         mask = group.mask(options.sliding_window)
-        if options.softcap is None and options.sinks is None:
+        if options.distance_bias is not None:
+            output = _explicit(grouped, keys, values, mask, options, group.biases(options.distance_bias))
+        elif options.softcap is None and options.sinks is None:
             output = _sdpa(grouped, keys, values, mask, options.scale)
         else:
             output = _explicit(grouped, keys, values, mask, options)
@@ -191,11 +203,14 @@ def _explicit(
     values: torch.Tensor,
     mask: torch.Tensor | None,
     options: AttentionOptions,
+    biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What SDPA lacks: soft-capped scores (Gemma 2, arXiv:2408.00118) and sinks."""
+    """What SDPA lacks: soft-capped scores (Gemma 2, arXiv:2408.00118), sinks, and a bias by distance (T5)."""
     scores = (query @ keys.transpose(-1, -2)).float() * options.scale
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
+    if biases is not None:
+        scores += biases.view(scores.shape)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     if options.sinks is not None:

@@ -117,6 +117,9 @@ class TritonAttention:
         not checked, since that would have to wait for the device.
         """
         _check(query, key, value, cache, batch)
+        bias = options.distance_bias
+        if bias is not None and (bias.dtype != torch.float32 or bias.ndim != 2 or not bias.is_contiguous()):
+            raise ValueError(f"the bias by distance is {bias.dtype} {tuple(bias.shape)}, not float32 of each head")
         query, key, value = _rows(query), _rows(key), _rows(value)
         _store(key, value, cache, batch.slots)
         num_tokens, num_heads, key_dim = query.shape
@@ -244,6 +247,8 @@ class _Call:
             batch.query_starts,
             batch.context_lens,
             output if self.sinks is None else self.sinks,
+            output if options.distance_bias is None else options.distance_bias,
+            0 if options.distance_bias is None else options.distance_bias.shape[1],
             query.stride(0),
             query.stride(1),
             keys.stride(0),
@@ -261,6 +266,7 @@ class _Call:
             HAS_WINDOW=options.sliding_window is not None,
             HAS_SOFTCAP=options.softcap is not None,
             HAS_SINKS=self.sinks is not None,
+            HAS_BIAS=options.distance_bias is not None,
             AS_FLOAT32=IS_INTERPRETED and query.dtype == torch.bfloat16,
             KEY_DIM=self.shape.key_dim,
             VALUE_DIM=self.shape.value_dim,

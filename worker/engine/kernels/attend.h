@@ -213,11 +213,13 @@ Tile<T> make_tile(const Arguments& a, const Item& item, int rows, float* query) 
   tile.scale = a.scale;
   tile.softcap = a.softcap;
   tile.query = query;
+  tile.num_distances = static_cast<int>(a.num_distances);
   for (int r = 0; r < rows; r++) {
     // Rows behind the tile's end repeat its last row; their results are dropped.
     const int row = item.first_row + std::min(r, item.num_rows - 1);
     const int token = row / group, head = item.kv_head * group + row % group;
     tile.visible[r] = visible_tokens(a, item.sequence, token);
+    tile.distance_bias[r] = a.distance_bias ? a.distance_bias + head * a.num_distances : nullptr;
     const T* source = static_cast<const T*>(a.query) + head * a.query_head_stride +
                       (a.query_starts[item.sequence] + static_cast<int64_t>(token)) * a.query_token_stride;
     if constexpr (kPaired<T>) {
@@ -342,6 +344,8 @@ void run_widened(const Arguments& a, const Item& item, const Scratch& scratch) {
     tile.scale = narrow.scale, tile.softcap = narrow.softcap;
     tile.query = narrow.query;
     std::copy_n(narrow.visible, rows, tile.visible);
+    std::copy_n(narrow.distance_bias, rows, tile.distance_bias);
+    tile.num_distances = narrow.num_distances;
     tile.all = narrow.all, tile.some = narrow.some;
     wholes[num_tiles] = Scratch::at(scratch.wholes + num_tiles * Scratch::partial_size(a));
     begin_rows(a, part, rows, wholes[num_tiles]);
@@ -388,6 +392,7 @@ void merge_split(const Arguments& a, const Item& tile, const Scratch& scratch, f
 
 inline bool is_consistent(const Arguments& a) {
   if (a.num_kv_heads < 1 || a.num_heads % a.num_kv_heads != 0 || a.key_dim < 1 || a.value_dim < 1) return false;
+  if (a.distance_bias && a.num_distances < 1) return false;
   if (a.query_starts[0] != 0 || a.query_starts[a.num_seqs] != a.num_tokens) return false;
   for (int64_t i = 0; i < a.num_seqs; i++) {
     const int num_queries = a.query_starts[i + 1] - a.query_starts[i];

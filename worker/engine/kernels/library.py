@@ -14,7 +14,7 @@ from worker.engine.kernels.build import KernelBuildError, build
 
 _log = structlog.get_logger(__name__)
 
-_ABI_VERSION: Final = 5  # kAbiVersion of paged_attention.h
+_ABI_VERSION: Final = 6  # kAbiVersion of paged_attention.h
 
 
 class Kernels:

@@ -10,7 +10,7 @@
 namespace torchrelay {
 
 // Raised with every change of what Python fills or reads.
-constexpr int kAbiVersion = 5;
+constexpr int kAbiVersion = 6;
 
 constexpr int kBlockSize = 16;
 
@@ -34,6 +34,7 @@ struct PagedAttentionArguments {
   const int32_t* query_starts;  // [num_seqs + 1]
   const int32_t* context_lens;  // [num_seqs]
   const float* sinks;           // [num_heads] or null
+  const float* distance_bias;   // [num_heads, num_distances] or null; the last one is that of all that are farther
   int64_t query_token_stride, query_head_stride;
   int64_t key_token_stride, key_head_stride;
   int64_t value_token_stride, value_head_stride;
@@ -41,6 +42,7 @@ struct PagedAttentionArguments {
   int64_t num_tokens, num_seqs, num_blocks;
   int64_t num_heads, num_kv_heads, key_dim, value_dim;
   int64_t sliding_window;  // 0: none
+  int64_t num_distances;
   float scale;
   float softcap;  // 0: none
   int32_t element_type;

@@ -56,12 +56,15 @@ struct Tile {
   int key_dim, value_dim;
   float scale, softcap;
   const float* query;  // [key_dim, rows], scaled; of paired types [pairs of key_dim, rows], not scaled
+  const float* distance_bias[kMaxRows];  // of each row's head; null: none
+  int num_distances;
   Visible visible[kMaxRows];
   Visible all;   // tokens that every row sees
   Visible some;  // tokens that at least one row sees
 
-  // Products of paired types are scaled when they become weights, but for a softcap, which comes between.
-  float scale_of_scores() const { return kPaired<T> && !(softcap > 0.0f) ? scale : 1.0f; }
+  // Products of paired types are scaled when they become weights, but for a softcap and a bias, which come between.
+  bool has_edits() const { return softcap > 0.0f || distance_bias[0] != nullptr; }
+  float scale_of_scores() const { return kPaired<T> && !has_edits() ? scale : 1.0f; }
 
   int64_t place(int block) const { return blocks ? blocks[block] : block - first_block; }
 
@@ -88,7 +91,19 @@ inline Ints unit_positions(int unit) {
   return positions;
 }
 
-// Scores of U units for R rows, with mask and softcap, to scores[U][R][kLanes]; still to be scaled.
+// The bias of a row for the tokens of a unit, by how far they are before it; of those behind it, which are masked, any.
+template <typename T>
+inline Floats bias_of_unit(const Tile<T>& tile, int row, int unit) {
+  const float* bias = tile.distance_bias[row];
+  const int first = tile.visible[row].last - 1 - unit * kLanes;  // the distance of its first token, the largest
+  const int last = tile.num_distances - 1;
+  if (first - (kLanes - 1) >= last) return broadcast(bias[last]);
+  Floats result;
+  for (int i = 0; i < kLanes; i++) result[i] = bias[std::clamp(first - i, 0, last)];
+  return result;
+}
+
+// Scores of U units for R rows, with mask, softcap and bias, to scores[U][R][kLanes]; still to be scaled.
 //
 // `ahead` are units that will be read next: where few rows share a key, attention waits for memory, and blocks lie
 // scattered in it. For the same reason the values of these tokens are fetched, which are wanted soon.
@@ -127,6 +142,11 @@ inline void score_units(const Tile<T>& tile, int unit, int ahead, float* scores,
     const float inverse = (kPaired<T> ? tile.scale : 1.0f) / tile.softcap;
     for (int u = 0; u < U; u++)
       for (int r = 0; r < R; r++) sums[u][r] = hyperbolic_tangent(sums[u][r] * inverse) * tile.softcap;
+  }
+  if (tile.distance_bias[0] != nullptr) {
+    const float scale = kPaired<T> && !(tile.softcap > 0.0f) ? tile.scale : 1.0f;
+    for (int u = 0; u < U; u++)
+      for (int r = 0; r < R; r++) sums[u][r] = sums[u][r] * scale + bias_of_unit(tile, r, unit + u);
   }
   if (unit * kLanes < tile.all.first || (unit + U) * kLanes > tile.all.last) {
     for (int u = 0; u < U; u++) {

@@ -19,18 +19,28 @@ words = st.lists(st.sampled_from([*WORDS, "zzz", "Ünï", "🙂", "it's"]), min_
 
 
 @cache
-def tokenizer(kind: str, max_tokens: int = 0, strategy: str = "longest_first", stride: int = 0) -> Tokenizer:
+def tokenizer(
+    kind: str, max_tokens: int = 0, strategy: str = "longest_first", stride: int = 0, direction: str = "right"
+) -> Tokenizer:
     found = make_tokenizer(kind)
     if max_tokens:
-        found.enable_truncation(max_tokens, strategy=strategy, stride=stride)
+        found.enable_truncation(max_tokens, strategy=strategy, stride=stride, direction=direction)
     return found
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=words, pair=st.none() | words, max_tokens=st.integers(6, 40), kind=st.sampled_from(_KINDS))
-def test_the_longer_text_gives_way_first(text: str, pair: str | None, max_tokens: int, kind: str) -> None:
-    expected = tokenizer(kind, max_tokens).encode(text, pair)
-    found = cut(Tokens.of(tokenizer(kind).encode(text, pair)), max_tokens)
+@given(
+    text=words,
+    pair=st.none() | words,
+    max_tokens=st.integers(6, 40),
+    kind=st.sampled_from(_KINDS),
+    direction=st.sampled_from(["left", "right"]),
+)
+def test_the_longer_text_gives_way_first(
+    text: str, pair: str | None, max_tokens: int, kind: str, direction: str
+) -> None:
+    expected = tokenizer(kind, max_tokens, direction=direction).encode(text, pair)
+    found = cut(Tokens.of(tokenizer(kind).encode(text, pair)), max_tokens, at_start=direction == "left")
     assert (found.ids, found.types, found.offsets) == (expected.ids, expected.type_ids, expected.offsets)
 
 

@@ -30,7 +30,7 @@ def test_generate_passes_on_every_parameter(run: Command) -> None:
         --epsilon-cutoff 0.1 --eta-cutoff 0.2 --top-h 0.3 --presence-penalty -1 --frequency-penalty 1 --bad-word x
         --bad-words-ids 4,5 --bad-words-ids 6 --logit-bias 7=-1.5 --sequence-bias 8,9=2 --suppress-token 10
         --begin-suppress-token 11 --exponential-decay-length-penalty 12,1.5 --forced-eos-token-id 13
-        --encoder-repetition-penalty 1.2 --encoder-no-repeat-ngram-size 3
+        --forced-bos-token-id 14 --encoder-repetition-penalty 1.2 --encoder-no-repeat-ngram-size 3
     """
     run("generate", "hi", *options.split())
     (request,) = (request for request in run.toy.requests if isinstance(request, pb.StreamGenerateRequest))
@@ -40,10 +40,31 @@ def test_generate_passes_on_every_parameter(run: Command) -> None:
         bad_words_ids=[pb.TokenIds(ids=[4, 5]), pb.TokenIds(ids=[6])], logit_bias={7: -1.5},
         sequence_bias=[pb.SequenceBias(token_ids=[8, 9], bias=2)], suppress_tokens=[10], begin_suppress_tokens=[11],
         exponential_decay_length_penalty=pb.ExponentialDecay(start=12, factor=1.5), forced_eos_token_id=13,
+        forced_bos_token_id=14,
         encoder_repetition_penalty=1.2, encoder_no_repeat_ngram_size=3,
     )  # fmt: skip
     for option, value in (("--logit-bias", "7"), ("--sequence-bias", "7,=1"), ("--bad-words-ids", "x")):
         assert option in run("generate", "hi", option, value, status=2).stderr
+
+
+def test_generate_has_a_text_translated_or_summarized(run: Command) -> None:
+    def sent(*options: str) -> pb.GenerationInput:
+        run("generate", "hi", *options)
+        return run.toy.requests[-1].input  # type: ignore[union-attr]
+
+    both = pb.TranslationInput(text="hi", source_language="en_XX", target_language="ro_RO")
+    assert sent("--translate-to", "ro_RO", "--translate-from", "en_XX") == pb.GenerationInput(translation=both)
+    own = pb.TranslationInput(text="hi", truncation=pb.TRUNCATION_START)
+    assert sent("--translate-to", "", "--truncate", "start") == pb.GenerationInput(translation=own)
+    cut = pb.SummarizationInput(text="hi", truncation=pb.TRUNCATION_END)
+    assert sent("--summarize", "--truncate", "end") == pb.GenerationInput(summarization=cut)
+    assert sent("--summarize").summarization == pb.SummarizationInput(text="hi")
+    for options, named in (
+        (["--summarize", "--translate-to", "de"], "--translate-to"),
+        (["--truncate", "end"], "--truncate"),
+        (["--summarize", "--system", "be kind"], "--system"),
+    ):
+        assert named in run("generate", "hi", *options, status=2).stderr
 
 
 def test_generate_names_an_adapter(run: Command) -> None:

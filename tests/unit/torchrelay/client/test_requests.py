@@ -22,6 +22,8 @@ from torchrelay.client.requests import (
     make_duration,
     make_input,
     make_stream_request,
+    make_summarization,
+    make_translation,
 )
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -245,3 +247,14 @@ def test_a_priority_is_named_and_another_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="high, normal, low"):
         made(priority="urgent")
+
+
+def test_a_translation_and_a_summary_are_inputs() -> None:
+    wanted = pb.TranslationInput(text="hi", source_language="en", target_language="de", truncation=pb.TRUNCATION_END)
+    assert make_translation("hi", "de", "en", truncation="end") == pb.GenerationInput(translation=wanted)
+    assert make_translation("hi") == pb.GenerationInput(translation=pb.TranslationInput(text="hi"))
+    cut = pb.SummarizationInput(text="hi", truncation=pb.TRUNCATION_START)
+    assert make_summarization("hi", truncation="start") == pb.GenerationInput(summarization=cut)
+    assert make_input(make_summarization("hi")).summarization == pb.SummarizationInput(text="hi")
+    with pytest.raises(KeyError):
+        make_summarization("hi", truncation="middle")  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.builders_attention import distance_bias
 from worker.engine.attention.cpu_ext import CpuAttention
 from worker.engine.attention.interface import AttentionBatch, AttentionOptions, LayerCache, LayerShape
 from worker.engine.kernels.build import supported_levels
@@ -81,6 +82,9 @@ def oracle(case: Case) -> torch.Tensor:
             scores = options.softcap * torch.tanh(scores / options.softcap)
         rows = torch.arange(length - n, length)[:, None]
         columns = torch.arange(length)[None]
+        if options.distance_bias is not None:
+            distances = (rows - columns).clamp(0, options.distance_bias.shape[1] - 1)
+            scores = scores + options.distance_bias[:, distances].double()
         seen = columns <= rows
         if options.sliding_window is not None:
             seen &= columns > rows - options.sliding_window
@@ -178,6 +182,11 @@ class TestEveryInstructionSet:
         options = AttentionOptions(scale=0.125, sinks=sinks, sliding_window=40)
         assert_matches_oracle(make_case(*RAGGED, dtype=dtype, options=options), backend(level))
 
+    def test_bias_by_distance(self, level: str, dtype: torch.dtype) -> None:
+        for scale, softcap, num_distances in ((1.0, None, 129), (0.1, None, 1), (0.2, 5.0, 20)):
+            options = AttentionOptions(scale, softcap=softcap, distance_bias=distance_bias(9, num_distances))
+            assert_matches_oracle(make_case(*RAGGED, dtype=dtype, options=options), backend(level))
+
     @pytest.mark.parametrize(("heads", "kv_heads"), [(n, 1) for n in range(1, 9)] + [(4, 4), (12, 4), (32, 2), (71, 1)])
     def test_groups_of_any_size(self, level: str, dtype: torch.dtype, heads: int, kv_heads: int) -> None:
         case = make_case([1, 19, 1], [65, 40, 290], heads=heads, kv_heads=kv_heads, dtype=dtype)
@@ -202,6 +211,7 @@ def test_any_small_batch_matches(data: st.DataObject) -> None:
         sliding_window=data.draw(st.none() | st.integers(1, 50)),
         softcap=data.draw(st.none() | st.sampled_from([1.0, 30.0])),
         sinks=data.draw(st.none() | st.just(torch.linspace(-2, 3, heads))),
+        distance_bias=data.draw(st.none() | st.integers(1, 50).map(lambda n: distance_bias(heads, n))),
     )
     case = make_case(
         [n for n, _ in sequences],

@@ -20,16 +20,23 @@ def test_what_transformers_has_is_taken() -> None:
         "top_h": 0.4, "encoder_repetition_penalty": 1.2, "encoder_no_repeat_ngram_size": 3,
         "bad_words_ids": [[5], [6, 7]],
         "sequence_bias": [[[8], 1.5], [[8, 9], -2]], "suppress_tokens": [1, 2], "begin_suppress_tokens": [3],
-        "exponential_decay_length_penalty": [4, 1.1], "forced_eos_token_id": 9,
+        "exponential_decay_length_penalty": [4, 1.1], "forced_eos_token_id": 9, "forced_bos_token_id": 8,
     }  # fmt: skip
     found = read_defaults(generation, 50)
     assert found == GREEDY | {
         "min_tokens": 3, "min_length": 7, "typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 2e-3, "top_h": 0.4,
         "encoder_repetition_penalty": 1.2, "encoder_no_repeat_ngram_size": 3, "bad_words_ids": ((5,), (6, 7)),
         "sequence_bias": (((8,), 1.5), ((8, 9), -2.0)), "suppress_tokens": (1, 2), "begin_suppress_tokens": (3,),
-        "exponential_decay_length_penalty": (4, 1.1), "forced_eos_token_id": 9,
+        "exponential_decay_length_penalty": (4, 1.1), "forced_eos_token_id": 9, "forced_bos_token_id": 8,
     }  # fmt: skip
     assert msgspec.convert(found, GenerationDefaults).sequence_bias == (((8,), 1.5), ((8, 9), -2.0))
+
+
+def test_a_length_counts_what_a_decoder_begins_with_and_not_a_prompt() -> None:
+    assert read_defaults({"max_length": 20}, 50) == GREEDY
+    assert read_defaults({"max_length": 20}, 50, num_started=1) == GREEDY | {"max_tokens": 19}
+    assert read_defaults({"max_length": 20, "max_new_tokens": 5}, 50, num_started=1) == GREEDY | {"max_tokens": 5}
+    assert read_defaults({"max_length": 1}, 50, num_started=1) == GREEDY
 
 
 @pytest.mark.parametrize(
@@ -42,6 +49,8 @@ def test_what_transformers_has_is_taken() -> None:
         ("exponential_decay_length_penalty", [1]), ("exponential_decay_length_penalty", [1, float("nan")]),
         ("num_beams", 0), ("num_beams", 17), ("length_penalty", 6), ("early_stopping", "true"),
         ("exponential_decay_length_penalty", [-1, 1.5]), ("forced_eos_token_id", 50), ("forced_eos_token_id", [1, 2]),
+        ("forced_bos_token_id", 50),
+        ("forced_bos_token_id", -1),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_left_out(name: str, value: Any) -> None:
@@ -49,8 +58,13 @@ def test_what_makes_no_sense_is_left_out(name: str, value: Any) -> None:
 
 
 def test_a_forced_token_that_is_suppressed_is_left_out() -> None:
-    found = read_defaults({"forced_eos_token_id": [2], "suppress_tokens": [2, 3]}, 50)
+    found = read_defaults({"forced_eos_token_id": [2], "forced_bos_token_id": 3, "suppress_tokens": [2, 3]}, 50)
     assert found == GREEDY | {"suppress_tokens": (2, 3)}
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        found = read_defaults({"forced_bos_token_id": 2, name: [2, 3]}, 50)
+        assert found == GREEDY | {name: (2, 3)}
+    last = {"forced_eos_token_id": 2, "begin_suppress_tokens": [2]}
+    assert read_defaults(last, 50)["forced_eos_token_id"] == 2
 
 
 def test_what_is_said_of_beams_is_taken_unless_they_are_to_be_sampled() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import NoRepeatNGramLogitsProcessor
+from transformers import EncoderNoRepeatNGramLogitsProcessor, NoRepeatNGramLogitsProcessor
 
 from common.generation import SamplingParams
 from worker.engine.history import TokenHistory
@@ -28,6 +28,23 @@ def test_banned_are_the_ids_that_transformers_bans(token_ids: list[int], ngram_s
     scores = NoRepeatNGramLogitsProcessor(ngram_size)(torch.tensor([token_ids]), torch.zeros(1, 5))
     expected = (scores[0] == float("-inf")).nonzero()[:, 0].tolist()
     assert banned(make_history(token_ids, no_repeat_ngram_size=ngram_size)) == expected
+
+
+@example(source=[1, 2, 3, 1], prompt=[2], output=[], ngram_size=3)  # 1 2 stands across the two
+@given(
+    source=st.lists(st.integers(0, 4), min_size=1, max_size=30),
+    prompt=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    output=st.lists(st.integers(0, 4), max_size=10),
+    ngram_size=st.integers(1, 4),
+)
+def test_with_a_source_its_ngrams_are_banned_and_not_the_prompts(
+    source: list[int], prompt: list[int], output: list[int], ngram_size: int
+) -> None:
+    history = TokenHistory(SamplingParams(max_tokens=1, encoder_no_repeat_ngram_size=ngram_size), prompt, source)
+    history.extend(output)
+    processor = EncoderNoRepeatNGramLogitsProcessor(ngram_size, torch.tensor([source]))
+    scores = processor(torch.tensor([prompt + output]), torch.zeros(1, 5))
+    assert banned(history) == (scores[0] == float("-inf")).nonzero()[:, 0].tolist()
 
 
 @given(token_ids=st.lists(st.integers(0, 9), max_size=40), cut=st.integers(0, 40))
@@ -131,6 +148,7 @@ def test_bad_words_that_end_an_output_are_not_banned() -> None:
         ("frequency_penalty", 0.1), ("encoder_repetition_penalty", 0.9), ("encoder_no_repeat_ngram_size", 1),
         ("bad_words_ids", ((1,),)), ("sequence_bias", (((1,), 1.0),)), ("suppress_tokens", (1,)),
         ("begin_suppress_tokens", (1,)), ("exponential_decay_length_penalty", (0, 1.1)), ("forced_eos_token_id", 0),
+        ("forced_bos_token_id", 0),
     ],
 )  # fmt: skip
 def test_each_edit_alone_needs_a_history(name: str, value: Any) -> None:

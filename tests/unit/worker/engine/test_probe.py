@@ -110,6 +110,7 @@ def test_what_a_step_with_drafts_takes_longer_is_part_of_the_cost() -> None:
     class PaperRunner:
         device = torch.device("cpu")
         max_model_len = 64
+        max_source_tokens = 0
         vocab_size = 10
         now = 0.0
 

@@ -87,3 +87,17 @@ def test_a_window_without_context_has_no_answer_but_none() -> None:
     for allowed, scores in ((False, []), (True, [1.0])):
         task = AnswerQuestionTask((EncodedText(b""),), "abc", (spans,), may_have_no_answer=allowed)
         assert [one.score for one in find_answers(task, logits)] == scores
+
+
+def test_the_best_score_of_a_span_that_two_windows_hold_counts() -> None:
+    begins = [True] * 40
+    spans = (window(0, 4, begins, 1), window(2, 4, begins, 1))
+    sharp, flat = np.zeros((6, 2), np.float32), np.zeros((6, 2), np.float32)
+    sharp[3] = flat[1] = 5.0  # token 2 of the context in both
+    sharp[3] = 9.0
+    for first, second in ((sharp, flat), (flat, sharp)):
+        windows_ = spans if first is sharp else (spans[1], spans[0])
+        task = AnswerQuestionTask((EncodedText(b""),) * 2, CONTEXT, windows_)
+        [found] = find_answers(task, [first, second])
+        assert (found.start, found.end) == (6, 9)
+        assert found.score > 0.99

@@ -91,9 +91,12 @@ def _attend_to(
     scale,
     softcap,
     window,
+    biases,  # [ROWS] of pointers: to the bias by distance of each row's head; not read without HAS_BIAS
+    num_distances,
     MASKED: tl.constexpr,  # some row does not see some token, or the tile reaches out of low:high
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     AS_FLOAT32: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -134,6 +137,9 @@ def _attend_to(
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), right at both infinities.
         scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E / softcap)) + 1.0))
+    if HAS_BIAS:
+        distances = tl.minimum(tl.maximum(positions - tokens[None, :], 0), num_distances - 1)
+        scores += tl.load(biases[:, None] + distances)
     scores *= LOG2_E
     if MASKED:
         is_seen = tokens[None, :] <= positions
@@ -156,7 +162,9 @@ def _attend_to(
 
 
 @triton.jit(
-    do_not_specialize=["num_seqs", "num_heads", "num_kv_heads", "table_stride", "window", "most_short_queries"],
+    do_not_specialize=[
+        *("num_seqs", "num_heads", "num_kv_heads", "table_stride", "window", "most_short_queries", "num_distances")
+    ],
     do_not_specialize_on_alignment=["query_starts", "context_lens", "tables"],
 )
 def attend_kernel(
@@ -169,6 +177,8 @@ def attend_kernel(
     query_starts,  # [num_seqs + 1] int32
     context_lens,  # [num_seqs] int32
     sinks,  # [num_heads] float32; not read without HAS_SINKS
+    distance_bias,  # [num_heads, num_distances] float32; not read without HAS_BIAS
+    num_distances,
     query_row_stride,
     query_head_stride,
     key_page_stride,
@@ -186,6 +196,7 @@ def attend_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     AS_FLOAT32: tl.constexpr,  # multiply in float32: the interpreter has no bfloat16 products
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -252,6 +263,7 @@ def attend_kernel(
     keys += kv_head.to(tl.int64) * (PAGE * KEY_DIM)
     values += kv_head.to(tl.int64) * (PAGE * VALUE_DIM)
     table = tables + seq.to(tl.int64) * table_stride
+    biases = distance_bias + tl.where(is_row, heads, 0) * num_distances
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     result = tl.zeros([ROWS, BLOCK_VALUE], dtype=tl.float32)
@@ -263,14 +275,14 @@ def attend_kernel(
         for first in range(begin, masked_from, TOKENS):
             peak, total, result = _attend_to(
                 peak, total, result, loaded, positions[:, None], first, low, end, keys, values, table,
-                key_page_stride, value_page_stride, scale, softcap, window, False, HAS_WINDOW, HAS_SOFTCAP, AS_FLOAT32,
-                KEY_DIM, VALUE_DIM, PAGE, TOKENS, BLOCK_KEY, BLOCK_VALUE,
+                key_page_stride, value_page_stride, scale, softcap, window, biases, num_distances, False, HAS_WINDOW,
+                HAS_SOFTCAP, HAS_BIAS, AS_FLOAT32, KEY_DIM, VALUE_DIM, PAGE, TOKENS, BLOCK_KEY, BLOCK_VALUE,
             )  # fmt: skip
     for first in range(masked_from, end, TOKENS):
         peak, total, result = _attend_to(
             peak, total, result, loaded, positions[:, None], first, low, end, keys, values, table,
-            key_page_stride, value_page_stride, scale, softcap, window, True, HAS_WINDOW, HAS_SOFTCAP, AS_FLOAT32,
-            KEY_DIM, VALUE_DIM, PAGE, TOKENS, BLOCK_KEY, BLOCK_VALUE,
+            key_page_stride, value_page_stride, scale, softcap, window, biases, num_distances, True, HAS_WINDOW,
+            HAS_SOFTCAP, HAS_BIAS, AS_FLOAT32, KEY_DIM, VALUE_DIM, PAGE, TOKENS, BLOCK_KEY, BLOCK_VALUE,
         )  # fmt: skip
 
     places = row_ids * num_heads + heads

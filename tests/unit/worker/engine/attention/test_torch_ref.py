@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.builders_attention import Case, by_hand, make_case
+from tests.builders_attention import Case, by_hand, distance_bias, make_case
 from worker.engine.attention.interface import AttentionBatch, AttentionOptions, LayerShape
 from worker.engine.attention.torch_ref import TorchAttention
 
@@ -53,6 +53,7 @@ _lens = st.lists(
     window=st.sampled_from([None, 1, 7, 1000]),
     softcap=st.sampled_from([None, 3.0]),
     has_sinks=st.booleans(),
+    num_distances=st.sampled_from([None, None, 1, 21]),
     seed=st.integers(0, 1000),
 )
 def test_any_batch_is_what_the_formula_gives(
@@ -63,11 +64,13 @@ def test_any_batch_is_what_the_formula_gives(
     window: int | None,
     softcap: float | None,
     has_sinks: bool,
+    num_distances: int | None,
     seed: int,
 ) -> None:
     case = make_case(lens, *heads, *dims, block_size, seed)
     sinks = torch.linspace(-1, 2, heads[0]) if has_sinks else None
-    options = AttentionOptions(scale=0.3, sliding_window=window, softcap=softcap, sinks=sinks)
+    bias = None if num_distances is None else distance_bias(heads[0], num_distances)
+    options = AttentionOptions(scale=0.3, sliding_window=window, softcap=softcap, sinks=sinks, distance_bias=bias)
     output = attend(case, options, block_size)
     assert output.is_contiguous()
     torch.testing.assert_close(output.double(), by_hand(case, options), rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.builders_attention import Case, by_hand, make_case
+from tests.builders_attention import Case, by_hand, distance_bias, make_case
 from tests.builders_engine import TokenNames, generate, make_request, make_settings, reference_tokens, tiny_model
 from tests.builders_models import tiny_module
 from tests.builders_triton import DEVICE
@@ -120,7 +120,8 @@ OPTIONS = {
     "wide window": AttentionOptions(scale=0.3, sliding_window=64),
     "softcap": AttentionOptions(scale=0.3, softcap=3.0),
     "sinks": AttentionOptions(scale=0.3, sinks=torch.linspace(-1, 9, 6)),
-    "all": AttentionOptions(scale=0.3, sliding_window=20, softcap=5.0, sinks=torch.linspace(-1, 2, 6)),
+    "bias": AttentionOptions(scale=0.3, distance_bias=distance_bias(6)),
+    "all": AttentionOptions(0.3, 20, 5.0, torch.linspace(-1, 2, 6), distance_bias(6)),
 }
 
 

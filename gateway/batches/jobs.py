@@ -110,16 +110,8 @@ class GenerationJobs:
         self._generations = generations
 
     async def prepare(self, request: pb.GenerateRequest, caller: Caller) -> tuple[NewJob, pb.Accepted]:
-        submission = pb.SubmitGenerationRequest(
-            model=request.model,
-            idempotency_key=request.idempotency_key,
-            priority=request.priority,
-            cache_salt=request.cache_salt,
-            adapter=request.adapter,
-        )
-        for name in ("input", "config", "time_limit"):
-            if request.HasField(name):
-                getattr(submission, name).CopyFrom(getattr(request, name))
+        # All that is set, none by name: a field that only one of the two has is an error, and not lost.
+        submission = pb.SubmitGenerationRequest(**{field.name: value for field, value in request.ListFields()})
         return await self._generations.unattended(submission, caller)
 
     async def read(self, generation_id: str, caller: Caller) -> tuple[Callable[[], Message], GenerationRecord]:

@@ -16,9 +16,10 @@ from common.batches import Owner
 from common.grants import Grants, TenantPolicy
 from common.job_queue import JobQueue
 from common.tenants import Tenants
-from gateway.batches.jobs import JobRunner
+from gateway.batches.jobs import GenerationJobs, JobRunner
 from gateway.batches.running import Bells, Forgetting, Owners, is_for_now, pause_s
 from gateway.catalog import Catalog
+from gateway.identity.caller import Caller
 from torchrelay.v1 import generation_pb2
 
 
@@ -202,3 +203,26 @@ async def test_the_job_of_an_item_is_looked_for_in_every_revision_of_its_model()
     assert queue.asked == [(["new", "old"], "acme", "k")]
     request.model = "gone"
     assert await runner.find(request, "acme") is None
+
+
+class Prepared:
+    """Notes what a generation is made of."""
+
+    async def unattended(self, request: Any, caller: Any) -> Any:
+        return request
+
+
+async def test_nothing_that_a_generation_is_asked_with_is_lost() -> None:
+    request = generation_pb2.GenerateRequest()
+    told = {"model": "m", "idempotency_key": "k", "priority": 2, "cache_salt": b"s", "adapter": "a"}
+    for name, value in told.items():
+        setattr(request, name, value)
+    request.input.text = "x"
+    request.config.max_tokens = 3
+    request.time_limit.seconds = 4
+    left = {field.name for field in request.DESCRIPTOR.fields} - {field.name for field, _ in request.ListFields()}
+    assert left == {"disconnect_grace"}, "which no item may have"
+    generations: Any = Prepared()
+    submission: Any = await GenerationJobs(generations).prepare(request, Caller("acme", "k1"))
+    of_request = {field.name: value for field, value in request.ListFields()}
+    assert {field.name: value for field, value in submission.ListFields()} == of_request

@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from common.tasks import ScoreFunction
@@ -81,7 +82,9 @@ def find_head(source: str, revision: str | None = None) -> Head | None:
     config = model_files.check_config_file(folder)
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
-    found = next((head for suffix, head in _HEADS.items() if isinstance(name, str) and name.endswith(suffix)), None)
+    found = None
+    if isinstance(name, str) and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # some end with LMHeadModel
+        found = next((head for suffix, head in _HEADS.items() if name.endswith(suffix)), None)
     if config.get("is_encoder_decoder"):
         if found not in (None, Head.VECTOR):
             raise ModelError(

@@ -72,7 +72,8 @@ def test_what_a_model_is_for_is_told_by_its_class_and_its_files(tmp_path: Path) 
         ("spans", Head.SPANS),
     ):
         assert find_head(str(write_encoder(tmp_path / head, "bert", head))) is found
-    assert find_head(str(write_tiny_model(tmp_path / "llama"))) is None
+    for family in ("llama", "gpt2"):  # the one's class is LlamaForCausalLM, the other's GPT2LMHeadModel
+        assert find_head(str(write_tiny_model(tmp_path / family, family))) is None
     assert find_head(str(real_sentence_model())) is Head.VECTOR
     change(tmp_path / "labels", is_encoder_decoder=True)
     with pytest.raises(ModelError, match="classifier behind a decoder"):

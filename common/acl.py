@@ -39,17 +39,19 @@ _JOB_KEYS: Final = tuple(
 )  # fmt: skip
 _REGISTRY: Final = ("exists", "get", "hdel", "hget", "hgetall", "hset", "hsetnx", "hvals", "incr", "set", "del")
 
+_BATCH_SCRIPTS: Final = ("getbit", "setbit", "rpush", "lrange")
+
 # What a gateway needs besides where replicas must confirm new jobs. `waitaof` only on servers that have it (Valkey,
 # Redis 7.2): others refuse a rule that names it.
 REPLICA_COMMANDS: Final = ("wait", "waitaof")
 
 _COMMANDS: Final = {
-    Role.GATEWAY: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "xread", "hgetall", "info"),
+    Role.GATEWAY: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, *_BATCH_SCRIPTS, "xread", "hgetall", "info"),
     Role.WORKER: (*_CONNECTION, *_SCRIPTS, *_JOB_SCRIPTS, "blpop", *_REGISTRY),
     Role.ADMIN: (*_CONNECTION, *_SCRIPTS, *_REGISTRY, "sadd", "smembers", "info"),
 }
 _KEYS: Final = {
-    Role.GATEWAY: (*_JOB_KEYS, "~{t:*}:*", "%R~{models}:*", "%R~{keys}:*"),
+    Role.GATEWAY: (*_JOB_KEYS, "~{t:*}:*", "~{batches}:*", "%R~{models}:*", "%R~{keys}:*"),
     Role.WORKER: (*_JOB_KEYS, "~{models}:*"),
     Role.ADMIN: ("~{models}:*", "~{keys}:*"),
 }

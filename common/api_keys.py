@@ -217,6 +217,13 @@ class ApiKeys:
             self._refused[digest] = asked + REFUSED_MS
         raise Unauthenticated("the credentials are not valid")
 
+    async def current(self, key_id: str) -> ApiKey:
+        """A key's record as it is now. Raises ApiKeyNotFound, and Unauthenticated for one that has ended."""
+        api_key, now_ms = await asyncio.gather(self.get(key_id), self._now_ms())
+        if not api_key.is_valid(now_ms):
+            raise Unauthenticated("the credentials are not valid")
+        return api_key
+
     async def _read(self, key_id: str) -> tuple[ApiKey, str] | None:
         fields = await self._execute("HGETALL", keys.api_key(key_id))
         if b"digest" not in fields:

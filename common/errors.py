@@ -103,6 +103,15 @@ class GenerationNotFound(NotFound):
         super().__init__("no such generation, or its result has expired")
 
 
+class BatchNotFound(NotFound):
+    """No such batch, or another tenant's, or one that was erased: one text for all three."""
+
+    default_reason = "BATCH_NOT_FOUND"
+
+    def __init__(self) -> None:
+        super().__init__("no such batch, or its results have expired")
+
+
 class ApiKeyNotFound(NotFound):
     default_reason = "API_KEY_NOT_FOUND"
 
@@ -127,14 +136,14 @@ class IdempotencyKeyReused(FailedPrecondition):
 
 
 class SequenceOutOfRange(ServingError):
-    """A resume names an event that the log does not hold."""
+    """A resume names an event (or, by another `field`, a result) that the log does not hold."""
 
     default_reason = "INDEX_OUT_OF_RANGE"
 
-    def __init__(self, after_sequence: int, last_sequence: int) -> None:
+    def __init__(self, after_sequence: int, last_sequence: int, *, field: str = "after_sequence") -> None:
         super().__init__(
-            "after_sequence is beyond the last event",
-            metadata={"field": "after_sequence", "limit": str(last_sequence), "got": str(after_sequence)},
+            f"{field} is beyond the last {'event' if field == 'after_sequence' else 'result'}",
+            metadata={"field": field, "limit": str(last_sequence), "got": str(after_sequence)},
         )
 
 

@@ -183,6 +183,12 @@ class JobQueue:
                 return generation_id.decode()
         return None
 
+    async def find_by_key(self, shards: Iterable[str], tenant: str, idempotency_key: str) -> str | None:
+        """The generation that this key made in any of the shards, whatever its request was."""
+        digest = keys.idempotency_digest(tenant, idempotency_key)
+        found = await asyncio.gather(*(self._read(keys.idempotency(shard, digest)) for shard in shards))
+        return next((value.partition(b" ")[0].decode() for value in found if value is not None), None)
+
     async def _read(self, key: str) -> bytes | None:
         value: bytes | None = await self._retry.call(lambda: execute(self._redis, "GET", key))
         return value

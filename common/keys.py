@@ -46,6 +46,14 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {t:<tenant>}:d:<day>      hash    gateway  tokens of a UTC day, of the tenant and each quota id        2 days
     {t:<tenant>}:r:<id>       string  gateway  what a generation has reserved         once settled, or a lifetime
 
+    {t:<tenant>}:b:<bid>          hash    gateway  one batch, see scripts/lib_batches.lua      retention after its end
+    {t:<tenant>}:b:<bid>:items    list    gateway  its requests                          its end; 10 minutes while made
+    {t:<tenant>}:b:<bid>:results  list    gateway  what came of them, in that order            retention after its end
+    {t:<tenant>}:b:<bid>:done     string  gateway  a bit for each item with a result                       its end
+    {t:<tenant>}:bi:<digest>      string  gateway  idempotency key -> batch, request digest            with the batch
+    {t:<tenant>}:batches          zset    gateway  a tenant's batches by creation         with the last one, or trimmed
+    {batches}:active              zset    gateway  batches that run, by when somebody is to look at them      when empty
+
 (*) A failed job: the retention of dead letters if that is longer, or until it is purged or the oldest of too many. Once
 it has been sent again: the usual retention from then.
 
@@ -72,7 +80,7 @@ import re
 import secrets
 from typing import Final
 
-from common.errors import GenerationNotFound
+from common.errors import BatchNotFound, GenerationNotFound
 
 SCHEMA_VERSION: Final = 1  # of keys, fields and scripts together; written into {shard}:meta
 
@@ -83,12 +91,14 @@ API_KEY_IDS: Final = "{keys}:ids"
 SHARED_SECRET: Final = "{keys}:secret"
 FIRST_ADMIN_KEY: Final = "{keys}:first"
 TENANTS: Final = "{keys}:tenants"
+ACTIVE_BATCHES: Final = "{batches}:active"
 
 PRIORITY_CLASSES: Final = 3  # 0 is served first
 
 _SHARD: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_RESERVED_TAGS: Final = frozenset({"models", "keys"})
+_RESERVED_TAGS: Final = frozenset({"models", "keys", "batches"})
 _RANDOM_ID: Final = re.compile(r"[a-z2-7]{26}")
+_BATCH_ID: Final = re.compile(r"batch-[a-z2-7]{26}")
 _MAX_SLUG: Final = 40
 
 
@@ -213,6 +223,26 @@ def quota(tenant: str) -> str:
 
 def dead_letters(shard: str) -> str:
     return f"{{{shard}}}:failed"
+
+
+def new_batch_id() -> str:
+    """A fresh batch id; the scripts rely on its length."""
+    return f"batch-{random_id()}"
+
+
+def batch(tenant: str, batch_id: str) -> str:
+    """Raises BatchNotFound for an id that we cannot have issued."""
+    if not _BATCH_ID.fullmatch(batch_id):
+        raise BatchNotFound
+    return f"{{t:{tenant}}}:b:{batch_id}"
+
+
+def batches(tenant: str) -> str:
+    return f"{{t:{tenant}}}:batches"
+
+
+def batch_idempotency(tenant: str, digest: str) -> str:
+    return f"{{t:{tenant}}}:bi:{digest}"
 
 
 def model_blob(sha256: str) -> str:

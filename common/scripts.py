@@ -22,7 +22,8 @@ _INCLUDE: Final = "--@include "
 NAMES: Final = (
     "enqueue", "attach", "detach", "cancel", "get", "claim", "commit", "release", "preempt", "wanted", "owned", "leave",
     "beat_worker", "beat_gateway", "reap", "sweep", "workers", "dead_letters", "retry", "purge", "publish", "unpublish",
-    "delete", "quota_reserve", "quota_settle",
+    "delete", "quota_reserve", "quota_settle", "batch_append", "batch_start", "batch_lease", "batch_page",
+    "batch_result", "batch_cancel", "batch_delete", "batch_due",
 )  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def sources() -> tuple[dict[str, str], dict[str, str]]:
     """Texts of all scripts and of all libraries, by name."""
     folder = resources.files("common") / "scripts"
     texts = {name: (folder / f"{name}.lua").read_text() for name in NAMES}
-    libraries = {name: (folder / f"lib_{name}.lua").read_text() for name in ("base", "jobs", "claims")}
+    libraries = {name: (folder / f"lib_{name}.lua").read_text() for name in ("base", "jobs", "claims", "batches")}
     return texts, libraries
 
 

@@ -13,6 +13,7 @@ import structlog
 
 from common import keys
 from common.api_keys import ApiKeys
+from common.batches import Batches
 from common.dead_letters import DeadLetters
 from common.embedded import describe_durability
 from common.errors import ServingError
@@ -35,6 +36,8 @@ from gateway.admin.tenants import TenantServicer
 from gateway.admin.usage import UsageServicer
 from gateway.admission import Admission
 from gateway.audit import Audit, AuditFile
+from gateway.batches.assembly import build_batching
+from gateway.batches.running import Owners
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
 from gateway.generations import Generations
@@ -56,7 +59,13 @@ from gateway.tasks.servicers import ClassificationServicer, EmbeddingServicer
 from gateway.tls import CertificateError
 from gateway.upkeep import Upkeep
 from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc, tenant_pb2_grpc, usage_pb2_grpc
-from torchrelay.v1 import classification_pb2_grpc, embedding_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
+from torchrelay.v1 import (
+    batch_pb2_grpc,
+    classification_pb2_grpc,
+    embedding_pb2_grpc,
+    generation_pb2_grpc,
+    model_pb2_grpc,
+)
 
 log = structlog.get_logger()
 
@@ -116,6 +125,27 @@ async def run(
     tasks = Tasks(generations, catalog, settings, secret, queue_settings.max_log_bytes)
     embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(tasks), server.public)
     classification_pb2_grpc.add_ClassificationServiceServicer_to_server(ClassificationServicer(tasks), server.public)
+    batching = build_batching(
+        Batches(
+            redis,
+            queue.gateway_id,
+            retry=retry,
+            headroom=headroom,
+            acks=ReplicaAcks(waiting_redis, redis_settings),
+            sealer=sealer,
+        ),
+        queue,
+        admission,
+        streams,
+        catalog,
+        generations,
+        tasks,
+        Owners(ApiKeys(redis, retry=retry), tenants),
+        secret,
+        settings,
+        queue_settings,
+    )
+    batch_pb2_grpc.add_BatchServiceServicer_to_server(batching.servicer, server.public)
     door = Door(
         authenticator.authenticate,
         check_method,
@@ -170,13 +200,17 @@ async def run(
         version=version("torchrelay"),
     )
     running = asyncio.create_task(upkeep.run())
+    feeding = asyncio.create_task(batching.feeders.run())
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        log.info("gateway.draining", streams=len(hub))
+        log.info("gateway.draining", streams=len(hub), batches=len(batching.feeders))
+        feeding.cancel()  # other gateways go on with what this one has fed
         await asyncio.gather(server.stop(), openai.stop())
     finally:
         stopping.cancel()
+        feeding.cancel()
+        await asyncio.gather(feeding, return_exceptions=True)
         upkeep.stop()
         await running
         await authenticator.aclose()

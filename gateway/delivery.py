@@ -41,17 +41,25 @@ class Subscription:
         "_waiter",
         "attach_id",
         "generation_id",
+        "in_background",
         "superseded",
     )
 
     def __init__(
-        self, generation_id: str, max_pending: int, max_pending_bytes: int, opener: GenerationSealer | None = None
+        self,
+        generation_id: str,
+        max_pending: int,
+        max_pending_bytes: int,
+        opener: GenerationSealer | None = None,
+        *,
+        in_background: bool = False,
     ) -> None:
-        """`opener` opens sealed items of the generation."""
+        """`opener` opens sealed items of the generation. In the background there is no stream to share time with."""
         self._opener = opener or PLAIN.of("", generation_id)
         self.generation_id = generation_id
         self.attach_id = keys.random_id()
         self.superseded = False
+        self.in_background = in_background
         self._max_pending = max_pending
         self._max_pending_bytes = max_pending_bytes
         self._pending: list[ReplyItem] = []
@@ -86,6 +94,11 @@ class Subscription:
     def supersede(self) -> None:
         """End this subscription: another call took its place."""
         self.superseded = True
+        self._wake()
+
+    def look(self) -> None:
+        """Have the log read next."""
+        self._must_read_log = True
         self._wake()
 
     async def take(self, timeout_s: float) -> tuple[ReplyItem, ...] | None:
@@ -138,11 +151,15 @@ class EventHub:
         """Whether a call listens to this generation here."""
         return generation_id in self._subscriptions
 
-    def subscribe(self, generation_id: str, opener: GenerationSealer | None = None) -> Subscription:
+    def subscribe(
+        self, generation_id: str, opener: GenerationSealer | None = None, *, in_background: bool = False
+    ) -> Subscription:
         """Listen to a generation, beside those who do already: whether this call may have it is not known yet."""
-        subscription = Subscription(generation_id, self._max_pending, self._max_pending_bytes, opener)
+        subscription = Subscription(
+            generation_id, self._max_pending, self._max_pending_bytes, opener, in_background=in_background
+        )
         self._subscriptions.setdefault(generation_id, []).append(subscription)
-        self._num_subscriptions += 1
+        self._num_subscriptions += not in_background
         return subscription
 
     def take_over(self, subscription: Subscription) -> None:
@@ -156,7 +173,7 @@ class EventHub:
         listening = self._subscriptions.get(subscription.generation_id, [])
         if subscription in listening:
             listening.remove(subscription)
-            self._num_subscriptions -= 1
+            self._num_subscriptions -= not subscription.in_background
             if not listening:
                 del self._subscriptions[subscription.generation_id]
 

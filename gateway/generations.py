@@ -16,7 +16,7 @@ from common.deltas import merge_deltas, merge_scores
 from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
-from common.jobs import Attachment, Enqueued, NewJob
+from common.jobs import Attachment, Enqueued, GenerationRecord, NewJob
 from gateway import audit, beams, convert, sources, token_choice
 from gateway import validation as check
 from gateway.admission import Admission
@@ -149,6 +149,10 @@ class Generations:
             accepted.place = max(0, enqueued.place - 1)
             convert.set_wait(accepted, enqueued.expected_wait_ms)
         return accepted
+
+    async def unattended(self, request: pb.SubmitGenerationRequest, caller: Caller) -> tuple[NewJob, pb.Accepted]:
+        """Return the job of a generation that nobody listens to, for others to queue. Raises what `_job` raises."""
+        return await self._job(request, caller, None)
 
     @asynccontextmanager
     async def resume(
@@ -301,6 +305,14 @@ class Generations:
 
     async def whole(self, generation_id: str, caller: Caller) -> pb.Generation:
         """Return a generation with everything in its log. Raises GenerationNotFound."""
+        message, record = await self.read_whole(generation_id, caller)
+        failure = convert.failure_of(record)
+        if failure is not None:
+            message.error_reason = failure.reason
+        return message
+
+    async def read_whole(self, generation_id: str, caller: Caller) -> tuple[pb.Generation, GenerationRecord]:
+        """As `whole`, with what is stored of it beside; the message does not say why it failed."""
         position = LogPosition()
         deltas: list[OutputDelta] = []
         scores: list[PromptScores | None] = []
@@ -317,10 +329,7 @@ class Generations:
         message = convert.generation_message(
             part.record, accepted_of(part.record), merge_deltas(deltas), position, merge_scores(scores)
         )
-        failure = convert.failure_of(part.record)
-        if failure is not None:
-            message.error_reason = failure.reason
-        return message
+        return message, part.record
 
     @staticmethod
     def _salt(secret: bytes, caller: Caller, given: bytes) -> bytes:

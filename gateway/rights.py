@@ -16,6 +16,7 @@ _SCOPE_OF: Final[Mapping[str, Scope | None]] = {
     "torchrelay.v1.ModelService": None,
     "torchrelay.v1.EmbeddingService": Scope.TASKS,
     "torchrelay.v1.ClassificationService": Scope.TASKS,
+    "torchrelay.v1.BatchService": Scope.BATCH,
     "torchrelay.admin.v1beta1.ApiKeyService": Scope.ADMIN_KEYS,
     "torchrelay.admin.v1beta1.TenantService": Scope.ADMIN_TENANTS,
     "torchrelay.admin.v1beta1.FleetService": Scope.ADMIN_FLEET,

@@ -19,7 +19,7 @@ from torchrelay.client.channel import is_loopback
 
 _PUBLIC: Final = tuple(
     f"torchrelay.v1.{name}"
-    for name in ("GenerationService", "ModelService", "EmbeddingService", "ClassificationService")
+    for name in ("GenerationService", "ModelService", "EmbeddingService", "ClassificationService", "BatchService")
 )
 _ADMIN: Final = tuple(
     f"torchrelay.admin.v1beta1.{name}" for name in ("ApiKeyService", "TenantService", "FleetService", "UsageService")

@@ -80,6 +80,22 @@ class GatewaySettings(BaseSettings):
     max_stop_strings: int = Field(default=16, ge=0, description="Most stop strings of one request.")
     max_outputs: int = Field(default=16, ge=1, description="Most outputs of one request.")
 
+    max_batch_items: int = Field(default=50_000, gt=0, description="Most items of one batch.")
+    max_batch_bytes: int = Field(default=64 << 20, gt=0, description="Most bytes of the items of one batch.")
+    max_batches_per_tenant: int = Field(
+        default=100, gt=0, description="Most batches of one tenant, those that have ended and are still kept included."
+    )
+    batch_window: int = Field(
+        default=64, gt=0, description="Most items of one batch that are in the queue or with workers at a time."
+    )
+    max_fed_batches: int = Field(default=32, gt=0, description="Most batches that this gateway feeds at a time.")
+    batch_retention_s: float = Field(
+        default=86_400, gt=0, description="How long a batch and its results are kept after its end."
+    )
+    batch_lifetime_s: float = Field(
+        default=7 * 86_400, gt=0, description="How long a batch may run; items without a result are then given up."
+    )
+
     progress_interval_s: float = Field(default=15, gt=0, description="Silence after which a stream gets a Progress.")
     reconcile_interval_s: float = Field(
         default=1, gt=0, description="Silence after which a stream reads the log itself."

@@ -264,13 +264,17 @@ class StreamFactory:
         self._sealer = sealer
         self._abandoned: set[tuple[str, str, int]] = set()  # generation and attach ids, least grace
 
-    def listen(self, generation_id: str, tenant: str) -> Subscription:
+    def listen(self, generation_id: str, tenant: str, *, in_background: bool = False) -> Subscription:
         """Subscribe before attaching or enqueuing, so that no event falls between the two.
 
         Whether it is that tenant's is not known yet: another's sealed events do not open, and plain ones are delivered
         to nobody before the generation is attached.
         """
-        return self._hub.subscribe(generation_id, self._sealer.of(tenant, generation_id))
+        return self._hub.subscribe(generation_id, self._sealer.of(tenant, generation_id), in_background=in_background)
+
+    def let_go(self, subscription: Subscription) -> None:
+        """End a subscription to a generation that needs nobody to listen."""
+        self._hub.unsubscribe(subscription)
 
     def open(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Final, TypeAlias, cast
 
 import grpc
@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import error_details_pb2
 
-from common.errors import ClientTooSlow, InvalidRequest, ServingError
+from common.errors import Aborted, ClientTooSlow, InvalidRequest, ServingError
 from common.logs import frames_of
 from gateway.audit import Audit
 from gateway.identity.caller import CALLER, Caller, CallInfo
@@ -47,7 +47,8 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> None:
         """`authorize` raises PermissionDenied for a method that the caller may not call.
 
-        A stream whose client leaves a message unread for longer than `send_timeout_s` ends with ClientTooSlow.
+        A stream whose client leaves a message unread for longer than `send_timeout_s` ends with ClientTooSlow, and one
+        of requests with Aborted where its client sends none for so long.
         """
         self._authenticate = authenticate
         self._prefix = prefix
@@ -66,9 +67,12 @@ class Guard(grpc.aio.ServerInterceptor):
             # Health and reflection are open, and parse for themselves.
             return cast("grpc.RpcMethodHandler[Any, Any] | None", handler)
         deserialize = handler.request_deserializer
-        if handler.response_streaming:
+        if handler.request_streaming:
+            behavior = self._guarded(method, lambda data, context: self._collect(handler, deserialize, data, context))
+            make: Any = grpc.stream_unary_rpc_method_handler
+        elif handler.response_streaming:
             behavior = self._guarded(method, lambda data, context: self._stream(handler, deserialize, data, context))
-            make: Any = grpc.unary_stream_rpc_method_handler
+            make = grpc.unary_stream_rpc_method_handler
         else:
             behavior = self._guarded(method, lambda data, context: _unary(handler, deserialize, data, context))
             make = grpc.unary_unary_rpc_method_handler
@@ -78,9 +82,9 @@ class Guard(grpc.aio.ServerInterceptor):
         return guarded
 
     def _guarded(
-        self, method: str, call: Callable[[bytes, Context], Awaitable[Any]]
-    ) -> Callable[[bytes, Context], Awaitable[Any]]:
-        async def behavior(data: bytes, context: Context) -> Any:
+        self, method: str, call: Callable[[Any, Context], Awaitable[Any]]
+    ) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def behavior(data: Any, context: Context) -> Any:
             record = self._audit.begin(method, context.peer())
             try:
                 if self._authenticate is not None:
@@ -127,6 +131,26 @@ class Guard(grpc.aio.ServerInterceptor):
             if not sending.expired():
                 raise  # one of the handler's own
             raise ClientTooSlow from error
+
+    async def _collect(
+        self, handler: Any, deserialize: Callable[[bytes], Message], received: AsyncIterator[bytes], context: Context
+    ) -> Any:
+        """Hand a stream of requests on, each held to what a single one is. Raises Aborted for a client that stalls."""
+
+        async def messages() -> AsyncGenerator[Message]:
+            iterator = aiter(received)
+            while True:
+                try:
+                    async with asyncio.timeout(self._send_timeout_s):
+                        data = await anext(iterator)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError as error:
+                    raise Aborted("the client has sent nothing for too long", reason="CLIENT_STALLED") from error
+                yield parse(deserialize, data)
+
+        async with contextlib.aclosing(messages()) as requests:
+            return await handler.stream_unary(requests, context)
 
 
 def call_info(context: Context) -> CallInfo:

@@ -7,7 +7,7 @@ from typing import Final
 
 from common import errors, keys
 from common.generation import JobBody, SamplingParams
-from common.jobs import JobState, NewJob
+from common.jobs import GenerationRecord, JobState, NewJob
 from common.tasks import TaskResult, num_tokens
 from gateway import validation as check
 from gateway.catalog import Catalog, ServedModel
@@ -76,6 +76,10 @@ class Tasks:
         """Wait for the answer to a request that was submitted. Raises GenerationNotFound, GenerationEndedError."""
         async with self._generations.resume(generation_id, caller, call, LogPosition()) as (stream, accepted):
             return await _response(stream, accepted)
+
+    async def unattended(self, request: TaskRequest, caller: Caller) -> tuple[NewJob, pb.Accepted]:
+        """Return the job of a request that nobody waits for, for others to queue. Raises what `_job` raises."""
+        return await self._job(request, caller, None, attended=False)
 
     async def _job(
         self,
@@ -167,9 +171,12 @@ async def _response(stream: EventStream, accepted: pb.Accepted) -> TaskResponse:
     """Wait for a job's end. Raises GenerationEndedError."""
     async for _ in stream.events():
         pass
-    result: TaskResult | None = stream.result
-    record = stream.record
-    assert record is not None, "the stream has not ended"
+    assert stream.record is not None, "the stream has not ended"
+    return answer(stream.result, stream.record, accepted)
+
+
+def answer(result: TaskResult | None, record: GenerationRecord, accepted: pb.Accepted) -> TaskResponse:
+    """Return the answer of a job that has ended, and not failed. Raises GenerationEndedError and ResultLost."""
     usage = pb.Usage(prompt_tokens=record.usage.prompt_tokens)
     if result is not None:
         return response_of(result, accepted, usage)

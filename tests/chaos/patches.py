@@ -23,7 +23,7 @@ def patch(function: Callable[[str], None]) -> Callable[[str], None]:
 
 def apply(names: Iterable[str]) -> None:
     """Apply patches to this process. Raises KeyError for one that does not exist."""
-    from tests.chaos import mutants  # noqa: F401 - registers its patches
+    from tests.chaos import batch_mutants, mutants  # noqa: F401 - register their patches
 
     for name in names:
         kind, _, argument = name.partition(":")

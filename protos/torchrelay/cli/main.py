@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from torchrelay.cli import output
+from torchrelay.cli.batch import batch
 from torchrelay.cli.bench import bench
 from torchrelay.cli.dead_letters import dead_letters
 from torchrelay.cli.generate import chat, generate
@@ -39,6 +40,7 @@ def make_app() -> typer.Typer:
             all_models.registered_commands += point.load().registered_commands
     all_models.registered_commands += models.registered_commands
     app.add_typer(all_models, name="models")
+    app.add_typer(batch, name="batch")
     app.add_typer(keys, name="keys")
     app.add_typer(tenants, name="tenants")
     app.add_typer(dead_letters, name="dead-letters")

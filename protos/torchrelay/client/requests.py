@@ -213,6 +213,13 @@ def make_duration(seconds: float | None) -> Duration | None:
     return duration
 
 
+def make_priority(priority: Priority | None) -> pb.Priority.ValueType:
+    """Turn a priority's name into its value; None stays unset. Raises ValueError for an unknown one."""
+    if priority is not None and priority not in _PRIORITIES:
+        raise ValueError(f"priority {priority!r} is not one of {', '.join(_PRIORITIES)}")
+    return pb.PRIORITY_UNSPECIFIED if priority is None else _PRIORITIES[priority]
+
+
 def make_stream_request(
     model: str,
     prompt: Prompt,
@@ -229,8 +236,6 @@ def make_stream_request(
 
     A key is made up if none is given: it is what makes a repeat after a lost reply safe.
     """
-    if priority is not None and priority not in _PRIORITIES:
-        raise ValueError(f"priority {priority!r} is not one of {', '.join(_PRIORITIES)}")
     return pb.StreamGenerateRequest(
         model=model,
         input=make_input(prompt),
@@ -238,7 +243,7 @@ def make_stream_request(
         time_limit=make_duration(time_limit_s),
         disconnect_grace=make_duration(disconnect_grace_s),
         idempotency_key=idempotency_key or uuid.uuid4().hex,
-        priority=pb.PRIORITY_UNSPECIFIED if priority is None else _PRIORITIES[priority],
+        priority=make_priority(priority),
         cache_salt=cache_salt,
         adapter=adapter,
     )

@@ -11,12 +11,13 @@ from typing import Any, Protocol, Self, TypeVar, Unpack, overload
 import grpc
 
 from torchrelay.client import channel as channels
+from torchrelay.client.batches import BatchCalls
 from torchrelay.client.errors import RelayError, from_rpc_error
 from torchrelay.client.requests import GenerationOptions, Priority, Prompt, make_stream_request
 from torchrelay.client.resume import RetryPolicy, StreamPosition
 from torchrelay.client.tasks import keyed, method_of
+from torchrelay.v1 import batch_pb2_grpc, classification_pb2_grpc, embedding_pb2_grpc, model_pb2, model_pb2_grpc
 from torchrelay.v1 import classification_pb2 as cpb
-from torchrelay.v1 import classification_pb2_grpc, embedding_pb2_grpc, model_pb2, model_pb2_grpc
 from torchrelay.v1 import embedding_pb2 as epb
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import generation_pb2_grpc as pb_grpc
@@ -81,7 +82,7 @@ class GenerationStream:
         return self._client.generation.StreamGenerate(self._request, metadata=self._client.metadata)
 
 
-class Client:
+class Client(BatchCalls):
     """Calls a torchrelay gateway. One instance holds one channel and may be shared by threads.
 
     `address` is host:port or any gRPC target, such as dns:///gateway:50051 or ipv4:10.0.0.1:50051,10.0.0.2:50051.
@@ -111,6 +112,7 @@ class Client:
         self.embedding = embedding_pb2_grpc.EmbeddingServiceStub(self._channel)
         self.classification = classification_pb2_grpc.ClassificationServiceStub(self._channel)
         self.model = model_pb2_grpc.ModelServiceStub(self._channel)
+        self.batch = batch_pb2_grpc.BatchServiceStub(self._channel)
         self._retry = retry or RetryPolicy()
         self._disconnect_grace_s = disconnect_grace_s
         self._closed = False

@@ -11,6 +11,7 @@ import pytest
 import redis as redis_sync
 
 from common import keys
+from common.batches import Batches, BatchState, NewBatch, Outcome, Owner, Result
 from common.embedded import find_server
 from common.job_claims import JobClaims
 from common.job_queue import START_CURSOR, JobQueue
@@ -108,3 +109,34 @@ async def test_the_registry_keeps_to_its_slot(client: Redis) -> None:
     await registry.publish(card, FILES)
     assert await registry.list() == [card]
     assert await registry.delete(card.shard)
+
+
+async def test_the_scripts_of_batches_keep_to_their_slots(client: Redis) -> None:
+    batches = Batches(client, keys.random_id(), retry=FAST_RETRY)
+    ids = [keys.new_batch_id() for _ in range(3)]
+    for batch_id in ids:
+        await batches.append("acme", batch_id, 0, [b"one", b"two"])
+        await batches.start(
+            NewBatch(
+                batch_id=batch_id,
+                owner=Owner("acme", "k1"),
+                total=2,
+                priority=2,
+                idempotency_key=batch_id,
+                max_batches=3,
+                retention_ms=1000,
+                lifetime_ms=1000,
+            )
+        )
+    assert {batch_id for _, batch_id in await batches.due()} == set(ids)
+    lease = await batches.take("acme", ids[0], 1000)
+    assert lease is not None
+    assert await batches.items("acme", ids[0], 0, 9) == [b"one", b"two"]
+    await batches.renew(lease.batch, 1000, num_running=1, fed_below=2)
+    done = [Result(index, Outcome.SUCCEEDED, b"result") for index in range(2)]
+    assert await batches.finish(lease.batch, done) is BatchState.DONE
+    assert len((await batches.results("acme", ids[0], 0))[1]) == 2
+    await batches.cancel("acme", ids[1])
+    await batches.delete("acme", ids[2])
+    await batches.erase(await batches.get("acme", ids[1]))
+    assert [record.batch_id for record in await batches.all_of("acme")] == [ids[0]]

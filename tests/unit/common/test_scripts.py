@@ -20,7 +20,7 @@ def test_every_script_says_what_it_takes_and_gives_and_bears_the_schema_version(
 
 def test_only_what_adds_work_is_refused_when_memory_is_short() -> None:
     refused = {name for name in scripts.NAMES if "allow-oom" not in scripts.sources()[0][name].splitlines()[0]}
-    assert refused == {"enqueue", "retry", "publish", "quota_reserve"}
+    assert refused == {"enqueue", "retry", "publish", "quota_reserve", "batch_append", "batch_start"}
 
 
 # What Lua and the server define. A function of Lua that no script uses yet is not listed: that would hide a slip.
@@ -91,13 +91,14 @@ def test_a_library_that_does_not_exist_and_a_missing_shebang_are_errors() -> Non
 
 def test_the_commands_inside_the_scripts_are_in_the_roles_that_run_them() -> None:
     texts, libraries = scripts.sources()
-    job_scripts = [text for name, text in texts.items() if not re.match(r"(un)?publish|quota", name)]
-    job_scripts += libraries.values()
+    job_scripts = [text for name, text in texts.items() if not re.match(r"(un)?publish|quota|batch", name)]
+    job_scripts += [text for name, text in libraries.items() if name != "batches"]
     used = _commands(job_scripts)
     assert len(used) > 30
     for role in (Role.GATEWAY, Role.WORKER):
         assert used <= _allowed(role)
-    assert _commands(text for name, text in texts.items() if name.startswith("quota")) <= _allowed(Role.GATEWAY)
+    of_tenants = [text for name, text in texts.items() if name.startswith(("quota", "batch"))]
+    assert _commands([*of_tenants, libraries["batches"]]) <= _allowed(Role.GATEWAY)
 
 
 def _commands(texts: Iterable[str]) -> set[str]:

@@ -232,6 +232,7 @@ async def test_a_handler_that_cancels_itself_does_not_leave_its_caller_waiting(
 
 
 WITHOUT_ARGUMENTS = (
+    errors.BatchNotFound,
     errors.ClientTooSlow,
     errors.GenerationNotFound,
     errors.IdempotencyKeyReused,
@@ -267,6 +268,7 @@ CODES = {
     "ModelNotFound": "NOT_FOUND",
     "AdapterNotFound": "NOT_FOUND",
     "GenerationNotFound": "NOT_FOUND",
+    "BatchNotFound": "NOT_FOUND",
     "ApiKeyNotFound": "NOT_FOUND",
     "TenantNotFound": "NOT_FOUND",
     "FailedPrecondition": "FAILED_PRECONDITION",

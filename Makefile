@@ -146,9 +146,13 @@ bench-gpu: install-dev  ## correctness and speed on an NVIDIA GPU, ten minutes; 
 # Side by side: most tests use one core, and those that run whole systems often wait for leases. Unit tests give way to them.
 pytest: install-dev  ## the tests alone
 	@mkdir -p build
-	@nice -n 5 $(BIN)/pytest tests/unit -n 2 --dist loadfile > build/unit-tests.log 2>&1 & unit=$$!; trap 'kill $$unit 2>/dev/null' INT TERM; \
-	$(BIN)/pytest --ignore tests/unit -n 2 --dist loadfile; others=$$?; wait $$unit; unit=$$?; \
+	@nice -n 5 $(BIN)/pytest tests/unit -m 'not long' -n 2 --dist loadfile > build/unit-tests.log 2>&1 & unit=$$!; trap 'kill $$unit 2>/dev/null' INT TERM; \
+	$(BIN)/pytest --ignore tests/unit -m 'not long' -n 2 --dist loadfile; others=$$?; wait $$unit; unit=$$?; \
 	echo 'The unit tests, which ran beside these:'; cat build/unit-tests.log; exit $$((others | unit))
+
+.PHONY: test-long
+test-long: install-dev  ## the tests that take minutes each: 64 streams of SmolLM2 against transformers, a broken program that chaos must see
+	$(BIN)/pytest -m long
 
 .PHONY: reference
 reference: install-dev  ## records anew what transformers answers to the requests of test_exactness.py; minutes

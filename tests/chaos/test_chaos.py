@@ -39,6 +39,7 @@ def test_nothing_is_lost_whatever_is_done_to_the_system() -> None:
     assert figures["in_flight_on_what_was_hit"] >= 10
 
 
+@pytest.mark.long
 @pytest.mark.timeout(500)
 def test_a_broken_program_is_seen() -> None:
     status, figures, said = run("tests.chaos.run_mutants", "takeover_from_the_start")

@@ -39,7 +39,7 @@ EXAMPLES: Final[Mapping[str, str]] = {
 def write_models(base: Path) -> dict[str, Path]:
     """Return a directory for each model; those with random weights are marked so."""
     random = {
-        "gpt2": write_tiny_model(base / "gpt2", "gpt2"),
+        "gpt2": write_gpt2(base / "gpt2"),
         "bert": write_encoder(base / "bert", "bert", labels=("entailment", "neutral", "contradiction")),
         "distilbert": write_encoder(base / "distilbert", "distilbert", labels=("NEGATIVE", "POSITIVE")),
         "ner": write_encoder(base / "ner", "bert", "tokens"),
@@ -49,6 +49,14 @@ def write_models(base: Path) -> dict[str, Path]:
     for folder in random.values():
         (folder / RANDOM_MARK).touch()
     return {**random, "smollm2": demo_model_dir(), "minilm": real_sentence_model()}
+
+
+def write_gpt2(folder: Path) -> Path:
+    """A tiny GPT-2 whose tokenizer transformers loads too."""
+    write_tiny_model(folder, "gpt2")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<eos>"}))
+    return folder
 
 
 def write_t5(folder: Path) -> Path:

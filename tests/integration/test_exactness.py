@@ -200,6 +200,7 @@ def smollm2_waves(tokenizer: Tokenizer) -> list[list[Case]]:
     return [[large], [*first, *leaving[:3]], [*second, *leaving[3:]], third, fourth]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 async def test_smollm2_answers_64_streams_as_one_at_a_time(system: System) -> None:
     folder = demo_model_dir()

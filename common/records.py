@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
@@ -20,6 +20,7 @@ from common.jobs import (
     ReplyItem,
 )
 from common.sealing import PLAIN, GenerationSealer
+from common.tasks import Task
 
 _T = TypeVar("_T")
 
@@ -29,6 +30,7 @@ _EVENT_DECODER: Final = msgspec.msgpack.Decoder(LogEvent)
 _ITEMS_DECODER: Final = msgspec.msgpack.Decoder(list[ReplyItem])
 _BODY_DECODER: Final = msgspec.msgpack.Decoder(JobBody)
 _EVENT_BODY_DECODER: Final = msgspec.msgpack.Decoder(EventBody)
+_TASK_TAGS: Final = frozenset(kind.__struct_config__.tag for kind in get_args(Task))
 _PLAIN: Final = PLAIN.of("", "")
 _BODY_LABEL: Final = b"body"
 _ECHO_LABEL: Final = b"echo"
@@ -43,11 +45,12 @@ def decode(decoder: msgspec.msgpack.Decoder[_T], data: bytes) -> _T:
 
 
 class UnknownParameters(Exception):
-    """A job asks for parameters of sampling, or values of them, that only a later version knows; they are named."""
+    """A job asks for a task, parameters of sampling, or values of them, that only a later version knows; named here."""
 
 
 class _LaterBody(msgspec.Struct, frozen=True):
     sampling: dict[str, Any]
+    task: tuple[Any, ...] | None = None
 
 
 def _decode_body(data: bytes) -> JobBody:
@@ -55,7 +58,10 @@ def _decode_body(data: bytes) -> JobBody:
     try:
         return decode(_BODY_DECODER, data)
     except msgspec.ValidationError:
-        unknown = _unknown_parameters(decode(_LATER_BODY_DECODER, data).sampling)
+        later = decode(_LATER_BODY_DECODER, data)
+        unknown = _unknown_parameters(later.sampling)
+        if later.task and later.task[0] not in _TASK_TAGS:
+            unknown.append("task")
         if not unknown:
             raise
         raise UnknownParameters(", ".join(unknown)) from None

@@ -255,7 +255,7 @@ UNKEEPABLE = {
         ("completions", {"model": MODEL, "prompt": ["a"] * 129}, 400, "prompt", "field_out_of_range"),
         ("completions", {"model": MODEL, "prompt": "a", "suffix": "b"}, 400, "suffix", "unknown_field"),
         ("completions", {"model": MODEL, "prompt": "a", "best_of": 1, "n": 2}, 400, "best_of", "field_out_of_range"),
-        ("embeddings", {"model": MODEL, "input": "a"}, 400, None, "task_not_served"),
+        ("embeddings", {"model": MODEL, "input": "a"}, 400, "max_tokens", "unknown_field"),
         ("images", {"model": MODEL}, 404, None, "not_found"),
     ],
 )

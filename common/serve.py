@@ -25,6 +25,7 @@ import typer
 from rich.console import Console
 
 from common.api_keys import ApiKeys
+from common.banner import banner
 from common.children import die_with_parent
 from common.embedded import EmbeddedServer, EmbeddedServerError, describe_durability
 from common.errors import ServingError, Unauthenticated
@@ -222,37 +223,6 @@ def wait_until_served(supervisor: Supervisor, address: str, key: str, stop: list
                 pass
             time.sleep(_POLL_S)
     return None
-
-
-def banner(
-    model: model_pb2.Model, address: str, admin_address: str, openai_address: str, key: str, program: str
-) -> str:
-    """Return how to call what is served."""
-    where = "" if address == "127.0.0.1:50051" else f" --address {address}"
-    question = "What is the capital of France?"
-    body = (
-        f'{{"model": "{model.name}", "input": {{"text": "The capital of France is"}}, "config": {{"max_tokens": 16}}}}'
-    )
-    message = f'{{"role": "user", "content": "{question}"}}'
-    chat = f'{{"model": "{model.name}", "messages": [{message}], "temperature": 0, "max_tokens": 32}}'
-    openai = curl = ""
-    if openai_address:
-        openai = f"  openai   http://{openai_address}/v1 (completions, chat completions, models)\n"
-        curl = (
-            f"  curl http://{openai_address}/v1/chat/completions -H 'authorization: Bearer {key}' \\\n"
-            f"    -d '{chat}'\n\n"
-        )
-    return (
-        f"\n  gateway  {address} (gRPC, reflection on)   admin {admin_address}\n"
-        f"{openai}"
-        f"  model    {model.name} ({model.family}, {model.dtype}, context {model.context_length})\n"
-        f"  key      {key}   for development; kept in {credentials_file()}\n\n"
-        f'  {program} generate{where} "{question}"\n\n'
-        f"  grpcurl -plaintext -H 'authorization: Bearer {key}' \\\n"
-        f"    -d '{body}' \\\n"
-        f"    {address} torchrelay.v1.GenerationService/StreamGenerate\n\n"
-        f"{curl}"
-    )
 
 
 def serve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -21,11 +22,13 @@ from transformers import (
     TextClassificationPipeline,
     TokenClassificationPipeline,
 )
+from typer.testing import CliRunner
 
 from tests.builders_http import HttpDoor
 from tests.builders_system import System, running_system, until
 from tests.builders_tasks import CORPUS, real_sentence_model, write_encoder
 from torchrelay.admin.v1beta1 import fleet_pb2, fleet_pb2_grpc
+from torchrelay.cli.main import make_app
 from torchrelay.client import RelayError
 from torchrelay.v1 import classification_pb2 as cpb
 from torchrelay.v1 import embedding_pb2 as epb
@@ -396,3 +399,25 @@ async def test_a_generation_s_calls_on_a_task_s_id_do_no_harm(system: System) ->
         await client.delete(found.generation_id)
         with pytest.raises(RelayError):
             await client.get(found.generation_id)
+
+
+def test_the_command_has_a_verb_for_each(system: System, folders: dict[str, Path], tmp_path: Path) -> None:
+    context = tmp_path / "context.txt"
+    context.write_text("Anna is in Berlin, by the river.")
+    at = ["--address", system.gateways[0].address, "--api-key", system.key]
+
+    def run(*words: str) -> str:
+        found = CliRunner().invoke(make_app(), [*words, *at])
+        assert found.exit_code == 0, found.output
+        return found.stdout
+
+    assert len(json.loads(run("embed", "hello", "-m", "minilm", "--dimensions", "7"))) == 7
+    assert len(run("classify", "Anna", "Berlin", "-m", "labels", "--top-k", "2").splitlines()) == 5
+    assert json.loads(run("classify", "Anna", "-m", "labels", "--json"))["classifications"]
+    assert "Berlin" in run("entities", NER_TEXT, "Berlin", "-m", "tokens", "--aggregation", "none")
+    [found] = json.loads(run("answer", "where?", str(context), "-m", "spans", "--json"))["answers"]
+    assert found["text"] in context.read_text()
+    assert run("rerank", "where", "in Berlin", "a river", "-m", "ranks", "--top-n", "1").count("\n") == 2
+    refused = CliRunner().invoke(make_app(), ["classify", "Anna", "-m", "minilm", *at])
+    assert refused.exit_code == 1
+    assert "TASK_NOT_SERVED, tasks embed" in refused.stderr

@@ -14,6 +14,7 @@ from torchrelay.cli.dead_letters import dead_letters
 from torchrelay.cli.generate import chat, generate
 from torchrelay.cli.inspect import cancel, erase, models, ps
 from torchrelay.cli.keys import keys
+from torchrelay.cli.tasks import answer, classify, embed, entities, rerank
 from torchrelay.cli.tenants import tenants
 from torchrelay.cli.usage import usage
 
@@ -32,7 +33,7 @@ def make_app() -> typer.Typer:
     for point in server:
         if point.name != "models":
             _add(app, point.name, point.load())
-    for verb in (generate, chat, ps, cancel, erase, usage, bench):
+    for verb in (generate, chat, embed, classify, entities, answer, rerank, ps, cancel, erase, usage, bench):
         app.command(verb.__name__)(verb)
     all_models = typer.Typer(no_args_is_help=True, help=models.info.help)
     for point in server:

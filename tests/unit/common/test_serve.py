@@ -11,19 +11,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from google.protobuf import json_format
 from structlog.testing import capture_logs
 
 from common.api_keys import ApiKeys
+from common.banner import banner
 from common.embedded import EmbeddedServer, EmbeddedServerError
 from common.redis import connect
 from common.serve import (
     Child,
     ChildRefusedError,
     Supervisor,
-    banner,
     check_address,
     data_dir_of,
     prepare,
@@ -33,6 +35,9 @@ from common.serve import (
 from common.settings import RedisSettings
 from common.startup import CANNOT_START
 from torchrelay.cli.connection import credentials_file
+from torchrelay.v1 import classification_pb2 as cpb
+from torchrelay.v1 import embedding_pb2 as epb
+from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import model_pb2
 
 MODEL = model_pb2.Model(name="tiny", family="llama", dtype="float32", context_length=64)
@@ -72,6 +77,46 @@ def test_the_banner_s_lines_can_be_pasted() -> None:
     assert json.loads(words[-1])["messages"] == [{"role": "user", "content": question}]
     for part in ("http://127.0.0.1:8000/v1", "127.0.0.1:50052", "llama, float32, context 64", str(credentials_file())):
         assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("fields", "verb", "request_", "openai_path"),
+    [
+        ({"tasks": [model_pb2.TASK_EMBED]}, "embed", epb.EmbedRequest, "embeddings"),
+        ({"tasks": [model_pb2.TASK_CLASSIFY, model_pb2.TASK_RERANK]}, "classify", cpb.ClassifyRequest, ""),
+        ({"tasks": [model_pb2.TASK_CLASSIFY_TOKENS]}, "entities", cpb.ClassifyTokensRequest, ""),
+        ({"tasks": [model_pb2.TASK_ANSWER_QUESTION]}, "answer", cpb.AnswerQuestionRequest, ""),
+        (
+            {"tasks": [model_pb2.TASK_GENERATE, model_pb2.TASK_TRANSLATE], "languages": ["de", "en"]},
+            "generate",
+            pb.StreamGenerateRequest,
+            "",
+        ),
+        ({"tasks": [model_pb2.TASK_GENERATE, model_pb2.TASK_SUMMARIZE]}, "generate", pb.StreamGenerateRequest, ""),
+    ],
+)
+def test_the_banner_s_lines_fit_the_model_s_tasks(
+    fields: dict[str, Any], verb: str, request_: Any, openai_path: str
+) -> None:
+    model = model_pb2.Model(name="m", family="bert", dtype="float32", context_length=64, **fields)
+    shown = banner(model, "127.0.0.1:7000", "127.0.0.1:7001", "127.0.0.1:7002", "tr_key", "torchrelay")
+    words = line_with(shown, "torchrelay")
+    assert words[1:4] == [verb, "--address", "127.0.0.1:7000"]
+    called = line_with(shown, "grpcurl")
+    request = json_format.Parse(called[5], request_())
+    assert request.model == "m"
+    if "languages" in fields:
+        assert request.input.translation.target_language == "en"
+        assert words[4:8] == ["--translate-from", "de", "--translate-to", "en"]
+    service, method = called[-1].removeprefix("torchrelay.v1.").split("/")
+    assert method in (request_.__name__.removesuffix("Request"),)
+    assert service.endswith("Service")
+    if openai_path:
+        curl = line_with(shown, "curl")
+        assert curl[1] == f"http://127.0.0.1:7002/v1/{openai_path}"
+        assert json.loads(curl[-1])["model"] == "m"
+    else:
+        assert "curl http" not in shown
 
 
 def test_without_an_address_for_openai_s_clients_the_banner_names_none() -> None:

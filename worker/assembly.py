@@ -68,11 +68,13 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     device = choose_device(settings.device)
     torch.set_num_threads(settings.num_threads or num_compute_threads())
     dtype = choose_dtype(settings.dtype, device)
+    narrow = None if settings.quantization == "none" else settings.quantization
+    if narrow is not None:
+        check_device(narrow, device, dtype)
     head = find_head(settings.model, settings.revision)
     if head is not None:
         return _assemble_encoder(settings, engine_settings, head, dtype, device)
     backend = choose_backend(device, dtype, engine_settings.block_size)
-    narrow = None if settings.quantization == "none" else settings.quantization
     if narrow is not None:
         check_narrow(narrow, device, dtype, backend)
     loaded = load_model(

@@ -38,8 +38,7 @@ def grpc_js(env: Mapping[str, str], call: str) -> Any:
 def test_grpcurl_lists_the_public_services_and_no_other(env: Mapping[str, str]) -> None:
     services = grpcurl(env, env["TORCHRELAY_ADDRESS"], "list").split()
     assert [name for name in services if not name.startswith("grpc.")] == [
-        "torchrelay.v1.GenerationService",
-        "torchrelay.v1.ModelService",
+        f"torchrelay.v1.{name}Service" for name in ("Batch", "Classification", "Embedding", "Generation", "Model")
     ]
     assert "grpc.health.v1.Health" in services
 

@@ -35,6 +35,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str,
     return parsed
 
 
+@pytest.mark.long
 def test_every_kernel_becomes_machine_code_that_fits_a_multiprocessor(report: dict[str, list[dict[str, Any]]]) -> None:
     kernels = [kernel for case in report.values() for kernel in case]
     assert {kernel["kernel"] for kernel in kernels} == {

@@ -63,6 +63,12 @@ class Tokens:
         return [i for i, one in enumerate(self.owners) if one == owner]
 
 
+def whole(encoding: Encoding) -> EncodedText:
+    """Return what a tokenizer made as it is stored, where nothing of it is cut and nobody asks where tokens stand."""
+    types = encoding.type_ids
+    return EncodedText(pack_ids(encoding.ids), bytes(types) if any(types) else b"")
+
+
 def cut(tokens: Tokens, max_tokens: int, side: Cut = Cut.LONGEST, *, at_start: bool = False) -> Tokens:
     """Return at most `max_tokens`, without the last ones of a text, or the first; of a pair by the rule of `side`.
 

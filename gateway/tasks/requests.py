@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
+from tokenizers import Encoding
+
 from common.errors import InvalidRequest
 from common.registry import ModelCard
 from common.tasks import (
@@ -14,12 +16,13 @@ from common.tasks import (
     ClassifyTask,
     ClassifyTokensTask,
     EmbedTask,
+    EncodedText,
     RerankTask,
     ScoreFunction,
     Task,
     TaskName,
 )
-from gateway.tasks.encoding import Cut, Tokens, WordMarks, cut, windows
+from gateway.tasks.encoding import Cut, Tokens, WordMarks, cut, whole, windows
 from gateway.tokenization import TextCodec
 from gateway.violations import Violations
 from torchrelay.v1 import classification_pb2 as cpb
@@ -147,17 +150,18 @@ class TaskReader:
         """Raises InvalidRequest for a text that is too long, or has no tokens."""
         match request:
             case epb.EmbedRequest():
-                texts = self._texts(request.texts, "texts", truncation=request.truncation)
+                vectors_of = [
+                    self._stored(text, None, f"texts[{number}]", truncation=request.truncation)
+                    for number, text in enumerate(request.texts)
+                ]
                 return EmbedTask(
-                    tuple(text.encoded() for text in texts),
+                    tuple(vectors_of),
                     request.dimensions,
                     request.normalize if request.HasField("normalize") else None,
                 )
             case cpb.ClassifyRequest():
                 encoded = [
-                    self._encode(
-                        entry.text, entry.pair or None, f"inputs[{number}]", truncation=request.truncation
-                    ).encoded()
+                    self._stored(entry.text, entry.pair or None, f"inputs[{number}]", truncation=request.truncation)
                     for number, entry in enumerate(request.inputs)
                 ]
                 return ClassifyTask(tuple(encoded), request.top_k, _FUNCTIONS[request.function])
@@ -175,9 +179,9 @@ class TaskReader:
                 return self._question(request)
             case cpb.RerankRequest():
                 documents = [
-                    self._encode(
+                    self._stored(
                         request.query, document, f"documents[{number}]", truncation=request.truncation, side=Cut.SECOND
-                    ).encoded()
+                    )
                     for number, document in enumerate(request.documents)
                 ]
                 return RerankTask(tuple(documents), request.top_n, _FUNCTIONS[request.function])
@@ -187,26 +191,41 @@ class TaskReader:
             self._encode(text, None, f"{path}[{number}]", truncation=truncation) for number, text in enumerate(texts)
         ]
 
+    def _stored(
+        self, text: str, pair: str | None, path: str, *, truncation: Truncation, side: Cut = Cut.LONGEST
+    ) -> EncodedText:
+        """Return a text, at most as long as the model reads."""
+        encoding = self._tokenize(text, pair, path, truncation)
+        if len(encoding) <= self._max_tokens:
+            return whole(encoding)
+        return self._cut(Tokens.of(encoding), path, truncation, side).encoded()
+
     def _encode(
         self, text: str, pair: str | None, path: str, *, truncation: Truncation, side: Cut = Cut.LONGEST
     ) -> Tokens:
-        """Return a text's tokens, at most as many as the model takes."""
+        """As `_stored`, with where tokens stand."""
+        return self._cut(Tokens.of(self._tokenize(text, pair, path, truncation)), path, truncation, side)
+
+    def _tokenize(self, text: str, pair: str | None, path: str, truncation: Truncation) -> Encoding:
         longest = self._max_tokens * _MAX_CHARS_PER_TOKEN
-        at_start = truncation == pb.TRUNCATION_START
         if truncation:  # what lies beyond cannot matter, and takes time that others need
-            beyond = slice(-longest, None) if at_start else slice(longest)
+            beyond = slice(-longest, None) if truncation == pb.TRUNCATION_START else slice(longest)
             text, pair = text[beyond], pair and pair[beyond]
         elif len(text) + len(pair or "") > longest:
             raise self._too_long(path)
-        tokens = Tokens.of(self.codec.encode_pair(text, pair))
-        if not tokens.ids:
+        encoding = self.codec.encode_pair(text, pair)
+        if not len(encoding):
             raise InvalidRequest("the text has no tokens", reason="FIELD_REQUIRED", field=path)
+        return encoding
+
+    def _cut(self, tokens: Tokens, path: str, truncation: Truncation, side: Cut) -> Tokens:
+        """Return at most as many tokens as the model takes."""
         if len(tokens) <= self._max_tokens:
             return tokens
         if not truncation:
             raise self._too_long(path, len(tokens))
-        short = cut(tokens, self._max_tokens, side, at_start=at_start)
-        if len(short) > self._max_tokens or (pair is not None and not short.count(1)):
+        short = cut(tokens, self._max_tokens, side, at_start=truncation == pb.TRUNCATION_START)
+        if len(short) > self._max_tokens or (tokens.count(1) and not short.count(1)):
             raise self._too_long(path, len(tokens))  # what may not be cut leaves no room for the rest
         return short
 

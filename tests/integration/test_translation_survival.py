@@ -15,6 +15,7 @@ from tests.builders_system import System, running_system
 from tests.builders_translation import translation, write_translator
 from tests.integration.test_survival import Reader, some_tokens
 from torchrelay.v1 import generation_pb2 as pb
+from torchrelay.v1 import model_pb2
 
 MODEL = "served"
 MAX_TOKENS = 60
@@ -46,7 +47,8 @@ class Expected:
     async def tokens(self, text: str, **options: Any) -> list[int]:
         source = translation(text, "zul_Latn", "eng_Latn")
         async with self._system.client() as client:
-            read = await client.model.Tokenize(_tokenize(source), metadata=client.metadata)
+            request = model_pb2.TokenizeRequest(model=MODEL, input=source)
+            read = await client.model.Tokenize(request, metadata=client.metadata)
         languages = {**options, "forced_bos_token_id": await self._language()}
         return generate(self._model, read.token_ids, MAX_TOKENS, **languages)[0]
 
@@ -57,12 +59,6 @@ class Expected:
         async with self._system.client() as client:
             response = await client.generation.SubmitGeneration(accepted, metadata=client.metadata)
         return response.accepted.config.forced_bos_token_id
-
-
-def _tokenize(source: pb.GenerationInput) -> Any:
-    from torchrelay.v1 import model_pb2
-
-    return model_pb2.TokenizeRequest(model=MODEL, input=source)
 
 
 @pytest.fixture(scope="module")

@@ -84,10 +84,6 @@ class TaskEngine:
         """Whether a step would do or report anything."""
         return bool(self._requests or self._outputs)
 
-    @property
-    def max_model_len(self) -> int:
-        return self._max_tokens
-
     def prepare(self, request: GenerationRequest) -> GenerationRequest:
         """Nothing about a task takes long beforehand."""
         return request

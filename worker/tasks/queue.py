@@ -46,21 +46,18 @@ class _Class:
         if not queue:
             del self.queues[tenant], self.counters[tenant]
 
-    def take(self) -> tuple[Pending, int]:
-        """Return the next text of the tenant that is farthest behind; of equal ones whose request came first."""
-        tenant = min(self.queues, key=lambda name: self.counters[name])
-        pending = self.queues[tenant][0]
+    def first(self) -> Pending:
+        """Return the request whose text is next: of the tenant that is farthest behind, the first that came."""
+        return self.queues[min(self.queues, key=lambda tenant: self.counters[tenant])][0]
+
+    def take(self, pending: Pending) -> int:
+        """Take the next text of a request; return its index."""
         index = pending.next_text
         pending.next_text += 1
-        self.counters[tenant] += len(pending.texts[index]) / pending.request.weight
+        self.counters[pending.request.tenant] += len(pending.texts[index]) / pending.request.weight
         if pending.next_text == len(pending.texts):
             self.remove(pending)
-        return pending, index
-
-    def next_length(self) -> int:
-        tenant = min(self.queues, key=lambda name: self.counters[name])
-        pending = self.queues[tenant][0]
-        return len(pending.texts[pending.next_text])
+        return index
 
 
 class TextQueue:
@@ -88,10 +85,11 @@ class TextQueue:
         for priority in sorted(self._classes):
             one = self._classes[priority]
             while one.queues:
-                num_tokens += one.next_length()
+                pending = one.first()
+                num_tokens += len(pending.texts[pending.next_text])
                 if taken and num_tokens > max_tokens:
                     return taken
-                taken.append(one.take())
+                taken.append((pending, one.take(pending)))
         return taken
 
 

@@ -31,6 +31,7 @@ from worker.engine.model_dir import check_counts
 from worker.engine.model_files import ModelError, TextFiles, find_model, read_json
 from worker.engine.quantize import num_bytes
 from worker.tasks.facts import EncoderFacts, Head
+from worker.tasks.lanes import Lanes
 from worker.tasks.runner import DenseLayer, EncoderModule, check_module
 from worker.tasks.sentence_files import Dense, SentenceFiles, has_sentence_files, read_sentence_files
 
@@ -129,7 +130,8 @@ def load_encoder(
         _load(source, folder, head, config, dtype, device) if with_weights else _skeleton(source, head, config, dtype)
     )
     dense = tuple(_dense_layer(layer, dtype, device, with_weights=with_weights) for layer in sentence.dense)
-    module = EncoderModule(body, head, pooling=sentence.pooling, dense=dense)
+    lanes = Lanes(torch.get_num_threads()) if device.type == "cpu" else None  # a GPU shares a product better itself
+    module = EncoderModule(body, head, pooling=sentence.pooling, dense=dense, lanes=lanes)
     limit = _max_tokens(source, folder, config, sentence)
     loaded = LoadedEncoder(
         source=source,

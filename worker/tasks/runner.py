@@ -1,4 +1,4 @@
-"""The forward pass of encoder models: texts of similar length in one padded batch."""
+"""The forward pass of encoder models: texts of similar length in one padded batch, on a CPU in lanes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from worker.engine.model_files import ModelError
 from worker.engine.runner import memory_guard
 from worker.tasks.facts import Head
 from worker.tasks.labels import Array
+from worker.tasks.lanes import Lanes
 from worker.tasks.pooling import Pooling, pool
 
 Ids = npt.NDArray[np.int32]
@@ -56,20 +57,25 @@ class EncoderModule:
         *,
         pooling: Pooling = Pooling.MEAN,
         dense: Sequence[DenseLayer] = (),
+        lanes: Lanes | None = None,
     ) -> None:
-        """`pooling` and `dense` are of vectors."""
+        """`pooling` and `dense` are of vectors; without `lanes` a batch is computed as one."""
         self.body = body
         self.head = head
         self._pooling = pooling
         self._dense = tuple(dense)
+        self._lanes = lanes
         self.device = body.device
         self.dtype = body.dtype
         self._takes_types = "token_type_ids" in inspect.signature(body.forward).parameters
         self._pad_id = int(getattr(body.config.get_text_config(), "pad_token_id", None) or 0)
 
-    @torch.inference_mode()
     def run(self, texts: Sequence[Text]) -> list[Array]:
         """Return what the head gives of each text, float32. Raises StepOutOfMemory."""
+        return self._run(texts) if self._lanes is None else self._lanes.run(self._run, texts)
+
+    @torch.inference_mode()
+    def _run(self, texts: Sequence[Text]) -> list[Array]:
         width = max(map(len, texts))
         ids = np.full((len(texts), width), self._pad_id, dtype=np.int64)
         types = np.zeros_like(ids) if self._takes_types else None

@@ -28,6 +28,8 @@ from gateway.status import DOMAIN, GenerationEndedError, code_of, status_of, to_
 log = structlog.get_logger()
 
 _STATUS_S: Final = 1.0
+_PAUSE_S: Final = 0.25  # between a client's messages, behind which it counts as one that waits for the answer
+_READ_OUT_S: Final = 10.0
 _MAX_SEARCHED: Final = 10_000  # messages, for the name of a field that is refused anyway
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -102,6 +104,8 @@ class Guard(grpc.aio.ServerInterceptor):
                         await context.abort_with_status(status_of(error))
             except BaseException as error:  # noqa: BLE001 - all of them must become a status
                 self._audit.end(record, *outcome_of(error))
+                if isinstance(error, Exception) and isinstance(data, AsyncIterator):
+                    await _read_out(data)
                 await _abort(error, context, method)
             else:
                 self._audit.end(record, "OK")
@@ -151,6 +155,19 @@ class Guard(grpc.aio.ServerInterceptor):
 
         async with contextlib.aclosing(messages()) as requests:
             return await handler.stream_unary(requests, context)
+
+
+async def _read_out(received: AsyncIterator[bytes]) -> None:
+    """Read a stream of requests that is refused until its client has sent all, pauses, or goes on for too long.
+
+    A client whose write meets the end of its call may see that as an error of its own library, and never learn of the
+    status: grpc.aio's does, and calls it INTERNAL.
+    """
+    with contextlib.suppress(TimeoutError, StopAsyncIteration):
+        async with asyncio.timeout(_READ_OUT_S):
+            while True:
+                async with asyncio.timeout(_PAUSE_S):
+                    await anext(received)
 
 
 def call_info(context: Context) -> CallInfo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -73,12 +73,12 @@ def named(*names: str) -> list[bytes]:
     return [pb.CreateBatchRequest(item=pb.BatchItem(custom_id=name)).SerializeToString() for name in names]
 
 
-async def create(channel: grpc.aio.Channel, parts: list[bytes], metadata: Any = KEY) -> pb.CreateBatchResponse:
+async def create(channel: grpc.aio.Channel, parts: Iterable[bytes], metadata: Any = KEY) -> pb.CreateBatchResponse:
     reply = await channel.stream_unary(_CREATE)(iter(parts), metadata=metadata, timeout=5)
     return pb.CreateBatchResponse.FromString(reply)
 
 
-async def refusal(channel: grpc.aio.Channel, parts: list[bytes], metadata: Any = KEY) -> RelayError:
+async def refusal(channel: grpc.aio.Channel, parts: Iterable[bytes], metadata: Any = KEY) -> RelayError:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await create(channel, parts, metadata)
     return from_rpc_error(raised.value)
@@ -110,6 +110,24 @@ async def test_what_the_handler_raises_is_the_status_while_the_client_still_send
     error = await refusal(channel, named(name, *(f"n{number}" for number in range(2000))))
     assert error.code.name == code
     assert SECRET not in str(error)
+
+
+@pytest.mark.parametrize("metadata", [KEY, ()], ids=["refused by the handler", "without credentials"])
+async def test_a_refused_client_may_send_all_it_has_before_it_hears_of_it(
+    channel: grpc.aio.Channel, metadata: Any
+) -> None:
+    left = named("bad", *("x" * 1000 for _ in range(2000)))  # far more than a connection holds on the way
+    code = (await refusal(channel, left_over := iter(left), metadata)).code
+    assert code is (grpc.StatusCode.INVALID_ARGUMENT if metadata else grpc.StatusCode.UNAUTHENTICATED)
+    assert next(left_over, None) is None
+
+
+async def test_a_refused_client_that_waits_for_an_answer_gets_it(channel: grpc.aio.Channel) -> None:
+    call = channel.stream_unary(_CREATE)(metadata=KEY)
+    await call.write(named("bad")[0])
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await asyncio.wait_for(call, 5)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_who_calls_is_asked_before_anything_is_read(channel: grpc.aio.Channel, toy: Toy) -> None:

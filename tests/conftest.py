@@ -2,7 +2,8 @@
 
 The latter is set before anything imports triton, which reads it when kernels, its own included, are defined. Before
 anything imports torch, idle threads are told to sleep, as in a worker: beside other tests, those that look for work
-instead take the core of the one that has some.
+instead take the core of the one that has some. grpc's handlers at a fork are left out, as in `torchrelay serve`: where
+a call is in progress they crash the child, and a fork here is followed by an exec, which needs none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -49,9 +49,9 @@ def test_each_runs_a_variant_before_any_runs_the_next(
         measurement.start(make_entry("b", W3=1))
         order.clear()
         measurement.run(["W2", "W3"])
+    assert not measurement.results.failures
     first = ["a bf16: W2 0", "b bf16: W2 0", "a bf16: W3 0", "b bf16: W3 0"]
     assert order == [*first, "a bf16: W2 1", "b bf16: W2 1", "a bf16: W3 1"]
-    assert not measurement.results.failures
 
 
 def test_disturbed_runs_are_repeated_while_there_are_spare_ones(

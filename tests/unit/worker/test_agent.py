@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 
@@ -217,14 +218,15 @@ async def run_crowded(claims: Crowded, num_beats: int = 30, **settings: Any) -> 
         max_num_seqs=2,
         beat_interval_s=BEAT_S,
     )
-    running = asyncio.create_task(agent.run())
 
     async def has_beaten() -> bool:
         return len(claims.renewals) > num_beats
 
-    await until(has_beaten, what="beats")
-    agent.stop()
-    await asyncio.wait_for(running, 10)
+    with mock.patch("worker.agent._PREEMPT_PAUSE_S", 60):  # longer than a slow machine takes for all beats
+        running = asyncio.create_task(agent.run())
+        await until(has_beaten, what="beats")
+        agent.stop()
+        await asyncio.wait_for(running, 10)
 
 
 LOW = [make_claimed("old", priority=2), make_claimed("young", priority=2)]

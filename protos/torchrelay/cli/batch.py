@@ -34,6 +34,7 @@ _PriorityOption = Annotated[str | None, typer.Option("--priority", help="high, n
 
 
 @batch.command("run")
+@at.connected
 def run_batch(
     file: Annotated[
         Path | None,
@@ -44,13 +45,8 @@ def run_batch(
     batch_id: Annotated[str, typer.Option("--batch", help="Go on with this batch instead of making one.")] = "",
     priority: _PriorityOption = None,
     name: Annotated[str, typer.Option("--name", help="What lists show; default: the file's name.")] = "",
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Run the requests of a file, and wait for their results.
 
@@ -62,8 +58,7 @@ def run_batch(
     if file is not None and output_file is not None and output_file.exists():
         raise typer.BadParameter(f"{output_file} exists; --batch goes on with a batch", param_hint="--output")
     items = [] if file is None else read_items(file, model)
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         if file is not None:
             wanted = _priority(priority)
             made = client.create_batch(items, priority=wanted, display_name=(name or file.name)[:64])
@@ -90,91 +85,66 @@ def run_batch(
 
 
 @batch.command("results")
+@at.connected
 def show_results(
     batch_id: _BatchId,
     after_index: Annotated[int, typer.Option("--after-index", min=0, help="Index of the last one known.")] = 0,
     output_file: _OutputOption = None,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Print the results of a batch, in the order of their coming, until it ends."""
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         _copy_results(client, batch_id, after_index or _last_index(output_file), output_file)
 
 
 @batch.command("list")
+@at.connected
 def list_batches(
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """List your batches, the latest first."""
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         found = client.batches()
     _show(found, as_json=as_json)
 
 
 @batch.command("get")
+@at.connected
 def get_batch(
     batch_id: _BatchId,
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Show what has become of a batch's items so far."""
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         _show([client.get_batch(batch_id)], as_json=as_json)
 
 
 @batch.command("cancel")
+@at.connected
 def cancel_batch(
     batch_id: _BatchId,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """End a batch; its results stay."""
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         output.write(_state(client.cancel_batch(batch_id)) + "\n")
 
 
 @batch.command("delete")
+@at.connected
 def delete_batch(
     batch_id: _BatchId,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """End a batch if it runs, and erase all that is stored of it."""
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         client.delete_batch(batch_id)
 
 

@@ -121,6 +121,7 @@ async def _one(client: AsyncClient, model: str, prompt: str, max_tokens: int) ->
     return Sample(first if first is not None else total, total, gaps, num_tokens)
 
 
+@at.connected
 def bench(
     concurrency: Annotated[
         str, typer.Option("--concurrency", "-c", help="Callers at a time; a list runs each.")
@@ -130,13 +131,8 @@ def bench(
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of each answer.")] = 64,
     model: Annotated[str, typer.Option("--model", "-m", help="Model name.")] = "",
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Measure TTFT, ITL, end-to-end latency and throughput in a closed loop."""
     try:
@@ -145,9 +141,7 @@ def bench(
         levels = []
     if not levels or min(levels) < 1:
         raise typer.BadParameter("takes positive numbers, such as 1,4,16", param_hint="--concurrency")
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    connection = at.Connection(address, api_key, tls, insecure, token)
-    with output.explained_errors(address):
+    with output.explained_errors(connection.address):
         with connection.client() as client:
             name = choose_model(client, model)
         reports = asyncio.run(_run(connection, name, levels, requests, prompt_words, max_tokens))

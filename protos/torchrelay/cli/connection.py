@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,3 +99,33 @@ class Connection:
             "insecure": self.insecure,
             "retry": _RETRY,
         }
+
+
+def connection_of(
+    address: AddressOption = DEFAULT_ADDRESS,
+    api_key: ApiKeyOption = None,
+    token: TokenOption = None,
+    tls_ca: TlsCaOption = "",
+    tls_cert: TlsCertOption = "",
+    tls_key: TlsKeyOption = "",
+    insecure: InsecureOption = False,
+) -> Connection:
+    """Return what a command's options say. Raises BadParameter."""
+    return Connection(address, api_key, tls_of(tls_ca, tls_cert, tls_key), insecure, token)
+
+
+def connected(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `connection_of` in the place of its parameter `connection`, behind its own."""
+    options = inspect.signature(connection_of, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def with_options(*args: Any, **values: Any) -> None:
+        connection = connection_of(**{name: values.pop(name) for name in options})
+        command(*args, connection=connection, **values)
+
+    # What Typer reads.
+    parameters = [*(own[name] for name in own if name != "connection"), *options.values()]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options

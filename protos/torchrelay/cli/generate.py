@@ -226,6 +226,7 @@ def run_stream(client: Client, stream: GenerationStream, *, echo: bool) -> Answe
     return answer
 
 
+@at.connected
 def generate(
     text: Annotated[str, typer.Argument(help="What to ask or continue; - reads stdin.")],
     model: ModelOption = "",
@@ -293,13 +294,8 @@ def generate(
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds.")] = None,
     priority: Annotated[str | None, typer.Option("--priority", help="high, normal or low; as the key allows.")] = None,
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Generate text and stream it to stdout."""
     text = sys.stdin.read() if text == "-" else text
@@ -349,8 +345,7 @@ def generate(
         renormalize_logits=renormalize_logits,
     )
     asked = sources.input_of(text, translate_to, translate_from, truncate, summarize=summarize)
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         name = choose_model(client, model)
         card = next((card for card in client.models() if card.name == name), None)
         as_chat = asked is None and not raw and card is not None and card.has_chat_template
@@ -384,6 +379,7 @@ def generate(
             output.stderr.print(answer.summary(), style="dim", soft_wrap=True)
 
 
+@at.connected
 def chat(
     model: ModelOption = "",
     max_tokens: MaxTokensOption = None,
@@ -392,19 +388,13 @@ def chat(
     top_k: TopKOption = None,
     seed: SeedOption = None,
     system: SystemOption = "",
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Hold a conversation. Ctrl-C cancels an answer, Ctrl-D leaves."""
     options = make_options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     messages = [{"role": "system", "content": system}] if system else []
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         name = choose_model(client, model)
         output.stderr.print(f"{name}: Ctrl-C cancels an answer, Ctrl-D leaves", style="dim")
         while True:
@@ -427,7 +417,7 @@ def chat(
                 continue
             except RelayError as error:
                 messages.pop()
-                output.print_error(error, address)
+                output.print_error(error, connection.address)
                 continue
             messages.append({"role": "assistant", "content": answer.text.get(0, "")})
             output.stderr.print(answer.summary(), style="dim", soft_wrap=True)

@@ -31,19 +31,14 @@ models = typer.Typer(no_args_is_help=True, help="The models that are served.")
 
 
 @models.command("list")
+@at.connected
 def list_models(
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """List the models that you may use."""
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         found = client.models()
     if as_json:
         for model in found:
@@ -69,24 +64,17 @@ def list_models(
 
 
 @models.command("show")
+@at.connected
 def show_model(
     name: Annotated[str, typer.Argument(help="Name of the model.")],
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Show one model with its defaults."""
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address):
-        connection = at.Connection(address, api_key, tls, insecure, token)
-        with connection.client() as client:
-            request = model_pb2.GetModelRequest(model=name)
-            model = client.model.GetModel(request, metadata=client.metadata).model
+    with output.explained_errors(connection.address), connection.client() as client:
+        request = model_pb2.GetModelRequest(model=name)
+        model = client.model.GetModel(request, metadata=client.metadata).model
     output.print_json(model) if as_json else output.write(str(model))
 
 
@@ -110,20 +98,15 @@ def ps(
             _print_generations(stub.ListGenerations(request), as_json=as_json)
 
 
+@at.connected
 def cancel(
     generation_ids: Annotated[list[str], typer.Argument(help="Generations to end.")],
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """End generations."""
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         for generation_id in generation_ids:
             state = _state(client.cancel(generation_id))
             if as_json:
@@ -132,19 +115,14 @@ def cancel(
                 output.write(f"{generation_id} {state}\n")
 
 
+@at.connected
 def erase(
     generation_ids: Annotated[list[str], typer.Argument(help="Generations to end and erase.")],
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Erase all that is stored of generations, input and output; those that run are ended."""
-    tls = at.tls_of(tls_ca, tls_cert, tls_key)
-    with output.explained_errors(address), at.Connection(address, api_key, tls, insecure, token).client() as client:
+    with output.explained_errors(connection.address), connection.client() as client:
         for generation_id in generation_ids:
             client.delete(generation_id)
             output.write(f"{generation_id} erased\n")

@@ -22,26 +22,22 @@ TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut texts that
 _AGGREGATIONS = ("none", "simple", "first", "average", "max")
 
 
+@at.connected
 def embed(
     texts: TextsArgument,
     model: ModelOption = "",
     dimensions: Annotated[int | None, typer.Option("--dimensions", min=1, help="Only the first so many.")] = None,
     truncate: TruncateOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Print the vector of each text, one JSON array a line."""
     request = epb.EmbedRequest(model=model, texts=texts, dimensions=dimensions, truncation=_truncation(truncate))
-    with_ = at.Connection(address, api_key, at.tls_of(tls_ca, tls_cert, tls_key), insecure, token)
-    for one in _run(with_, request).embeddings:
+    for one in _run(connection, request).embeddings:
         output.write(json.dumps([round(value, 7) for value in one.values]) + "\n")
 
 
+@at.connected
 def classify(
     texts: TextsArgument,
     model: ModelOption = "",
@@ -49,19 +45,13 @@ def classify(
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="The best labels of each; 0 is all.")] = 1,
     truncate: TruncateOption = False,
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Label texts, or pairs of texts."""
     inputs = [cpb.ClassificationInput(text=text, pair=pair) for text in texts]
     request = cpb.ClassifyRequest(model=model, inputs=inputs, top_k=top_k, truncation=_truncation(truncate))
-    with_ = at.Connection(address, api_key, at.tls_of(tls_ca, tls_cert, tls_key), insecure, token)
-    response = _run(with_, request)
+    response = _run(connection, request)
     rows = [
         (f"{label.score:.4f}", label.label, text)
         for text, one in zip(texts, response.classifications, strict=True)
@@ -70,27 +60,22 @@ def classify(
     _show(response, ("SCORE", "LABEL", "TEXT"), rows, as_json=as_json)
 
 
+@at.connected
 def entities(
     texts: TextsArgument,
     model: ModelOption = "",
     aggregation: Annotated[str, typer.Option("--aggregation", help="none, simple, first, average or max.")] = "simple",
     truncate: TruncateOption = False,
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Find entities in texts."""
     if aggregation not in _AGGREGATIONS:
         raise typer.BadParameter(f"must be one of {', '.join(_AGGREGATIONS)}", param_hint="--aggregation")
     chosen = cpb.Aggregation.Value(f"AGGREGATION_{aggregation.upper()}")
     request = cpb.ClassifyTokensRequest(model=model, texts=texts, aggregation=chosen, truncation=_truncation(truncate))
-    with_ = at.Connection(address, api_key, at.tls_of(tls_ca, tls_cert, tls_key), insecure, token)
-    response = _run(with_, request)
+    response = _run(connection, request)
     rows = [
         (number, f"{one.start}-{one.end}", one.label, f"{one.score:.4f}", one.text)
         for number, text in enumerate(response.texts)
@@ -99,6 +84,7 @@ def entities(
     _show(response, ("TEXT", "WHERE", "LABEL", "SCORE", "ENTITY"), rows, as_json=as_json)
 
 
+@at.connected
 def answer(
     question: Annotated[str, typer.Argument(help="The question.")],
     context: Annotated[Path, typer.Argument(help="A file with the text to look in; - reads stdin.", allow_dash=True)],
@@ -106,13 +92,8 @@ def answer(
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="So many answers.")] = 1,
     may_be_none: Annotated[bool, typer.Option("--may-be-none", help="The text may have no answer.")] = False,
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Find the part of a text that answers a question."""
     try:
@@ -122,12 +103,12 @@ def answer(
     request = cpb.AnswerQuestionRequest(
         model=model, question=question, context=text, top_k=top_k, allow_no_answer=may_be_none
     )
-    with_ = at.Connection(address, api_key, at.tls_of(tls_ca, tls_cert, tls_key), insecure, token)
-    response = _run(with_, request)
+    response = _run(connection, request)
     rows = [(f"{one.score:.4f}", f"{one.start}-{one.end}", one.text or "(none)") for one in response.answers]
     _show(response, ("SCORE", "WHERE", "ANSWER"), rows, as_json=as_json)
 
 
+@at.connected
 def rerank(
     query: Annotated[str, typer.Argument(help="The query.")],
     documents: Annotated[list[str], typer.Argument(metavar="DOCUMENT...", help="The documents.")],
@@ -135,20 +116,14 @@ def rerank(
     top_n: Annotated[int, typer.Option("--top-n", min=0, help="The best; 0 is all.")] = 0,
     truncate: TruncateOption = False,
     as_json: at.JsonOption = False,
-    address: at.AddressOption = at.DEFAULT_ADDRESS,
-    api_key: at.ApiKeyOption = None,
-    token: at.TokenOption = None,
-    tls_ca: at.TlsCaOption = "",
-    tls_cert: at.TlsCertOption = "",
-    tls_key: at.TlsKeyOption = "",
-    insecure: at.InsecureOption = False,
+    *,
+    connection: at.Connection,
 ) -> None:
     """Order documents by how well they fit a query."""
     request = cpb.RerankRequest(
         model=model, query=query, documents=documents, top_n=top_n, truncation=_truncation(truncate)
     )
-    with_ = at.Connection(address, api_key, at.tls_of(tls_ca, tls_cert, tls_key), insecure, token)
-    response = _run(with_, request)
+    response = _run(connection, request)
     rows = [(f"{one.score:.4f}", one.index, documents[one.index]) for one in response.documents]
     _show(response, ("SCORE", "INDEX", "DOCUMENT"), rows, as_json=as_json)
 

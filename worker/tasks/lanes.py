@@ -7,7 +7,7 @@ longer part, or lost its core for a moment to another process. Lanes wait for ea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Final, Protocol, TypeVar
 
 import torch
@@ -42,6 +42,7 @@ class Lanes:
             _use_threads(self._num_threads)
             return compute(texts)
         threads = self._num_threads // num_lanes
+        # More than lanes only where each is one thread: fewer lanes mean that there are no more tokens or texts.
         num_pieces = min(2 * num_lanes, max(num_lanes, num_tokens // _BALANCED_TOKENS))
 
         def lane(piece: Sequence[T]) -> list[R]:
@@ -49,9 +50,7 @@ class Lanes:
             return compute(piece)
 
         running = [self._pool.submit(lane, piece) for piece in pieces(texts, num_pieces)]
-        errors = [error for one in running if (error := one.exception()) is not None]
-        if errors:
-            raise errors[0]
+        wait(running)
         return [output for one in running for output in one.result()]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from itertools import repeat
 from typing import Any
+from unittest import mock
 
 import grpc
 import grpc.aio
@@ -128,6 +130,13 @@ async def test_a_refused_client_that_waits_for_an_answer_gets_it(channel: grpc.a
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await asyncio.wait_for(call, 5)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_refused_client_that_never_stops_is_not_read_for_ever(channel: grpc.aio.Channel) -> None:
+    with mock.patch("gateway.interceptors.guard._READ_OUT_S", 0.3), pytest.raises(grpc.aio.AioRpcError) as raised:
+        await channel.stream_unary(_CREATE)(repeat(named("bad")[0]), metadata=KEY, timeout=5)
+    # The latter is what its library may make of that, see there.
+    assert raised.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL)
 
 
 async def test_who_calls_is_asked_before_anything_is_read(channel: grpc.aio.Channel, toy: Toy) -> None:

@@ -76,6 +76,7 @@ def calls_of(lanes: Lanes, lengths: Sequence[int]) -> list[tuple[int, int]]:
         pytest.param([20] * 2, [(1, 2), (1, 2)], id="two lanes of half the threads"),
         pytest.param([20] * 8, [(2, 1)] * 4, id="a lane for each thread"),
         pytest.param([512] * 8, [(1, 1)] * 8, id="two pieces a lane"),
+        pytest.param([2000] * 3, [(1, 1)] * 3, id="as many lanes as texts"),
     ],
 )
 def test_lanes_share_the_threads(lengths: list[int], calls: list[tuple[int, int]]) -> None:

@@ -136,6 +136,10 @@ bench-seq2seq: install-dev  ## sixteen encoder-decoder requests in one batch aga
 bench-adapters: install-dev  ## two adapters and the base in one batch against the base alone, and each rank; ARGS="--int8" and so on
 	$(BIN)/python -m tests.benchmarks.adapters $(ARGS)
 
+.PHONY: bench-lanes
+bench-lanes: install-dev  ## batches of an encoder in lanes against all threads on each product, in turns; ARGS="--rounds 5" and so on
+	$(BIN)/python -m tests.benchmarks.lanes $(ARGS)
+
 .PHONY: bench-tasks
 bench-tasks: install-dev  ## Embed and Classify over gRPC against the same model batched by hand, in turns; ARGS="--rounds 1" and so on
 	$(BIN)/python -m tests.benchmarks.tasks $(ARGS)

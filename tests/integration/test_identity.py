@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
 from common import keys
@@ -89,14 +91,18 @@ async def tenant_of(system: System, generation_id: str) -> str:
 
 
 async def is_up(door: Door) -> None:
-    """Wait until somebody answers there, be it a refusal."""
+    """Wait until the gateway there is ready, as a probe would: until it knows the models, too."""
 
-    async def answers() -> bool:
-        with refused() as refusal:
-            await door.submit()
-        return refusal.code == UNAUTHENTICATED
+    async def serves() -> bool:
+        async with door.channel() as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            try:
+                response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+            except grpc.aio.AioRpcError:
+                return False
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
-    await until(answers, 60, "the gateway answers")
+    await until(serves, 60, "the gateway is ready")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import grpc.aio
 
 from tests.builders_system import System, until
 from torchrelay.admin.v1beta1 import fleet_pb2
-from torchrelay.client import RelayError
+from torchrelay.client import AsyncClient, RelayError
 from torchrelay.client.errors import from_rpc_error
 from torchrelay.v1 import generation_pb2 as pb
 
@@ -138,8 +138,27 @@ async def events_of(call: Any) -> AsyncIterator[pb.GenerationEvent]:
         call.cancel()
 
 
+async def ended(client: AsyncClient, generation_id: str) -> pb.Generation:
+    """Wait for a generation's end and return it."""
+    found = pb.Generation()
+
+    async def has_ended() -> bool:
+        found.CopyFrom(await client.get(generation_id))
+        return found.state not in (
+            pb.GENERATION_STATE_QUEUED,
+            pb.GENERATION_STATE_RUNNING,
+            pb.GENERATION_STATE_RECOVERING,
+        )
+
+    await until(has_ended, what="the generation's end")
+    return found
+
+
 async def idle_fleet(system: System, num_tokens: int = 0, timeout_s: float = 30) -> list[fleet_pb2.Worker]:
-    """Wait until the workers have generated so many tokens together and every KV block is free; return them."""
+    """Wait until the workers have generated so many tokens together and every KV block is free; return them.
+
+    Workers tell of themselves once in a while: of a generation that has just begun they may not have told yet.
+    """
     fleet: list[fleet_pb2.Worker] = []
 
     async def is_idle() -> bool:

@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from common.redis import connect, execute
 from common.settings import RedisSettings
-from tests.builders_calls import Outcome, events_of, idle_fleet, refused
+from tests.builders_calls import Outcome, ended, events_of, idle_fleet, refused
 from tests.builders_models import write_tiny_model
 from tests.builders_system import System, running_system, until
 from torchrelay.client import AsyncClient
@@ -78,22 +78,6 @@ def stream_request(max_tokens: int = 1500, **fields: Any) -> pb.StreamGenerateRe
 
 def has_tokens(outcome: Outcome) -> bool:
     return len(outcome.token_ids) >= 5
-
-
-async def ended(client: AsyncClient, generation_id: str) -> pb.Generation:
-    """Wait for a generation's end and return it."""
-    found = pb.Generation()
-
-    async def has_ended() -> bool:
-        found.CopyFrom(await client.get(generation_id))
-        return found.state not in (
-            pb.GENERATION_STATE_QUEUED,
-            pb.GENERATION_STATE_RUNNING,
-            pb.GENERATION_STATE_RECOVERING,
-        )
-
-    await until(has_ended, what="the generation's end")
-    return found
 
 
 def finish_reasons(generation: pb.Generation) -> list[int]:

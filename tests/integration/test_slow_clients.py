@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 
 from common.errors import ClientTooSlow
-from tests.builders_calls import Outcome, events_of, idle_fleet, refused
+from tests.builders_calls import Outcome, ended, events_of, idle_fleet, refused
 from tests.builders_link import Link
 from tests.builders_models import write_tiny_model
 from tests.builders_system import Gateway, System, running_system, until
@@ -126,8 +126,8 @@ async def test_without_a_grace_the_generation_of_a_client_that_does_not_read_is_
         await slow.begin()
         generation_id = slow.outcome.generation_id
         await has_been_let_go(gateway, before + 1)
+        assert (await ended(client, generation_id)).state == pb.GENERATION_STATE_CANCELLED
         await idle_fleet(system)
-        assert (await client.get(generation_id)).state == pb.GENERATION_STATE_CANCELLED
 
 
 async def test_a_client_far_behind_reads_everything_once_in_few_messages(system: System, client: AsyncClient) -> None:
@@ -162,9 +162,10 @@ async def test_a_connection_that_only_one_side_believes_in_ends_the_generation(
             caller = SlowCaller(channel, client, stream_request(11, max_tokens=ENDLESS))
             await caller.begin()
             link.freeze()
+            generation = await ended(client, caller.outcome.generation_id)
             await idle_fleet(system)
             link.thaw()
-    assert (await client.get(caller.outcome.generation_id)).state == pb.GENERATION_STATE_CANCELLED
+    assert generation.state == pb.GENERATION_STATE_CANCELLED
 
 
 async def test_our_client_goes_on_by_itself_when_its_caller_was_too_slow(

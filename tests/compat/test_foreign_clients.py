@@ -9,8 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.builders_calls import ended, idle_fleet
 from tests.builders_compat import COMPAT, MODEL, NODE, ROOT, run
-from tests.builders_system import System, until
+from tests.builders_system import System
 from torchrelay.v1 import generation_pb2 as pb
 
 GENERATE = "torchrelay.v1.GenerationService/Generate"
@@ -104,11 +105,7 @@ async def test_a_broken_call_of_connect_node_ends_its_generation(
     result = connect_node(connect_env, "cancel")
     assert result["code"] == "Canceled"
     async with system.client() as client:
-
-        async def has_ended() -> bool:
-            return (await client.get(result["generationId"])).state == pb.GENERATION_STATE_CANCELLED
-
-        await until(has_ended, what="the end of the generation")
+        assert (await ended(client, result["generationId"])).state == pb.GENERATION_STATE_CANCELLED
 
 
 @pytest.mark.parametrize(
@@ -119,18 +116,8 @@ async def test_end_of_a_grpc_js_call_ends_its_generation(
 ) -> None:
     result = grpc_js(env, call)
     assert result["code"] == code.value[0]
-
-    async def nothing_is_held() -> bool:
-        (worker,) = await system.fleet()
-        return worker.num_running == worker.num_waiting == 0 and worker.num_free_blocks == worker.num_blocks
-
     async with system.client() as client:
-
-        async def has_ended() -> bool:
-            generation = await client.get(result["generationId"])
-            return generation.state == pb.GENERATION_STATE_CANCELLED
-
-        await until(has_ended, what="the end of the generation")
-        await until(nothing_is_held, what="a worker without work")
-        generation = await client.get(result["generationId"])
+        generation = await ended(client, result["generationId"])
+    assert generation.state == pb.GENERATION_STATE_CANCELLED
+    assert len(await idle_fleet(system)) == 1
     assert 0 < generation.usage.completion_tokens < generation.config.max_tokens

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from common.grants import Quotas
+from tests.builders_calls import ended
 from tests.builders_compat import COMPAT, MODEL, openai_python, run
-from tests.builders_system import System, until
+from tests.builders_system import System
 from torchrelay.v1 import generation_pb2 as pb
 
 
@@ -91,8 +92,4 @@ def test_a_limit_says_when_to_come_back(results: Mapping[str, Any]) -> None:
 
 async def test_a_broken_stream_ends_its_generation(results: Mapping[str, Any], system: System) -> None:
     async with system.client() as client:
-
-        async def has_ended() -> bool:
-            return (await client.get(results["cancelled"])).state == pb.GENERATION_STATE_CANCELLED
-
-        await until(has_ended, what="the end of the generation")
+        assert (await ended(client, results["cancelled"])).state == pb.GENERATION_STATE_CANCELLED

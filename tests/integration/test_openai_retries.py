@@ -15,16 +15,15 @@ import pytest
 
 from common.grants import Caps
 from tests.builders_batches import num_generations
-from tests.builders_calls import refused
+from tests.builders_calls import ended, refused
 from tests.builders_http import HttpDoor
 from tests.builders_models import write_tiny_model
-from tests.builders_system import System, running_system, until
+from tests.builders_system import System, running_system
 from torchrelay.v1 import generation_pb2 as pb
 
 MODEL = "tiny"
 MAX_TOKENS = 700
 LOG_BYTES = 256 << 10
-FINAL = (pb.GENERATION_STATE_FINISHED, pb.GENERATION_STATE_CANCELLED)
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +60,16 @@ def begin_and_leave(door: HttpDoor, body: dict[str, Any], key: str) -> str:
     return generation_id
 
 
-async def ended(system: System, generation_id: str, key: str | None = None) -> int:
+async def end_of(system: System, generation_id: str, key: str | None = None) -> int:
     """Wait until a generation is over, and return how."""
     async with system.client(key=key) as client:
-
-        async def is_over() -> bool:
-            return (await client.get(generation_id)).state in FINAL
-
-        await until(is_over, what="the end of the generation")
-        return (await client.get(generation_id)).state
+        return (await ended(client, generation_id)).state
 
 
 async def test_a_repeat_after_a_lost_connection_gets_the_whole_answer(system: System) -> None:
     door = door_of(system)
     generation_id = await asyncio.to_thread(begin_and_leave, door, wish(), "k1")
-    assert await ended(system, generation_id) == pb.GENERATION_STATE_FINISHED
+    assert await end_of(system, generation_id) == pb.GENERATION_STATE_FINISHED
     again = await door.post("/v1/completions", wish(), {"Idempotency-Key": "k1"})
     assert again.status == 200, again.body
     assert again.headers["x-request-id"] == generation_id
@@ -87,7 +81,7 @@ async def test_a_repeat_of_several_prompts_finds_all_of_them(system: System) -> 
     door = door_of(system, system.create_key(tenant))
     body = wish(prompt=["abc", "def", "abc"], max_tokens=400, n=2)
     generation_id = await asyncio.to_thread(begin_and_leave, door, body, "k" * 128)
-    assert await ended(system, generation_id, door.key) == pb.GENERATION_STATE_FINISHED
+    assert await end_of(system, generation_id, door.key) == pb.GENERATION_STATE_FINISHED
     again = await door.post("/v1/completions", {**body, "stream": True}, {"Idempotency-Key": "k" * 128})
     assert again.headers["x-request-id"] == generation_id
     ends = [c["finish_reason"] for e in again.events[:-1] for c in e["choices"] if c["finish_reason"]]
@@ -111,7 +105,7 @@ async def test_no_key_of_a_caller_meets_one_of_several_prompts(system: System) -
 async def test_the_grace_is_cut_to_what_the_credential_may_have(system: System) -> None:
     door = door_of(system, system.create_key("impatient", caps=Caps(max_disconnect_grace_ms=0)))
     generation_id = await asyncio.to_thread(begin_and_leave, door, wish(), "k1")
-    assert await ended(system, generation_id, door.key) == pb.GENERATION_STATE_CANCELLED
+    assert await end_of(system, generation_id, door.key) == pb.GENERATION_STATE_CANCELLED
 
 
 async def test_more_than_a_log_may_hold_is_refused_at_both_doors(system: System) -> None:

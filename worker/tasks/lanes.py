@@ -6,9 +6,9 @@ longer part, or lost its core for a moment to another process. Lanes wait for ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import torch
 
@@ -16,13 +16,7 @@ _MIN_TOKENS: Final = 256  # of a lane: below, its products are too small to be w
 _BALANCED_TOKENS: Final = 512  # of a piece, where there are more pieces than lanes
 
 
-class Sized(Protocol):
-    """A text."""
-
-    def __len__(self) -> int: ...
-
-
-T = TypeVar("T", bound=Sized)
+T = TypeVar("T", bound=Sized)  # a text
 R = TypeVar("R")
 
 

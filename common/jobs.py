@@ -257,6 +257,8 @@ class ClaimedJob:
     weight: float = 1.0  # as in NewJob
     num_preemptions: int = 0  # times that it was given back to make room for a higher class
     by_share: bool = False  # handed out for its class's share while a higher class waited: not to be preempted
+    age_ms: int = 0  # since it was accepted
+    num_claims: int = 1  # times that a worker was given it, this one included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -229,7 +229,7 @@ def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> C
     (
         generation_id, epoch, sequence, chain_hash, remaining_ms, priority, attempts, tenant,
         prompt_tokens, cached_prompt_tokens, completion_tokens, _, _, body, log,
-        weight, num_preemptions, by_share,
+        weight, num_preemptions, by_share, age_ms, num_claims,
     ) = reply  # fmt: skip
     entries = [event_from_fields(fields, sealer) for _, fields in log]
     return ClaimedJob(
@@ -247,6 +247,8 @@ def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> C
         weight=float(weight),
         num_preemptions=num_preemptions,
         by_share=by_share == 1,
+        age_ms=age_ms,
+        num_claims=num_claims,
     )
 
 

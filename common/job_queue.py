@@ -319,7 +319,7 @@ class JobQueue:
     async def shape(self, shard: str, max_tenants: int = 200) -> QueueShape:
         """What waits, by class and by tenant, and for how long; what runs; what failed. Changes nothing.
 
-        At most `max_tenants` tenants of each class are looked at, so that its cost is bounded.
+        At most `max_tenants` tenants are looked at, shared out over the classes that have any: its cost is bounded.
         """
         settings = self._settings
         kept_ms = max(settings.retention_ms, settings.dead_letter_retention_ms)

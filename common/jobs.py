@@ -361,7 +361,7 @@ class QueueShape:
 
     time_ms: int  # the server's clock
     classes: tuple[WaitingClass, ...]  # every class, by priority
-    tenants: tuple[WaitingTenant, ...]  # by priority; no more than were asked for in each
+    tenants: tuple[WaitingTenant, ...]  # by priority; no more than were asked for
     has_more_tenants: bool  # not all were looked at: `tenants` and the oldest ages may lack some
     num_running: int
     num_dead_letters: int

@@ -4,13 +4,13 @@
 -- the two heads is the oldest of them. Jobs that may only run alone stand in an index of their own. Of more tenants than are
 -- looked at, those are taken that have had the least service (a job that does not fit stays there) and the most (their
 -- turn comes last): among them is the oldest job, most likely.
--- ARGV  1 most tenants, and most jobs to run alone, looked at in each class  2 ms that a dead letter is kept at most
+-- ARGV  1 most tenants, and most jobs to run alone, looked at in all classes that have any  2 ms that a dead letter is kept at most
 -- Reply {server time ms, running, dead letters, 1 if not all tenants were looked at or else 0,
 --   {{waiting, ms since the oldest was accepted or -1, expected wait ms of the last or -1} of class 0, 1, 2},
 --   {{class, tenant, waiting, ms since its oldest was accepted} ...}}
 --@include base
 --@include jobs
-local most, kept_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
+local kept_ms = tonumber(ARGV[2])
 local now, more = now_ms(), 0
 
 local function older(a, b)
@@ -30,7 +30,7 @@ local function oldest_in(q)
   return older(oldest, first and created(first))
 end
 
-local function tenants_of(class)
+local function tenants_of(class, most)
   local active = P .. 'act:' .. class
   if call('ZCARD', active) <= most then return call('ZRANGE', active, 0, -1) end
   more = 1
@@ -42,7 +42,7 @@ local function tenants_of(class)
 end
 
 -- Adds each tenant's part of a class to `parts`. Returns when its oldest waiting job was accepted, or nil.
-local function look_at(class, parts)
+local function look_at(class, most, parts)
   local order, counts, heads, oldest = {}, {}, {}, nil
   local function add(tenant, count, head)
     if not counts[tenant] then
@@ -53,7 +53,7 @@ local function look_at(class, parts)
     heads[tenant] = older(heads[tenant], head)
     oldest = older(oldest, head)
   end
-  for _, tenant in ipairs(tenants_of(class)) do
+  for _, tenant in ipairs(tenants_of(class, most)) do
     local q = P .. 'q:' .. class .. ':' .. tenant
     add(tenant, call('ZCARD', q), oldest_in(q))
   end
@@ -70,10 +70,13 @@ local function look_at(class, parts)
   return oldest
 end
 
-local classes, parts, before = {}, {}, 0
-for class, waiting in ipairs(queue_lengths()) do
+local lengths, classes, parts, before, used = queue_lengths(), {}, {}, 0, 0
+for _, waiting in ipairs(lengths) do
+  if waiting > 0 then used = used + 1 end
+end
+for class, waiting in ipairs(lengths) do
   before = before + waiting
-  local oldest = waiting > 0 and look_at(class - 1, parts)
+  local oldest = waiting > 0 and look_at(class - 1, math.ceil(ARGV[1] / used), parts)
   classes[class] = { waiting, oldest and math.max(0, now - oldest) or -1, waiting > 0 and expected_wait(before) or -1 }
 end
 local running = math.max(0, call('ZCARD', P .. 'dl') - before) -- every live job has a deadline

@@ -115,6 +115,9 @@ async def test_of_more_tenants_than_are_looked_at_the_first_and_the_last_in_turn
     assert not (await queue.shape(SHARD, max_tenants=9)).has_more_tenants
     (only,) = (await queue.shape(SHARD, max_tenants=1)).tenants
     assert only.tenant == "t0"
+    await queue.enqueue(SHARD, make_job("t0", priority=0))
+    shape = await queue.shape(SHARD, max_tenants=4)  # two for each class that has any
+    assert [(part.priority, part.tenant) for part in shape.tenants] == [(0, "t0"), (1, "t0"), (1, "t8")]
 
 
 async def test_the_expected_wait_is_that_of_the_last_in_line_as_it_was_told_it(

@@ -16,8 +16,11 @@ from common.jobs import (
     JobState,
     LogEvent,
     LostReason,
+    QueueShape,
     Reason,
     ReplyItem,
+    WaitingClass,
+    WaitingTenant,
 )
 from common.sealing import PLAIN, GenerationSealer
 from common.tasks import Task
@@ -258,3 +261,21 @@ def commit_from_reply(reply: Sequence[Any]) -> CommitResult:
     pairs = zip(lost[::2], lost[1::2], strict=True)
     reasons = {generation_id.decode(): LostReason(why.decode()) for generation_id, why in pairs}
     return CommitResult(reasons, tuple(queued), more == 1)
+
+
+def shape_from_reply(reply: Sequence[Any]) -> QueueShape:
+    """Reads the answer of queue_shape."""
+    time_ms, num_running, num_dead_letters, more, classes, tenants = reply
+    return QueueShape(
+        time_ms=time_ms,
+        classes=tuple(
+            WaitingClass(priority, waiting, known_ms(oldest), known_ms(wait))
+            for priority, (waiting, oldest, wait) in enumerate(classes)
+        ),
+        tenants=tuple(
+            WaitingTenant(priority, tenant.decode(), waiting, oldest) for priority, tenant, waiting, oldest in tenants
+        ),
+        has_more_tenants=more == 1,
+        num_running=num_running,
+        num_dead_letters=num_dead_letters,
+    )

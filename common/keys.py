@@ -34,6 +34,7 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {models}:times            hash    worker   shard -> server time of publication, ms    until deleted
     {models}:files            hash    worker   shard -> SHA-256 of its files, for clean-up    until deleted
     {models}:version          string  worker   counts changes of the registry         never
+    {models}:log-levels       hash    admin    module -> "<level> <until, ms>"            until another one is set
     {models}:b:<sha256>       string  worker   tokenizer files by content             with the last card that names it
 
     {keys}:k:<key id>         hash    admin    tenant, name, times, and the key's SHA-256, never the key   never
@@ -86,6 +87,7 @@ SCHEMA_VERSION: Final = 1  # of keys, fields and scripts together; written into 
 
 MODEL_CARDS: Final = "{models}:cards"
 MODEL_TIMES: Final = "{models}:times"
+LOG_LEVELS: Final = "{models}:log-levels"
 MODEL_VERSION: Final = "{models}:version"
 API_KEY_IDS: Final = "{keys}:ids"
 SHARED_SECRET: Final = "{keys}:secret"

@@ -24,12 +24,14 @@ from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
 from common.startup import ignore_signals, read_settings
+from common.telemetry.log_levels import LevelFollower, LogLevels
 from common.telemetry.monitor import MonitorServer, Vitals
 from common.tenants import Tenants
 from common.usage import UsageReader
 from gateway.admin.access import operator_authenticator
 from gateway.admin.api_keys import ApiKeyServicer
 from gateway.admin.fleet import FleetServicer
+from gateway.admin.logs import LogServicer
 from gateway.admin.tenants import TenantServicer
 from gateway.admin.usage import UsageServicer
 from gateway.admission import Admission
@@ -59,7 +61,7 @@ from gateway.telemetry.assembly import GatewayMetrics
 from gateway.telemetry.spans import make_call_tracer
 from gateway.tls import CertificateError
 from gateway.upkeep import Upkeep
-from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc, tenant_pb2_grpc, usage_pb2_grpc
+from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc, log_pb2_grpc, tenant_pb2_grpc, usage_pb2_grpc
 from torchrelay.v1 import (
     batch_pb2_grpc,
     classification_pb2_grpc,
@@ -176,6 +178,7 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
     dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom, sealer=sealer)
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue, dead_letters), server.admin)
     tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantServicer(Tenants(admin_redis, retry=retry)), server.admin)
+    log_pb2_grpc.add_LogServiceServicer_to_server(LogServicer(LogLevels(admin_redis, retry=retry)), server.admin)
     usage_pb2_grpc.add_UsageServiceServicer_to_server(
         UsageServicer(catalog, UsageReader(redis, retry=retry)), server.admin
     )
@@ -216,6 +219,7 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
         version=version("torchrelay"),
     )
     beating = asyncio.create_task(vitals.run())
+    following = asyncio.create_task(LevelFollower(LogLevels(redis, retry=retry)).run())
     running = asyncio.create_task(upkeep.run())
     feeding = asyncio.create_task(batching.feeders.run())
     stopping = asyncio.create_task(stop.wait())
@@ -237,7 +241,8 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
         await pipelined.aclose()
         for client in (redis, blocking_redis, waiting_redis, admin_redis):
             await client.aclose()
-        beating.cancel()
+        for task in (beating, following):
+            task.cancel()
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
         if monitor is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import random
 import secrets
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Final, Protocol, TypeAlias
 
 import msgspec
+import structlog
 
 from common import errors, keys
 from common.deltas import merge_deltas, merge_scores
@@ -35,9 +37,12 @@ from torchrelay.v1 import generation_pb2 as pb
 
 _LEAST_CALL_MS: Final = 5  # no first token comes sooner: a caller with less time has given up before it is queued
 _RETRY_AFTER_MS: Final = 500
+_LOG_AFTER_S: Final = 0.002
 _REPEAT_GRACE_MS: Final = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED: Final = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
+
+log = structlog.get_logger()
 
 NewGeneration: TypeAlias = pb.GenerateRequest | pb.StreamGenerateRequest | pb.SubmitGenerationRequest
 
@@ -382,3 +387,15 @@ def _note_accepted(generation_id: str, job: NewJob, accepted: pb.Accepted, *, is
         request_digest=job.request_digest[:16].hex(),
     )
     audit.mark("generation.repeated" if is_repeat else "generation.accepted")
+    # Once the call goes on: a line of log takes a third of a millisecond.
+    asyncio.get_running_loop().call_later(
+        _LOG_AFTER_S,
+        lambda: log.info(
+            "generation.repeated" if is_repeat else "generation.accepted",
+            generation_id=generation_id,
+            model=accepted.model,
+            tenant=job.tenant,
+            priority=job.priority,
+            prompt_tokens=accepted.prompt_tokens,
+        ),
+    )

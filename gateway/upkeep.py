@@ -127,6 +127,7 @@ class Upkeep:
                 self._counters.count(self._catalog.name_of(shard) or "", reaped, swept)
         await self._admission.settle(shards)
         await self._measure()
+        log.debug("upkeep.done", shards=len(shards), streams=len(self._hub))
 
     async def _measure(self) -> None:
         entries = self._catalog.all_entries()

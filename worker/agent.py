@@ -34,7 +34,6 @@ log = structlog.get_logger()
 
 _RETRY_S: Final = 0.5
 _TIDY_S: Final = 1.0
-_LOG_AFTER_S: Final = 0.002
 _PREEMPT_PAUSE_S: Final = 0.5
 
 
@@ -130,8 +129,6 @@ class Agent:
         for job in jobs:
             self._stop_computing(job.generation_id, "TAKEN")  # held at an older epoch: what was computed is void
             self._engine.submit(self._holdings.add(job, time.monotonic()))
-            # Once the work has begun: a line of log holds the interpreter's lock for a third of a millisecond.
-            asyncio.get_running_loop().call_later(_LOG_AFTER_S, _log_claimed, job)
         self._watch.claimed(jobs)
         if self._holdings:
             self._emptied.clear()
@@ -162,7 +159,6 @@ class Agent:
         await self._claims.preempt(victims, MAX_PREEMPTIONS)
         for generation_id in victims:
             self._stop_computing(generation_id, "PREEMPTED")
-            log.info("job.preempted", generation_id=generation_id)
         await self._engine.settled()
         if any(job.priority == HIGHEST_CLASS for job in await self._claim_once()):
             self._preempts_at = 0.0
@@ -196,6 +192,7 @@ class Agent:
                 try:
                     committed = await self._claims.commit(unsent)
                     self._watch.committed(events, committed.lost)
+                    log.debug("commit.stored", step=results[-1].step, events=len(events), lost=len(committed.lost))
                     self._settle(committed)
                     break
                 except ServingError as error:
@@ -209,8 +206,7 @@ class Agent:
     def _settle(self, result: CommitResult) -> None:
         """Stop what was lost, and look for work where some waits."""
         for generation_id, reason in result.lost.items():
-            if self._stop_computing(generation_id, reason.name):
-                log.info("job.lost", generation_id=generation_id, reason=str(reason))
+            self._stop_computing(generation_id, reason.name)
         self._num_urgent = result.queued[HIGHEST_CLASS]
         if any(result.queued):
             self._may_claim.set()
@@ -219,14 +215,12 @@ class Agent:
             self._may_claim.set()
         self._has_unknown_jobs = self._has_unknown_jobs or result.has_unknown_jobs
 
-    def _stop_computing(self, generation_id: str, reason: str) -> bool:
-        """Free what a generation takes; return whether it was held."""
+    def _stop_computing(self, generation_id: str, reason: str) -> None:
+        """Free what a generation takes, if it is held."""
         self._watch.dropped(generation_id, reason)
         request_id = self._holdings.drop(generation_id)
-        if request_id is None:
-            return False
-        self._engine.abort(request_id)
-        return True
+        if request_id is not None:
+            self._engine.abort(request_id)
 
     async def _adopt(self) -> None:
         """Take over jobs that the server counts as ours: the reply that handed them out was lost."""
@@ -290,7 +284,3 @@ class Agent:
         except ServingError as error:
             log.warning("server.unavailable", reason=error.reason)
             await asyncio.sleep(_RETRY_S)
-
-
-def _log_claimed(job: ClaimedJob) -> None:
-    log.info("job.claimed", generation_id=job.generation_id, epoch=job.epoch, events=len(job.events))

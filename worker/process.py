@@ -21,6 +21,7 @@ from common.jobs import WorkerInfo
 from common.redis import Redis, Retry, connect
 from common.registry import AdapterCard, ModelRegistry
 from common.startup import CANNOT_START, ignore_signals
+from common.telemetry.log_levels import LevelFollower, LogLevels
 from common.telemetry.monitor import MonitorServer, Vitals, process_registry
 from worker.adapters import watch_adapters
 from worker.agent import Agent, StepHungError
@@ -29,6 +30,7 @@ from worker.configuration import WorkerConfiguration
 from worker.engine.device import memory_use
 from worker.engine.thread import EngineThread
 from worker.engine_figures import EngineFigures
+from worker.job_log import JobLog
 from worker.metrics import WorkerMetrics
 from worker.publishing import publish
 from worker.spans import JobSpans
@@ -119,12 +121,13 @@ async def run(
             lambda: memory_use(assembly.device),
         )
     )
+    spans = [] if tracing is None else [JobSpans(tracing, assembly.card.name, claims.worker_id)]
     agent = Agent(
         claims,
         engine,
         settings,
         lambda: describe(assembly, engine, agent, metrics, started_ms),
-        Watches(metrics, JobSpans(tracing, assembly.card.name, claims.worker_id)) if tracing is not None else metrics,
+        Watches(metrics, JobLog(), *spans),
         max_num_seqs=assembly.card.max_sequences,
         beat_interval_s=queue_settings.worker_lease_ms / 1000 / _BEATS_PER_LEASE,
     )
@@ -137,6 +140,7 @@ async def run(
     stopper = asyncio.create_task(stop_agent())
     watcher = asyncio.create_task(watch(registry, assembly, settings.adapters_scan_s))
     beating = asyncio.create_task(vitals.run())
+    following = asyncio.create_task(LevelFollower(LogLevels(redis, retry=retry)).run())
     vitals.set_ready()
     log.info("worker.ready", model=assembly.card.name, worker_id=claims.worker_id, shard=assembly.card.shard)
     join_s = _JOIN_S
@@ -147,7 +151,7 @@ async def run(
             join_s = 0.0  # its thread would be waited for in vain
         raise
     finally:
-        for task in (stopper, watcher, beating):
+        for task in (stopper, watcher, beating, following):
             task.cancel()
         engine.stop()
         with contextlib.suppress(TimeoutError):

@@ -14,6 +14,7 @@ from torchrelay.cli.dead_letters import dead_letters
 from torchrelay.cli.generate import chat, generate
 from torchrelay.cli.inspect import cancel, erase, models, ps
 from torchrelay.cli.keys import keys
+from torchrelay.cli.logs import logs
 from torchrelay.cli.tasks import answer, classify, embed, entities, rerank
 from torchrelay.cli.tenants import tenants
 from torchrelay.cli.usage import usage
@@ -44,6 +45,7 @@ def make_app() -> typer.Typer:
     app.add_typer(batch, name="batch")
     app.add_typer(keys, name="keys")
     app.add_typer(tenants, name="tenants")
+    app.add_typer(logs, name="logs")
     app.add_typer(dead_letters, name="dead-letters")
     app.command("version")(show_version)
     return app

@@ -163,7 +163,8 @@ async def run(
         ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
     )
     dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom, sealer=sealer)
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue, dead_letters), server.admin)
+    fleet = FleetServicer(catalog, queue, dead_letters, num_streams=lambda: len(hub))
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server.admin)
     tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantServicer(Tenants(admin_redis, retry=retry)), server.admin)
     usage_pb2_grpc.add_UsageServiceServicer_to_server(
         UsageServicer(catalog, UsageReader(redis, retry=retry)), server.admin
@@ -206,6 +207,7 @@ async def run(
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
         log.info("gateway.draining", streams=len(hub), batches=len(batching.feeders))
         feeding.cancel()  # other gateways go on with what this one has fed
+        fleet.stop()
         await asyncio.gather(server.stop(), openai.stop())
     finally:
         stopping.cancel()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from common import configuration
+from common.settings import PREFIX
 from torchrelay.cli import output
 
 config = typer.Typer(no_args_is_help=True, help="The settings in force, and what is wrong with them.")
@@ -55,7 +56,7 @@ def check(as_json: JsonOption = False) -> None:
     if found:
         raise typer.Exit(1)
     if not as_json:
-        number = sum(name.upper().startswith(configuration.PREFIX) for name in os.environ)
+        number = sum(name.upper().startswith(PREFIX) for name in os.environ)
         output.write(f"{number} variables are set, and all are understood\n")
 
 

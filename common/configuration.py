@@ -91,9 +91,7 @@ def problems(known: Sequence[Program], environment: Mapping[str, str]) -> list[P
         except ValidationError:
             continue  # of a class of another program, which says so itself
         except (ValueError, OSError) as error:
-            found.append(
-                Problem("", _one_line(str(error)), f"put it right: no {program.name} starts like this")
-            )
+            found.append(Problem("", _one_line(str(error)), f"put it right: no {program.name} starts like this"))
     return found
 
 

@@ -163,9 +163,10 @@ def test_the_entry_points_of_the_package_lead_somewhere() -> None:
         group: {name: _load(target) for name, target in points.items()}
         for group, points in project["entry-points"].items()
     }
-    assert set(found) == {"torchrelay.commands", "torchrelay.settings"}
+    assert set(found) == {"torchrelay.commands", "torchrelay.settings", "torchrelay.checks"}
     assert found["torchrelay.settings"] == {"gateway": GATEWAY, "worker": WORKER}
-    assert "config" in found["torchrelay.commands"]
+    assert {"config", "doctor"} <= set(found["torchrelay.commands"])
+    assert all(callable(checks) for checks in found["torchrelay.checks"].values())
 
 
 def _load(target: str) -> Any:

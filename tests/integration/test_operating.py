@@ -10,12 +10,14 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from typer.testing import CliRunner
 
 from tests.builders_calls import Outcome, refused
 from tests.builders_models import write_tiny_model
-from tests.builders_system import System, running_system, until
+from tests.builders_system import Gateway, System, running_system, until
 from tests.integration.test_draining import has_logged, log_of
 from torchrelay.admin.v1beta1 import fleet_pb2, fleet_pb2_grpc
+from torchrelay.cli.main import make_app
 from torchrelay.v1 import generation_pb2 as pb
 from torchrelay.v1 import model_pb2
 
@@ -42,6 +44,13 @@ def has_tokens(*outcomes: Outcome) -> Any:
         return all(len(outcome.token_ids) >= 5 for outcome in outcomes)
 
     return found
+
+
+def run(gateway: Gateway, *args: str) -> str:
+    """What the command prints."""
+    result = CliRunner(env={"TORCHRELAY_ADMIN_ADDRESS": gateway.admin_address}).invoke(make_app(), args)
+    assert result.exit_code == 0, result.output
+    return str(result.stdout)
 
 
 async def test_a_worker_that_is_drained_under_load_breaks_no_stream(system: System, folder: Path) -> None:
@@ -109,8 +118,22 @@ async def test_the_fleet_is_watched_while_it_works_and_until_the_gateway_stops(s
         assert (busy.gateway.num_streams, busy.num_running, busy.workers[0].num_jobs) == (1, 1, 1)
         assert 0 <= busy.time.ToMilliseconds() - busy.workers[0].report_time.ToMilliseconds() < 30_000
 
+        picture = await asyncio.to_thread(run, gateway, "top", "--once")
+        assert "1 running, 0 waiting, 1 streams here" in picture
+        assert "- tok/s" not in picture
+        (shown,) = [line for line in picture.splitlines() if line.startswith(busy.workers[0].worker_id[:8])]
+        assert MODEL in shown
+        (row,) = (await asyncio.to_thread(run, gateway, "queue")).splitlines()[1:]
+        assert row.split() == [MODEL, "-", "-", "0", "-", "-"]
+
         reading.cancel()
         await client.cancel(running.generation_id)
+        worker_id = busy.workers[0].worker_id
+        told = await asyncio.to_thread(run, gateway, "drain", worker_id[:10], "--wait")
+        assert told.splitlines() == [f"{worker_id} {MODEL} asked", f"{worker_id} {MODEL} gone"]
+        assert system.workers[0].process is not None
+        assert await asyncio.to_thread(system.workers[0].process.wait, 30) == 0
+        system.workers[0].process = None
         gateway.signal(15)
         with refused() as refusal:
             while True:

@@ -124,8 +124,8 @@ class FleetServiceServicer(object):
 
     def DrainWorker(self, request, context):
         """Asks workers to take nothing new, finish what they have within their own limit of time, give the rest back to the
-        queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes nothing.
-        An id names one run of a worker: one that has been started again is another.
+        queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes
+        nothing. An id names one run of a worker: one that has been started again is another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,8 +54,8 @@ class FleetServiceStub:
     """
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.DrainWorkerRequest, _fleet_pb2.DrainWorkerResponse]
     """Asks workers to take nothing new, finish what they have within their own limit of time, give the rest back to the
-    queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes nothing.
-    An id names one run of a worker: one that has been started again is another.
+    queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes
+    nothing. An id names one run of a worker: one that has been started again is another.
     """
 
 @_typing.type_check_only
@@ -84,8 +84,8 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """
     DrainWorker: _aio.UnaryUnaryMultiCallable[_fleet_pb2.DrainWorkerRequest, _fleet_pb2.DrainWorkerResponse]  # type: ignore[assignment]
     """Asks workers to take nothing new, finish what they have within their own limit of time, give the rest back to the
-    queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes nothing.
-    An id names one run of a worker: one that has been started again is another.
+    queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes
+    nothing. An id names one run of a worker: one that has been started again is another.
     """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -153,8 +153,8 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.DrainWorkerResponse, _abc.Awaitable[_fleet_pb2.DrainWorkerResponse]]:
         """Asks workers to take nothing new, finish what they have within their own limit of time, give the rest back to the
-        queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes nothing.
-        An id names one run of a worker: one that has been started again is another.
+        queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes
+        nothing. An id names one run of a worker: one that has been started again is another.
         """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

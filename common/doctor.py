@@ -92,4 +92,4 @@ def show(found: Sequence[Finding], console: Console) -> None:
         if finding.fix:
             console.print(Text(f"{'':<9}{'':<{width}}  -> {finding.fix}", "dim"), soft_wrap=True)
     counts = {level: sum(finding.level is level for finding in found) for level in Level}
-    console.print(f"{counts[Level.FAILURE]} failures, {counts[Level.WARNING]} warnings", soft_wrap=True)
+    console.print(f"failures: {counts[Level.FAILURE]}, warnings: {counts[Level.WARNING]}", soft_wrap=True)

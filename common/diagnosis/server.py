@@ -42,7 +42,8 @@ async def check_server(where: Surroundings) -> Sequence[Finding]:
     except ValidationError:
         return []  # the settings' own check says so
     socket = EmbeddedServer(where.data_dir / "queue").socket_path
-    if not where.is_set("TORCHRELAY_REDIS_URL") and socket.exists():
+    is_own = not where.is_set("TORCHRELAY_REDIS_URL") and socket.exists()
+    if is_own:
         settings = settings.model_copy(update={"url": f"unix://{socket}"})
     unreadable = [
         failure(CHECK, f"TORCHRELAY_REDIS_{name.upper()}={path} cannot be read", "correct the path, or its permissions")
@@ -56,7 +57,7 @@ async def check_server(where: Surroundings) -> Sequence[Finding]:
         unreachable = await _reach(redis, settings)
         if unreachable is not None:
             return [unreachable]
-        found = await _look(redis, settings, queue_settings, where)
+        found = await _look(redis, settings, queue_settings, where, is_own=is_own)
     finally:
         await redis.aclose()
     if is_local(settings.url):
@@ -102,7 +103,7 @@ async def _reach(redis: Redis, settings: RedisSettings) -> Finding | None:
 
 
 async def _look(
-    redis: Redis, settings: RedisSettings, queue_settings: QueueSettings, where: Surroundings
+    redis: Redis, settings: RedisSettings, queue_settings: QueueSettings, where: Surroundings, *, is_own: bool
 ) -> list[Finding]:
     server, memory = await _info(redis, "server"), await _info(redis, "memory")
     version = str(server.get("redis_version", ""))
@@ -110,7 +111,7 @@ async def _look(
     if version and tuple(map(int, version.split(".")[:2])) < _LEAST_VERSION:
         return [failure(CHECK, f"{_name(settings)} is Redis {version}", "upgrade it to Redis 7 or Valkey")]
     found = [ok(CHECK, f"{_name(settings)} answers: {name if version else 'it does not tell its version'}")]
-    found += memory_findings(memory, queue_settings.max_memory_share)
+    found += memory_findings(memory, queue_settings.max_memory_share, is_own=is_own)
     for look in (
         _permissions(redis),
         _durability(redis),
@@ -161,8 +162,8 @@ async def _durability(redis: Redis) -> list[Finding]:
     return [ok("persistence", durability.summary())]
 
 
-def memory_findings(memory: dict[str, Any], max_share: float) -> list[Finding]:
-    """What INFO memory says of a server's bound and of what happens at it."""
+def memory_findings(memory: dict[str, Any], max_share: float, *, is_own: bool) -> list[Finding]:
+    """What INFO memory says of a server's bound and of what happens at it. `is_own`: it is that of `serve`."""
     if "maxmemory" not in memory:
         return []
     found = []
@@ -176,7 +177,9 @@ def memory_findings(memory: dict[str, Any], max_share: float) -> list[Finding]:
                 "on the server: maxmemory-policy noeviction",
             )
         )
-    if not limit:
+    if not limit and is_own:
+        found.append(ok("queue memory", "the server of `torchrelay serve` has no bound but this machine's memory"))
+    elif not limit:
         found.append(
             warning(
                 "queue memory",

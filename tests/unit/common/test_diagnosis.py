@@ -120,9 +120,14 @@ async def test_a_machine_without_memory_and_with_a_kernel_in_the_way_is_told_so(
     ],
 )
 def test_a_server_that_drops_or_refuses_work_is_found(memory: dict[str, Any], found: list[tuple[Level, str]]) -> None:
-    findings = memory_findings(memory, 0.8)
+    findings = memory_findings(memory, 0.8, is_own=False)
     assert [finding.level for finding in findings] == [level for level, _ in found]
     assert all(fix in finding.fix for finding, (_, fix) in zip(findings, found, strict=True))
+
+
+def test_the_server_of_serve_need_not_have_a_bound() -> None:
+    (found,) = memory_findings({"maxmemory": 0}, 0.8, is_own=True)
+    assert found.level is Level.OK
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_findings_are_lines_with_their_remedy_below(capsys: pytest.CaptureFixtur
         "ok       good   all is [well]",
         "failure  queue  it does not answer",
         "                -> start it",
-        "1 failures, 0 warnings",
+        "failures: 1, warnings: 0",
     ]
 
 
@@ -184,4 +189,4 @@ def test_the_verb_ends_with_1_where_something_fails(
     found = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(found) == len(checks)
     assert found[-1] == {"check": "queue memory", "level": "warning", "what": "it is tight", "fix": "make room"}
-    assert f"{int(status)} failures, 1 warnings" in CliRunner().invoke(app, []).stdout
+    assert f"failures: {status}, warnings: 1" in CliRunner().invoke(app, []).stdout

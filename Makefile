@@ -181,6 +181,10 @@ takeovers: install-dev  ## kill -9 behind every token of a generation, greedy an
 soak: install-dev  ## an hour of steady load with a fault a minute: memory of every process and of the server; SEED=1 DURATION=3600
 	$(BIN)/python -m tests.chaos.soak --seed $(or $(SEED),1) --duration $(or $(DURATION),3600) $(ARGS)
 
+.PHONY: screenshots
+screenshots: install-dev  ## the pictures of the README, each from a system that really runs
+	$(BIN)/python -m tests.screenshots.top deploy/screenshots/top.svg
+
 .PHONY: batch-chaos
 batch-chaos: install-dev  ## a batch of 10,000 classifications, gateway and worker killed -9 once each: every result exactly once; ARGS="--items 500"
 	$(BIN)/python -m tests.chaos.batch $(ARGS)

@@ -284,6 +284,7 @@ class CommitResult:
     lost: Mapping[str, LostReason] = field(default_factory=dict)  # held no longer: stop computing them
     queued: tuple[int, ...] = (0,) * keys.PRIORITY_CLASSES  # waiting jobs of each class
     has_unknown_jobs: bool = False  # the server counts more jobs as ours than we hold: call `owned`
+    drain_requested_by: str = ""  # of a heartbeat: the operator who has asked this worker to drain
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +336,8 @@ class LiveWorker:
     lease_left_ms: int  # negative: its lease has ended but nobody has reaped it yet
     num_jobs: int
     info: WorkerInfo | None
+    reported_ms: int = 0  # when `info` came, by the server's clock; 0: the worker's version does not tell
+    drain_requested_by: str = ""  # the operator who has asked it to drain
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {<shard>}:w:<wid>         hash    worker   running ids -> run record, see scripts/lib_jobs.lua     leave or reap
     {<shard>}:wc:<wid>        string  worker   last claim call, the ids it handed out     2 minutes
     {<shard>}:wi:<wid>        string  worker   WorkerInfo (msgpack)                   3 leases
+    {<shard>}:wi:<wid>:at     string  worker   time of its last heartbeat, ms         3 leases
+    {<shard>}:wi:<wid>:drain  string  gateway  who asked it to drain                  a day, or when it leaves
     {<shard>}:gl              zset    gateway  gateways by end of lease (ms)          member at sweep
     {<shard>}:g:<gid>         set     gateway  live ids whose events go to this gateway     empty at sweep
     {<shard>}:gw:<gid>        stream  all      reply stream; about 1,000 entries      its TTL, renewed each second

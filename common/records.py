@@ -7,6 +7,7 @@ from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
+from common import keys
 from common.generation import EarlyStopping, EventBody, GrammarKind, JobBody, SamplingParams, Usage
 from common.jobs import (
     ClaimedJob,
@@ -257,10 +258,11 @@ def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> C
 
 def commit_from_reply(reply: Sequence[Any]) -> CommitResult:
     """Reads the answer of commit and of a worker's heartbeat."""
-    lost, more, *queued = reply
+    lost, more, *rest = reply
+    queued, drain = rest[: keys.PRIORITY_CLASSES], rest[keys.PRIORITY_CLASSES :]
     pairs = zip(lost[::2], lost[1::2], strict=True)
     reasons = {generation_id.decode(): LostReason(why.decode()) for generation_id, why in pairs}
-    return CommitResult(reasons, tuple(queued), more == 1)
+    return CommitResult(reasons, tuple(queued), more == 1, drain[0].decode() if drain else "")
 
 
 def shape_from_reply(reply: Sequence[Any]) -> QueueShape:

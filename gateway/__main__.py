@@ -176,7 +176,8 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
         ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
     )
     dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom, sealer=sealer)
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(catalog, queue, dead_letters), server.admin)
+    fleet = FleetServicer(catalog, queue, dead_letters, num_streams=lambda: len(hub))
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server.admin)
     tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantServicer(Tenants(admin_redis, retry=retry)), server.admin)
     log_pb2_grpc.add_LogServiceServicer_to_server(LogServicer(LogLevels(admin_redis, retry=retry)), server.admin)
     usage_pb2_grpc.add_UsageServiceServicer_to_server(
@@ -228,6 +229,7 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
         log.info("gateway.draining", streams=len(hub), batches=len(batching.feeders))
         vitals.set_unready("draining")
         feeding.cancel()  # other gateways go on with what this one has fed
+        fleet.stop()
         await asyncio.gather(server.stop(), openai.stop())
     finally:
         stopping.cancel()

@@ -1,16 +1,17 @@
-"""All settings of one gateway process."""
+"""All settings of one gateway process, for itself and for `torchrelay config` and `torchrelay doctor`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Self
+from typing import Final, Self
 
+from common.configuration import Program
 from common.sealing import EncryptionSettings, Sealer
 from common.settings import MetricsSettings, QueueSettings, RedisSettings
 from common.telemetry.tracing import Tracing, TracingSettings, make_tracing
 from gateway.identity.assembly import check_identity
-from gateway.identity.settings import IdentitySettings, ProxySettings
+from gateway.identity.settings import IDENTITY_SETTINGS, IdentitySettings, ProxySettings
 from gateway.server import check_plaintext
 from gateway.settings import GatewaySettings
 
@@ -44,3 +45,12 @@ class GatewayConfiguration:
             Sealer.from_settings(EncryptionSettings()),
             make_tracing(TracingSettings(), "gateway", {"service.version": version("torchrelay")}),
         )
+
+
+def check() -> None:
+    """Raise ValueError for what keeps a gateway from starting although each setting is right by itself."""
+    check_plaintext(GatewaySettings())
+    check_identity(IdentitySettings(), ProxySettings())
+
+
+PROGRAM: Final = Program("gateway", (GatewaySettings, *IDENTITY_SETTINGS), check)

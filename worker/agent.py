@@ -241,7 +241,11 @@ class Agent:
             await asyncio.sleep(self._beat_interval_s)
 
     async def _beat_once(self) -> None:
-        self._settle(await self._claims.heartbeat(self._info()))
+        result = await self._claims.heartbeat(self._info())
+        self._settle(result)
+        if result.drain_requested_by and not self.draining:
+            log.info("worker.drain_requested", by=result.drain_requested_by)
+            self.stop()
         if self._has_unknown_jobs:
             await self._adopt()
 

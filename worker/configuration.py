@@ -1,11 +1,12 @@
-"""All settings of one worker process."""
+"""All settings of one worker process, for itself and for `torchrelay config` and `torchrelay doctor`. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Self
+from typing import Final, Self
 
+from common.configuration import Program
 from common.sealing import EncryptionSettings, Sealer
 from common.settings import MetricsSettings, QueueSettings, RedisSettings
 from common.telemetry.tracing import Tracing, TracingSettings, make_tracing
@@ -37,3 +38,6 @@ class WorkerConfiguration:
             Sealer.from_settings(EncryptionSettings()),
             make_tracing(TracingSettings(), "worker", {"service.version": version("torchrelay")}),
         )
+
+
+PROGRAM: Final = Program("worker", (WorkerSettings, EngineSettings))

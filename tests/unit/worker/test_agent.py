@@ -86,6 +86,7 @@ class Claims:
     swallows: bool = False  # the first cancellation of a blocking wait, as the Redis client can
     held: int = 0
     is_paused: bool = False
+    drain_requested_by: str = ""
 
     async def wait_bell(self) -> None:
         while not self.jobs:
@@ -104,7 +105,7 @@ class Claims:
 
     async def heartbeat(self, info: WorkerInfo) -> CommitResult:
         self.renewals.append(time.monotonic())
-        return CommitResult()
+        return CommitResult(drain_requested_by=self.drain_requested_by)
 
     async def commit(self, events: Any) -> CommitResult:
         raise AssertionError("no step has ended")
@@ -176,6 +177,22 @@ async def test_an_engine_that_steps_or_idles_is_left_alone() -> None:
     agent.stop()
     await asyncio.wait_for(running, 10)
     assert (claims.released, engine.submitted, engine.is_stopped) == (["a"], [], True)
+
+
+async def test_an_operators_request_to_drain_ends_the_worker_as_a_signal_does() -> None:
+    claims, engine = Claims([make_claimed("a"), make_claimed("b")]), Engine(hangs=False)
+    agent = make_agent(claims, engine, hang_s=10)
+    running = asyncio.create_task(agent.run())
+
+    async def has_submitted() -> bool:
+        return bool(engine.submitted)
+
+    await until(has_submitted, what="work")
+    claims.drain_requested_by = "key-1"
+    await asyncio.wait_for(running, 10)
+    assert agent.draining
+    assert (claims.released, engine.is_stopped) == (["a"], True)
+    assert len(claims.jobs) == 1, "nothing new is claimed"
 
 
 # -- preemption

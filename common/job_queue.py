@@ -29,6 +29,7 @@ from common.jobs import (
     JobState,
     LiveWorker,
     NewJob,
+    QueueShape,
     ReplyItem,
     Settlement,
     Swept,
@@ -314,6 +315,15 @@ class JobQueue:
         """Jobs of all classes that wait for a worker."""
         lengths = await self._retry.call(lambda: execute(self._redis, "HGETALL", keys.queue_lengths(shard)))
         return sum(map(int, lengths.values()))
+
+    async def shape(self, shard: str, max_tenants: int = 200) -> QueueShape:
+        """What waits, by class and by tenant, and for how long; what runs; what failed. Changes nothing.
+
+        At most `max_tenants` tenants are looked at, shared out over the classes that have any: its cost is bounded.
+        """
+        settings = self._settings
+        kept_ms = max(settings.retention_ms, settings.dead_letter_retention_ms)
+        return records.shape_from_reply(as_list(await self._run("queue_shape", shard, max_tenants, kept_ms)))
 
     async def list_inflight(self, shard: str, limit: int = 100) -> list[GenerationRecord]:
         """Queued and running generations of all tenants, those with the nearest deadline first; echoes as stored."""

@@ -25,8 +25,9 @@ from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
 from common.sealing import EncryptionSettings, Sealer
-from common.settings import QueueSettings, RedisSettings
+from common.settings import MetricsSettings, QueueSettings, RedisSettings
 from common.startup import ignore_signals, read_settings
+from common.telemetry.monitor import MonitorServer, Vitals
 from common.tenants import Tenants
 from common.usage import UsageReader
 from gateway.admin.access import operator_authenticator
@@ -56,6 +57,7 @@ from gateway.settings import GatewaySettings
 from gateway.stream import StreamFactory, StreamTimes
 from gateway.tasks.core import Tasks
 from gateway.tasks.servicers import ClassificationServicer, EmbeddingServicer
+from gateway.telemetry.assembly import GatewayMetrics
 from gateway.tls import CertificateError
 from gateway.upkeep import Upkeep
 from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc, tenant_pb2_grpc, usage_pb2_grpc
@@ -78,9 +80,12 @@ async def run(
     queue_settings: QueueSettings,
     identity: tuple[IdentitySettings, ProxySettings],
     sealer: Sealer,
+    metrics_settings: MetricsSettings,
     stop: asyncio.Event,
 ) -> None:
     """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound, and CertificateError."""
+    metrics, vitals = GatewayMetrics(metrics_settings), Vitals()
+    monitor = MonitorServer(settings.metrics_address, metrics.registry, vitals) if settings.metrics_address else None
     retry = Retry.from_settings(redis_settings)
     redis, blocking_redis, waiting_redis = (connect(redis_settings) for _ in range(3))
     admin_url = settings.admin_redis_url or redis_settings.url
@@ -100,7 +105,11 @@ async def run(
     catalog = Catalog(ModelDirectory(registry, queue), registry)
     hub = EventHub(settings.max_pending_events, settings.max_pending_bytes)
     streams = StreamFactory(
-        queue, hub, StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s), sealer
+        queue,
+        hub,
+        StreamTimes(settings.reconcile_interval_s, settings.progress_interval_s),
+        sealer,
+        metrics.streams,
     )
     secret = SharedSecret(redis, admin_redis, retry)
 
@@ -111,11 +120,14 @@ async def run(
         authenticator.authenticate,
         authorize=check_method,
         audit=Audit(audit_file),
+        meter=metrics.grpc,
         send_timeout_s=settings.send_timeout_s,
     )
     operator = operator_authenticator(authenticator.authenticate, is_open=is_admin_open(settings))
     server = GatewayServer(
-        settings, guard, Guard(operator, authorize=check_method, audit=Audit(audit_file, to_log=True))
+        settings,
+        guard,
+        Guard(operator, authorize=check_method, audit=Audit(audit_file, to_log=True), meter=metrics.grpc),
     )
     pipelined = PipelinedConnection(redis, redis_settings.socket_timeout_ms / 1000)
     quotas = QuotaMeter(pipelined, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
@@ -152,6 +164,7 @@ async def run(
         Audit(audit_file),
         bodies=bodies_of(settings),
         send_timeout_s=settings.send_timeout_s,
+        meter=metrics.openai,
     )
     openai = OpenAiServer(
         OpenAiDoor(generations, tasks, catalog, settings, door).app, settings, certificates_of(settings)
@@ -171,6 +184,7 @@ async def run(
 
     async def on_connected() -> None:
         await server.health.set_ready(True)
+        vitals.set_ready()
         log.info("queue.durability", promise=(await describe_durability(redis)).summary())
         log.info(
             "gateway.ready",
@@ -186,25 +200,31 @@ async def run(
         catalog,
         headroom,
         admission,
+        metrics.queues,
+        metrics.upkeep,
         interval_s=min(settings.maintenance_interval_s, queue_settings.max_upkeep_pause_s),
         block_ms=block_ms(redis_settings, _BLOCK_MS),
         on_connected=on_connected,
     )
+    metrics.count_open(hub, batching.feeders)
     await server.start()
     await openai.start()
     log.info(
         "gateway.started",
         address=server.address,
         openai_address=openai.address,
+        metrics_address=monitor.address if monitor is not None else "",
         gateway_id=queue.gateway_id,
         version=version("torchrelay"),
     )
+    beating = asyncio.create_task(vitals.run())
     running = asyncio.create_task(upkeep.run())
     feeding = asyncio.create_task(batching.feeders.run())
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
         log.info("gateway.draining", streams=len(hub), batches=len(batching.feeders))
+        vitals.set_unready("draining")
         feeding.cancel()  # other gateways go on with what this one has fed
         await asyncio.gather(server.stop(), openai.stop())
     finally:
@@ -219,11 +239,14 @@ async def run(
         await pipelined.aclose()
         for client in (redis, blocking_redis, waiting_redis, admin_redis):
             await client.aclose()
+        beating.cancel()
+        if monitor is not None:
+            monitor.close()
     log.info("gateway.stopped")
 
 
 _Settings: TypeAlias = tuple[
-    GatewaySettings, RedisSettings, QueueSettings, tuple[IdentitySettings, ProxySettings], Sealer
+    GatewaySettings, RedisSettings, QueueSettings, tuple[IdentitySettings, ProxySettings], Sealer, MetricsSettings
 ]
 
 
@@ -239,7 +262,8 @@ def _settings() -> _Settings:
     settings, identity = GatewaySettings(), (IdentitySettings(), ProxySettings())
     check_plaintext(settings)
     check_identity(*identity)
-    return settings, RedisSettings(), QueueSettings(), identity, Sealer.from_settings(EncryptionSettings())
+    sealer = Sealer.from_settings(EncryptionSettings())
+    return settings, RedisSettings(), QueueSettings(), identity, sealer, MetricsSettings()
 
 
 def main() -> int:

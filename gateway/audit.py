@@ -131,6 +131,12 @@ class Audit:
             log.info("audit", **{"of" if name == "event" else name: value for name, value in line.items()})
 
 
+def call_began() -> float | None:
+    """Return when the call that is being served arrived, by time.monotonic(); None outside of calls."""
+    record = _RECORD.get()
+    return None if record is None else record.began
+
+
 def note(**fields: str | int) -> None:
     """Add fields to the record of the call that is being served. Never text of callers: ids, counts and digests."""
     record = _RECORD.get()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from common.sealing import EncryptionSettings, Sealer
-from common.settings import QueueSettings, RedisSettings
+from common.settings import MetricsSettings, QueueSettings, RedisSettings
 from common.startup import read_settings
 from worker.engine.device import leave_out_triton, quiet_openmp
 from worker.engine.settings import EngineSettings
@@ -21,6 +21,7 @@ def main() -> int:
             RedisSettings(),
             QueueSettings(),
             Sealer.from_settings(EncryptionSettings()),
+            MetricsSettings(),
         ),
         WorkerSettings,
         EngineSettings,

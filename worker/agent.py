@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import structlog
@@ -26,6 +26,7 @@ from common.jobs import ClaimedJob, CommitResult, WorkerInfo
 from worker.engine.thread import EngineStopped, EngineThread
 from worker.engine.types import StepResult
 from worker.holdings import Holdings
+from worker.metrics import JobWatch
 from worker.preemption import HIGHEST_CLASS, MAX_PREEMPTIONS, choose_victims
 from worker.settings import WorkerSettings
 
@@ -50,6 +51,7 @@ class Agent:
         engine: EngineThread,
         settings: WorkerSettings,
         info: Callable[[], WorkerInfo],
+        watch: JobWatch,
         *,
         max_num_seqs: int,
         beat_interval_s: float,
@@ -58,6 +60,7 @@ class Agent:
         self._engine = engine
         self._settings = settings
         self._info = info
+        self._watch = watch
         self._max_num_seqs = max_num_seqs
         self._beat_interval_s = beat_interval_s
         self._holdings = Holdings(engine.stats.block_size)
@@ -123,12 +126,13 @@ class Agent:
         self._take(jobs)
         return jobs
 
-    def _take(self, jobs: Iterable[ClaimedJob]) -> None:
+    def _take(self, jobs: Sequence[ClaimedJob]) -> None:
         for job in jobs:
-            self._stop_computing(job.generation_id)  # held at an older epoch: what was computed for it is void
+            self._stop_computing(job.generation_id, "TAKEN")  # held at an older epoch: what was computed is void
             self._engine.submit(self._holdings.add(job, time.monotonic()))
             # Once the work has begun: a line of log holds the interpreter's lock for a third of a millisecond.
             asyncio.get_running_loop().call_later(_LOG_AFTER_S, _log_claimed, job)
+        self._watch.claimed(jobs)
         if self._holdings:
             self._emptied.clear()
 
@@ -157,7 +161,7 @@ class Agent:
             return
         await self._claims.preempt(victims, MAX_PREEMPTIONS)
         for generation_id in victims:
-            self._stop_computing(generation_id)
+            self._stop_computing(generation_id, "PREEMPTED")
             log.info("job.preempted", generation_id=generation_id)
         await self._engine.settled()
         if any(job.priority == HIGHEST_CLASS for job in await self._claim_once()):
@@ -177,6 +181,7 @@ class Agent:
                 result = await self._engine.next_result()
             except EngineStopped:
                 return
+            self._watch.stepped(result)
             self._results.append(result)  # a statement of its own: the list may be another one after the wait
             self._has_results.set()
 
@@ -186,14 +191,16 @@ class Agent:
             self._has_results.clear()
             results, self._results = self._results, []
             # A step without tokens is committed too: a cancelled job that only prefills must learn of it.
-            events = self._holdings.events(results)
+            events = unsent = self._holdings.events(results)
             while not self._drained:
                 try:
-                    self._settle(await self._claims.commit(events))
+                    committed = await self._claims.commit(unsent)
+                    self._watch.committed(events, committed.lost)
+                    self._settle(committed)
                     break
                 except ServingError as error:
                     log.warning("commit.unavailable", reason=error.reason)
-                    events = []  # kept by the claims, and sent first next time
+                    unsent = []  # kept by the claims, and sent first next time
                     await asyncio.sleep(_RETRY_S)
             self._engine.ack(results[-1].step)
             if self._has_unknown_jobs:
@@ -202,7 +209,7 @@ class Agent:
     def _settle(self, result: CommitResult) -> None:
         """Stop what was lost, and look for work where some waits."""
         for generation_id, reason in result.lost.items():
-            if self._stop_computing(generation_id):
+            if self._stop_computing(generation_id, reason.name):
                 log.info("job.lost", generation_id=generation_id, reason=str(reason))
         self._num_urgent = result.queued[HIGHEST_CLASS]
         if any(result.queued):
@@ -212,8 +219,9 @@ class Agent:
             self._may_claim.set()
         self._has_unknown_jobs = self._has_unknown_jobs or result.has_unknown_jobs
 
-    def _stop_computing(self, generation_id: str) -> bool:
+    def _stop_computing(self, generation_id: str, reason: str) -> bool:
         """Free what a generation takes; return whether it was held."""
+        self._watch.dropped(generation_id, reason)
         request_id = self._holdings.drop(generation_id)
         if request_id is None:
             return False
@@ -260,7 +268,7 @@ class Agent:
         except TimeoutError:
             rest = self._holdings.ids()
             for generation_id in rest:
-                self._stop_computing(generation_id)
+                self._stop_computing(generation_id, "RELEASED")
             log.info("worker.releasing", jobs=len(rest))
             await self._guarded(self._claims.release(rest))
         self._engine.stop()

@@ -223,6 +223,21 @@ structured: install-dev  ## 200 JSON schemas under mixed load: what stops is val
 mesh: install-dev  ## two gateways behind a real Envoy: 1,000 keyed calls while gateways are killed; ARGS="--mutant no-keys" and so on
 	$(BIN)/python -m tests.mesh.run $(ARGS)
 
+# --- deploy ---------------------------------------------------------------------------------------------------------------------
+
+$(VENV)/.deploy: $(VENV)/.venv-made requirements-deploy.lock
+	$(BIN)/python -m venv $(VENV)/deploy
+	$(VENV)/deploy/bin/python -m pip --disable-pip-version-check $(LOCKED) -r requirements-deploy.lock
+	touch $@
+
+.PHONY: deploy-check images
+deploy-check: install-dev $(VENV)/.deploy  ## chart, examples, compose and Dockerfiles: linted, rendered, held against schemas and policies, tested
+	$(BIN)/python -m tests.deploy.run --tools $(VENV)/deploy/bin $(ARGS)
+
+# Needs root, debootstrap and buildah; says so where they are missing.
+images: install-dev  ## images of gateway and CPU worker in build/images, started from their archives; ten minutes
+	$(BIN)/python -m tests.deploy.images --torch-version $(TORCH_VERSION) --torch-index $(TORCH_CPU_INDEX) $(ARGS)
+
 # --- supply ---------------------------------------------------------------------------------------------------------------------
 
 # It has no wheels: its archive holds the program, and setuptools of requirements.lock packs it.
@@ -272,7 +287,8 @@ lock: $(VENV)/.tools  ## the locks again, from pyproject.toml; what they pin alr
 	echo openai | $(COMPILE) --no-config $(ARGS) - -o requirements-compat.lock
 	printf '%s\n' uv cyclonedx-bom pip-audit "$(FUZZER)" | $(COMPILE) --no-config $(ARGS) - -o requirements-tools.lock
 	printf '%s\n' 'hatchling>=1.27' | $(COMPILE) --no-config -c requirements.lock $(ARGS) - -o requirements-build.lock
-	printf '%s\n' '-e ./protos' '-e .' | $(COMPILE) --no-config $(OWN) -c requirements.lock $(ARGS) - -o requirements-gateway.lock
+	printf '%s\n' '-e ./protos' '-e .[otel]' | $(COMPILE) --no-config $(OWN) -c requirements.lock -c requirements-dev.lock $(ARGS) \
+		- -o requirements-gateway.lock
 	printf '%s\n' '-e ./protos' '-e .[worker]' 'torch==$(TORCH_VERSION)' | $(COMPILE) --config-file build/lock.toml $(OWN) -c requirements.lock \
 		$(call without,requirements-gateway.lock) $(ARGS) - -o requirements-worker.lock
 	echo "$(TORCHAO)" | $(COMPILE) --no-config $(ARGS) - -o requirements-worker-cuda.lock

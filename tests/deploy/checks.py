@@ -1,4 +1,4 @@
-"""What tools of others say of what is in deploy/: each check returns its faults, one text each, and none if all is well."""
+"""What tools of others say of what is in deploy/: each check returns its faults, a text each; none if all is well."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import jsonschema
 import trustme
@@ -59,7 +59,9 @@ def custom_kinds(rendered: Rendered) -> list[str]:
             faults.append(f"{label(manifest)}: there is no {path.name} to hold it against")
             continue
         validator = jsonschema.Draft202012Validator(json.loads(path.read_text()))
-        faults += [f"{label(manifest)}: {error.json_path}: {error.message}" for error in validator.iter_errors(manifest)]
+        faults += [
+            f"{label(manifest)}: {error.json_path}: {error.message}" for error in validator.iter_errors(manifest)
+        ]
     return faults
 
 
@@ -84,7 +86,9 @@ def policies_of_files(tools: Path, folder: Path) -> list[str]:
     return [f"{one['file_path']} {one['resource']}: {one['check_id']} {one['check_name']}" for one in failed]
 
 
-def yaml_style(tools: Path, paths: Iterable[Path] = (CHART / "values.yaml", CHART / "Chart.yaml", EXAMPLES, COMPOSE)) -> list[str]:
+def yaml_style(
+    tools: Path, paths: Iterable[Path] = (CHART / "values.yaml", CHART / "Chart.yaml", EXAMPLES, COMPOSE)
+) -> list[str]:
     """What yamllint says of the YAML that people read."""
     config = ROOT / "deploy" / ".yamllint.yaml"
     return run([str(tools / "yamllint"), "--strict", "-f", "parsable", "-c", str(config), *map(str, paths)])
@@ -120,7 +124,9 @@ def proxy(install_into: Path, config: Path = EXAMPLES / "envoy" / "envoy.yaml") 
         if "/etc/envoy/tls" not in text:
             return [f"{config.name} has no certificates below /etc/envoy/tls"]
         (folder / "envoy.yaml").write_text(text.replace("/etc/envoy/tls", str(folder)))
-        return run([str(program), "--mode", "validate", "-l", "error", "-c", str(folder / "envoy.yaml")], all_output=False)
+        return run(
+            [str(program), "--mode", "validate", "-l", "error", "-c", str(folder / "envoy.yaml")], all_output=False
+        )
 
 
 def write(folder: Path, manifests: Sequence[Manifest]) -> list[Path]:
@@ -153,4 +159,3 @@ def reasons_for_ignoring(path: Path) -> list[str]:
         if re.match(r"#\s*hadolint ignore=(?!DL3006$)", line) and not lines[number - 1].startswith("#"):
             faults.append(f"{path.name}:{number + 1}: says not why")
     return faults
-

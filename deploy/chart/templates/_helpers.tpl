@@ -56,7 +56,7 @@ torchrelay/model: {{ include "torchrelay.model.slug" (dict "name" .) | trunc 63 
 {{- end -}}
 {{- end -}}
 
-{{/* Lays a map over another, in place: (list under over). Unlike mergeOverwrite, false, 0 and "" count. */}}
+{{/* Lays a map over another, in place and at every depth: (list under over). What stands in `over` counts, false, 0 and "" too. */}}
 {{- define "torchrelay.overlay" -}}
 {{- $under := index . 0 -}}
 {{- range $key, $value := index . 1 -}}

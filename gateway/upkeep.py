@@ -10,11 +10,12 @@ import structlog
 from common.errors import ServingError
 from common.headroom import Headroom
 from common.job_queue import START_CURSOR, JobQueue
+from common.telemetry.upkeep import UpkeepCounters
 from gateway.admission import Admission
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
 from gateway.stream import StreamFactory
-from gateway.telemetry.queues import ModelQueue, QueueFigures, UpkeepCounters
+from gateway.telemetry.queues import ModelQueue, QueueFigures
 
 log = structlog.get_logger()
 
@@ -128,7 +129,7 @@ class Upkeep:
         await self._measure()
 
     async def _measure(self) -> None:
-        entries = self._catalog.entries
+        entries = self._catalog.all_entries()
         shapes = await asyncio.gather(*(self._queue.shape(entry.card.shard) for entry in entries))
         self._figures.update(
             (

@@ -255,8 +255,11 @@ class Agent:
         while not self._drained:
             await asyncio.sleep(min(_TIDY_S, self._beat_interval_s))  # often enough for the shortest lease
             if not self._holdings:
-                await self._guarded(self._claims.reap())
-                await self._guarded(self._claims.sweep())
+                await self._guarded(self._tidy_once())
+
+    async def _tidy_once(self) -> None:
+        self._watch.tidied(await self._claims.reap())
+        self._watch.tidied(await self._claims.sweep())
 
     # -- drain ----------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,10 @@ from typing import Final, Protocol
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from common.generation import EventBody, FinishReason
-from common.jobs import ClaimedJob, JobState, NewEvent
+from common.jobs import ClaimedJob, JobState, NewEvent, Swept
 from common.telemetry import buckets
 from common.telemetry.labels import BoundedLabel
+from common.telemetry.upkeep import UpkeepCounters
 from worker.engine.types import StepResult
 
 _SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -41,6 +42,10 @@ class JobWatch(Protocol):
 
     def committed(self, events: Iterable[NewEvent], lost: Collection[str]) -> None:
         """These are stored, but for those of generations that turn out to be lost."""
+        ...
+
+    def tidied(self, *rounds: Swept) -> None:
+        """Upkeep has done this."""
         ...
 
     def dropped(self, generation_id: str, reason: str) -> None:
@@ -114,6 +119,7 @@ class WorkerMetrics:
         self._busy = counter("engine_busy_seconds", "Time that the engine spent in steps.").labels(model_name)
         self._succeeded = counter("request_success", "Generations that ended well here.", "finished_reason")
         self._failed = counter("request_failure", "Generations that failed here.", "reason")
+        self._upkeep = UpkeepCounters(registry)
         self._claims = counter(
             "claims", "Generations taken from the queue: first, takeover, or after a preemption.", "kind"
         )
@@ -162,6 +168,9 @@ class WorkerMetrics:
     def dropped(self, generation_id: str, reason: str) -> None:
         if self._held.pop(generation_id, None) is not None:
             self._dropped.labels(self._model, reason).inc()
+
+    def tidied(self, *rounds: Swept) -> None:
+        self._upkeep.count(self._model, *rounds)
 
     # -- what is observed -----------------------------------------------------------------------------------------
 

@@ -84,9 +84,7 @@ class Guard(grpc.aio.ServerInterceptor):
             )
             make = grpc.unary_stream_rpc_method_handler
         else:
-            behavior = self._guarded(
-                method, UNARY, lambda data, context: _unary(handler, deserialize, data, context)
-            )
+            behavior = self._guarded(method, UNARY, lambda data, context: _unary(handler, deserialize, data, context))
             make = grpc.unary_unary_rpc_method_handler
         guarded: grpc.RpcMethodHandler[Any, Any] = make(
             behavior, request_deserializer=None, response_serializer=handler.response_serializer

@@ -9,8 +9,9 @@ from prometheus_client import Gauge
 
 from common.settings import MetricsSettings
 from common.telemetry.monitor import process_registry
+from common.telemetry.upkeep import UpkeepCounters
 from gateway.telemetry.calls import GrpcMeter, OpenAiMeter, TenantCalls
-from gateway.telemetry.queues import QueueFigures, UpkeepCounters
+from gateway.telemetry.queues import QueueFigures
 from gateway.telemetry.streams import StreamMetrics
 
 

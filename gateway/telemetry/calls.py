@@ -41,9 +41,7 @@ class NoMeter:
     def sent(self, method: str, kind: str) -> None:
         pass
 
-    def ended(
-        self, method: str, kind: str, caller: Caller | None, status: str, reason: str, duration_s: float
-    ) -> None:
+    def ended(self, method: str, kind: str, caller: Caller | None, status: str, reason: str, duration_s: float) -> None:
         pass
 
 
@@ -90,9 +88,7 @@ class GrpcMeter:
     def sent(self, method: str, kind: str) -> None:
         self._sent.labels(kind, *_names(method)).inc()
 
-    def ended(
-        self, method: str, kind: str, caller: Caller | None, status: str, reason: str, duration_s: float
-    ) -> None:
+    def ended(self, method: str, kind: str, caller: Caller | None, status: str, reason: str, duration_s: float) -> None:
         service, name = _names(method)
         self._handled.labels(kind, service, name, status).inc()
         self._seconds.labels(kind, service, name).observe(duration_s)
@@ -126,9 +122,7 @@ class OpenAiMeter:
     def sent(self, method: str, kind: str) -> None:
         """Chunks are not counted."""
 
-    def ended(
-        self, method: str, kind: str, caller: Caller | None, status: str, reason: str, duration_s: float
-    ) -> None:
+    def ended(self, method: str, kind: str, caller: Caller | None, status: str, reason: str, duration_s: float) -> None:
         name = _names(method)[1]
         self._requests.labels(name, status, reason).inc()
         self._seconds.labels(name).observe(duration_s)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from common.jobs import QueueShape, Swept
+from common.jobs import QueueShape
 
 PRIORITIES: Final = ("high", "normal", "low")
 _STALE_S: Final = 15.0
@@ -59,24 +58,6 @@ class QueueFigures(Collector):
         memory.add_metric([], self._memory_share)
         yield memory
         yield from _families(_by_model(self._queues))
-
-
-class UpkeepCounters:
-    """What this gateway has ended or moved on, since nobody else did."""
-
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        self._acted = Counter(
-            "torchrelay_upkeep_jobs",
-            "Generations that upkeep put back in the queue, gave up, let expire, cancelled, or found without a listener.",
-            ["model_name", "outcome"],
-            registry=registry,
-        )
-
-    def count(self, model: str, *rounds: Swept) -> None:
-        for found in rounds:
-            for outcome in ("requeued", "dead_lettered", "expired", "cancelled", "detached"):
-                if number := getattr(found, outcome):
-                    self._acted.labels(model, outcome).inc(number)
 
 
 def _by_model(queues: Iterable[ModelQueue]) -> Mapping[str, list[ModelQueue]]:

@@ -23,9 +23,7 @@ class Opening(StrEnum):
 class StreamMetrics:
     """Streams of one gateway. Without a registry nothing is exported."""
 
-    def __init__(
-        self, registry: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         labels = ["model_name"]
         self.opened = Counter(

@@ -10,6 +10,7 @@ from typing import Any, cast
 from unittest import mock
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from common.generation import JobBody, SamplingParams, Usage
 from common.jobs import ClaimedJob, CommitResult, Swept, WorkerInfo
@@ -17,6 +18,7 @@ from tests.builders_system import until
 from worker.agent import Agent, StepHungError
 from worker.engine.types import EngineStats, GenerationRequest, StepResult
 from worker.holdings import Holdings
+from worker.metrics import WorkerMetrics
 from worker.settings import WorkerSettings
 
 BEAT_S = 0.01
@@ -124,8 +126,14 @@ class Claims:
 def make_agent(claims: Claims, engine: Engine, hang_s: float) -> Agent:
     settings = WorkerSettings(hang_s=hang_s, drain_s=0)
     return Agent(
-        cast(Any, claims), cast(Any, engine), settings, WorkerInfo, max_num_seqs=8, beat_interval_s=BEAT_S
-    )  # fmt: skip
+        cast(Any, claims),
+        cast(Any, engine),
+        settings,
+        WorkerInfo,
+        WorkerMetrics(CollectorRegistry(), "test", 10),
+        max_num_seqs=8,
+        beat_interval_s=BEAT_S,
+    )
 
 
 async def test_a_step_that_never_ends_ends_the_worker() -> None:
@@ -215,6 +223,7 @@ async def run_crowded(claims: Crowded, num_beats: int = 30, **settings: Any) -> 
         cast(Any, engine),
         WorkerSettings(drain_s=0, **settings),
         WorkerInfo,
+        WorkerMetrics(CollectorRegistry(), "test", 10),
         max_num_seqs=2,
         beat_interval_s=BEAT_S,
     )

@@ -245,6 +245,7 @@ def main() -> int:
     parser.add_argument("--torch-version", required=True)
     parser.add_argument("--torch-index", required=True)
     parser.add_argument("--keep", action="store_true", help="keep buildah's storage: build/images/storage")
+    parser.add_argument("--archives", action="store_true", help="build nothing: start what is in build/images")
     options = parser.parse_args()
     if lacking := missing():
         sys.stderr.write("make images needs " + ", ".join(lacking) + "\n")
@@ -254,7 +255,8 @@ def main() -> int:
     report: dict[str, Any] = {"target": "images"}
     try:
         fresh.remove()
-        report["build_s"] = build(built, options.torch_version, options.torch_index)
+        if not options.archives:
+            report["build_s"] = build(built, options.torch_version, options.torch_index)
         containers = {name: fresh.open_archive(OUT / f"{name}.tar") for name in IMAGES}
         for name, container in containers.items():
             check_contents(name, container)

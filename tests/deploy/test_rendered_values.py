@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.deploy import settings
 from tests.deploy.builders import model
-from tests.deploy.charts import ChartError, Rendered
+from tests.deploy.charts import ROOT, ChartError, Rendered
 from tests.deploy.conftest import Render
 
 
@@ -39,6 +41,17 @@ def test_every_variable_is_one_that_the_programs_read_and_accept(examples: dict[
     for rendered in examples.values():
         assert settings.unread(rendered) == []
         assert settings.refused(rendered) == []
+
+
+def test_the_values_of_the_readme_are_valid(render: Render) -> None:
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"cat > values.yaml <<'EOF'\n(.*?)\nEOF\n", text, re.S)
+    rendered = render(**yaml.safe_load(example))
+    assert rendered.names("Deployment") == {
+        "demo-torchrelay-gateway", "demo-torchrelay-worker-llama-3-1-8b", "demo-torchrelay-worker-all-minilm-l6-v2"
+    }  # fmt: skip
+    assert settings.unread(rendered) == []
+    assert settings.refused(rendered) == []
 
 
 def test_notes_say_where_to_call_and_how_to_get_a_key(render: Render) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from common.settings import variables_of
 from tests.deploy import checks
 from tests.deploy.charts import CHART, ROOT, value_sets
 from tests.deploy.settings import OTHERS, READ_BY, refused_values
 from tests.deploy.wheels import entries, wanted
+from tests.supply.sbom import normal
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES = (CHART / "values.yaml").read_text()
@@ -112,10 +114,31 @@ def test_the_build_context_holds_what_the_images_copy() -> None:
             assert name in context
 
 
-def test_a_gateways_lock_has_nothing_of_torch() -> None:
-    names = {re.split("[=<>]", line)[0].strip() for line in entries((ROOT / "requirements-gateway.lock").read_text())}
-    assert {"grpcio", "redis", "opentelemetry-sdk"} <= names
-    assert not {"torch", "transformers", "numpy", "triton"} & names
+def pins(name: str) -> dict[str, str]:
+    """Versions by name of what a lock holds."""
+    matches = [re.match(r"([\w.-]+)==([^\s;]+)", line) for line in entries((ROOT / name).read_text())]
+    return {normal(match[1]): match[2] for match in matches if match}
+
+
+def test_a_gateways_lock_has_all_that_it_needs_and_nothing_of_torch() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    client = tomllib.loads((ROOT / "protos" / "pyproject.toml").read_text())["project"]
+    wanted_of = [*project["dependencies"], *client["dependencies"], *project["optional-dependencies"]["otel"]]
+    needed = {normal(Requirement(line).name) for line in wanted_of} - {"torchrelay-client"}
+    locked = pins("requirements-gateway.lock")
+    assert needed <= set(locked)
+    assert not {"torch", "transformers", "numpy", "triton"} & set(locked)
+
+
+def test_images_hold_the_versions_that_are_tested_and_one_of_each() -> None:
+    tested = pins("requirements-dev.lock") | pins("requirements.lock")
+    for name in ("requirements-gateway.lock", "requirements-worker.lock", "requirements-build.lock"):
+        own = pins(name)
+        assert own == {package: tested.get(package) for package in own}, f"{name}: run make lock"
+    of_cuda = [pins(f"requirements-{part}.lock") for part in ("gateway", "worker", "cuda", "worker-cuda")]
+    for one in of_cuda:
+        for other in of_cuda:
+            assert {name: other[name] for name in one if name in other}.items() <= one.items()
 
 
 def test_ignored_rules_of_dockerfiles_have_reasons() -> None:

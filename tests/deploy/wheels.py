@@ -54,6 +54,6 @@ def fetch_torch(version: str, index: str, python: str, folder: Path) -> None:
 
 
 def _download(python: str, folder: Path, what: Sequence[str]) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-qq", "--no-deps"]
     command += ["--only-binary", ":all:", "--python-version", short(python), "-d", str(folder), *what]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL if "--index-url" in what else None)

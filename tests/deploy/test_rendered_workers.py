@@ -210,6 +210,7 @@ def test_a_scaler_asks_for_this_models_wait_and_takes_the_number_into_its_hands(
     assert wait["metadata"]["query"] == query
     assert wait["metadata"]["threshold"] == "2.5"
     assert wait["metadata"]["activationThreshold"] == "0"
+    assert wait["metadata"]["ignoreNullValues"] == running["metadata"]["ignoreNullValues"] == "false"
     # Work in progress keeps the last worker, and asks for no second one.
     assert 'torchrelay_jobs_running{model_name="a.b"' in running["metadata"]["query"]
     assert float(running["metadata"]["threshold"]) > 10_000

@@ -23,6 +23,7 @@ from common.settings import (
     describe_errors,
     unknown_variables,
 )
+from common.telemetry.tracing import TracingSettings
 
 _T = TypeVar("_T")
 
@@ -34,6 +35,7 @@ SHARED_SETTINGS: tuple[type[BaseSettings], ...] = (
     QueueSettings,
     EncryptionSettings,
     MetricsSettings,
+    TracingSettings,
 )
 
 

@@ -7,7 +7,6 @@ import contextlib
 import signal
 import sys
 from importlib.metadata import version
-from typing import TypeAlias
 
 import structlog
 
@@ -24,8 +23,6 @@ from common.quotas import QuotaMeter
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
-from common.sealing import EncryptionSettings, Sealer
-from common.settings import MetricsSettings, QueueSettings, RedisSettings
 from common.startup import ignore_signals, read_settings
 from common.telemetry.monitor import MonitorServer, Vitals
 from common.tenants import Tenants
@@ -40,10 +37,11 @@ from gateway.audit import Audit, AuditFile
 from gateway.batches.assembly import build_batching
 from gateway.batches.running import Owners
 from gateway.catalog import Catalog
+from gateway.configuration import GatewayConfiguration
 from gateway.delivery import EventHub
 from gateway.generations import Generations
-from gateway.identity.assembly import build_authenticator, check_identity
-from gateway.identity.settings import IDENTITY_SETTINGS, IdentitySettings, ProxySettings
+from gateway.identity.assembly import build_authenticator
+from gateway.identity.settings import IDENTITY_SETTINGS
 from gateway.interceptors.guard import Guard
 from gateway.model_servicer import ModelServicer
 from gateway.openai.app import OpenAiDoor
@@ -51,13 +49,14 @@ from gateway.openai.exchange import Door, bodies_of
 from gateway.openai.server import OpenAiServer
 from gateway.rights import check_method
 from gateway.secret import SharedSecret
-from gateway.server import GatewayServer, certificates_of, check_plaintext, is_admin_open
+from gateway.server import GatewayServer, certificates_of, is_admin_open
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.stream import StreamFactory, StreamTimes
 from gateway.tasks.core import Tasks
 from gateway.tasks.servicers import ClassificationServicer, EmbeddingServicer
 from gateway.telemetry.assembly import GatewayMetrics
+from gateway.telemetry.spans import make_call_tracer
 from gateway.tls import CertificateError
 from gateway.upkeep import Upkeep
 from torchrelay.admin.v1beta1 import api_key_pb2_grpc, fleet_pb2_grpc, tenant_pb2_grpc, usage_pb2_grpc
@@ -74,18 +73,13 @@ log = structlog.get_logger()
 _BLOCK_MS = 2000
 
 
-async def run(
-    settings: GatewaySettings,
-    redis_settings: RedisSettings,
-    queue_settings: QueueSettings,
-    identity: tuple[IdentitySettings, ProxySettings],
-    sealer: Sealer,
-    metrics_settings: MetricsSettings,
-    stop: asyncio.Event,
-) -> None:
+async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
     """Serve until `stop` is set, then drain. Raises OSError if an address cannot be bound, and CertificateError."""
-    metrics, vitals = GatewayMetrics(metrics_settings), Vitals()
+    settings, redis_settings, queue_settings = configuration.gateway, configuration.redis, configuration.queue
+    sealer, tracing = configuration.sealer, configuration.tracing
+    metrics, vitals = GatewayMetrics(configuration.metrics), Vitals()
     monitor = MonitorServer(settings.metrics_address, metrics.registry, vitals) if settings.metrics_address else None
+    tracer = make_call_tracer(tracing)
     retry = Retry.from_settings(redis_settings)
     redis, blocking_redis, waiting_redis = (connect(redis_settings) for _ in range(3))
     admin_url = settings.admin_redis_url or redis_settings.url
@@ -114,13 +108,16 @@ async def run(
     secret = SharedSecret(redis, admin_redis, retry)
 
     tenants = Tenants(redis, retry=retry)
-    authenticator = build_authenticator(*identity, ApiKeys(redis, retry=retry), tenants)
+    authenticator = build_authenticator(
+        configuration.identity, configuration.proxies, ApiKeys(redis, retry=retry), tenants
+    )
     audit_file = AuditFile(settings.audit_file) if settings.audit_file is not None else None
     guard = Guard(
         authenticator.authenticate,
         authorize=check_method,
         audit=Audit(audit_file),
         meter=metrics.grpc,
+        tracer=tracer,
         send_timeout_s=settings.send_timeout_s,
     )
     operator = operator_authenticator(authenticator.authenticate, is_open=is_admin_open(settings))
@@ -165,6 +162,7 @@ async def run(
         bodies=bodies_of(settings),
         send_timeout_s=settings.send_timeout_s,
         meter=metrics.openai,
+        tracer=tracer,
     )
     openai = OpenAiServer(
         OpenAiDoor(generations, tasks, catalog, settings, door).app, settings, certificates_of(settings)
@@ -240,37 +238,26 @@ async def run(
         for client in (redis, blocking_redis, waiting_redis, admin_redis):
             await client.aclose()
         beating.cancel()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         if monitor is not None:
             monitor.close()
     log.info("gateway.stopped")
 
 
-_Settings: TypeAlias = tuple[
-    GatewaySettings, RedisSettings, QueueSettings, tuple[IdentitySettings, ProxySettings], Sealer, MetricsSettings
-]
-
-
-async def _main(*settings: *_Settings) -> None:
+async def _main(configuration: GatewayConfiguration) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await run(*settings, stop)
-
-
-def _settings() -> _Settings:
-    settings, identity = GatewaySettings(), (IdentitySettings(), ProxySettings())
-    check_plaintext(settings)
-    check_identity(*identity)
-    sealer = Sealer.from_settings(EncryptionSettings())
-    return settings, RedisSettings(), QueueSettings(), identity, sealer, MetricsSettings()
+    await run(configuration, stop)
 
 
 def main() -> int:
     """Run a gateway from the environment's settings; return the exit status."""
-    settings = read_settings(_settings, GatewaySettings, *IDENTITY_SETTINGS)
+    configuration = read_settings(GatewayConfiguration.read, GatewaySettings, *IDENTITY_SETTINGS)
     try:
-        asyncio.run(_main(*settings))
+        asyncio.run(_main(configuration))
         ignore_signals()
     except (OSError, CertificateError) as error:
         log.error("gateway.failed", error=str(error))

@@ -79,6 +79,7 @@ class CallRecord:
     caller: Caller | None = None
     notes: dict[str, str | int] = field(default_factory=dict)
     began: float = 0.0
+    span: Any = None  # of whoever traces the call
 
 
 _RECORD: ContextVar[CallRecord | None] = ContextVar("torchrelay_audit", default=None)

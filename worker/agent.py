@@ -26,9 +26,9 @@ from common.jobs import ClaimedJob, CommitResult, WorkerInfo
 from worker.engine.thread import EngineStopped, EngineThread
 from worker.engine.types import StepResult
 from worker.holdings import Holdings
-from worker.metrics import JobWatch
 from worker.preemption import HIGHEST_CLASS, MAX_PREEMPTIONS, choose_victims
 from worker.settings import WorkerSettings
+from worker.watch import JobWatch
 
 log = structlog.get_logger()
 

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -27,30 +27,6 @@ _STEP_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32
 
 _RECENT: Final = 512
 _RECENT_S: Final = 60.0
-
-
-class JobWatch(Protocol):
-    """Is told what becomes of the generations that a worker holds. `held` ones are told of once more, by `dropped`."""
-
-    def claimed(self, jobs: Iterable[ClaimedJob]) -> None:
-        """The worker was given these."""
-        ...
-
-    def stepped(self, result: StepResult) -> None:
-        """The engine has taken a step."""
-        ...
-
-    def committed(self, events: Iterable[NewEvent], lost: Collection[str]) -> None:
-        """These are stored, but for those of generations that turn out to be lost."""
-        ...
-
-    def tidied(self, *rounds: Swept) -> None:
-        """Upkeep has done this."""
-        ...
-
-    def dropped(self, generation_id: str, reason: str) -> None:
-        """The worker holds it no longer, and it has not ended here: PREEMPTED, RELEASED, or a LostReason's name."""
-        ...
 
 
 @dataclass(slots=True)
@@ -128,12 +104,12 @@ class WorkerMetrics:
         for kind in ("first", "takeover", "preempted"):
             self._claims.labels(model_name, kind)
 
-    # -- JobWatch -------------------------------------------------------------------------------------------------
+    # -- as a JobWatch -------------------------------------------------------------------------------------------------
 
     def claimed(self, jobs: Iterable[ClaimedJob]) -> None:
         now = self._clock()
         for job in jobs:
-            self._claims.labels(self._model, _kind_of(job)).inc()
+            self._claims.labels(self._model, kind_of(job)).inc()
             is_first = job.num_claims == 1
             if is_first:
                 self._queue_time.observe(job.age_ms / 1000)
@@ -230,8 +206,8 @@ class WorkerMetrics:
         }
 
 
-def _kind_of(job: ClaimedJob) -> str:
-    """A generation whose every earlier claim ended by preemption was never lost."""
+def kind_of(job: ClaimedJob) -> str:
+    """Return whether a claim is the first, a takeover, or follows a preemption: every earlier one ended so."""
     if job.num_claims == 1:
         return "first"
     return "preempted" if job.num_preemptions >= job.num_claims - 1 else "takeover"

@@ -20,20 +20,19 @@ from common.job_claims import JobClaims
 from common.jobs import WorkerInfo
 from common.redis import Redis, Retry, connect
 from common.registry import AdapterCard, ModelRegistry
-from common.sealing import Sealer
-from common.settings import MetricsSettings, QueueSettings, RedisSettings
 from common.startup import CANNOT_START, ignore_signals
 from common.telemetry.monitor import MonitorServer, Vitals, process_registry
 from worker.adapters import watch_adapters
 from worker.agent import Agent, StepHungError
 from worker.assembly import Assembly, assemble
+from worker.configuration import WorkerConfiguration
 from worker.engine.device import memory_use
-from worker.engine.settings import EngineSettings
 from worker.engine.thread import EngineThread
 from worker.engine_figures import EngineFigures
 from worker.metrics import WorkerMetrics
 from worker.publishing import publish
-from worker.settings import WorkerSettings
+from worker.spans import JobSpans
+from worker.watch import Watches
 
 log = structlog.get_logger()
 
@@ -94,17 +93,14 @@ async def watch(registry: ModelRegistry, assembly: Assembly, interval_s: float) 
 
 async def run(
     assembly: Assembly,
-    settings: WorkerSettings,
-    engine_settings: EngineSettings,
-    redis_settings: RedisSettings,
-    queue_settings: QueueSettings,
-    sealer: Sealer,
-    metrics_settings: MetricsSettings,
+    configuration: WorkerConfiguration,
     registered: CollectorRegistry,
     vitals: Vitals,
     stop: asyncio.Event,
 ) -> None:
     """Serve jobs until `stop` is set, then drain. Its metrics join those of `registered`."""
+    settings, redis_settings, queue_settings = configuration.worker, configuration.redis, configuration.queue
+    sealer, tracing = configuration.sealer, configuration.tracing
     redis: Redis = connect(redis_settings)
     retry = Retry.from_settings(redis_settings)
     registry = ModelRegistry(redis, retry=retry)
@@ -113,7 +109,7 @@ async def run(
     engine = EngineThread(assembly.engine, adapters=assembly.store)
     engine.start(asyncio.get_running_loop())
     started_ms = int(time.time() * 1000)
-    metrics = WorkerMetrics(registered, assembly.card.name, metrics_settings.max_tenants)
+    metrics = WorkerMetrics(registered, assembly.card.name, configuration.metrics.max_tenants)
     registered.register(
         EngineFigures(
             assembly.card,
@@ -128,7 +124,7 @@ async def run(
         engine,
         settings,
         lambda: describe(assembly, engine, agent, metrics, started_ms),
-        metrics,
+        Watches(metrics, JobSpans(tracing, assembly.card.name, claims.worker_id)) if tracing is not None else metrics,
         max_num_seqs=assembly.card.max_sequences,
         beat_interval_s=queue_settings.worker_lease_ms / 1000 / _BEATS_PER_LEASE,
     )
@@ -156,24 +152,21 @@ async def run(
         engine.stop()
         with contextlib.suppress(TimeoutError):
             await engine.join(join_s)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         await redis.aclose()
     log.info("worker.stopped", model=assembly.card.name)
 
 
-def run_process(
-    settings: WorkerSettings,
-    engine_settings: EngineSettings,
-    redis_settings: RedisSettings,
-    queue_settings: QueueSettings,
-    sealer: Sealer,
-    metrics_settings: MetricsSettings,
-) -> int:
+def run_process(configuration: WorkerConfiguration) -> int:
     """Run a worker until SIGTERM or SIGINT; return the exit status."""
     registered, vitals = process_registry(), Vitals()
+    settings, monitor = configuration.worker, None
     try:
-        monitor = MonitorServer(settings.metrics_address, registered, vitals) if settings.metrics_address else None
+        if settings.metrics_address:
+            monitor = MonitorServer(settings.metrics_address, registered, vitals)
         vitals.set_unready("loading the model")
-        assembly = assemble(settings, engine_settings)
+        assembly = assemble(settings, configuration.engine)
     except Exception as error:  # noqa: BLE001 - every library on the way has its own, and the operator needs one line
         log.error("worker.failed", error=f"{type(error).__name__}: {error}")
         return CANNOT_START
@@ -182,18 +175,7 @@ def run_process(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await run(
-            assembly,
-            settings,
-            engine_settings,
-            redis_settings,
-            queue_settings,
-            sealer,
-            metrics_settings,
-            registered,
-            vitals,
-            stop,
-        )
+        await run(assembly, configuration, registered, vitals, stop)
 
     try:
         asyncio.run(until_signal())

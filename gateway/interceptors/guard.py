@@ -26,6 +26,7 @@ from gateway.audit import Audit, CallRecord
 from gateway.identity.caller import CALLER, Caller, CallInfo
 from gateway.status import DOMAIN, GenerationEndedError, code_of, status_of, to_status
 from gateway.telemetry.calls import CLIENT_STREAM, SERVER_STREAM, UNARY, CallMeter, NoMeter
+from gateway.telemetry.spans import CallTracer, PassingTracer
 
 log = structlog.get_logger()
 
@@ -48,6 +49,7 @@ class Guard(grpc.aio.ServerInterceptor):
         authorize: Callable[[str, Caller], None] = lambda method, caller: None,
         audit: Audit | None = None,
         meter: CallMeter | None = None,
+        tracer: CallTracer | None = None,
         send_timeout_s: float = 60,
     ) -> None:
         """`authorize` raises PermissionDenied for a method that the caller may not call.
@@ -60,6 +62,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._authorize = authorize
         self._audit = audit or Audit()
         self._meter: CallMeter = meter or NoMeter()
+        self._tracer: CallTracer = tracer or PassingTracer()
         self._send_timeout_s = send_timeout_s
 
     async def intercept_service(
@@ -97,9 +100,11 @@ class Guard(grpc.aio.ServerInterceptor):
         async def behavior(data: Any, context: Context) -> Any:
             record = self._audit.begin(method, context.peer())
             self._meter.began(method, kind)
+            info = call_info(context)
+            record.span = self._tracer.begin(method, info)
             try:
                 if self._authenticate is not None:
-                    caller = record.caller = await self._authenticate(call_info(context))
+                    caller = record.caller = await self._authenticate(info)
                     CALLER.set(caller)
                     self._authorize(method, caller)
                 response = await call(data, context)
@@ -125,6 +130,7 @@ class Guard(grpc.aio.ServerInterceptor):
     def _end(self, record: CallRecord, kind: str, status: str, reason: str = "") -> None:
         self._audit.end(record, status, reason)
         self._meter.ended(record.method, kind, record.caller, status, reason, time.monotonic() - record.began)
+        self._tracer.end(record.span, record.caller, record.notes, status, reason)
 
     async def _stream(
         self, method: str, handler: Any, deserialize: Callable[[bytes], Message], data: bytes, context: Context

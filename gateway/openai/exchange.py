@@ -26,6 +26,7 @@ from gateway.places import Places
 from gateway.settings import GatewaySettings
 from gateway.status import GenerationEndedError
 from gateway.telemetry.calls import UNARY, CallMeter, NoMeter
+from gateway.telemetry.spans import CallTracer, PassingTracer
 
 log = structlog.get_logger()
 
@@ -212,6 +213,7 @@ class Door:
         bodies: Places,
         send_timeout_s: float,
         meter: CallMeter | None = None,
+        tracer: CallTracer | None = None,
     ) -> None:
         """`bodies` are the bytes that may be held of requests."""
         self._authenticate = authenticate
@@ -220,6 +222,7 @@ class Door:
         self._bodies = bodies
         self._send_timeout_s = send_timeout_s
         self._meter: CallMeter = meter or NoMeter()
+        self._tracer: CallTracer = tracer or PassingTracer()
 
     def route(self, method: str, run: Run, *, is_chat: bool = False) -> _Route:
         """Return the ASGI application of a path. `method` is the one of gRPC whose rights it takes."""
@@ -227,8 +230,10 @@ class Door:
 
     async def handle(self, exchange: Exchange, method: str, run: Run) -> None:
         record = self._audit.begin(method, exchange.peer())
+        info = exchange.call_info()
+        record.span = self._tracer.begin(method, info)
         try:
-            caller = record.caller = await self._authenticate(exchange.call_info())
+            caller = record.caller = await self._authenticate(info)
             CALLER.set(caller)
             self._authorize(method, caller)
             await run(exchange)
@@ -251,6 +256,7 @@ class Door:
     def _end(self, record: CallRecord, status: str, reason: str = "") -> None:
         self._audit.end(record, status, reason)
         self._meter.ended(record.method, UNARY, record.caller, status, reason, time.monotonic() - record.began)
+        self._tracer.end(record.span, record.caller, record.notes, status, reason)
 
     def exchange(self, scope: Scope, receive: Receive, send: Send, *, is_chat: bool) -> Exchange:
         """Return a request that is to be answered."""

@@ -122,6 +122,8 @@ def check_contents(name: str, container: Container) -> None:
     found = container.run("/opt/torchrelay/bin/python", "-c", _CONTENTS).split()
     if found != [str(name == "worker"), "None", "None"]:
         raise ImageFault(f"{name}: torch, compiler and pip are {' '.join(found)}")
+    if name == "gateway" and not container.run("torchrelay", "acl", "gateway").startswith("user default reset off\n"):
+        raise ImageFault("the gateway's image does not write users for the queue's server, as the chart has it do")
     labels = container.config["Labels"]
     for key in ("title", "version", "revision", "licenses", "source"):
         if not labels.get(f"org.opencontainers.image.{key}"):

@@ -103,7 +103,7 @@ _GATEWAY: Final = "templates/gateway-deployment.yaml"
 _WORKERS: Final = "templates/workers.yaml"
 _POLICY: Final = "templates/networkpolicies.yaml"
 
-MUTANTS: Final = (
+MUTANTS: tuple[Mutant, ...] = (
     Mutant("a misspelt probe", _GATEWAY, "livenessProbe:", "livenesProbe:", _SCHEMAS),
     Mutant("a number that is text", _WORKERS, "periodSeconds: 10", 'periodSeconds: "ten"', _SCHEMAS),
     Mutant("a field of a scaler that KEDA does not have", _WORKERS, "minReplicaCount:", "minReplicas:", _CUSTOM),
@@ -234,6 +234,18 @@ MUTANTS: Final = (
         lambda bench, file: checks.proxy(bench.envoy_dir, file),
     ),
 )
+
+# The chart renders without alerts, too.
+if (CHART / "files" / "alerts.yaml").exists():
+    MUTANTS += (
+        Mutant(
+            "alerts that Prometheus cannot read",
+            "files/alerts.yaml",
+            "expr: ",
+            "expr: (",
+            lambda _, chart: checks.rules(chart / "files" / "alerts.yaml"),
+        ),
+    )
 
 
 def survivors(bench: Bench) -> list[str]:

@@ -184,6 +184,16 @@ def running(name: str, container: Container, env: Mapping[str, str], mounts: Map
                 process.wait(_STOP_S)
 
 
+def readable_model() -> Path:
+    """A copy of the demo model that the images' user may read, as a volume of models is."""
+    folder = OUT / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(demo_model_dir(), folder)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
+
+
 def serve(gateway: Container, worker: Container) -> dict[str, Any]:
     """Run both against a Valkey of this machine, and have a client stream. Raises ImageFault."""
     mark = OUT / "started"
@@ -202,7 +212,7 @@ def serve(gateway: Container, worker: Container) -> dict[str, Any]:
         "TORCHRELAY_WORKER_METRICS_ADDRESS": f"127.0.0.1:{worker_monitor}",
         "HF_HUB_OFFLINE": "1",
     }
-    models = {demo_model_dir(): f"/models/{MODEL}"}
+    models = {readable_model(): f"/models/{MODEL}"}
     try:
         with (
             running("gateway", gateway, {**shared, **of_gateway}, {}) as front,

@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGES := common gateway worker
-SOURCES := $(PACKAGES) protos tests
+SOURCES := $(PACKAGES) protos tests deploy
 .DEFAULT_GOAL := help
 PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*/*/*.proto))
 
@@ -222,6 +222,13 @@ structured: install-dev  ## 200 JSON schemas under mixed load: what stops is val
 .PHONY: mesh
 mesh: install-dev  ## two gateways behind a real Envoy: 1,000 keyed calls while gateways are killed; ARGS="--mutant no-keys" and so on
 	$(BIN)/python -m tests.mesh.run $(ARGS)
+
+.PHONY: monitoring dashboard
+monitoring: install-dev  ## a real Prometheus scrapes a running system: every dashboard query, every alert and its test; needs Debian's prometheus
+	$(BIN)/python -m tests.monitoring.run
+
+dashboard: install  ## the Grafana dashboard again, from deploy/dashboard.py
+	$(BIN)/python deploy/dashboard.py
 
 # --- deploy ---------------------------------------------------------------------------------------------------------------------
 

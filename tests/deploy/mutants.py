@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -249,10 +249,14 @@ if (CHART / "files" / "alerts.yaml").exists():
 
 
 def survivors(bench: Bench) -> list[str]:
-    """Mutants that no check has seen."""
-    unseen = []
-    for mutant in MUTANTS:
-        with tempfile.TemporaryDirectory() as folder:
-            if not mutant.check(bench, mutant.damage(Path(folder))):
-                unseen.append(f"{mutant.name} ({mutant.file}) was not seen")
+    """Mutants that no check has seen, and checks that see damage where there is none."""
+    unseen = [f"{mutant.name} ({mutant.file}) was not seen" for mutant in MUTANTS if not _faults(bench, mutant)]
+    by_check = {mutant.check: replace(mutant, new=mutant.old) for mutant in MUTANTS}
+    for sound in by_check.values():
+        unseen += [f"the check for {sound.name} finds in a sound copy: {fault}" for fault in _faults(bench, sound)]
     return unseen
+
+
+def _faults(bench: Bench, mutant: Mutant) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        return mutant.check(bench, mutant.damage(Path(folder)))

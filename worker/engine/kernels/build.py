@@ -132,7 +132,7 @@ def library_path(level: str, compiler: Compiler, cache_root: Path | None = None)
 
 
 def prebuilt_path(level: str) -> Path:
-    """Return where an image's library of `level` is: named as in the cache, but for the compiler, which is not there."""
+    """Return where an image's library of `level` is: named as in the cache, but for the compiler, which is gone."""
     return _PREBUILT / _library_name(level)
 
 
@@ -147,7 +147,7 @@ def _library_name(level: str, *compiler: str) -> str:
 
 
 def build(level: str | None = None, cache_root: Path | None = None) -> Path:
-    """Return the library for `level` (default: the best of this CPU), compiled unless it was prebuilt or the cache has it.
+    """Return the library for `level` (default: the best of this CPU), compiled unless it is prebuilt or in the cache.
 
     Several processes may build at once: one compiles, the others wait for it. Raises KernelBuildError.
     """

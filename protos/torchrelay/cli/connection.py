@@ -88,8 +88,8 @@ class Connection:
     def client(self) -> Client:
         return Client(self.address, **self._options())
 
-    def aio_client(self) -> AsyncClient:
-        return AsyncClient(self.address, **self._options())
+    def aio_client(self, retry: RetryPolicy = _RETRY) -> AsyncClient:
+        return AsyncClient(self.address, **self._options() | {"retry": retry})
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -33,7 +33,7 @@ def make_app() -> typer.Typer:
     for point in server:
         if point.name != "models":
             _add(app, point.name, point.load())
-    for verb in (generate, chat, embed, classify, entities, answer, rerank, ps, cancel, erase, usage, bench):
+    for verb in (generate, chat, embed, classify, entities, answer, rerank, ps, cancel, erase, usage):
         app.command(verb.__name__)(verb)
     all_models = typer.Typer(no_args_is_help=True, help=models.info.help)
     for point in server:
@@ -42,6 +42,7 @@ def make_app() -> typer.Typer:
     all_models.registered_commands += models.registered_commands
     app.add_typer(all_models, name="models")
     app.add_typer(batch, name="batch")
+    app.add_typer(bench, name="bench")
     app.add_typer(keys, name="keys")
     app.add_typer(tenants, name="tenants")
     app.add_typer(dead_letters, name="dead-letters")

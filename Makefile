@@ -223,6 +223,10 @@ structured: install-dev  ## 200 JSON schemas under mixed load: what stops is val
 mesh: install-dev  ## two gateways behind a real Envoy: 1,000 keyed calls while gateways are killed; ARGS="--mutant no-keys" and so on
 	$(BIN)/python -m tests.mesh.run $(ARGS)
 
+.PHONY: screenshots
+screenshots: install-dev  ## the README's pictures, taken of real systems; minutes
+	$(BIN)/python -m tests.screenshots.bench deploy/screenshots
+
 # --- supply ---------------------------------------------------------------------------------------------------------------------
 
 # It has no wheels: its archive holds the program, and setuptools of requirements.lock packs it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,9 +54,13 @@ def draw(records: Sequence[tuple[str, Record]], folder: Path) -> list[Path]:
         figure, axes = pyplot.subplots(figsize=(6, 4))
         _draw_panel(axes, panel, records, axis)
         paths.append(_save(pyplot, figure, folder / f"{panel[0]}.png"))
-    figure, grid = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4))
-    for axes, panel in zip(grid, panels, strict=True):
-        _draw_panel(axes, panel, records, axis)
+    rows = -(-len(panels) // 2)
+    figure, grid = pyplot.subplots(rows, 2, figsize=(10, 3.2 * rows), squeeze=False)
+    for axes, panel in zip_longest(grid.flat, panels):
+        if panel is None:
+            axes.axis("off")
+        else:
+            _draw_panel(axes, panel, records, axis)
     return [*paths, _save(pyplot, figure, folder / "bench.png")]
 
 

@@ -39,8 +39,8 @@ _ERRORS: Final = """\
 Each error is a gRPC status with a `google.rpc.ErrorInfo` (domain `torchrelay`) that bears one of these reasons; they
 are stable, messages are not. Over HTTP the reason is the error's `code` in lower case, but for those that OpenAI's
 clients know by other names. A `BadRequest` names every bad field, a `RetryInfo` says when to come again, a
-`QuotaFailure` which quota, a `Usage` what was used all the same. A status without `ErrorInfo` does not come from a
-gateway: the connection broke, or something in between answered.
+`QuotaFailure` which quota, a `Usage` what was used all the same. A status without `ErrorInfo` is not a gateway's own:
+the connection broke, a proxy answered, or gRPC's library refused, such as a message above its limit.
 """
 
 

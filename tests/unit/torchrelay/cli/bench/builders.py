@@ -29,7 +29,7 @@ def make_run(
     run = Run(level)
     at = 0.0
     for _ in range(num_requests):
-        gaps = [(slower * rng.lognormvariate(-4.6, 0.2), 1) for _ in range(15)]
+        gaps = [(slower * rng.lognormvariate(-4.6, 0.2), 1) for _ in range(7)]
         run.samples.append(make_sample(slower * rng.lognormvariate(-2.3, 0.3), gaps, intended_s=at))
         at += run.samples[-1].total_s
     run.failures = [Failure(at, 0.0, 0.01, "QUEUE_FULL") for _ in range(num_failures)]

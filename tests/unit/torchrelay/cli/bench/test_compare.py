@@ -33,7 +33,7 @@ def test_a_slower_run_is_worse_in_every_time_and_in_throughput() -> None:
 
 
 def test_a_faster_run_is_better() -> None:
-    found = compare(make_record(random.Random(1)), make_record(random.Random(2), slower=0.5))
+    found = compare(make_record(random.Random(1), [Level(1)]), make_record(random.Random(2), [Level(1)], slower=0.5))
     verdicts = {difference.figure: difference.verdict for difference in found}
     assert verdicts["ttft p50 ms"] is verdicts["output tokens/s"] is Verdict.BETTER
     assert not any(difference.is_regression(0) for difference in found)

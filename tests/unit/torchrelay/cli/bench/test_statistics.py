@@ -60,7 +60,7 @@ def _interval(before: list[float], after: list[float], seed: int, confidence: fl
 
 def test_intervals_hold_the_true_difference_about_as_often_as_they_say() -> None:
     held, excluded = 0, 0
-    for seed in range(100):
+    for seed in range(60):
         rng = random.Random(seed)
         before = [rng.gauss(10, 2) for _ in range(30)]
         after = [rng.gauss(11, 2) for _ in range(30)]
@@ -70,9 +70,9 @@ def test_intervals_hold_the_true_difference_about_as_often_as_they_say() -> None
         assert null is not None
         held += interval.low <= 1 <= interval.high
         excluded += null.excludes_zero
-    # Of 100 at 90 %: a binomial's 0.1 % tails, and a little for the percentile method, which is narrow for few values.
-    assert 78 <= held <= 99
-    assert excluded <= 22
+    # Of 60 at 90 %: a binomial's 0.1 % tails, and a little for the percentile method, which is narrow for few values.
+    assert 44 <= held <= 59
+    assert excluded <= 16
 
 
 def test_a_clear_difference_is_seen_and_its_size_is_in_the_interval() -> None:

@@ -20,6 +20,7 @@ from torchrelay.cli import output
 from torchrelay.cli.admin import AdminKeyOption, admin_channel
 from torchrelay.cli.bench import records
 from torchrelay.cli.bench.compare import Difference, compare
+from torchrelay.cli.bench.load import Connections
 from torchrelay.cli.bench.plan import Plan, make_plan, run_plan
 from torchrelay.cli.bench.plot import NoMatplotlib, draw
 from torchrelay.cli.bench.records import Record
@@ -217,8 +218,9 @@ async def _run(connection: at.Connection, model: str, plan: Plan) -> list[Run]:
             task = progress.add_task(what, total=total)
             return lambda: progress.advance(task)
 
-        async with connection.aio_client(_NO_RETRY) as client:
-            return await run_plan(client, model, plan, begin)
+        # Clients with the same options would share one connection.
+        async with Connections(lambda number: connection.aio_client(_NO_RETRY, [("bench.connection", number)])) as pool:
+            return await run_plan(pool, model, plan, begin)
 
 
 def _about(context: typer.Context, client: Client, name: str) -> dict[str, Any]:
@@ -279,7 +281,7 @@ def _print(model: str, plan: Plan, runs: Sequence[Run], *, as_json: bool) -> Non
             say(f"[red]{run.level}: {count} requests ended with {reason}[/]", soft_wrap=True)
         if run.is_generator_bound():
             say(
-                f"[yellow]{run.level}: this load generator was too slow itself (late p99 {_late_ms(run):.0f} ms, "
+                f"[yellow]{run.level}: this load generator was late itself (p99 {_late_ms(run):.0f} ms, using "
                 f"{run.cpu_s / run.elapsed_s:.0%} of a core): these figures hold its own delays. Run it on a machine "
                 f"of its own, several beside each other, or with less load.[/]",
                 soft_wrap=True,

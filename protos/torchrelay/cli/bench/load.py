@@ -6,21 +6,58 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Self
 
 from torchrelay.cli.bench.samples import Failure, Level, Run, Sample
 from torchrelay.cli.bench.workload import Request
 from torchrelay.client import AsyncClient, RelayError
 
 _PROBE_S = 0.02
+_MOST_CALLS = 200  # on one connection; gateways take 256 (TORCHRELAY_GATEWAY_MAX_CONCURRENT_STREAMS) and reset others
+
+
+class Connections:
+    """Clients of as many connections as the calls in flight need: a gateway takes only so many on each."""
+
+    def __init__(self, connect: Callable[[int], AsyncClient], most_calls: int = _MOST_CALLS) -> None:
+        """`connect` gets the number of the connection, from 0."""
+        self._connect = connect
+        self._most_calls = most_calls
+        self._clients: list[AsyncClient] = []
+        self._num_calls: list[int] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for client in self._clients:
+            await client.close()
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    @contextmanager
+    def call(self) -> Iterator[AsyncClient]:
+        """Give a client for one call, and count the call until it has ended."""
+        number = next((i for i, num_calls in enumerate(self._num_calls) if num_calls < self._most_calls), None)
+        if number is None:
+            number = len(self._clients)
+            self._clients.append(self._connect(number))
+            self._num_calls.append(0)
+        self._num_calls[number] += 1
+        try:
+            yield self._clients[number]
+        finally:
+            self._num_calls[number] -= 1
 
 
 @dataclass(slots=True)
 class Caller:
     """Sends requests of one level, and takes their times."""
 
-    client: AsyncClient
+    connections: Connections
     model: str
     ignore_eos: bool = False
     on_end: Callable[[], None] = lambda: None
@@ -68,7 +105,8 @@ class Caller:
         run.peak_in_flight = max(run.peak_in_flight, run.num_in_flight)
         sent = time.perf_counter()
         try:
-            run.samples.append(await self._sample(request, started, intended, sent))
+            with self.connections.call() as client:
+                run.samples.append(await self._sample(client, request, started, intended, sent))
         except RelayError as error:
             total = time.perf_counter() - intended
             reason = error.reason or error.code.name
@@ -77,8 +115,10 @@ class Caller:
             run.num_in_flight -= 1
             self.on_end()
 
-    async def _sample(self, request: Request, started: float, intended: float, sent: float) -> Sample:
-        stream = self.client.stream(
+    async def _sample(
+        self, client: AsyncClient, request: Request, started: float, intended: float, sent: float
+    ) -> Sample:
+        stream = client.stream(
             request.prompt,
             model=self.model,
             max_tokens=request.max_tokens,

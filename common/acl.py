@@ -57,6 +57,16 @@ _KEYS: Final = {
 }
 
 
+def commands_of(role: Role) -> tuple[str, ...]:
+    """What a role's user may do on a connection that is set up already, by scripts or without."""
+    return tuple(command for command in dict.fromkeys(_COMMANDS[role]) if command not in (*_CONNECTION, *_SCRIPTS))
+
+
+def sample_keys(role: Role) -> tuple[str, ...]:
+    """A key for each pattern of keys that a role's user may use, or only read."""
+    return tuple(pattern.partition("~")[2].replace("*", "x") for pattern in _KEYS[role])
+
+
 def rules(role: Role, extra: Iterable[str] = ()) -> tuple[str, ...]:
     """The rules of a role for ACL SETUSER: everything taken away, then what it needs. No password among them.
 

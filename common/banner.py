@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from torchrelay.cli.connection import DEFAULT_ADDRESS, credentials_file
@@ -28,13 +28,21 @@ _TASKS: Final[Mapping[int, tuple[str, str, Mapping[str, Any]]]] = {
 
 
 def banner(
-    model: model_pb2.Model, address: str, admin_address: str, openai_address: str, key: str, program: str
+    model: model_pb2.Model,
+    address: str,
+    admin_address: str,
+    openai_address: str,
+    metrics_addresses: Sequence[str],
+    key: str,
+    program: str,
 ) -> str:
     """Return how to call what is served."""
     where = "" if address == DEFAULT_ADDRESS else f" --address {address}"
     words, method, request, path, body = _lines(model)
     verb, _, rest = words.partition(" ")
-    openai = curl = ""
+    openai = curl = metrics = ""
+    if any(metrics_addresses):
+        metrics = f"  metrics  {' '.join(f'http://{address}/metrics' for address in metrics_addresses)}\n"
     if openai_address:
         openai = f"  openai   http://{openai_address}/v1 (completions, chat completions, embeddings, models)\n"
         if path:
@@ -44,7 +52,7 @@ def banner(
             )
     return (
         f"\n  gateway  {address} (gRPC, reflection on)   admin {admin_address}\n"
-        f"{openai}"
+        f"{openai}{metrics}"
         f"  model    {model.name} ({model.family}, {model.dtype}, context {model.context_length})\n"
         f"  key      {key}   for development; kept in {credentials_file()}\n\n"
         f"  {program} {verb}{where} {rest}\n\n"

@@ -120,6 +120,12 @@ class TenantNotFound(NotFound):
     default_reason = "TENANT_NOT_FOUND"
 
 
+class WorkerNotFound(NotFound):
+    """No such worker, or it has ended: a worker that was started again has another id."""
+
+    default_reason = "WORKER_NOT_FOUND"
+
+
 class FailedPrecondition(ServingError):
     """The request is well formed but contradicts what is stored."""
 

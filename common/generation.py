@@ -219,6 +219,7 @@ class JobBody(msgspec.Struct, frozen=True, kw_only=True):
     task: Task | None = None  # in the place of a generation: there is no prompt then, and no token to choose
     # What the encoder reads, where the model has one beside its decoder; the prompt is what the decoder begins with.
     source_token_ids: tuple[int, ...] = ()
+    trace: str = ""  # traceparent of the call that it was made by
 
     @property
     def num_prompt_tokens(self) -> int:

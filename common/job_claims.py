@@ -359,7 +359,8 @@ class JobClaims:
                 lost[generation_id] = reason
                 del self._held[generation_id]
         is_quiet = num_changes == self._num_changes and not self._lock.locked()
-        return CommitResult(lost, result.queued, result.has_unknown_jobs and is_quiet)
+        has_unknown_jobs = result.has_unknown_jobs and is_quiet
+        return CommitResult(lost, result.queued, has_unknown_jobs, result.drain_requested_by)
 
     async def reap(self) -> Swept:
         """Requeue the jobs of workers whose lease ended. Idle workers run it each second, as gateways do."""

@@ -29,6 +29,7 @@ from common.jobs import (
     JobState,
     LiveWorker,
     NewJob,
+    QueueShape,
     ReplyItem,
     Settlement,
     Swept,
@@ -44,6 +45,8 @@ START_CURSOR: Final = b"0-0"
 _ENTRIES_PER_READ: Final = 64
 _RETRY_AFTER_MS: Final = 1000
 _NO_CAP: Final = 1 << 40
+_MAX_RUNNING_LOOKS: Final = 2000
+_DRAIN_KEPT_S: Final = 86_400  # a worker that cannot reach the server for so long has been reaped
 _REFUSALS: Final[Mapping[bytes, str]] = {
     b"QUEUE_FULL": "the model's queue is full",
     b"TENANT_QUEUE_FULL": "the tenant's queue for this model is full",
@@ -315,6 +318,22 @@ class JobQueue:
         lengths = await self._retry.call(lambda: execute(self._redis, "HGETALL", keys.queue_lengths(shard)))
         return sum(map(int, lengths.values()))
 
+    async def shape(self, shard: str, max_tenants: int = 200) -> QueueShape:
+        """What waits, by class and by tenant, and for how long; what runs; what failed. Changes nothing.
+
+        At most `max_tenants` tenants are looked at, shared out over the classes that have any: its cost is bounded.
+        """
+        settings = self._settings
+        kept_ms = max(settings.retention_ms, settings.dead_letter_retention_ms)
+        return records.shape_from_reply(as_list(await self._run("queue_shape", shard, max_tenants, kept_ms)))
+
+    async def list_running(self, shard: str, limit: int = 100) -> list[GenerationRecord]:
+        """Generations that workers have, of all tenants, those first that have run longest; echoes as stored."""
+        if limit <= 0:
+            return []
+        found = as_list(await self._run("running", shard, limit, _MAX_RUNNING_LOOKS))
+        return [records.record_from_reply(item) for item in found]
+
     async def list_inflight(self, shard: str, limit: int = 100) -> list[GenerationRecord]:
         """Queued and running generations of all tenants, those with the nearest deadline first; echoes as stored."""
         if limit <= 0:
@@ -368,6 +387,13 @@ class JobQueue:
     async def workers(self, shard: str, limit: int = 1000) -> list[LiveWorker]:
         """The workers of a shard, the most recently seen first."""
         return await self._upkeep.workers(shard, limit)
+
+    async def drain(self, shard: str, worker_id: str, requested_by: str) -> bool:
+        """Ask a worker to drain: it learns of it with its next heartbeat. False where the shard has no such worker.
+
+        A repeat changes nothing. `requested_by` is a credential's id, for the worker's log.
+        """
+        return bool(await self._run("drain", shard, worker_id, requested_by, _DRAIN_KEPT_S))
 
 
 def _least(own: int, asked: int) -> int:

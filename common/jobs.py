@@ -257,6 +257,8 @@ class ClaimedJob:
     weight: float = 1.0  # as in NewJob
     num_preemptions: int = 0  # times that it was given back to make room for a higher class
     by_share: bool = False  # handed out for its class's share while a higher class waited: not to be preempted
+    age_ms: int = 0  # since it was accepted
+    num_claims: int = 1  # times that a worker was given it, this one included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +284,7 @@ class CommitResult:
     lost: Mapping[str, LostReason] = field(default_factory=dict)  # held no longer: stop computing them
     queued: tuple[int, ...] = (0,) * keys.PRIORITY_CLASSES  # waiting jobs of each class
     has_unknown_jobs: bool = False  # the server counts more jobs as ours than we hold: call `owned`
+    drain_requested_by: str = ""  # of a heartbeat: the operator who has asked this worker to drain
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,3 +336,46 @@ class LiveWorker:
     lease_left_ms: int  # negative: its lease has ended but nobody has reaped it yet
     num_jobs: int
     info: WorkerInfo | None
+    reported_ms: int = 0  # when `info` came, by the server's clock; 0: the worker's version does not tell
+    drain_requested_by: str = ""  # the operator who has asked it to drain
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingClass:
+    """What waits in one priority class of a shard."""
+
+    priority: int
+    num_waiting: int
+    oldest_ms: int | None  # since the oldest was accepted; None when nothing waits
+    expected_wait_ms: int | None  # of the last in line, as in Enqueued; None when nothing waits, or nobody knows
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingTenant:
+    """What waits of one tenant in one priority class of a shard."""
+
+    priority: int
+    tenant: str
+    num_waiting: int
+    oldest_ms: int  # since the oldest was accepted
+
+
+@dataclass(frozen=True, slots=True)
+class QueueShape:
+    """What waits in a shard, what runs, and what failed, at one moment."""
+
+    time_ms: int  # the server's clock
+    classes: tuple[WaitingClass, ...]  # every class, by priority
+    tenants: tuple[WaitingTenant, ...]  # by priority; no more than were asked for
+    has_more_tenants: bool  # not all were looked at: `tenants` and the oldest ages may lack some
+    num_running: int
+    num_dead_letters: int
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(one.num_waiting for one in self.classes)
+
+    @property
+    def expected_wait_ms(self) -> int | None:
+        """Of the last in line of all classes; None when nothing waits, or nobody knows."""
+        return max((one.expected_wait_ms for one in self.classes if one.expected_wait_ms is not None), default=None)

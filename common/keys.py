@@ -22,6 +22,8 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {<shard>}:w:<wid>         hash    worker   running ids -> run record, see scripts/lib_jobs.lua     leave or reap
     {<shard>}:wc:<wid>        string  worker   last claim call, the ids it handed out     2 minutes
     {<shard>}:wi:<wid>        string  worker   WorkerInfo (msgpack)                   3 leases
+    {<shard>}:wi:<wid>:at     string  worker   time of its last heartbeat, ms         3 leases
+    {<shard>}:wi:<wid>:drain  string  gateway  who asked it to drain                  a day, or when it leaves
     {<shard>}:gl              zset    gateway  gateways by end of lease (ms)          member at sweep
     {<shard>}:g:<gid>         set     gateway  live ids whose events go to this gateway     empty at sweep
     {<shard>}:gw:<gid>        stream  all      reply stream; about 1,000 entries      its TTL, renewed each second
@@ -34,6 +36,7 @@ is a generation id, `<wid>` a worker incarnation, `<gid>` a gateway incarnation,
     {models}:times            hash    worker   shard -> server time of publication, ms    until deleted
     {models}:files            hash    worker   shard -> SHA-256 of its files, for clean-up    until deleted
     {models}:version          string  worker   counts changes of the registry         never
+    {models}:log-levels       hash    admin    module -> "<level> <until, ms>"            until another one is set
     {models}:b:<sha256>       string  worker   tokenizer files by content             with the last card that names it
 
     {keys}:k:<key id>         hash    admin    tenant, name, times, and the key's SHA-256, never the key   never
@@ -86,6 +89,7 @@ SCHEMA_VERSION: Final = 1  # of keys, fields and scripts together; written into 
 
 MODEL_CARDS: Final = "{models}:cards"
 MODEL_TIMES: Final = "{models}:times"
+LOG_LEVELS: Final = "{models}:log-levels"
 MODEL_VERSION: Final = "{models}:version"
 API_KEY_IDS: Final = "{keys}:ids"
 SHARED_SECRET: Final = "{keys}:secret"

@@ -162,8 +162,13 @@ def set_up_logs(level: str = "INFO", log_format: LogFormat = LogFormat.AUTO, str
     root.handlers = [handler]
     root.setLevel(number)
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
+        # By the level of the module's logger, which may be another one later (see common/telemetry/log_levels.py).
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )

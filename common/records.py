@@ -7,6 +7,7 @@ from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
+from common import keys
 from common.generation import EarlyStopping, EventBody, GrammarKind, JobBody, SamplingParams, Usage
 from common.jobs import (
     ClaimedJob,
@@ -16,8 +17,11 @@ from common.jobs import (
     JobState,
     LogEvent,
     LostReason,
+    QueueShape,
     Reason,
     ReplyItem,
+    WaitingClass,
+    WaitingTenant,
 )
 from common.sealing import PLAIN, GenerationSealer
 from common.tasks import Task
@@ -229,7 +233,7 @@ def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> C
     (
         generation_id, epoch, sequence, chain_hash, remaining_ms, priority, attempts, tenant,
         prompt_tokens, cached_prompt_tokens, completion_tokens, _, _, body, log,
-        weight, num_preemptions, by_share,
+        weight, num_preemptions, by_share, age_ms, num_claims,
     ) = reply  # fmt: skip
     entries = [event_from_fields(fields, sealer) for _, fields in log]
     return ClaimedJob(
@@ -247,12 +251,33 @@ def job_from_reply(reply: Sequence[Any], sealer: GenerationSealer = _PLAIN) -> C
         weight=float(weight),
         num_preemptions=num_preemptions,
         by_share=by_share == 1,
+        age_ms=age_ms,
+        num_claims=num_claims,
     )
 
 
 def commit_from_reply(reply: Sequence[Any]) -> CommitResult:
     """Reads the answer of commit and of a worker's heartbeat."""
-    lost, more, *queued = reply
+    lost, more, *rest = reply
+    queued, drain = rest[: keys.PRIORITY_CLASSES], rest[keys.PRIORITY_CLASSES :]
     pairs = zip(lost[::2], lost[1::2], strict=True)
     reasons = {generation_id.decode(): LostReason(why.decode()) for generation_id, why in pairs}
-    return CommitResult(reasons, tuple(queued), more == 1)
+    return CommitResult(reasons, tuple(queued), more == 1, drain[0].decode() if drain else "")
+
+
+def shape_from_reply(reply: Sequence[Any]) -> QueueShape:
+    """Reads the answer of queue_shape."""
+    time_ms, num_running, num_dead_letters, more, classes, tenants = reply
+    return QueueShape(
+        time_ms=time_ms,
+        classes=tuple(
+            WaitingClass(priority, waiting, known_ms(oldest), known_ms(wait))
+            for priority, (waiting, oldest, wait) in enumerate(classes)
+        ),
+        tenants=tuple(
+            WaitingTenant(priority, tenant.decode(), waiting, oldest) for priority, tenant, waiting, oldest in tenants
+        ),
+        has_more_tenants=more == 1,
+        num_running=num_running,
+        num_dead_letters=num_dead_letters,
+    )

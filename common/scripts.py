@@ -23,7 +23,8 @@ NAMES: Final = (
     "enqueue", "attach", "detach", "cancel", "get", "claim", "commit", "release", "preempt", "wanted", "owned", "leave",
     "beat_worker", "beat_gateway", "reap", "sweep", "workers", "dead_letters", "retry", "purge", "publish", "unpublish",
     "delete", "quota_reserve", "quota_settle", "batch_append", "batch_start", "batch_lease", "batch_page",
-    "batch_result", "batch_cancel", "batch_delete", "batch_due",
+    "batch_result", "batch_cancel", "batch_delete", "batch_due", "queue_shape",
+    "running", "drain", "permitted",
 )  # fmt: skip
 
 

@@ -236,6 +236,13 @@ def serve(
     openai_address: Annotated[
         str, typer.Option("--openai-address", help="Where OpenAI's clients call; empty: nowhere.")
     ] = "127.0.0.1:8000",
+    metrics_address: Annotated[
+        str,
+        typer.Option(
+            "--metrics-address",
+            help="The gateway's metrics for Prometheus; workers take the next ports. Empty: nowhere.",
+        ),
+    ] = "127.0.0.1:9464",
     data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the queue is kept.")] = None,
     redis_url: Annotated[str, typer.Option("--redis-url", help="A server of your own instead.")] = "",
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond loopback.")] = False,
@@ -250,6 +257,9 @@ def serve(
     check_address(admin_address, insecure=insecure)
     if openai_address:  # empty: nowhere
         check_address(openai_address, insecure=insecure)
+    monitored = _metrics_addresses(metrics_address, 1 + workers) if metrics_address else [""] * (1 + workers)
+    for each in filter(None, monitored):
+        check_address(each, insecure=insecure)
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: stop.append(received))
@@ -277,10 +287,14 @@ def serve(
     shared = {"TORCHRELAY_REDIS_URL": redis_url}
     supervisor = Supervisor(
         server,
-        Child("gateway", "gateway", shared | _gateway_env(address, admin_address, openai_address, insecure=insecure)),
+        Child(
+            "gateway",
+            "gateway",
+            shared | _gateway_env(address, admin_address, openai_address, monitored[0], insecure=insecure),
+        ),
         [
-            Child(f"worker-{index}", "worker", shared | _worker_env(model, model_name, dtype, device))
-            for index in range(workers)
+            Child(f"worker-{index}", "worker", shared | _worker_env(model, model_name, dtype, device, where))
+            for index, where in enumerate(monitored[1:])
         ],
     )
     supervisor.start()
@@ -289,7 +303,7 @@ def serve(
             found = wait_until_served(supervisor, address, key, stop) if workers else None
         if found is not None:
             program = os.path.relpath(Path(sys.argv[0])) if Path(sys.argv[0]).exists() else "torchrelay"
-            sys.stdout.write(banner(found, address, admin_address, openai_address, key, program))
+            sys.stdout.write(banner(found, address, admin_address, openai_address, monitored, key, program))
             sys.stdout.flush()
         while not stop:
             supervisor.tend()
@@ -310,11 +324,22 @@ def _failed(console: Console, reason: str) -> typer.Exit:
     return typer.Exit(1)
 
 
-def _gateway_env(address: str, admin_address: str, openai_address: str, *, insecure: bool) -> dict[str, str]:
+def _metrics_addresses(first: str, number: int) -> list[str]:
+    """Return an address and those behind it, port by port. Raises typer.BadParameter."""
+    host, _, port = first.rpartition(":")
+    if not port.isdecimal():
+        raise typer.BadParameter(f"{first} is not host:port")
+    return [f"{host}:{int(port) + index}" for index in range(number)]
+
+
+def _gateway_env(
+    address: str, admin_address: str, openai_address: str, metrics_address: str, *, insecure: bool
+) -> dict[str, str]:
     env = {
         "TORCHRELAY_GATEWAY_ADDRESS": address,
         "TORCHRELAY_GATEWAY_ADMIN_ADDRESS": admin_address,
         "TORCHRELAY_GATEWAY_OPENAI_ADDRESS": openai_address,
+        "TORCHRELAY_GATEWAY_METRICS_ADDRESS": metrics_address,
         "TORCHRELAY_GATEWAY_REFLECTION": "true",
     }
     if insecure:
@@ -322,10 +347,11 @@ def _gateway_env(address: str, admin_address: str, openai_address: str, *, insec
     return env
 
 
-def _worker_env(model: str, model_name: str, dtype: str, device: str) -> dict[str, str]:
+def _worker_env(model: str, model_name: str, dtype: str, device: str, metrics_address: str) -> dict[str, str]:
     return {
         "TORCHRELAY_WORKER_MODEL": model,
         "TORCHRELAY_WORKER_MODEL_NAME": model_name,
         "TORCHRELAY_WORKER_DTYPE": dtype,
         "TORCHRELAY_WORKER_DEVICE": device,
+        "TORCHRELAY_WORKER_METRICS_ADDRESS": metrics_address,
     }

@@ -176,6 +176,15 @@ class QueueSettings(BaseSettings):
         return self
 
 
+class MetricsSettings(BaseSettings):
+    """What metrics hold, from TORCHRELAY_METRICS_* variables; where they are served is each role's own setting."""
+
+    model_config = SettingsConfigDict(env_prefix="TORCHRELAY_METRICS_", frozen=True)
+    max_tenants: int = Field(
+        default=100, ge=0, description="Tenants with series of their own in each process; further ones share `other`."
+    )
+
+
 class LogSettings(BaseSettings):
     """What a process writes on stderr, from TORCHRELAY_LOG_* variables."""
 

@@ -15,7 +15,15 @@ from pydantic_settings import BaseSettings
 
 from common.logs import set_hooks, set_up_logs
 from common.sealing import EncryptionSettings
-from common.settings import LogSettings, QueueSettings, RedisSettings, describe_errors, unknown_variables
+from common.settings import (
+    LogSettings,
+    MetricsSettings,
+    QueueSettings,
+    RedisSettings,
+    describe_errors,
+    unknown_variables,
+)
+from common.telemetry.tracing import TracingSettings
 
 _T = TypeVar("_T")
 
@@ -26,6 +34,8 @@ SHARED_SETTINGS: tuple[type[BaseSettings], ...] = (
     RedisSettings,
     QueueSettings,
     EncryptionSettings,
+    MetricsSettings,
+    TracingSettings,
 )
 
 

@@ -52,6 +52,13 @@ class Upkeep:
         """The workers that have, or had until the next reap, a lease."""
         found = as_list(await self._run("workers", shard, limit))
         return [
-            LiveWorker(worker_id.decode(), left, num_jobs, _INFO_DECODER.decode(info) if info else None)
-            for worker_id, left, num_jobs, info in found
+            LiveWorker(
+                worker_id.decode(),
+                left,
+                num_jobs,
+                _INFO_DECODER.decode(info) if info else None,
+                reported_ms,
+                drain_requested_by.decode(),
+            )
+            for worker_id, left, num_jobs, info, reported_ms, drain_requested_by in found
         ]

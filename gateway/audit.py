@@ -79,6 +79,7 @@ class CallRecord:
     caller: Caller | None = None
     notes: dict[str, str | int] = field(default_factory=dict)
     began: float = 0.0
+    span: Any = None  # of whoever traces the call
 
 
 _RECORD: ContextVar[CallRecord | None] = ContextVar("torchrelay_audit", default=None)
@@ -129,6 +130,12 @@ class Audit:
             self._file.write(_ENCODER.encode({"time": moment, **line}).decode())
         if self._to_log:
             log.info("audit", **{"of" if name == "event" else name: value for name, value in line.items()})
+
+
+def call_began() -> float | None:
+    """Return when the call that is being served arrived, by time.monotonic(); None outside of calls."""
+    record = _RECORD.get()
+    return None if record is None else record.began
 
 
 def note(**fields: str | int) -> None:

@@ -13,6 +13,7 @@ def gateway(
     admin_address: Annotated[str, typer.Option("--admin-address", help="Where operators call, host:port.")] = "",
     openai_address: Annotated[str, typer.Option("--openai-address", help="Where OpenAI's clients call.")] = "",
     health_address: Annotated[str, typer.Option("--health-address", help="Plaintext port for probes.")] = "",
+    metrics_address: Annotated[str, typer.Option("--metrics-address", help="HTTP for Prometheus and probes.")] = "",
     redis_url: Annotated[
         str, typer.Option("--redis-url", help="redis://, rediss://, unix:// or redis+sentinel:// address.")
     ] = "",
@@ -21,14 +22,15 @@ def gateway(
 ) -> None:
     """Run one gateway.
 
-    Everything else is set by TORCHRELAY_GATEWAY_*, _AUTH_*, _REDIS_*, _QUEUE_*, _ENCRYPTION_* and _LOG_* variables and
-    TORCHRELAY_TRUSTED_PROXIES.
+    Everything else is set by TORCHRELAY_GATEWAY_*, _AUTH_*, _REDIS_*, _QUEUE_*, _ENCRYPTION_*, _METRICS_*, _TRACING_*
+    and _LOG_* variables and TORCHRELAY_TRUSTED_PROXIES.
     """
     given = {
         "TORCHRELAY_GATEWAY_ADDRESS": address,
         "TORCHRELAY_GATEWAY_ADMIN_ADDRESS": admin_address,
         "TORCHRELAY_GATEWAY_OPENAI_ADDRESS": openai_address,
         "TORCHRELAY_GATEWAY_HEALTH_ADDRESS": health_address,
+        "TORCHRELAY_GATEWAY_METRICS_ADDRESS": metrics_address,
         "TORCHRELAY_REDIS_URL": redis_url,
         "TORCHRELAY_GATEWAY_REFLECTION": "" if reflection is None else str(reflection),
         "TORCHRELAY_GATEWAY_INSECURE": "" if insecure is None else str(insecure),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import random
 import secrets
@@ -10,13 +11,15 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Final, Protocol, TypeAlias
 
 import msgspec
+import structlog
 
 from common import errors, keys
 from common.deltas import merge_deltas, merge_scores
 from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
-from common.jobs import Attachment, Enqueued, GenerationRecord, NewJob
+from common.jobs import Attachment, GenerationRecord, NewJob
+from common.telemetry.tracing import current_trace
 from gateway import audit, beams, convert, sources, token_choice
 from gateway import validation as check
 from gateway.admission import Admission
@@ -34,9 +37,12 @@ from torchrelay.v1 import generation_pb2 as pb
 
 _LEAST_CALL_MS: Final = 5  # no first token comes sooner: a caller with less time has given up before it is queued
 _RETRY_AFTER_MS: Final = 500
+_LOG_AFTER_S: Final = 0.002
 _REPEAT_GRACE_MS: Final = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED: Final = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
+
+log = structlog.get_logger()
 
 NewGeneration: TypeAlias = pb.GenerateRequest | pb.StreamGenerateRequest | pb.SubmitGenerationRequest
 
@@ -110,12 +116,15 @@ class Generations:
                         # The caller is told to repeat the call: what it then finds must not be a cancelled one.
                         least_grace_ms = _REPEAT_GRACE_MS
                     raise
+                _note_accepted(enqueued.generation_id, job, accepted, is_repeat=enqueued.duplicate)
                 if enqueued.duplicate:
                     known = enqueued.generation_id
                     await self._streams.close(subscription, ended=True)
                     subscription = self._streams.listen(known, caller.tenant)
                 accepted.place = max(0, enqueued.place - 1)
                 convert.set_wait(accepted, enqueued.expected_wait_ms)
+            else:
+                _note_accepted(known, job, accepted, is_repeat=True)
             if known is not None:
                 attachment = await self._queue.attach(known, caller.tenant, attach_id=subscription.attach_id)
                 accepted = accepted_of(attachment.record)
@@ -139,7 +148,7 @@ class Generations:
     async def submit_job(self, job: NewJob, accepted: pb.Accepted, caller: Caller) -> pb.Accepted:
         """As `submit`, of a job that is made already."""
         enqueued = await self._admission.enqueue(keys.shard_of(accepted.generation_id), job, caller)
-        _note_accepted(enqueued, job, accepted)
+        _note_accepted(enqueued.generation_id, job, accepted, is_repeat=enqueued.duplicate)
         if enqueued.duplicate:
             record = await self._queue.get(enqueued.generation_id, job.tenant)
             accepted = accepted_of(record)
@@ -250,6 +259,7 @@ class Generations:
             chat=encoded.chat,
             echo_text=await model.text_of(request.input, caller.tenant) if config.echo else "",
             source_token_ids=tuple(encoded.source_token_ids),
+            trace=current_trace(),
         )
         job = new_job(
             request,
@@ -366,9 +376,9 @@ def check_time_left(call: Call) -> None:
         raise errors.DeadlineExceeded(message, reason="DEADLINE_TOO_SHORT")
 
 
-def _note_accepted(enqueued: Enqueued, job: NewJob, accepted: pb.Accepted) -> None:
+def _note_accepted(generation_id: str, job: NewJob, accepted: pb.Accepted, *, is_repeat: bool) -> None:
     audit.note(
-        generation_id=enqueued.generation_id,
+        generation_id=generation_id,
         model=accepted.model,
         prompt_tokens=accepted.prompt_tokens,
         max_tokens=accepted.config.max_tokens,
@@ -376,4 +386,16 @@ def _note_accepted(enqueued: Enqueued, job: NewJob, accepted: pb.Accepted) -> No
         priority=job.priority,
         request_digest=job.request_digest[:16].hex(),
     )
-    audit.mark("generation.repeated" if enqueued.duplicate else "generation.accepted")
+    audit.mark("generation.repeated" if is_repeat else "generation.accepted")
+    # Once the call goes on: a line of log takes a third of a millisecond.
+    asyncio.get_running_loop().call_later(
+        _LOG_AFTER_S,
+        lambda: log.info(
+            "generation.repeated" if is_repeat else "generation.accepted",
+            generation_id=generation_id,
+            model=accepted.model,
+            tenant=job.tenant,
+            priority=job.priority,
+            prompt_tokens=accepted.prompt_tokens,
+        ),
+    )

@@ -20,6 +20,7 @@ SCOPE_OF: Final[Mapping[str, Scope | None]] = {
     "torchrelay.admin.v1beta1.ApiKeyService": Scope.ADMIN_KEYS,
     "torchrelay.admin.v1beta1.TenantService": Scope.ADMIN_TENANTS,
     "torchrelay.admin.v1beta1.FleetService": Scope.ADMIN_FLEET,
+    "torchrelay.admin.v1beta1.LogService": Scope.ADMIN_FLEET,
     "torchrelay.admin.v1beta1.UsageService": Scope.ADMIN_USAGE,
 }
 _PRIORITIES: Final[Mapping[int, int]] = {

@@ -22,7 +22,8 @@ _PUBLIC: Final = tuple(
     for name in ("GenerationService", "ModelService", "EmbeddingService", "ClassificationService", "BatchService")
 )
 _ADMIN: Final = tuple(
-    f"torchrelay.admin.v1beta1.{name}" for name in ("ApiKeyService", "TenantService", "FleetService", "UsageService")
+    f"torchrelay.admin.v1beta1.{name}"
+    for name in ("ApiKeyService", "TenantService", "FleetService", "UsageService", "LogService")
 )
 _MAX_METADATA_BYTES: Final = 8192
 

@@ -24,6 +24,10 @@ class GatewaySettings(BaseSettings):
         default="", description="Where OpenAI's clients call over HTTP, host:port; empty is nowhere."
     )
     health_address: str = Field(default="", description="Plaintext port for probes only, host:port; empty is none.")
+    metrics_address: str = Field(
+        default="",
+        description="Plaintext HTTP for Prometheus and probes: /metrics, /healthz, /readyz; host:port, empty is none.",
+    )
     admin_redis_url: str = Field(
         default="", description="As the Redis user that may write API keys; empty: the same as TORCHRELAY_REDIS_URL."
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -16,9 +17,11 @@ from common.jobs import Attachment, GenerationRecord, ItemKind, LogEvent, ReplyI
 from common.sealing import PLAIN, Sealer
 from common.tasks import TaskResult
 from gateway import convert
+from gateway.audit import call_began
 from gateway.delivery import EventHub, Subscription
 from gateway.progress import LogPosition, Verdict
 from gateway.status import GenerationEndedError
+from gateway.telemetry.streams import Opening, StreamMetrics, StreamWatch
 from torchrelay.v1 import generation_pb2 as pb
 
 _MAX_MESSAGES_PER_S: Final = 2500  # of one gateway process, all streams together: about a third of a core
@@ -47,6 +50,7 @@ class EventStream:
         position: LogPosition,
         times: StreamTimes,
         num_streams: Callable[[], int],
+        watch: StreamWatch,
         attachment: Attachment | None = None,
     ) -> None:
         """`attachment` is what attaching returned, None for a generation that was queued just now."""
@@ -59,6 +63,7 @@ class EventStream:
         self._resumed = position.sequence > 0
         self._times = times
         self._num_streams = num_streams
+        self._watch = watch
         self._state = pb.GENERATION_STATE_UNSPECIFIED
         self._place = -1
         self._must_read_log = False
@@ -73,6 +78,12 @@ class EventStream:
         Raises Superseded, ResultLost, and GenerationEndedError for a generation that ended in an error. Between two
         events hardly more than the next one is kept: a caller may take as long as it likes to ask for it.
         """
+        async with contextlib.aclosing(self._events()) as events:
+            async for event in events:
+                self._watch.saw(event)
+                yield event
+
+    async def _events(self) -> AsyncGenerator[pb.GenerationEvent]:
         if self._first_page is not None:
             async for event in self._catch_up(self._take_first_page()):
                 yield event
@@ -257,7 +268,15 @@ class EventStream:
 class StreamFactory:
     """Opens streams, and lets go of generations whose calls are over."""
 
-    def __init__(self, queue: JobQueue, hub: EventHub, times: StreamTimes, sealer: Sealer = PLAIN) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        hub: EventHub,
+        times: StreamTimes,
+        sealer: Sealer = PLAIN,
+        metrics: StreamMetrics | None = None,
+    ) -> None:
+        self._metrics = metrics or StreamMetrics()
         self._queue = queue
         self._hub = hub
         self._times = times
@@ -289,8 +308,19 @@ class StreamFactory:
         `attachment` is what attaching returned, None for a generation that was queued just now.
         """
         self._hub.take_over(subscription)
-        num_streams = self._hub.__len__
-        return EventStream(self._queue, subscription, tenant, accepted, position, self._times, num_streams, attachment)
+        kind = Opening.NEW if attachment is None else Opening.RESUMED if position.sequence else Opening.REPEATED
+        watch = self._metrics.watch(accepted.model, kind, None if subscription.in_background else call_began())
+        return EventStream(
+            self._queue,
+            subscription,
+            tenant,
+            accepted,
+            position,
+            self._times,
+            self._hub.__len__,
+            watch,
+            attachment,
+        )
 
     async def close(self, subscription: Subscription, *, ended: bool, least_grace_ms: int = 0) -> None:
         """End a subscription. If the generation goes on and nobody else listens to it, its disconnect grace begins.

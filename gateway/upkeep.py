@@ -10,10 +10,12 @@ import structlog
 from common.errors import ServingError
 from common.headroom import Headroom
 from common.job_queue import START_CURSOR, JobQueue
+from common.telemetry.upkeep import UpkeepCounters
 from gateway.admission import Admission
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
 from gateway.stream import StreamFactory
+from gateway.telemetry.queues import ModelQueue, QueueFigures
 
 log = structlog.get_logger()
 
@@ -32,6 +34,8 @@ class Upkeep:
         catalog: Catalog,
         headroom: Headroom,
         admission: Admission,
+        figures: QueueFigures,
+        counters: UpkeepCounters,
         *,
         interval_s: float,
         block_ms: int,
@@ -44,6 +48,8 @@ class Upkeep:
         self._catalog = catalog
         self._headroom = headroom
         self._admission = admission
+        self._figures = figures
+        self._counters = counters
         self._interval_s = interval_s
         self._block_ms = block_ms
         self._on_connected = on_connected
@@ -88,6 +94,7 @@ class Upkeep:
                     connected = True
                     await self._on_connected()
             except ServingError as error:
+                self._figures.lose()
                 log.warning("upkeep.unavailable", reason=error.reason)
             await asyncio.sleep(self._interval_s)
 
@@ -117,4 +124,18 @@ class Upkeep:
                     cancelled=swept.cancelled,
                     detached=swept.detached,
                 )
+                self._counters.count(self._catalog.name_of(shard) or "", reaped, swept)
         await self._admission.settle(shards)
+        await self._measure()
+        log.debug("upkeep.done", shards=len(shards), streams=len(self._hub))
+
+    async def _measure(self) -> None:
+        entries = self._catalog.all_entries()
+        shapes = await asyncio.gather(*(self._queue.shape(entry.card.shard) for entry in entries))
+        self._figures.update(
+            (
+                ModelQueue(entry.card.name, entry.num_workers, shape)
+                for entry, shape in zip(entries, shapes, strict=True)
+            ),
+            self._headroom.used_share,
+        )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from common.sealing import EncryptionSettings, Sealer
-from common.settings import QueueSettings, RedisSettings
 from common.startup import read_settings
+from worker.configuration import WorkerConfiguration
 from worker.engine.device import leave_out_triton, quiet_openmp
 from worker.engine.settings import EngineSettings
 from worker.settings import WorkerSettings
@@ -14,22 +13,12 @@ from worker.settings import WorkerSettings
 
 def main() -> int:
     """Run a worker; return the exit status."""
-    settings = read_settings(
-        lambda: (
-            WorkerSettings(),
-            EngineSettings(),
-            RedisSettings(),
-            QueueSettings(),
-            Sealer.from_settings(EncryptionSettings()),
-        ),
-        WorkerSettings,
-        EngineSettings,
-    )
+    configuration = read_settings(WorkerConfiguration.read, WorkerSettings, EngineSettings)
     quiet_openmp()
-    leave_out_triton(settings[0].device)
+    leave_out_triton(configuration.worker.device)
     from worker.process import run_process  # imports torch, and so comes last
 
-    return run_process(*settings)
+    return run_process(configuration)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import structlog
@@ -28,12 +28,12 @@ from worker.engine.types import StepResult
 from worker.holdings import Holdings
 from worker.preemption import HIGHEST_CLASS, MAX_PREEMPTIONS, choose_victims
 from worker.settings import WorkerSettings
+from worker.watch import JobWatch
 
 log = structlog.get_logger()
 
 _RETRY_S: Final = 0.5
 _TIDY_S: Final = 1.0
-_LOG_AFTER_S: Final = 0.002
 _PREEMPT_PAUSE_S: Final = 0.5
 
 
@@ -50,6 +50,7 @@ class Agent:
         engine: EngineThread,
         settings: WorkerSettings,
         info: Callable[[], WorkerInfo],
+        watch: JobWatch,
         *,
         max_num_seqs: int,
         beat_interval_s: float,
@@ -58,6 +59,7 @@ class Agent:
         self._engine = engine
         self._settings = settings
         self._info = info
+        self._watch = watch
         self._max_num_seqs = max_num_seqs
         self._beat_interval_s = beat_interval_s
         self._holdings = Holdings(engine.stats.block_size)
@@ -123,12 +125,11 @@ class Agent:
         self._take(jobs)
         return jobs
 
-    def _take(self, jobs: Iterable[ClaimedJob]) -> None:
+    def _take(self, jobs: Sequence[ClaimedJob]) -> None:
         for job in jobs:
-            self._stop_computing(job.generation_id)  # held at an older epoch: what was computed for it is void
+            self._stop_computing(job.generation_id, "TAKEN")  # held at an older epoch: what was computed is void
             self._engine.submit(self._holdings.add(job, time.monotonic()))
-            # Once the work has begun: a line of log holds the interpreter's lock for a third of a millisecond.
-            asyncio.get_running_loop().call_later(_LOG_AFTER_S, _log_claimed, job)
+        self._watch.claimed(jobs)
         if self._holdings:
             self._emptied.clear()
 
@@ -157,8 +158,7 @@ class Agent:
             return
         await self._claims.preempt(victims, MAX_PREEMPTIONS)
         for generation_id in victims:
-            self._stop_computing(generation_id)
-            log.info("job.preempted", generation_id=generation_id)
+            self._stop_computing(generation_id, "PREEMPTED")
         await self._engine.settled()
         if any(job.priority == HIGHEST_CLASS for job in await self._claim_once()):
             self._preempts_at = 0.0
@@ -177,6 +177,7 @@ class Agent:
                 result = await self._engine.next_result()
             except EngineStopped:
                 return
+            self._watch.stepped(result)
             self._results.append(result)  # a statement of its own: the list may be another one after the wait
             self._has_results.set()
 
@@ -186,14 +187,17 @@ class Agent:
             self._has_results.clear()
             results, self._results = self._results, []
             # A step without tokens is committed too: a cancelled job that only prefills must learn of it.
-            events = self._holdings.events(results)
+            events = unsent = self._holdings.events(results)
             while not self._drained:
                 try:
-                    self._settle(await self._claims.commit(events))
+                    committed = await self._claims.commit(unsent)
+                    self._watch.committed(events, committed.lost)
+                    log.debug("commit.stored", step=results[-1].step, events=len(events), lost=len(committed.lost))
+                    self._settle(committed)
                     break
                 except ServingError as error:
                     log.warning("commit.unavailable", reason=error.reason)
-                    events = []  # kept by the claims, and sent first next time
+                    unsent = []  # kept by the claims, and sent first next time
                     await asyncio.sleep(_RETRY_S)
             self._engine.ack(results[-1].step)
             if self._has_unknown_jobs:
@@ -202,8 +206,7 @@ class Agent:
     def _settle(self, result: CommitResult) -> None:
         """Stop what was lost, and look for work where some waits."""
         for generation_id, reason in result.lost.items():
-            if self._stop_computing(generation_id):
-                log.info("job.lost", generation_id=generation_id, reason=str(reason))
+            self._stop_computing(generation_id, reason.name)
         self._num_urgent = result.queued[HIGHEST_CLASS]
         if any(result.queued):
             self._may_claim.set()
@@ -212,13 +215,12 @@ class Agent:
             self._may_claim.set()
         self._has_unknown_jobs = self._has_unknown_jobs or result.has_unknown_jobs
 
-    def _stop_computing(self, generation_id: str) -> bool:
-        """Free what a generation takes; return whether it was held."""
+    def _stop_computing(self, generation_id: str, reason: str) -> None:
+        """Free what a generation takes, if it is held."""
+        self._watch.dropped(generation_id, reason)
         request_id = self._holdings.drop(generation_id)
-        if request_id is None:
-            return False
-        self._engine.abort(request_id)
-        return True
+        if request_id is not None:
+            self._engine.abort(request_id)
 
     async def _adopt(self) -> None:
         """Take over jobs that the server counts as ours: the reply that handed them out was lost."""
@@ -239,7 +241,11 @@ class Agent:
             await asyncio.sleep(self._beat_interval_s)
 
     async def _beat_once(self) -> None:
-        self._settle(await self._claims.heartbeat(self._info()))
+        result = await self._claims.heartbeat(self._info())
+        self._settle(result)
+        if result.drain_requested_by and not self.draining:
+            log.info("worker.drain_requested", by=result.drain_requested_by)
+            self.stop()
         if self._has_unknown_jobs:
             await self._adopt()
 
@@ -247,8 +253,11 @@ class Agent:
         while not self._drained:
             await asyncio.sleep(min(_TIDY_S, self._beat_interval_s))  # often enough for the shortest lease
             if not self._holdings:
-                await self._guarded(self._claims.reap())
-                await self._guarded(self._claims.sweep())
+                await self._guarded(self._tidy_once())
+
+    async def _tidy_once(self) -> None:
+        self._watch.tidied(await self._claims.reap())
+        self._watch.tidied(await self._claims.sweep())
 
     # -- drain ----------------------------------------------------------------------------------------------------
 
@@ -260,7 +269,7 @@ class Agent:
         except TimeoutError:
             rest = self._holdings.ids()
             for generation_id in rest:
-                self._stop_computing(generation_id)
+                self._stop_computing(generation_id, "RELEASED")
             log.info("worker.releasing", jobs=len(rest))
             await self._guarded(self._claims.release(rest))
         self._engine.stop()
@@ -279,7 +288,3 @@ class Agent:
         except ServingError as error:
             log.warning("server.unavailable", reason=error.reason)
             await asyncio.sleep(_RETRY_S)
-
-
-def _log_claimed(job: ClaimedJob) -> None:
-    log.info("job.claimed", generation_id=job.generation_id, epoch=job.epoch, events=len(job.events))

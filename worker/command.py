@@ -26,11 +26,17 @@ def worker(
     dtype: DtypeOption = "",
     device: DeviceOption = "",
     redis_url: RedisOption = "",
+    metrics_address: Annotated[str, typer.Option("--metrics-address", help="HTTP for Prometheus and probes.")] = "",
     profile: Annotated[int, typer.Option("--profile", min=0, help="Write a Chrome trace of so many steps.")] = 0,
     profile_file: Annotated[str, typer.Option("--profile-file", help="Where; default torchrelay-trace.json.")] = "",
 ) -> None:
-    """Run one worker. The rest is set by TORCHRELAY_WORKER_*, _ENGINE_*, _REDIS_*, _QUEUE_* and _LOG_* variables."""
+    """Run one worker.
+
+    The rest is set by TORCHRELAY_WORKER_*, _ENGINE_*, _REDIS_*, _QUEUE_*, _METRICS_*, _TRACING_* and _LOG_* variables.
+    """
     _set(model, model_name, revision, dtype, redis_url, device)
+    if metrics_address:
+        os.environ["TORCHRELAY_WORKER_METRICS_ADDRESS"] = metrics_address
     if profile:
         os.environ["TORCHRELAY_WORKER_PROFILE_STEPS"] = str(profile)
     if profile_file:

@@ -13,22 +13,28 @@ from typing import Final
 
 import msgspec
 import structlog
+from prometheus_client import CollectorRegistry
 
 from common import keys
 from common.job_claims import JobClaims
 from common.jobs import WorkerInfo
 from common.redis import Redis, Retry, connect
 from common.registry import AdapterCard, ModelRegistry
-from common.sealing import Sealer
-from common.settings import QueueSettings, RedisSettings
 from common.startup import CANNOT_START, ignore_signals
+from common.telemetry.log_levels import LevelFollower, LogLevels
+from common.telemetry.monitor import MonitorServer, Vitals, process_registry
 from worker.adapters import watch_adapters
 from worker.agent import Agent, StepHungError
 from worker.assembly import Assembly, assemble
-from worker.engine.settings import EngineSettings
+from worker.configuration import WorkerConfiguration
+from worker.engine.device import memory_use
 from worker.engine.thread import EngineThread
+from worker.engine_figures import EngineFigures
+from worker.job_log import JobLog
+from worker.metrics import WorkerMetrics
 from worker.publishing import publish
-from worker.settings import WorkerSettings
+from worker.spans import JobSpans
+from worker.watch import Watches
 
 log = structlog.get_logger()
 
@@ -37,9 +43,12 @@ _JOIN_S: Final = 10.0
 _HUNG_STATUS: Final = 3
 
 
-def describe(assembly: Assembly, engine: EngineThread, agent: Agent, started_ms: int) -> WorkerInfo:
+def describe(
+    assembly: Assembly, engine: EngineThread, agent: Agent, metrics: WorkerMetrics, started_ms: int
+) -> WorkerInfo:
     """Return what this worker tells the fleet of itself."""
     stats = engine.stats
+    used_bytes, all_bytes = memory_use(assembly.device)
     return WorkerInfo(
         model=assembly.card.name,
         revision=assembly.card.revision,
@@ -64,6 +73,10 @@ def describe(assembly: Assembly, engine: EngineThread, agent: Agent, started_ms:
             "prompt_tokens": stats.prompt_tokens,
             "cached_prompt_tokens": stats.cached_prompt_tokens,
             "last_step_ms": stats.last_step_ms,
+            "busy_ratio": metrics.busy_ratio(),
+            "memory_used_bytes": used_bytes,
+            "memory_total_bytes": all_bytes,
+            **metrics.recent_first_tokens(),
         },
     )
 
@@ -82,14 +95,14 @@ async def watch(registry: ModelRegistry, assembly: Assembly, interval_s: float) 
 
 async def run(
     assembly: Assembly,
-    settings: WorkerSettings,
-    engine_settings: EngineSettings,
-    redis_settings: RedisSettings,
-    queue_settings: QueueSettings,
-    sealer: Sealer,
+    configuration: WorkerConfiguration,
+    registered: CollectorRegistry,
+    vitals: Vitals,
     stop: asyncio.Event,
 ) -> None:
-    """Serve jobs until `stop` is set, then drain."""
+    """Serve jobs until `stop` is set, then drain. Its metrics join those of `registered`."""
+    settings, redis_settings, queue_settings = configuration.worker, configuration.redis, configuration.queue
+    sealer, tracing = configuration.sealer, configuration.tracing
     redis: Redis = connect(redis_settings)
     retry = Retry.from_settings(redis_settings)
     registry = ModelRegistry(redis, retry=retry)
@@ -98,21 +111,37 @@ async def run(
     engine = EngineThread(assembly.engine, adapters=assembly.store)
     engine.start(asyncio.get_running_loop())
     started_ms = int(time.time() * 1000)
+    metrics = WorkerMetrics(registered, assembly.card.name, configuration.metrics.max_tenants)
+    registered.register(
+        EngineFigures(
+            assembly.card,
+            assembly.device,
+            version("torchrelay"),
+            lambda: engine.stats,
+            lambda: memory_use(assembly.device),
+        )
+    )
+    spans = [] if tracing is None else [JobSpans(tracing, assembly.card.name, claims.worker_id)]
     agent = Agent(
         claims,
         engine,
         settings,
-        lambda: describe(assembly, engine, agent, started_ms),
+        lambda: describe(assembly, engine, agent, metrics, started_ms),
+        Watches(metrics, JobLog(), *spans),
         max_num_seqs=assembly.card.max_sequences,
         beat_interval_s=queue_settings.worker_lease_ms / 1000 / _BEATS_PER_LEASE,
     )
 
     async def stop_agent() -> None:
         await stop.wait()
+        vitals.set_unready("draining")
         agent.stop()
 
     stopper = asyncio.create_task(stop_agent())
     watcher = asyncio.create_task(watch(registry, assembly, settings.adapters_scan_s))
+    beating = asyncio.create_task(vitals.run())
+    following = asyncio.create_task(LevelFollower(LogLevels(redis, retry=retry)).run())
+    vitals.set_ready()
     log.info("worker.ready", model=assembly.card.name, worker_id=claims.worker_id, shard=assembly.card.shard)
     join_s = _JOIN_S
     try:
@@ -122,25 +151,26 @@ async def run(
             join_s = 0.0  # its thread would be waited for in vain
         raise
     finally:
-        stopper.cancel()
-        watcher.cancel()
+        for task in (stopper, watcher, beating, following):
+            task.cancel()
         engine.stop()
         with contextlib.suppress(TimeoutError):
             await engine.join(join_s)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         await redis.aclose()
     log.info("worker.stopped", model=assembly.card.name)
 
 
-def run_process(
-    settings: WorkerSettings,
-    engine_settings: EngineSettings,
-    redis_settings: RedisSettings,
-    queue_settings: QueueSettings,
-    sealer: Sealer,
-) -> int:
+def run_process(configuration: WorkerConfiguration) -> int:
     """Run a worker until SIGTERM or SIGINT; return the exit status."""
+    registered, vitals = process_registry(), Vitals()
+    settings, monitor = configuration.worker, None
     try:
-        assembly = assemble(settings, engine_settings)
+        if settings.metrics_address:
+            monitor = MonitorServer(settings.metrics_address, registered, vitals)
+        vitals.set_unready("loading the model")
+        assembly = assemble(settings, configuration.engine)
     except Exception as error:  # noqa: BLE001 - every library on the way has its own, and the operator needs one line
         log.error("worker.failed", error=f"{type(error).__name__}: {error}")
         return CANNOT_START
@@ -149,7 +179,7 @@ def run_process(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await run(assembly, settings, engine_settings, redis_settings, queue_settings, sealer, stop)
+        await run(assembly, configuration, registered, vitals, stop)
 
     try:
         asyncio.run(until_signal())
@@ -161,4 +191,7 @@ def run_process(
             # The engine's thread cannot be joined: leave at once, so that the lease ends and the jobs move on.
             os._exit(_HUNG_STATUS)
         return 1
+    finally:
+        if monitor is not None:
+            monitor.close()
     return 0

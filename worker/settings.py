@@ -42,6 +42,10 @@ class WorkerSettings(BaseSettings):
     max_adapter_rank: int = Field(default=256, gt=0, description="Adapters of a higher rank are refused.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     num_threads: int = Field(default=0, ge=0, description="Threads that compute on a CPU; 0 is one per physical core.")
+    metrics_address: str = Field(
+        default="",
+        description="Plaintext HTTP for Prometheus and probes: /metrics, /healthz, /readyz; host:port, empty is none.",
+    )
     max_jobs: int = Field(default=256, gt=0, description="Most generations held at a time.")
     profile_steps: int = Field(default=0, ge=0, description="Steps to write a trace of, once warm; 0 is none.")
     profile_file: str = Field(default="torchrelay-trace.json", description="Where to write that trace.")

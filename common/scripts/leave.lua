@@ -4,7 +4,8 @@
 -- Reply: number of jobs that it left behind.
 --@include base
 local wid = ARGV[1]
-call('DEL', P .. 'wi:' .. wid, P .. 'wc:' .. wid)
+local info = P .. 'wi:' .. wid
+call('DEL', info, info .. ':at', info .. ':drain', P .. 'wc:' .. wid)
 local held = call('HLEN', P .. 'w:' .. wid)
 if held == 0 then call('ZREM', P .. 'wl', wid) else call('ZADD', P .. 'wl', 'XX', 0, wid) end
 return held

@@ -1,12 +1,13 @@
 -- A claimed job as the library reads it (ClaimedJob): id, epoch, n, chain hash, ms to the deadline, class, attempts,
 -- tenant, prompt, cached and completion tokens, log bytes, progress, body, log entries, weight, times preempted, whether it
--- was handed out by its class's share.
+-- was handed out by its class's share, ms since it was accepted, times claimed.
 local function pack_claim(j, now)
   local log = {}
   if j.n > 0 then log = call('XRANGE', P .. 'j:' .. j.id .. ':log', '-', '+') end
   return {
     j.id, j.ep, j.n, last_hash(j.id), j.dl - now, j.c, j.at, j.t, j.pt, j.cp, j.ct, j.lb, j.progress,
     call('HGET', P .. 'j:' .. j.id, 'b'), log, string.format('%.17g', j.wt), j.pe, j.fl,
+    math.max(0, now - j.cr), j.nc,
   }
 end
 

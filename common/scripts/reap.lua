@@ -21,7 +21,7 @@ for _, wid in ipairs(call('ZRANGEBYSCORE', P .. 'wl', '-inf', int(ended), 'LIMIT
   end
   if call('EXISTS', P .. 'w:' .. wid) == 0 then
     call('ZREM', P .. 'wl', wid)
-    call('DEL', P .. 'wi:' .. wid, P .. 'wc:' .. wid)
+    call('DEL', P .. 'wi:' .. wid, P .. 'wi:' .. wid .. ':at', P .. 'wc:' .. wid)
   end
 end
 return { requeued, dead }

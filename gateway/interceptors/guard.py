@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Final, TypeAlias, cast
 
@@ -21,9 +22,11 @@ from google.rpc import error_details_pb2
 
 from common.errors import Aborted, ClientTooSlow, InvalidRequest, ServingError
 from common.logs import frames_of
-from gateway.audit import Audit
+from gateway.audit import Audit, CallRecord
 from gateway.identity.caller import CALLER, Caller, CallInfo
 from gateway.status import DOMAIN, GenerationEndedError, code_of, status_of, to_status
+from gateway.telemetry.calls import CLIENT_STREAM, SERVER_STREAM, UNARY, CallMeter, NoMeter
+from gateway.telemetry.spans import CallTracer, PassingTracer
 
 log = structlog.get_logger()
 
@@ -45,6 +48,8 @@ class Guard(grpc.aio.ServerInterceptor):
         *,
         authorize: Callable[[str, Caller], None] = lambda method, caller: None,
         audit: Audit | None = None,
+        meter: CallMeter | None = None,
+        tracer: CallTracer | None = None,
         send_timeout_s: float = 60,
     ) -> None:
         """`authorize` raises PermissionDenied for a method that the caller may not call.
@@ -56,6 +61,8 @@ class Guard(grpc.aio.ServerInterceptor):
         self._prefix = prefix
         self._authorize = authorize
         self._audit = audit or Audit()
+        self._meter: CallMeter = meter or NoMeter()
+        self._tracer: CallTracer = tracer or PassingTracer()
         self._send_timeout_s = send_timeout_s
 
     async def intercept_service(
@@ -70,13 +77,17 @@ class Guard(grpc.aio.ServerInterceptor):
             return cast("grpc.RpcMethodHandler[Any, Any] | None", handler)
         deserialize = handler.request_deserializer
         if handler.request_streaming:
-            behavior = self._guarded(method, lambda data, context: self._collect(handler, deserialize, data, context))
+            behavior = self._guarded(
+                method, CLIENT_STREAM, lambda data, context: self._collect(handler, deserialize, data, context)
+            )
             make: Any = grpc.stream_unary_rpc_method_handler
         elif handler.response_streaming:
-            behavior = self._guarded(method, lambda data, context: self._stream(handler, deserialize, data, context))
+            behavior = self._guarded(
+                method, SERVER_STREAM, lambda data, context: self._stream(method, handler, deserialize, data, context)
+            )
             make = grpc.unary_stream_rpc_method_handler
         else:
-            behavior = self._guarded(method, lambda data, context: _unary(handler, deserialize, data, context))
+            behavior = self._guarded(method, UNARY, lambda data, context: _unary(handler, deserialize, data, context))
             make = grpc.unary_unary_rpc_method_handler
         guarded: grpc.RpcMethodHandler[Any, Any] = make(
             behavior, request_deserializer=None, response_serializer=handler.response_serializer
@@ -84,13 +95,16 @@ class Guard(grpc.aio.ServerInterceptor):
         return guarded
 
     def _guarded(
-        self, method: str, call: Callable[[Any, Context], Awaitable[Any]]
+        self, method: str, kind: str, call: Callable[[Any, Context], Awaitable[Any]]
     ) -> Callable[[Any, Context], Awaitable[Any]]:
         async def behavior(data: Any, context: Context) -> Any:
             record = self._audit.begin(method, context.peer())
+            self._meter.began(method, kind)
+            info = call_info(context)
+            record.span = self._tracer.begin(method, info)
             try:
                 if self._authenticate is not None:
-                    caller = record.caller = await self._authenticate(call_info(context))
+                    caller = record.caller = await self._authenticate(info)
                     CALLER.set(caller)
                     self._authorize(method, caller)
                 response = await call(data, context)
@@ -98,23 +112,28 @@ class Guard(grpc.aio.ServerInterceptor):
                 # The status waits behind the unread message, with the library: it comes once the client reads on, and
                 # goes with the connection. Nothing here may wait for that.
                 log.info("call.too_slow", method=method)
-                self._audit.end(record, *outcome_of(error))
+                self._end(record, kind, *outcome_of(error))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_STATUS_S):
                         await context.abort_with_status(status_of(error))
             except BaseException as error:  # noqa: BLE001 - all of them must become a status
-                self._audit.end(record, *outcome_of(error))
+                self._end(record, kind, *outcome_of(error))
                 if isinstance(error, Exception) and isinstance(data, AsyncIterator):
                     await _read_out(data)
                 await _abort(error, context, method)
             else:
-                self._audit.end(record, "OK")
+                self._end(record, kind, "OK")
                 return response
 
         return behavior
 
+    def _end(self, record: CallRecord, kind: str, status: str, reason: str = "") -> None:
+        self._audit.end(record, status, reason)
+        self._meter.ended(record.method, kind, record.caller, status, reason, time.monotonic() - record.began)
+        self._tracer.end(record.span, record.caller, record.notes, status, reason)
+
     async def _stream(
-        self, handler: Any, deserialize: Callable[[bytes], Message], data: bytes, context: Context
+        self, method: str, handler: Any, deserialize: Callable[[bytes], Message], data: bytes, context: Context
     ) -> None:
         """Drive a generator by hand.
 
@@ -131,6 +150,7 @@ class Guard(grpc.aio.ServerInterceptor):
                     sending.reschedule(now() + self._send_timeout_s)
                     await context.write(response)  # returns when the client's window has room: the back-pressure
                     sending.reschedule(None)
+                    self._meter.sent(method, SERVER_STREAM)
         except TimeoutError as error:
             if not sending.expired():
                 raise  # one of the handler's own

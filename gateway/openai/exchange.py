@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Final, TypeAlias
@@ -16,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from common.errors import ClientTooSlow, ServingError, Unavailable
 from common.logs import frames_of
-from gateway.audit import Audit
+from gateway.audit import Audit, CallRecord
 from gateway.identity.caller import CALLER, Caller, CallInfo
 from gateway.interceptors.guard import outcome_of
 from gateway.openai.errors import ErrorAnswer, HttpError, answer_to, body_of, merge_headers
@@ -24,6 +25,8 @@ from gateway.openai.server import abort, auth_context_of
 from gateway.places import Places
 from gateway.settings import GatewaySettings
 from gateway.status import GenerationEndedError
+from gateway.telemetry.calls import UNARY, CallMeter, NoMeter
+from gateway.telemetry.spans import CallTracer, PassingTracer
 
 log = structlog.get_logger()
 
@@ -209,6 +212,8 @@ class Door:
         *,
         bodies: Places,
         send_timeout_s: float,
+        meter: CallMeter | None = None,
+        tracer: CallTracer | None = None,
     ) -> None:
         """`bodies` are the bytes that may be held of requests."""
         self._authenticate = authenticate
@@ -216,6 +221,8 @@ class Door:
         self._audit = audit
         self._bodies = bodies
         self._send_timeout_s = send_timeout_s
+        self._meter: CallMeter = meter or NoMeter()
+        self._tracer: CallTracer = tracer or PassingTracer()
 
     def route(self, method: str, run: Run, *, is_chat: bool = False) -> _Route:
         """Return the ASGI application of a path. `method` is the one of gRPC whose rights it takes."""
@@ -223,15 +230,17 @@ class Door:
 
     async def handle(self, exchange: Exchange, method: str, run: Run) -> None:
         record = self._audit.begin(method, exchange.peer())
+        info = exchange.call_info()
+        record.span = self._tracer.begin(method, info)
         try:
-            caller = record.caller = await self._authenticate(exchange.call_info())
+            caller = record.caller = await self._authenticate(info)
             CALLER.set(caller)
             self._authorize(method, caller)
             await run(exchange)
         except Gone:
-            self._audit.end(record, "CANCELLED")
+            self._end(record, "CANCELLED")
         except BaseException as error:
-            self._audit.end(record, *_outcome_of(error))
+            self._end(record, *_outcome_of(error))
             if not isinstance(error, Exception | asyncio.CancelledError):
                 raise
             is_cancelled = _is_cancelled(error)
@@ -240,9 +249,14 @@ class Door:
             if is_cancelled:
                 raise
         else:
-            self._audit.end(record, "OK")
+            self._end(record, "OK")
         finally:
             exchange.close()
+
+    def _end(self, record: CallRecord, status: str, reason: str = "") -> None:
+        self._audit.end(record, status, reason)
+        self._meter.ended(record.method, UNARY, record.caller, status, reason, time.monotonic() - record.began)
+        self._tracer.end(record.span, record.caller, record.notes, status, reason)
 
     def exchange(self, scope: Scope, receive: Receive, send: Send, *, is_chat: bool) -> Exchange:
         """Return a request that is to be answered."""

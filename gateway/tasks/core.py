@@ -9,6 +9,7 @@ from common import errors, keys
 from common.generation import JobBody, SamplingParams
 from common.jobs import GenerationRecord, JobState, NewJob
 from common.tasks import TaskResult, num_tokens
+from common.telemetry.tracing import current_trace
 from gateway import validation as check
 from gateway.catalog import Catalog, ServedModel
 from gateway.generations import Call, Generations, check_time_left
@@ -121,7 +122,7 @@ class Tasks:
             request,
             caller,
             accepted,
-            JobBody(prompt_token_ids=(), sampling=SamplingParams(max_tokens=0), task=task),
+            JobBody(prompt_token_ids=(), sampling=SamplingParams(max_tokens=0), task=task, trace=current_trace()),
             kv_tokens=(tokens, tokens),
             digest=await self._digest(request),
             grace_ms=grace_ms,

@@ -310,7 +310,7 @@ def start_to_first_token(folder: Path) -> list[float]:
         address, admin = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
         started = time.perf_counter()
         server = subprocess.Popen(
-            [str(program), "serve", "--address", address, "--admin-address", admin],
+            [str(program), "serve", "--address", address, "--admin-address", admin, "--metrics-address", ""],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

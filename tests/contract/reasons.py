@@ -81,6 +81,11 @@ REASONS: Final[dict[str, Explanation]] = {
             "`ListBatches` shows the caller's.",
         ),
         ("API_KEY_NOT_FOUND", "No such key.", "`ListApiKeys` shows their ids."),
+        (
+            "WORKER_NOT_FOUND",
+            "No worker of this id: it has left, or started anew under another.",
+            "`ListWorkers` shows them.",
+        ),
         ("TENANT_NOT_FOUND", "No record of this tenant.", "`ListTenants` shows those that have one."),
         # What is wrong with a request: a BadRequest names each field.
         ("FIELD_REQUIRED", "A field is missing or empty.", "Set it."),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from common import keys
 from common.embedded import EmbeddedServer
@@ -29,6 +30,7 @@ from worker.engine.settings import EngineSettings
 from worker.engine.stopping import Detokenizer
 from worker.engine.thread import EngineThread
 from worker.engine.types import StepResult
+from worker.metrics import WorkerMetrics
 from worker.settings import WorkerSettings
 
 SHARD = keys.shard_name("tiny", "r1")
@@ -141,7 +143,15 @@ async def bench(redis: Redis, **engine_settings: Any) -> AsyncIterator[Bench]:
     queue_settings = QueueSettings(deadline_slack_ms=5000)
     claims = JobClaims(redis, SHARD, keys.random_id(), queue_settings)
     worker_settings = WorkerSettings(drain_s=0)
-    agent = Agent(claims, thread, worker_settings, WorkerInfo, max_num_seqs=settings.max_num_seqs, beat_interval_s=2.0)
+    agent = Agent(
+        claims,
+        thread,
+        worker_settings,
+        WorkerInfo,
+        WorkerMetrics(CollectorRegistry(), "test", 10),
+        max_num_seqs=settings.max_num_seqs,
+        beat_interval_s=2.0,
+    )
     running = asyncio.create_task(agent.run())
     queue = JobQueue(redis, keys.random_id(), queue_settings)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -167,3 +168,14 @@ async def test_what_operators_see_holds_no_text(system: System) -> None:
             await usage.QueryUsage(usage_pb2.QueryUsageRequest(group_by=[1, 2, 3, 4])),  # type: ignore[list-item]
         ]
     assert not any(CANARY.encode() in answer.SerializeToString() for answer in answers)
+
+
+def test_the_audit_names_every_generation_that_was_accepted(system: System) -> None:
+    lines = [json.loads(line) for line in files_of(system)["audit.jsonl"].splitlines()]
+    accepted = {line["generation_id"]: line for line in lines if line["event"] == "generation.accepted"}
+    methods = [line["method"].rpartition("/")[2] for line in accepted.values()]
+    assert methods.count("StreamGenerate") >= 2
+    assert methods.count("SubmitGeneration") == 1
+    ended = [line for line in lines if line["event"] == "call" and line.get("generation_id") in accepted]
+    assert {line["generation_id"] for line in ended} == set(accepted), "the end of a call names it too"
+    assert all(line["model"] == MODEL and line["prompt_tokens"] > 0 for line in accepted.values())

@@ -37,7 +37,7 @@ class Terminal:
 
     def serve(self, *args: str, **env: str) -> subprocess.Popen[str]:
         addresses = ("--address", self.address, "--admin-address", f"127.0.0.1:{free_port()}")
-        addresses += ("--openai-address", f"127.0.0.1:{free_port()}")
+        addresses += ("--openai-address", f"127.0.0.1:{free_port()}", "--metrics-address", "")
         with (self.home / "log").open("a") as log:
             process = subprocess.Popen(
                 [PROGRAM, "serve", *addresses, *args],

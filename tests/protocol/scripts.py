@@ -8,6 +8,7 @@ that nothing here can rest on clocks. Method by method this follows the Lua text
 - preemption: a release that leaves out what may not give way, and counts no claim;
 - dead letters: a failed job stays as it is; nobody lists it, sends it again (a new job without a gateway) or purges it;
 - graces, of leases after a pause of the server and of jobs: one that is not over is a lease or grace that ends later;
+- what operators see, and their requests that workers drain: here a worker may leave at any moment;
 - bounds, usage, memory, confirmations of replicas, and the end of retention.
 
 The state machine in tests/integration/common does the first three on a real server.

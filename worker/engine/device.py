@@ -121,3 +121,29 @@ def _cgroup_cpus() -> int:
         return math.ceil(int(quota) / int(period))
     except (OSError, ValueError):  # no cgroup v2, or "max"
         return sys.maxsize
+
+
+def memory_use(device: str) -> tuple[int, int]:
+    """Return used and all bytes: of a GPU by all processes; on a CPU of this process, and what it may have.
+
+    Zeros where the system does not tell.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        free, total = torch.cuda.mem_get_info(torch.device(device.split()[0]))
+        return total - free, total
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0, 0
+    return used, min(total, _cgroup_bytes())
+
+
+def _cgroup_bytes() -> int:
+    """Memory that the control group allows; a large number without a limit."""
+    try:
+        return int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):
+        return sys.maxsize

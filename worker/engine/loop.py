@@ -258,6 +258,7 @@ class Engine:
             state = self._requests[sequence.request_id]
             self._close(state, state.outputs[sequence.output_index], FinishReason.TIME_LIMIT)
         flight, self._flight = self._flight, None
+        num_tokens = num_sequences = 0
         if flight is None:
             flight = self._launch()
         if flight is not None:
@@ -266,9 +267,11 @@ class Engine:
                 self._flight = self._launch(flight.hold_places())
             self._on_part("update")
             self._land(flight)
+            num_tokens, num_sequences = flight.plan.num_tokens, len(flight.plan.chunks)
         self._on_part("end")
-        self._last_step_ms = (time.perf_counter() - started) * 1000
-        return StepResult(self._num_steps, self._results.take())
+        duration_s = time.perf_counter() - started
+        self._last_step_ms = duration_s * 1000
+        return StepResult(self._num_steps, self._results.take(), duration_s, num_tokens, num_sequences)
 
     def _launch(self, in_flight: TokensInFlight | None = None) -> Flight | None:
         """Plan a step and give it to the device. None when there is nothing to do, or memory was short."""

@@ -92,6 +92,9 @@ class StepResult:
 
     step: int  # counts steps from 1
     outputs: tuple[RequestOutput, ...] = ()
+    duration_s: float = 0.0
+    num_tokens: int = 0  # computed, those of prompts included
+    num_sequences: int = 0  # that these belong to
 
 
 @dataclass(frozen=True, slots=True)

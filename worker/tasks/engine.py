@@ -135,9 +135,10 @@ class TaskEngine:
         lengths = [len(pending.texts[index]) for pending, index in batch]
         for group in buckets(lengths, _MAX_WASTE):
             self._run([batch[i] for i in group])
-        self._last_step_ms = (time.perf_counter() - started) * 1000
+        duration_s = time.perf_counter() - started
+        self._last_step_ms = duration_s * 1000
         outputs, self._outputs = self._outputs, []
-        return StepResult(self._num_steps, tuple(outputs))
+        return StepResult(self._num_steps, tuple(outputs), duration_s, sum(lengths), len(lengths))
 
     def _run(self, texts: list[tuple[Pending, int]]) -> None:
         """Compute texts together; in halves where memory is short for all of them."""

@@ -21,15 +21,20 @@ AdminKeyOption = Annotated[
 ]
 
 
-class _WithKey(grpc.UnaryUnaryClientInterceptor):
+class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     """Adds a key to every call."""
 
     def __init__(self, key: str) -> None:
         self._metadata = auth_metadata(key)
 
     def intercept_unary_unary(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
-        details = _Details(details.method, details.timeout, [*(details.metadata or ()), *self._metadata])
-        return continuation(details, request)
+        return continuation(self._with_key(details), request)
+
+    def intercept_unary_stream(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
+        return continuation(self._with_key(details), request)
+
+    def _with_key(self, details: Any) -> grpc.ClientCallDetails:
+        return _Details(details.method, details.timeout, [*(details.metadata or ()), *self._metadata])
 
 
 class _Details(grpc.ClientCallDetails):

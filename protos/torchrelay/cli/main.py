@@ -11,11 +11,14 @@ from torchrelay.cli import output
 from torchrelay.cli.batch import batch
 from torchrelay.cli.bench import bench
 from torchrelay.cli.dead_letters import dead_letters
+from torchrelay.cli.fleet import drain, queue
 from torchrelay.cli.generate import chat, generate
 from torchrelay.cli.inspect import cancel, erase, models, ps
 from torchrelay.cli.keys import keys
+from torchrelay.cli.logs import logs
 from torchrelay.cli.tasks import answer, classify, embed, entities, rerank
 from torchrelay.cli.tenants import tenants
+from torchrelay.cli.top import top
 from torchrelay.cli.usage import usage
 
 ENTRY_POINTS = "torchrelay.commands"
@@ -33,7 +36,8 @@ def make_app() -> typer.Typer:
     for point in server:
         if point.name != "models":
             _add(app, point.name, point.load())
-    for verb in (generate, chat, embed, classify, entities, answer, rerank, ps, cancel, erase, usage):
+    clients = (generate, chat, embed, classify, entities, answer, rerank, cancel, erase, usage)
+    for verb in (*clients, top, ps, queue, drain):
         app.command(verb.__name__)(verb)
     all_models = typer.Typer(no_args_is_help=True, help=models.info.help)
     for point in server:
@@ -45,6 +49,7 @@ def make_app() -> typer.Typer:
     app.add_typer(bench, name="bench")
     app.add_typer(keys, name="keys")
     app.add_typer(tenants, name="tenants")
+    app.add_typer(logs, name="logs")
     app.add_typer(dead_letters, name="dead-letters")
     app.command("version")(show_version)
     return app

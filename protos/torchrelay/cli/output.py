@@ -120,6 +120,7 @@ def _not_found(error: RelayError) -> str:
         "MODEL_NOT_FOUND": "`torchrelay models list` shows those that are served",
         "BATCH_NOT_FOUND": "`torchrelay batch list` shows yours",
         "API_KEY_NOT_FOUND": "`torchrelay keys list` shows the ids of keys",
+        "WORKER_NOT_FOUND": "`torchrelay ps --workers` shows those that are alive",
     }.get(error.reason)
     return f"{error.message}; {what_to_do}" if what_to_do else error.message
 

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from torchrelay.client.tracing import trace_metadata
+
 Token: TypeAlias = str | Callable[[], str]  # a JWT, or what returns one that is good now
 
 # Retries are the client's own: a retry inside the library would hide from it where the stream broke. Reconnecting is
@@ -67,8 +69,8 @@ class Bearer:
         self._secret = api_key or token or ""
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata of one call; raises what a token's function raises."""
-        return auth_metadata(self._secret() if callable(self._secret) else self._secret)
+        """Return the metadata of one call: the caller's credential and trace. Raises what a token's function raises."""
+        return auth_metadata(self._secret() if callable(self._secret) else self._secret) + trace_metadata()
 
 
 def auth_metadata(secret: str | None) -> tuple[tuple[str, str], ...]:

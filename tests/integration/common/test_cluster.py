@@ -97,6 +97,7 @@ async def test_every_script_keeps_to_its_slot(client: Redis) -> None:
     await claims.commit([make_event(ids[2], (2,), first=1, terminal=JobState.DONE)])
     assert await queue.lookup_idempotency([SHARD], "a:b", "k", b"") == ids[2]
     assert await queue.workers(SHARD)
+    assert (await queue.shape(SHARD)).num_waiting == 0
     for upkeep in (queue.reap, queue.sweep):
         await upkeep(SHARD)
     assert await queue.list_inflight(SHARD) == []

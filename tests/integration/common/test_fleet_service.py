@@ -35,6 +35,8 @@ class OneModelCatalog:
         )
         return [ModelEntry(card, 0)] if self.is_registered else []
 
+    entries = all_entries
+
 
 @pytest.fixture
 def catalog() -> OneModelCatalog:
@@ -44,7 +46,7 @@ def catalog() -> OneModelCatalog:
 @pytest.fixture
 def fleet(queue: JobQueue, gateway_redis: FlakyRedis, catalog: OneModelCatalog) -> FleetServicer:
     letters = DeadLetters(gateway_redis, QueueSettings(), retry=FAST_RETRY)
-    return FleetServicer(cast(Any, catalog), queue, letters)
+    return FleetServicer(cast(Any, catalog), queue, letters, num_streams=lambda: 3)
 
 
 async def test_letters_come_in_pages_without_text(queue: JobQueue, claims: JobClaims, fleet: FleetServicer) -> None:
@@ -112,7 +114,7 @@ async def test_a_gateway_that_has_not_read_the_registry_calls_no_letter_unknown(
     failed = await fail(queue, claims)
     registry = ModelRegistry(gateway_redis, retry=FAST_RETRY)
     letters = DeadLetters(gateway_redis, QueueSettings(), retry=FAST_RETRY)
-    fleet = FleetServicer(Catalog(ModelDirectory(registry, queue), registry), queue, letters)
+    fleet = FleetServicer(Catalog(ModelDirectory(registry, queue), registry), queue, letters, num_streams=lambda: 0)
     for request in (pb.RetryDeadLettersRequest(generation_ids=[failed]), pb.RetryDeadLettersRequest(model="tiny")):
         with pytest.raises(BackendUnavailable, match="has not read the registry"):
             await fleet.RetryDeadLetters(request, CONTEXT)

@@ -26,6 +26,7 @@ from common.serve import (
     Child,
     ChildRefusedError,
     Supervisor,
+    _metrics_addresses,
     check_address,
     data_dir_of,
     prepare,
@@ -65,7 +66,16 @@ def line_with(shown: str, beginning: str) -> list[str]:
 
 
 def test_the_banner_s_lines_can_be_pasted() -> None:
-    shown = banner(MODEL, "127.0.0.1:50051", "127.0.0.1:50052", "127.0.0.1:8000", "tr_key", ".venv/bin/torchrelay")
+    shown = banner(
+        MODEL,
+        "127.0.0.1:50051",
+        "127.0.0.1:50052",
+        "127.0.0.1:8000",
+        ["127.0.0.1:9464", "127.0.0.1:9465"],
+        "tr_key",
+        ".venv/bin/torchrelay",
+    )
+    assert "metrics  http://127.0.0.1:9464/metrics http://127.0.0.1:9465/metrics\n" in shown
     question = "What is the capital of France?"
     assert line_with(shown, ".venv/bin/torchrelay") == [".venv/bin/torchrelay", "generate", question]
     words = line_with(shown, "grpcurl")
@@ -99,7 +109,7 @@ def test_the_banner_s_lines_fit_the_model_s_tasks(
     fields: dict[str, Any], verb: str, request_: Any, openai_path: str
 ) -> None:
     model = model_pb2.Model(name="m", family="bert", dtype="float32", context_length=64, **fields)
-    shown = banner(model, "127.0.0.1:7000", "127.0.0.1:7001", "127.0.0.1:7002", "tr_key", "torchrelay")
+    shown = banner(model, "127.0.0.1:7000", "127.0.0.1:7001", "127.0.0.1:7002", [""], "tr_key", "torchrelay")
     words = line_with(shown, "torchrelay")
     assert words[1:4] == [verb, "--address", "127.0.0.1:7000"]
     called = line_with(shown, "grpcurl")
@@ -120,7 +130,7 @@ def test_the_banner_s_lines_fit_the_model_s_tasks(
 
 
 def test_without_an_address_for_openai_s_clients_the_banner_names_none() -> None:
-    shown = banner(MODEL, "127.0.0.1:50051", "127.0.0.1:50052", "", "tr_key", "torchrelay")
+    shown = banner(MODEL, "127.0.0.1:50051", "127.0.0.1:50052", "", [""], "tr_key", "torchrelay")
     assert "openai" not in shown
     assert "/v1" not in shown.replace("torchrelay.v1", "")
     assert line_with(shown, "grpcurl")[-1] == "torchrelay.v1.GenerationService/StreamGenerate"
@@ -133,7 +143,14 @@ def test_no_address_for_openai_s_clients_is_nothing_to_check(tmp_path: Path, mon
     monkeypatch.setattr("common.serve.signal.signal", lambda number, handler: None)  # the test run's own stay
     monkeypatch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")
     with pytest.raises(typer.Exit):
-        serve(address="127.0.0.1:1", admin_address="127.0.0.1:2", openai_address="", data_dir=tmp_path)
+        serve(
+            "demo",
+            address="127.0.0.1:1",
+            admin_address="127.0.0.1:2",
+            openai_address="",
+            metrics_address="",
+            data_dir=tmp_path,
+        )
     assert checked == ["127.0.0.1:1", "127.0.0.1:2"]
 
 
@@ -142,7 +159,7 @@ def fail_to_start(server: EmbeddedServer) -> None:
 
 
 def test_the_banner_names_another_address() -> None:
-    shown = banner(MODEL, "127.0.0.1:7000", "127.0.0.1:7001", "127.0.0.1:7002", "tr_key", "torchrelay")
+    shown = banner(MODEL, "127.0.0.1:7000", "127.0.0.1:7001", "127.0.0.1:7002", [""], "tr_key", "torchrelay")
     assert line_with(shown, "torchrelay")[1:4] == ["generate", "--address", "127.0.0.1:7000"]
 
 
@@ -343,3 +360,9 @@ def test_a_server_that_cannot_start_again_is_tried_later(tmp_path: Path, monkeyp
     finally:
         child.terminate()
         child.wait(time.monotonic() + 10)
+
+
+def test_workers_metrics_stand_behind_the_gateway_s() -> None:
+    assert _metrics_addresses("[::1]:9464", 3) == ["[::1]:9464", "[::1]:9465", "[::1]:9466"]
+    with pytest.raises(typer.BadParameter, match="9464x is not host:port"):
+        _metrics_addresses("127.0.0.1:9464x", 2)

@@ -271,6 +271,7 @@ CODES = {
     "BatchNotFound": "NOT_FOUND",
     "ApiKeyNotFound": "NOT_FOUND",
     "TenantNotFound": "NOT_FOUND",
+    "WorkerNotFound": "NOT_FOUND",
     "FailedPrecondition": "FAILED_PRECONDITION",
     "IdempotencyKeyReused": "FAILED_PRECONDITION",
     "SequenceOutOfRange": "OUT_OF_RANGE",

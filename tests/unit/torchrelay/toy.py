@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ class Toy(
         ]
         self.api_keys: list[api_key_pb2.ApiKey] = []
         self.generations: list[fleet_pb2.GenerationInfo] = []
+        self.snapshots: list[fleet_pb2.FleetSnapshot | Failure] = []  # what WatchFleet tells, once; the last for ever
         self.workers: list[fleet_pb2.Worker] = []
         self.dead_letters: list[fleet_pb2.DeadLetter] = []
         self._accepted: set[str] = set()  # idempotency keys
@@ -200,6 +202,23 @@ class Toy(
     def ListGenerations(self, request: Any, context: Any) -> fleet_pb2.ListGenerationsResponse:  # noqa: N802
         self._unary(request, context)
         return fleet_pb2.ListGenerationsResponse(generations=self.generations, total_size=len(self.generations) + 2)
+
+    def WatchFleet(self, request: Any, context: Any) -> Iterator[fleet_pb2.WatchFleetResponse]:  # noqa: N802
+        self._note(request, context)
+        if self.failures:
+            self.failures.pop(0).abort(context)
+        snapshots = self.snapshots  # a stream that is being ended must not take those of the next one
+        while True:
+            told = snapshots.pop(0) if len(snapshots) > 1 else snapshots[0]
+            if isinstance(told, Failure):
+                told.abort(context)
+            yield fleet_pb2.WatchFleetResponse(snapshot=told)
+            time.sleep(0.01)
+
+    def DrainWorker(self, request: Any, context: Any) -> fleet_pb2.DrainWorkerResponse:  # noqa: N802
+        self._unary(request, context)
+        asked = [one for one in self.workers if one.worker_id == request.worker_id or one.model == request.model]
+        return fleet_pb2.DrainWorkerResponse(workers=asked)
 
     def ListDeadLetters(self, request: Any, context: Any) -> fleet_pb2.ListDeadLettersResponse:  # noqa: N802
         """Pages of one."""

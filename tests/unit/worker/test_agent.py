@@ -10,6 +10,7 @@ from typing import Any, cast
 from unittest import mock
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from common.generation import JobBody, SamplingParams, Usage
 from common.jobs import ClaimedJob, CommitResult, Swept, WorkerInfo
@@ -17,6 +18,7 @@ from tests.builders_system import until
 from worker.agent import Agent, StepHungError
 from worker.engine.types import EngineStats, GenerationRequest, StepResult
 from worker.holdings import Holdings
+from worker.metrics import WorkerMetrics
 from worker.settings import WorkerSettings
 
 BEAT_S = 0.01
@@ -84,6 +86,7 @@ class Claims:
     swallows: bool = False  # the first cancellation of a blocking wait, as the Redis client can
     held: int = 0
     is_paused: bool = False
+    drain_requested_by: str = ""
 
     async def wait_bell(self) -> None:
         while not self.jobs:
@@ -102,7 +105,7 @@ class Claims:
 
     async def heartbeat(self, info: WorkerInfo) -> CommitResult:
         self.renewals.append(time.monotonic())
-        return CommitResult()
+        return CommitResult(drain_requested_by=self.drain_requested_by)
 
     async def commit(self, events: Any) -> CommitResult:
         raise AssertionError("no step has ended")
@@ -124,8 +127,14 @@ class Claims:
 def make_agent(claims: Claims, engine: Engine, hang_s: float) -> Agent:
     settings = WorkerSettings(hang_s=hang_s, drain_s=0)
     return Agent(
-        cast(Any, claims), cast(Any, engine), settings, WorkerInfo, max_num_seqs=8, beat_interval_s=BEAT_S
-    )  # fmt: skip
+        cast(Any, claims),
+        cast(Any, engine),
+        settings,
+        WorkerInfo,
+        WorkerMetrics(CollectorRegistry(), "test", 10),
+        max_num_seqs=8,
+        beat_interval_s=BEAT_S,
+    )
 
 
 async def test_a_step_that_never_ends_ends_the_worker() -> None:
@@ -168,6 +177,22 @@ async def test_an_engine_that_steps_or_idles_is_left_alone() -> None:
     agent.stop()
     await asyncio.wait_for(running, 10)
     assert (claims.released, engine.submitted, engine.is_stopped) == (["a"], [], True)
+
+
+async def test_an_operators_request_to_drain_ends_the_worker_as_a_signal_does() -> None:
+    claims, engine = Claims([make_claimed("a"), make_claimed("b")]), Engine(hangs=False)
+    agent = make_agent(claims, engine, hang_s=10)
+    running = asyncio.create_task(agent.run())
+
+    async def has_submitted() -> bool:
+        return bool(engine.submitted)
+
+    await until(has_submitted, what="work")
+    claims.drain_requested_by = "key-1"
+    await asyncio.wait_for(running, 10)
+    assert agent.draining
+    assert (claims.released, engine.is_stopped) == (["a"], True)
+    assert len(claims.jobs) == 1, "nothing new is claimed"
 
 
 # -- preemption
@@ -215,6 +240,7 @@ async def run_crowded(claims: Crowded, num_beats: int = 30, **settings: Any) -> 
         cast(Any, engine),
         WorkerSettings(drain_s=0, **settings),
         WorkerInfo,
+        WorkerMetrics(CollectorRegistry(), "test", 10),
         max_num_seqs=2,
         beat_interval_s=BEAT_S,
     )

@@ -1,4 +1,5 @@
-"""Compiles the CPU kernels: `python -m worker.engine.kernels.build` at install, or at first use.
+"""Compiles the CPU kernels: `python -m worker.engine.kernels.build` at install, or at first use; with `--prebuild` for
+every CPU of the architecture, beside the source: for images, whose last stage has no compiler.
 
 One shared library per instruction set, of one source compiled with that set's flags. It has a plain C interface and
 includes no torch header, so it compiles in seconds and fits every torch version; it is linked against the OpenMP
@@ -31,6 +32,7 @@ from worker.engine.device import cpu_flags
 _log = structlog.get_logger(__name__)
 
 _HERE: Final = Path(__file__).resolve().parent
+_PREBUILT: Final = _HERE / "prebuilt"
 _SOURCE: Final = _HERE / "kernels.cpp"
 _HEADERS: Final = (
     *(
@@ -62,6 +64,7 @@ _FLAGS: Final = (
 
 _AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
 
+_X86: Final = ("x86_64", "AMD64")
 LEVEL_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
     "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
     "avx512": _AVX512,
@@ -125,22 +128,32 @@ def openmp_arguments() -> tuple[str, ...]:
 
 def library_path(level: str, compiler: Compiler, cache_root: Path | None = None) -> Path:
     """Return where the library of `level` belongs: named by everything that its content depends on."""
+    return cache_dir("kernels", root=cache_root) / _library_name(level, *compiler.command, compiler.version)
+
+
+def prebuilt_path(level: str) -> Path:
+    """Return where an image's library of `level` is: named as in the cache, but for the compiler, which is gone."""
+    return _PREBUILT / _library_name(level)
+
+
+def _library_name(level: str, *compiler: str) -> str:
     digest = hashlib.sha256()
     for name in (_SOURCE.name, *_HEADERS):
         digest.update((_HERE / name).read_bytes())
     flags = (*_FLAGS, *LEVEL_FLAGS[level], *openmp_arguments())
-    for part in (*compiler.command, compiler.version, *flags, torch.__version__):
+    for part in (*compiler, *flags, torch.__version__):
         digest.update(part.encode() + b"\0")
-    name = f"kernels-{platform.machine()}-{level}-{digest.hexdigest()[:16]}.so"
-    return cache_dir("kernels", root=cache_root) / name
+    return f"kernels-{platform.machine()}-{level}-{digest.hexdigest()[:16]}.so"
 
 
 def build(level: str | None = None, cache_root: Path | None = None) -> Path:
-    """Return the library for `level` (default: the best of this CPU), compiled unless the cache has it.
+    """Return the library for `level` (default: the best of this CPU), compiled unless it is prebuilt or in the cache.
 
     Several processes may build at once: one compiles, the others wait for it. Raises KernelBuildError.
     """
     level = level or supported_levels()[0]
+    if (prebuilt := prebuilt_path(level)).exists():
+        return prebuilt
     compiler = find_compiler()
     path = library_path(level, compiler, cache_root)
     if path.exists():
@@ -152,6 +165,17 @@ def build(level: str | None = None, cache_root: Path | None = None) -> Path:
     except Timeout as error:
         raise KernelBuildError(f"another process has held {error.lock_file} for {_LOCK_TIMEOUT_S} s") from error
     return path
+
+
+def prebuild() -> tuple[Path, ...]:
+    """Compile the library of every instruction set of this architecture into the package. Raises KernelBuildError."""
+    compiler = find_compiler()
+    _PREBUILT.mkdir(exist_ok=True)
+    levels = tuple(LEVEL_FLAGS) if platform.machine() in _X86 else ("generic",)
+    paths = tuple(prebuilt_path(level) for level in levels)
+    for level, path in zip(levels, paths, strict=True):
+        _compile(compiler, level, path)
+    return paths
 
 
 def _compile(compiler: Compiler, level: str, path: Path) -> None:
@@ -170,8 +194,18 @@ def _compile(compiler: Compiler, level: str, path: Path) -> None:
     _log.info("kernels.built", level=level, compiler=compiler.version, seconds=round(time.monotonic() - started, 1))
 
 
-def main() -> int:
-    """Build for this CPU; without a compiler say so and succeed, since everything works without the kernels, slower."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Build for this CPU; without a compiler say so and succeed, since everything works without the kernels, slower.
+
+    With `--prebuild` build for all CPUs into the package, and fail without a compiler.
+    """
+    if list(arguments) == ["--prebuild"]:
+        for path in prebuild():
+            sys.stdout.write(f"CPU kernels: {path}\n")
+        return 0
+    if arguments:
+        sys.stderr.write(f"unknown arguments {shlex.join(arguments)}: there is --prebuild\n")
+        return 2
     try:
         path = build()
     except KernelBuildError as error:
@@ -182,4 +216,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

@@ -25,47 +25,66 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from torchrelay.v1 import generation_pb2 as torchrelay_dot_v1_dot_generation__pb2
+from torchrelay.v1 import model_pb2 as torchrelay_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$torchrelay/admin/v1beta1/fleet.proto\x12\x18torchrelay.admin.v1beta1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1etorchrelay/v1/generation.proto\"\x9c\x03\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x11\n\tnum_steps\x18\x0c \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\r \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0e \x01(\x04\x12\x15\n\rprompt_tokens\x18\x0f \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x10 \x01(\x04\x12\x31\n\x0elast_step_time\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64raining\x18\x12 \x01(\x08\"#\n\x12ListWorkersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"H\n\x13ListWorkersResponse\x12\x31\n\x07workers\x18\x01 \x03(\x0b\x32 .torchrelay.admin.v1beta1.Worker\"\x90\x02\n\x0eGenerationInfo\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12-\n\x05state\x18\x04 \x01(\x0e\x32\x1e.torchrelay.v1.GenerationState\x12\x12\n\x05place\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tworker_id\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x05usage\x18\x08 \x01(\x0b\x32\x14.torchrelay.v1.Usage\x12\x12\n\nnum_claims\x18\t \x01(\rB\x08\n\x06_place\":\n\x16ListGenerationsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\"l\n\x17ListGenerationsResponse\x12=\n\x0bgenerations\x18\x01 \x03(\x0b\x32(.torchrelay.admin.v1beta1.GenerationInfo\x12\x12\n\ntotal_size\x18\x02 \x01(\r\"\xca\x02\n\nDeadLetter\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12:\n\x06reason\x18\x05 \x01(\x0e\x32*.torchrelay.admin.v1beta1.DeadLetterReason\x12\x14\n\x0cnum_attempts\x18\x06 \x01(\r\x12\x12\n\nnum_claims\x18\x07 \x01(\r\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprompt_tokens\x18\n \x01(\r\x12\x12\n\nnum_events\x18\x0b \x01(\x04\"N\n\x16ListDeadLettersRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"\x82\x01\n\x17ListDeadLettersResponse\x12:\n\x0c\x64\x65\x61\x64_letters\x18\x01 \x03(\x0b\x32$.torchrelay.admin.v1beta1.DeadLetter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\r\"\x82\x01\n\x10\x44\x65\x61\x64LetterResult\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12<\n\x07outcome\x18\x02 \x01(\x0e\x32+.torchrelay.admin.v1beta1.DeadLetterOutcome\x12\x19\n\x11new_generation_id\x18\x03 \x01(\t\"@\n\x17RetryDeadLettersRequest\x12\x16\n\x0egeneration_ids\x18\x01 \x03(\t\x12\r\n\x05model\x18\x02 \x01(\t\"W\n\x18RetryDeadLettersResponse\x12;\n\x07results\x18\x01 \x03(\x0b\x32*.torchrelay.admin.v1beta1.DeadLetterResult\"@\n\x17PurgeDeadLettersRequest\x12\x16\n\x0egeneration_ids\x18\x01 \x03(\t\x12\r\n\x05model\x18\x02 \x01(\t\"W\n\x18PurgeDeadLettersResponse\x12;\n\x07results\x18\x01 \x03(\x0b\x32*.torchrelay.admin.v1beta1.DeadLetterResult*\xa9\x01\n\x10\x44\x65\x61\x64LetterReason\x12\"\n\x1e\x44\x45\x41\x44_LETTER_REASON_UNSPECIFIED\x10\x00\x12)\n%DEAD_LETTER_REASON_ATTEMPTS_EXHAUSTED\x10\x01\x12 \n\x1c\x44\x45\x41\x44_LETTER_REASON_LOG_LIMIT\x10\x02\x12$\n DEAD_LETTER_REASON_WORKER_FAILED\x10\x03*\x89\x02\n\x11\x44\x65\x61\x64LetterOutcome\x12#\n\x1f\x44\x45\x41\x44_LETTER_OUTCOME_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44\x45\x41\x44_LETTER_OUTCOME_RETRIED\x10\x01\x12\x1e\n\x1a\x44\x45\x41\x44_LETTER_OUTCOME_PURGED\x10\x02\x12!\n\x1d\x44\x45\x41\x44_LETTER_OUTCOME_NOT_FOUND\x10\x03\x12\"\n\x1e\x44\x45\x41\x44_LETTER_OUTCOME_QUEUE_FULL\x10\x04\x12#\n\x1f\x44\x45\x41\x44_LETTER_OUTCOME_TENANT_FULL\x10\x05\x12\"\n\x1e\x44\x45\x41\x44_LETTER_OUTCOME_UNREADABLE\x10\x06\x32\xe0\x04\n\x0c\x46leetService\x12j\n\x0bListWorkers\x12,.torchrelay.admin.v1beta1.ListWorkersRequest\x1a-.torchrelay.admin.v1beta1.ListWorkersResponse\x12v\n\x0fListGenerations\x12\x30.torchrelay.admin.v1beta1.ListGenerationsRequest\x1a\x31.torchrelay.admin.v1beta1.ListGenerationsResponse\x12v\n\x0fListDeadLetters\x12\x30.torchrelay.admin.v1beta1.ListDeadLettersRequest\x1a\x31.torchrelay.admin.v1beta1.ListDeadLettersResponse\x12y\n\x10RetryDeadLetters\x12\x31.torchrelay.admin.v1beta1.RetryDeadLettersRequest\x1a\x32.torchrelay.admin.v1beta1.RetryDeadLettersResponse\x12y\n\x10PurgeDeadLetters\x12\x31.torchrelay.admin.v1beta1.PurgeDeadLettersRequest\x1a\x32.torchrelay.admin.v1beta1.PurgeDeadLettersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$torchrelay/admin/v1beta1/fleet.proto\x12\x18torchrelay.admin.v1beta1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1etorchrelay/v1/generation.proto\x1a\x19torchrelay/v1/model.proto\"\xd2\x05\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x11\n\tnum_steps\x18\x0c \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\r \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0e \x01(\x04\x12\x15\n\rprompt_tokens\x18\x0f \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x10 \x01(\x04\x12\x31\n\x0elast_step_time\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64raining\x18\x12 \x01(\x08\x12/\n\x0breport_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08num_jobs\x18\x14 \x01(\r\x12:\n\x17time_to_first_token_p50\x18\x15 \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x17time_to_first_token_p95\x18\x16 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nbusy_ratio\x18\x17 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x11memory_used_bytes\x18\x18 \x01(\x04\x12\x1a\n\x12memory_total_bytes\x18\x19 \x01(\x04\x12\x1a\n\x12\x64rain_requested_by\x18\x1a \x01(\tB\r\n\x0b_busy_ratio\"#\n\x12ListWorkersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"H\n\x13ListWorkersResponse\x12\x31\n\x07workers\x18\x01 \x03(\x0b\x32 .torchrelay.admin.v1beta1.Worker\"\x90\x02\n\x0eGenerationInfo\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12-\n\x05state\x18\x04 \x01(\x0e\x32\x1e.torchrelay.v1.GenerationState\x12\x12\n\x05place\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tworker_id\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x05usage\x18\x08 \x01(\x0b\x32\x14.torchrelay.v1.Usage\x12\x12\n\nnum_claims\x18\t \x01(\rB\x08\n\x06_place\":\n\x16ListGenerationsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\"l\n\x17ListGenerationsResponse\x12=\n\x0bgenerations\x18\x01 \x03(\x0b\x32(.torchrelay.admin.v1beta1.GenerationInfo\x12\x12\n\ntotal_size\x18\x02 \x01(\r\"\xca\x02\n\nDeadLetter\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12:\n\x06reason\x18\x05 \x01(\x0e\x32*.torchrelay.admin.v1beta1.DeadLetterReason\x12\x14\n\x0cnum_attempts\x18\x06 \x01(\r\x12\x12\n\nnum_claims\x18\x07 \x01(\r\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprompt_tokens\x18\n \x01(\r\x12\x12\n\nnum_events\x18\x0b \x01(\x04\"N\n\x16ListDeadLettersRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"\x82\x01\n\x17ListDeadLettersResponse\x12:\n\x0c\x64\x65\x61\x64_letters\x18\x01 \x03(\x0b\x32$.torchrelay.admin.v1beta1.DeadLetter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\r\"\x82\x01\n\x10\x44\x65\x61\x64LetterResult\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12<\n\x07outcome\x18\x02 \x01(\x0e\x32+.torchrelay.admin.v1beta1.DeadLetterOutcome\x12\x19\n\x11new_generation_id\x18\x03 \x01(\t\"@\n\x17RetryDeadLettersRequest\x12\x16\n\x0egeneration_ids\x18\x01 \x03(\t\x12\r\n\x05model\x18\x02 \x01(\t\"W\n\x18RetryDeadLettersResponse\x12;\n\x07results\x18\x01 \x03(\x0b\x32*.torchrelay.admin.v1beta1.DeadLetterResult\"@\n\x17PurgeDeadLettersRequest\x12\x16\n\x0egeneration_ids\x18\x01 \x03(\t\x12\r\n\x05model\x18\x02 \x01(\t\"W\n\x18PurgeDeadLettersResponse\x12;\n\x07results\x18\x01 \x03(\x0b\x32*.torchrelay.admin.v1beta1.DeadLetterResult\"\x7f\n\x11WatchFleetRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x08interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x13include_generations\x18\x03 \x01(\x08\x12\x11\n\tpage_size\x18\x04 \x01(\r\"O\n\x12WatchFleetResponse\x12\x39\n\x08snapshot\x18\x01 \x01(\x0b\x32\'.torchrelay.admin.v1beta1.FleetSnapshot\"\xaf\x02\n\rFleetSnapshot\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x07gateway\x18\x02 \x01(\x0b\x32&.torchrelay.admin.v1beta1.FleetGateway\x12\x31\n\x07workers\x18\x03 \x03(\x0b\x32 .torchrelay.admin.v1beta1.Worker\x12\x34\n\x06models\x18\x04 \x03(\x0b\x32$.torchrelay.admin.v1beta1.FleetModel\x12=\n\x0bgenerations\x18\x05 \x03(\x0b\x32(.torchrelay.admin.v1beta1.GenerationInfo\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\"H\n\x0c\x46leetGateway\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0bnum_streams\x18\x03 \x01(\r\"\xae\x02\n\nFleetModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.torchrelay.v1.ModelState\x12\x13\n\x0bnum_workers\x18\x04 \x01(\r\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x37\n\x07\x63lasses\x18\x06 \x03(\x0b\x32&.torchrelay.admin.v1beta1.WaitingClass\x12\x38\n\x07tenants\x18\x07 \x03(\x0b\x32\'.torchrelay.admin.v1beta1.WaitingTenant\x12\x18\n\x10has_more_tenants\x18\x08 \x01(\x08\x12\x18\n\x10num_dead_letters\x18\t \x01(\r\"\xb0\x01\n\x0cWaitingClass\x12)\n\x08priority\x18\x01 \x01(\x0e\x32\x17.torchrelay.v1.Priority\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12.\n\x0boldest_wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rexpected_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8f\x01\n\rWaitingTenant\x12)\n\x08priority\x18\x01 \x01(\x0e\x32\x17.torchrelay.v1.Priority\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12.\n\x0boldest_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"6\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"H\n\x13\x44rainWorkerResponse\x12\x31\n\x07workers\x18\x01 \x03(\x0b\x32 .torchrelay.admin.v1beta1.Worker*\xa9\x01\n\x10\x44\x65\x61\x64LetterReason\x12\"\n\x1e\x44\x45\x41\x44_LETTER_REASON_UNSPECIFIED\x10\x00\x12)\n%DEAD_LETTER_REASON_ATTEMPTS_EXHAUSTED\x10\x01\x12 \n\x1c\x44\x45\x41\x44_LETTER_REASON_LOG_LIMIT\x10\x02\x12$\n DEAD_LETTER_REASON_WORKER_FAILED\x10\x03*\x89\x02\n\x11\x44\x65\x61\x64LetterOutcome\x12#\n\x1f\x44\x45\x41\x44_LETTER_OUTCOME_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44\x45\x41\x44_LETTER_OUTCOME_RETRIED\x10\x01\x12\x1e\n\x1a\x44\x45\x41\x44_LETTER_OUTCOME_PURGED\x10\x02\x12!\n\x1d\x44\x45\x41\x44_LETTER_OUTCOME_NOT_FOUND\x10\x03\x12\"\n\x1e\x44\x45\x41\x44_LETTER_OUTCOME_QUEUE_FULL\x10\x04\x12#\n\x1f\x44\x45\x41\x44_LETTER_OUTCOME_TENANT_FULL\x10\x05\x12\"\n\x1e\x44\x45\x41\x44_LETTER_OUTCOME_UNREADABLE\x10\x06\x32\xb7\x06\n\x0c\x46leetService\x12j\n\x0bListWorkers\x12,.torchrelay.admin.v1beta1.ListWorkersRequest\x1a-.torchrelay.admin.v1beta1.ListWorkersResponse\x12v\n\x0fListGenerations\x12\x30.torchrelay.admin.v1beta1.ListGenerationsRequest\x1a\x31.torchrelay.admin.v1beta1.ListGenerationsResponse\x12v\n\x0fListDeadLetters\x12\x30.torchrelay.admin.v1beta1.ListDeadLettersRequest\x1a\x31.torchrelay.admin.v1beta1.ListDeadLettersResponse\x12y\n\x10RetryDeadLetters\x12\x31.torchrelay.admin.v1beta1.RetryDeadLettersRequest\x1a\x32.torchrelay.admin.v1beta1.RetryDeadLettersResponse\x12y\n\x10PurgeDeadLetters\x12\x31.torchrelay.admin.v1beta1.PurgeDeadLettersRequest\x1a\x32.torchrelay.admin.v1beta1.PurgeDeadLettersResponse\x12i\n\nWatchFleet\x12+.torchrelay.admin.v1beta1.WatchFleetRequest\x1a,.torchrelay.admin.v1beta1.WatchFleetResponse0\x01\x12j\n\x0b\x44rainWorker\x12,.torchrelay.admin.v1beta1.DrainWorkerRequest\x1a-.torchrelay.admin.v1beta1.DrainWorkerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'torchrelay.admin.v1beta1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEADLETTERREASON']._serialized_start=2124
-  _globals['_DEADLETTERREASON']._serialized_end=2293
-  _globals['_DEADLETTEROUTCOME']._serialized_start=2296
-  _globals['_DEADLETTEROUTCOME']._serialized_end=2561
-  _globals['_WORKER']._serialized_start=164
-  _globals['_WORKER']._serialized_end=576
-  _globals['_LISTWORKERSREQUEST']._serialized_start=578
-  _globals['_LISTWORKERSREQUEST']._serialized_end=613
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=615
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=687
-  _globals['_GENERATIONINFO']._serialized_start=690
-  _globals['_GENERATIONINFO']._serialized_end=962
-  _globals['_LISTGENERATIONSREQUEST']._serialized_start=964
-  _globals['_LISTGENERATIONSREQUEST']._serialized_end=1022
-  _globals['_LISTGENERATIONSRESPONSE']._serialized_start=1024
-  _globals['_LISTGENERATIONSRESPONSE']._serialized_end=1132
-  _globals['_DEADLETTER']._serialized_start=1135
-  _globals['_DEADLETTER']._serialized_end=1465
-  _globals['_LISTDEADLETTERSREQUEST']._serialized_start=1467
-  _globals['_LISTDEADLETTERSREQUEST']._serialized_end=1545
-  _globals['_LISTDEADLETTERSRESPONSE']._serialized_start=1548
-  _globals['_LISTDEADLETTERSRESPONSE']._serialized_end=1678
-  _globals['_DEADLETTERRESULT']._serialized_start=1681
-  _globals['_DEADLETTERRESULT']._serialized_end=1811
-  _globals['_RETRYDEADLETTERSREQUEST']._serialized_start=1813
-  _globals['_RETRYDEADLETTERSREQUEST']._serialized_end=1877
-  _globals['_RETRYDEADLETTERSRESPONSE']._serialized_start=1879
-  _globals['_RETRYDEADLETTERSRESPONSE']._serialized_end=1966
-  _globals['_PURGEDEADLETTERSREQUEST']._serialized_start=1968
-  _globals['_PURGEDEADLETTERSREQUEST']._serialized_end=2032
-  _globals['_PURGEDEADLETTERSRESPONSE']._serialized_start=2034
-  _globals['_PURGEDEADLETTERSRESPONSE']._serialized_end=2121
-  _globals['_FLEETSERVICE']._serialized_start=2564
-  _globals['_FLEETSERVICE']._serialized_end=3172
+  _globals['_DEADLETTERREASON']._serialized_start=3811
+  _globals['_DEADLETTERREASON']._serialized_end=3980
+  _globals['_DEADLETTEROUTCOME']._serialized_start=3983
+  _globals['_DEADLETTEROUTCOME']._serialized_end=4248
+  _globals['_WORKER']._serialized_start=191
+  _globals['_WORKER']._serialized_end=913
+  _globals['_LISTWORKERSREQUEST']._serialized_start=915
+  _globals['_LISTWORKERSREQUEST']._serialized_end=950
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=952
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1024
+  _globals['_GENERATIONINFO']._serialized_start=1027
+  _globals['_GENERATIONINFO']._serialized_end=1299
+  _globals['_LISTGENERATIONSREQUEST']._serialized_start=1301
+  _globals['_LISTGENERATIONSREQUEST']._serialized_end=1359
+  _globals['_LISTGENERATIONSRESPONSE']._serialized_start=1361
+  _globals['_LISTGENERATIONSRESPONSE']._serialized_end=1469
+  _globals['_DEADLETTER']._serialized_start=1472
+  _globals['_DEADLETTER']._serialized_end=1802
+  _globals['_LISTDEADLETTERSREQUEST']._serialized_start=1804
+  _globals['_LISTDEADLETTERSREQUEST']._serialized_end=1882
+  _globals['_LISTDEADLETTERSRESPONSE']._serialized_start=1885
+  _globals['_LISTDEADLETTERSRESPONSE']._serialized_end=2015
+  _globals['_DEADLETTERRESULT']._serialized_start=2018
+  _globals['_DEADLETTERRESULT']._serialized_end=2148
+  _globals['_RETRYDEADLETTERSREQUEST']._serialized_start=2150
+  _globals['_RETRYDEADLETTERSREQUEST']._serialized_end=2214
+  _globals['_RETRYDEADLETTERSRESPONSE']._serialized_start=2216
+  _globals['_RETRYDEADLETTERSRESPONSE']._serialized_end=2303
+  _globals['_PURGEDEADLETTERSREQUEST']._serialized_start=2305
+  _globals['_PURGEDEADLETTERSREQUEST']._serialized_end=2369
+  _globals['_PURGEDEADLETTERSRESPONSE']._serialized_start=2371
+  _globals['_PURGEDEADLETTERSRESPONSE']._serialized_end=2458
+  _globals['_WATCHFLEETREQUEST']._serialized_start=2460
+  _globals['_WATCHFLEETREQUEST']._serialized_end=2587
+  _globals['_WATCHFLEETRESPONSE']._serialized_start=2589
+  _globals['_WATCHFLEETRESPONSE']._serialized_end=2668
+  _globals['_FLEETSNAPSHOT']._serialized_start=2671
+  _globals['_FLEETSNAPSHOT']._serialized_end=2974
+  _globals['_FLEETGATEWAY']._serialized_start=2976
+  _globals['_FLEETGATEWAY']._serialized_end=3048
+  _globals['_FLEETMODEL']._serialized_start=3051
+  _globals['_FLEETMODEL']._serialized_end=3353
+  _globals['_WAITINGCLASS']._serialized_start=3356
+  _globals['_WAITINGCLASS']._serialized_end=3532
+  _globals['_WAITINGTENANT']._serialized_start=3535
+  _globals['_WAITINGTENANT']._serialized_end=3678
+  _globals['_DRAINWORKERREQUEST']._serialized_start=3680
+  _globals['_DRAINWORKERREQUEST']._serialized_end=3734
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=3736
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=3808
+  _globals['_FLEETSERVICE']._serialized_start=4251
+  _globals['_FLEETSERVICE']._serialized_end=5074
 # @@protoc_insertion_point(module_scope)

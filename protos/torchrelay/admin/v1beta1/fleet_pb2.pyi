@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from torchrelay.v1 import generation_pb2 as _generation_pb2
+from torchrelay.v1 import model_pb2 as _model_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -122,6 +123,14 @@ class Worker(_message.Message):
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     LAST_STEP_TIME_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    REPORT_TIME_FIELD_NUMBER: _builtins.int
+    NUM_JOBS_FIELD_NUMBER: _builtins.int
+    TIME_TO_FIRST_TOKEN_P50_FIELD_NUMBER: _builtins.int
+    TIME_TO_FIRST_TOKEN_P95_FIELD_NUMBER: _builtins.int
+    BUSY_RATIO_FIELD_NUMBER: _builtins.int
+    MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DRAIN_REQUESTED_BY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Id of this run of the worker."""
     model: _builtins.str
@@ -156,9 +165,33 @@ class Worker(_message.Message):
     """Of those, found in the prefix cache."""
     draining: _builtins.bool
     """Whether it takes no new work because it is about to stop."""
+    num_jobs: _builtins.int
+    """Generations that the queue has handed to it and that have not ended."""
+    busy_ratio: _builtins.float
+    """Part of the time that it has computed of late, 0 to 1; not set where it is not known."""
+    memory_used_bytes: _builtins.int
+    """Memory of its device in use, in bytes; 0 where it is not known."""
+    memory_total_bytes: _builtins.int
+    """All memory of its device, in bytes; 0 where it is not known."""
+    drain_requested_by: _builtins.str
+    """Who asked it to drain by DrainWorker: id of the API key or other credential, or "local" for an operator at
+    loopback without one. Empty where nobody did.
+    """
     @_builtins.property
     def last_step_time(self) -> _duration_pb2.Duration:
         """How long its last step took."""
+
+    @_builtins.property
+    def report_time(self) -> _timestamp_pb2.Timestamp:
+        """When the queue got this heartbeat, by the clock of its server; not set by workers of version 0.1."""
+
+    @_builtins.property
+    def time_to_first_token_p50(self) -> _duration_pb2.Duration:
+        """Median time from a generation's claim to its first token, of the last ones; not set where it is not known."""
+
+    @_builtins.property
+    def time_to_first_token_p95(self) -> _duration_pb2.Duration:
+        """The same, of the slowest in twenty."""
 
     def __init__(
         self,
@@ -181,12 +214,22 @@ class Worker(_message.Message):
         cached_prompt_tokens: _builtins.int = ...,
         last_step_time: _duration_pb2.Duration | None = ...,
         draining: _builtins.bool = ...,
+        report_time: _timestamp_pb2.Timestamp | None = ...,
+        num_jobs: _builtins.int = ...,
+        time_to_first_token_p50: _duration_pb2.Duration | None = ...,
+        time_to_first_token_p95: _duration_pb2.Duration | None = ...,
+        busy_ratio: _builtins.float | None = ...,
+        memory_used_bytes: _builtins.int = ...,
+        memory_total_bytes: _builtins.int = ...,
+        drain_requested_by: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_step_time", b"last_step_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_busy_ratio", b"_busy_ratio", "busy_ratio", b"busy_ratio", "last_step_time", b"last_step_time", "report_time", b"report_time", "time_to_first_token_p50", b"time_to_first_token_p50", "time_to_first_token_p95", b"time_to_first_token_p95"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_prompt_tokens", b"cached_prompt_tokens", "device", b"device", "draining", b"draining", "generated_tokens", b"generated_tokens", "host", b"host", "last_step_time", b"last_step_time", "model", b"model", "model_revision", b"model_revision", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prompt_tokens", b"prompt_tokens", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_busy_ratio", b"_busy_ratio", "block_size", b"block_size", "busy_ratio", b"busy_ratio", "cached_prompt_tokens", b"cached_prompt_tokens", "device", b"device", "drain_requested_by", b"drain_requested_by", "draining", b"draining", "generated_tokens", b"generated_tokens", "host", b"host", "last_step_time", b"last_step_time", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "model", b"model", "model_revision", b"model_revision", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_jobs", b"num_jobs", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prompt_tokens", b"prompt_tokens", "report_time", b"report_time", "time_to_first_token_p50", b"time_to_first_token_p50", "time_to_first_token_p95", b"time_to_first_token_p95", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__busy_ratio: _TypeAlias = _typing.Literal["busy_ratio"]  # noqa: Y015
+    _WhichOneofArgType__busy_ratio: _TypeAlias = _typing.Literal["_busy_ratio", b"_busy_ratio"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__busy_ratio) -> _WhichOneofReturnType__busy_ratio | None: ...
 
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
 
@@ -611,3 +654,329 @@ class PurgeDeadLettersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PurgeDeadLettersResponse: _TypeAlias = PurgeDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class WatchFleetRequest(_message.Message):
+    """Request of WatchFleet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    INCLUDE_GENERATIONS_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only workers, queues and generations of this model; empty is all."""
+    include_generations: _builtins.bool
+    """Whether generations that run are told too."""
+    page_size: _builtins.int
+    """Most generations in a snapshot, at most 1,000; 0 is 100."""
+    @_builtins.property
+    def interval(self) -> _duration_pb2.Duration:
+        """Time between two snapshots, 0.5 s to 60 s; not set is 1 s."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        interval: _duration_pb2.Duration | None = ...,
+        include_generations: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_generations", b"include_generations", "interval", b"interval", "model", b"model", "page_size", b"page_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchFleetRequest: _TypeAlias = WatchFleetRequest  # noqa: Y015
+
+@_typing.final
+class WatchFleetResponse(_message.Message):
+    """Response of WatchFleet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def snapshot(self) -> Global___FleetSnapshot:
+        """The fleet now."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: Global___FleetSnapshot | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchFleetResponse: _TypeAlias = WatchFleetResponse  # noqa: Y015
+
+@_typing.final
+class FleetSnapshot(_message.Message):
+    """The fleet at one moment. Its parts are read one after another: a generation may be counted twice, or not at all,
+    while it passes from the queue to a worker.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    GATEWAY_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    num_running: _builtins.int
+    """Generations that workers have, of all pages."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was made, by the clock of the queue's server; times of heartbeats and generations are by the same clock."""
+
+    @_builtins.property
+    def gateway(self) -> Global___FleetGateway:
+        """The gateway that made it."""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]:
+        """Live workers, by model and id."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___FleetModel]:
+        """Registered models, all revisions, by name; a revision with nothing queued and no worker only if it is the latest."""
+
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerationInfo]:
+        """Generations that workers have, the longest running first; only where they were asked for."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        gateway: Global___FleetGateway | None = ...,
+        workers: _abc.Iterable[Global___Worker] | None = ...,
+        models: _abc.Iterable[Global___FleetModel] | None = ...,
+        generations: _abc.Iterable[Global___GenerationInfo] | None = ...,
+        num_running: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "generations", b"generations", "models", b"models", "num_running", b"num_running", "time", b"time", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FleetSnapshot: _TypeAlias = FleetSnapshot  # noqa: Y015
+
+@_typing.final
+class FleetGateway(_message.Message):
+    """The gateway that answers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    NUM_STREAMS_FIELD_NUMBER: _builtins.int
+    gateway_id: _builtins.str
+    """Id of this run of the gateway."""
+    version: _builtins.str
+    """Version of the software."""
+    num_streams: _builtins.int
+    """Streams of generations that it serves now."""
+    def __init__(
+        self,
+        *,
+        gateway_id: _builtins.str = ...,
+        version: _builtins.str = ...,
+        num_streams: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "num_streams", b"num_streams", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FleetGateway: _TypeAlias = FleetGateway  # noqa: Y015
+
+@_typing.final
+class FleetModel(_message.Message):
+    """One model revision in the fleet: its workers, its queue, and what failed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    MODEL_REVISION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_WORKERS_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    HAS_MORE_TENANTS_FIELD_NUMBER: _builtins.int
+    NUM_DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    model_revision: _builtins.str
+    """Digest of the model's weights, tokenizer and configuration."""
+    state: _model_pb2.ModelState.ValueType
+    """Whether a worker serves it now."""
+    num_workers: _builtins.int
+    """Live workers, draining ones included."""
+    num_running: _builtins.int
+    """Generations that workers have."""
+    has_more_tenants: _builtins.bool
+    """Whether there are more tenants than that; the oldest waiting time may be that of another one then."""
+    num_dead_letters: _builtins.int
+    """Generations that failed and can be sent again."""
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitingClass]:
+        """Generations that wait, by priority; every class, in order."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitingTenant]:
+        """Generations that wait, by priority and tenant, those that have waited longest first. At most about 200."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        model_revision: _builtins.str = ...,
+        state: _model_pb2.ModelState.ValueType = ...,
+        num_workers: _builtins.int = ...,
+        num_running: _builtins.int = ...,
+        classes: _abc.Iterable[Global___WaitingClass] | None = ...,
+        tenants: _abc.Iterable[Global___WaitingTenant] | None = ...,
+        has_more_tenants: _builtins.bool = ...,
+        num_dead_letters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "has_more_tenants", b"has_more_tenants", "model", b"model", "model_revision", b"model_revision", "num_dead_letters", b"num_dead_letters", "num_running", b"num_running", "num_workers", b"num_workers", "state", b"state", "tenants", b"tenants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FleetModel: _TypeAlias = FleetModel  # noqa: Y015
+
+@_typing.final
+class WaitingClass(_message.Message):
+    """What waits for a model in one priority class."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    NUM_WAITING_FIELD_NUMBER: _builtins.int
+    OLDEST_WAIT_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
+    priority: _generation_pb2.Priority.ValueType
+    """The class."""
+    num_waiting: _builtins.int
+    """Generations that wait."""
+    @_builtins.property
+    def oldest_wait(self) -> _duration_pb2.Duration:
+        """How long ago the oldest of them was accepted; not set while nothing waits."""
+
+    @_builtins.property
+    def expected_wait(self) -> _duration_pb2.Duration:
+        """How long the last in line will wait for a worker; not set while nothing waits, or where it is not known."""
+
+    def __init__(
+        self,
+        *,
+        priority: _generation_pb2.Priority.ValueType = ...,
+        num_waiting: _builtins.int = ...,
+        oldest_wait: _duration_pb2.Duration | None = ...,
+        expected_wait: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait", "oldest_wait", b"oldest_wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait", "num_waiting", b"num_waiting", "oldest_wait", b"oldest_wait", "priority", b"priority"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitingClass: _TypeAlias = WaitingClass  # noqa: Y015
+
+@_typing.final
+class WaitingTenant(_message.Message):
+    """What waits of one tenant for a model, in one priority class."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    NUM_WAITING_FIELD_NUMBER: _builtins.int
+    OLDEST_WAIT_FIELD_NUMBER: _builtins.int
+    priority: _generation_pb2.Priority.ValueType
+    """The class."""
+    tenant: _builtins.str
+    """Whose they are."""
+    num_waiting: _builtins.int
+    """Generations that wait."""
+    @_builtins.property
+    def oldest_wait(self) -> _duration_pb2.Duration:
+        """How long ago the oldest of them was accepted."""
+
+    def __init__(
+        self,
+        *,
+        priority: _generation_pb2.Priority.ValueType = ...,
+        tenant: _builtins.str = ...,
+        num_waiting: _builtins.int = ...,
+        oldest_wait: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_wait", b"oldest_wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_waiting", b"num_waiting", "oldest_wait", b"oldest_wait", "priority", b"priority", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitingTenant: _TypeAlias = WaitingTenant  # noqa: Y015
+
+@_typing.final
+class DrainWorkerRequest(_message.Message):
+    """Request of DrainWorker. Either worker_id or model is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """This run of a worker."""
+    model: _builtins.str
+    """All live workers of this model, of every revision."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorkerRequest: _TypeAlias = DrainWorkerRequest  # noqa: Y015
+
+@_typing.final
+class DrainWorkerResponse(_message.Message):
+    """Response of DrainWorker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]:
+        """The workers that are asked, as of their last heartbeat: they may not know of it yet."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___Worker] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorkerResponse: _TypeAlias = DrainWorkerResponse  # noqa: Y015

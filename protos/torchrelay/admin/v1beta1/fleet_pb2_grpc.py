@@ -60,6 +60,16 @@ class FleetServiceStub(object):
                 request_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersRequest.SerializeToString,
                 response_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersResponse.FromString,
                 _registered_method=True)
+        self.WatchFleet = channel.unary_stream(
+                '/torchrelay.admin.v1beta1.FleetService/WatchFleet',
+                request_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.WatchFleetRequest.SerializeToString,
+                response_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.WatchFleetResponse.FromString,
+                _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/torchrelay.admin.v1beta1.FleetService/DrainWorker',
+                request_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer(object):
@@ -104,6 +114,23 @@ class FleetServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchFleet(self, request, context):
+        """Streams the state of the fleet: a snapshot at once, then one in each interval. It ends with UNAVAILABLE when the
+        gateway stops: any other gateway goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainWorker(self, request, context):
+        """Asks workers to take nothing new, finish what they have within their own limit of time, give the rest back to the
+        queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes
+        nothing. An id names one run of a worker: one that has been started again is another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -131,6 +158,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.PurgeDeadLetters,
                     request_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersRequest.FromString,
                     response_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersResponse.SerializeToString,
+            ),
+            'WatchFleet': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchFleet,
+                    request_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.WatchFleetRequest.FromString,
+                    response_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.WatchFleetResponse.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.DrainWorkerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +306,60 @@ class FleetService(object):
             '/torchrelay.admin.v1beta1.FleetService/PurgeDeadLetters',
             torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersRequest.SerializeToString,
             torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.PurgeDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchFleet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/torchrelay.admin.v1beta1.FleetService/WatchFleet',
+            torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.WatchFleetRequest.SerializeToString,
+            torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.WatchFleetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchrelay.admin.v1beta1.FleetService/DrainWorker',
+            torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.DrainWorkerRequest.SerializeToString,
+            torchrelay_dot_admin_dot_v1beta1_dot_fleet__pb2.DrainWorkerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,15 @@ class FleetServiceStub:
     """
     PurgeDeadLetters: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.PurgeDeadLettersRequest, _fleet_pb2.PurgeDeadLettersResponse]
     """Deletes dead letters at once, with input, log and idempotency key."""
+    WatchFleet: _grpc.UnaryStreamMultiCallable[_fleet_pb2.WatchFleetRequest, _fleet_pb2.WatchFleetResponse]
+    """Streams the state of the fleet: a snapshot at once, then one in each interval. It ends with UNAVAILABLE when the
+    gateway stops: any other gateway goes on.
+    """
+    DrainWorker: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.DrainWorkerRequest, _fleet_pb2.DrainWorkerResponse]
+    """Asks workers to take nothing new, finish what they have within their own limit of time, give the rest back to the
+    queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes
+    nothing. An id names one run of a worker: one that has been started again is another.
+    """
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -69,6 +78,15 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """
     PurgeDeadLetters: _aio.UnaryUnaryMultiCallable[_fleet_pb2.PurgeDeadLettersRequest, _fleet_pb2.PurgeDeadLettersResponse]  # type: ignore[assignment]
     """Deletes dead letters at once, with input, log and idempotency key."""
+    WatchFleet: _aio.UnaryStreamMultiCallable[_fleet_pb2.WatchFleetRequest, _fleet_pb2.WatchFleetResponse]  # type: ignore[assignment]
+    """Streams the state of the fleet: a snapshot at once, then one in each interval. It ends with UNAVAILABLE when the
+    gateway stops: any other gateway goes on.
+    """
+    DrainWorker: _aio.UnaryUnaryMultiCallable[_fleet_pb2.DrainWorkerRequest, _fleet_pb2.DrainWorkerResponse]  # type: ignore[assignment]
+    """Asks workers to take nothing new, finish what they have within their own limit of time, give the rest back to the
+    queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes
+    nothing. An id names one run of a worker: one that has been started again is another.
+    """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Workers, and the generations that they and the queue hold."""
@@ -117,5 +135,26 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.PurgeDeadLettersResponse, _abc.Awaitable[_fleet_pb2.PurgeDeadLettersResponse]]:
         """Deletes dead letters at once, with input, log and idempotency key."""
+
+    @_abc_1.abstractmethod
+    def WatchFleet(
+        self,
+        request: _fleet_pb2.WatchFleetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_fleet_pb2.WatchFleetResponse], _abc.AsyncIterator[_fleet_pb2.WatchFleetResponse]]:
+        """Streams the state of the fleet: a snapshot at once, then one in each interval. It ends with UNAVAILABLE when the
+        gateway stops: any other gateway goes on.
+        """
+
+    @_abc_1.abstractmethod
+    def DrainWorker(
+        self,
+        request: _fleet_pb2.DrainWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.DrainWorkerResponse, _abc.Awaitable[_fleet_pb2.DrainWorkerResponse]]:
+        """Asks workers to take nothing new, finish what they have within their own limit of time, give the rest back to the
+        queue, and end. They learn of it with their next heartbeat; those of version 0.1 never do. A repeat changes
+        nothing. An id names one run of a worker: one that has been started again is another.
+        """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,8 @@ TEXT = "w0 w1 w2 w3 w4 "
 VERBS = (
     "generate", "chat", "models", "models list", "models show", "models check", "keys", "keys create", "keys list",
     "keys rotate", "keys revoke", "tenants", "tenants set", "tenants list", "tenants delete", "usage",
-    "dead-letters", "dead-letters list", "dead-letters retry", "dead-letters purge", "ps", "cancel", "erase",
+    "dead-letters", "dead-letters list", "dead-letters retry", "dead-letters purge",
+    "top", "ps", "queue", "drain", "cancel", "erase",
     "embed", "classify", "entities", "answer", "rerank",
     "batch", "batch run", "batch list", "batch get", "batch results", "batch cancel", "batch delete",
     "bench", "bench compare", "bench plot", "version", "serve", "gateway", "bootstrap", "worker", "acl",

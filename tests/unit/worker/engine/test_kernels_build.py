@@ -114,3 +114,33 @@ def test_a_damaged_library_is_named_in_the_error(tmp_path: Path) -> None:
     kernels.library_path("generic", kernels.find_compiler(), tmp_path).write_bytes(b"not a library")
     with pytest.raises(kernels.KernelBuildError, match=r"cannot be loaded.*delete it"):
         CpuAttention("generic", tmp_path)
+
+
+def test_a_prebuilt_library_is_found_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr(kernels, "LEVEL_FLAGS", {"generic": ()})  # one compilation is enough to show it
+    monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "-O0"))
+    (built,) = kernels.prebuild()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert kernels.build("generic", tmp_path / "cache") == built
+    assert CpuAttention("generic", tmp_path / "cache").name == "cpu_ext"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_prebuilt_library_of_another_source_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_PREBUILT", tmp_path)
+    kernels.prebuilt_path("generic").write_bytes(b"")
+    changed = tmp_path / "sources"
+    changed.mkdir()
+    for source in Path(kernels.__file__).parent.glob("*.[ch]*"):
+        (changed / source.name).write_bytes(source.read_bytes() + b"\n")
+    monkeypatch.setattr(kernels, "_HERE", changed)
+    assert not kernels.prebuilt_path("generic").exists()
+
+
+def test_prebuilding_without_a_compiler_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(kernels, "_PREBUILT", tmp_path)
+    with pytest.raises(kernels.KernelBuildError, match="no-such-compiler"):
+        kernels.main(["--prebuild"])

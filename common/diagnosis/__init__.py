@@ -1,0 +1,1 @@
+"""What `torchrelay doctor` looks at that needs neither gateway nor worker."""

@@ -1,0 +1,1 @@
+"""What a gateway tells of its calls, streams and queues, and of the spans that they are part of."""

@@ -1,0 +1,1 @@
+"""Dashboard and alerts against a real Prometheus that scrapes a running system."""

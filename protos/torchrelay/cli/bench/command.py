@@ -170,9 +170,12 @@ def compare_runs(
     """
     limit = _percent(fail_above) if fail_above else None
     try:
-        differences = compare(records.read(before), records.read(after), confidence)
+        one, other = records.read(before), records.read(after)
+        differences = compare(one, other, confidence)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    for what, a, b in records.what_differs(one, other):
+        output.stderr.print(f"[yellow]the runs differ in their {what}: {escape(a)}, and {escape(b)}[/]", soft_wrap=True)
     if as_json:
         for difference in differences:
             output.print_json(_difference_json(difference))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,37 @@ class Record:
         """What a picture calls it."""
         model = self.about.get("model", {})
         return " ".join(str(model[key]) for key in ("name", "weight_format") if model.get(key)) or "run"
+
+
+def what_differs(one: Record, other: Record) -> Iterator[tuple[str, str, str]]:
+    """Yield what keeps two runs from being of the same thing: what it is, and how it was in either."""
+    for what, read in _CONDITIONS.items():
+        before, after = read(one.about), read(other.about)
+        if before != after:
+            yield what, before or "not known", after or "not known"
+
+
+def _model(about: Mapping[str, Any]) -> str:
+    model = about.get("model", {})
+    return " ".join(
+        part for part in (model.get("name"), model.get("revision", "")[:12], model.get("weight_format")) if part
+    )
+
+
+def _load(about: Mapping[str, Any]) -> str:
+    words = list(about.get("command", ()))
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    return " ".join(words)
+
+
+_CONDITIONS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
+    "model": _model,
+    "number of workers": lambda about: str(about.get("model", {}).get("num_workers", "")),
+    "workers' versions": lambda about: ", ".join(about.get("server_versions") or ()),
+    "command": _load,
+}
 
 
 def write(path: Path, record: Record) -> None:

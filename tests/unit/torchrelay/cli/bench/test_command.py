@@ -162,6 +162,14 @@ def test_a_regression_is_told_from_noise(run: Command, saved: dict[str, str]) ->
     assert run.toy.requests == []  # nothing is measured
 
 
+def test_runs_of_two_commands_are_said_to_be(run: Command, tmp_path: Path) -> None:
+    for name, tokens in (("a", "8"), ("b", "9")):
+        run("bench", "-c", "1", "-r", "1", "--max-tokens", tokens, "-o", str(tmp_path / f"{name}.json"))
+    result = run("bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    assert "differ in their command: torchrelay bench --concurrency 1 --requests 1 --max-tokens 8" in result.stderr
+    assert "too few" in result.stdout
+
+
 @pytest.mark.parametrize("value", ["5", "x%", "-1%", "%"])
 def test_a_bound_is_a_percentage(run: Command, saved: dict[str, str], value: str) -> None:
     result = run("bench", "compare", saved["before"], saved["slow"], "--fail-above", value, status=2)

@@ -75,3 +75,23 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 def test_a_run_is_named_after_its_model() -> None:
     record = make_record(random.Random(1), num_requests=1)
     assert record.name == "tiny"
+
+
+def test_runs_of_other_things_are_told_apart() -> None:
+    about = {"model": {"name": "tiny", "revision": "a" * 64}, "command": ["torchrelay", "bench", "--output", "a.json"]}
+    one = records.Record(about, [])
+    assert list(records.what_differs(one, records.Record({**about, "command": ["torchrelay", "bench"]}, []))) == []
+    other = records.Record(
+        {
+            "model": {"name": "tiny", "revision": "b" * 64, "num_workers": 2},
+            "command": ["torchrelay", "bench", "--max-tokens", "9", "--output", "b.json"],
+            "server_versions": ["1.2"],
+        },
+        [],
+    )
+    assert list(records.what_differs(one, other)) == [
+        ("model", "tiny " + "a" * 12, "tiny " + "b" * 12),
+        ("number of workers", "not known", "2"),
+        ("workers' versions", "not known", "1.2"),
+        ("command", "torchrelay bench", "torchrelay bench --max-tokens 9"),
+    ]

@@ -1,4 +1,4 @@
-"""All settings of one worker process, for itself and for `torchrelay config` and `torchrelay doctor`. Imports no torch."""
+"""All settings of one worker process, for itself, `torchrelay config` and `torchrelay doctor`. Imports no torch."""
 
 from __future__ import annotations
 

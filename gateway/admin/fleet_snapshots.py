@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Final
 
@@ -33,11 +33,10 @@ class _Part:
 
 @dataclass(slots=True)
 class _Latest:
-    """The last snapshot of one kind, and who may take the next."""
+    """The last snapshot of one kind, or its taking: a task that all who wait for it share, with its error too."""
 
-    snapshot: pb.FleetSnapshot | None = None
-    taken_at: float = 0.0
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    taking: asyncio.Task[pb.FleetSnapshot] | None = None
+    began_at: float = 0.0
 
 
 class FleetSnapshots:
@@ -62,12 +61,16 @@ class FleetSnapshots:
         Raises BackendUnavailable, also before the registry was read.
         """
         latest = self._latest[max_generations > 0]
-        async with latest.lock:
-            if latest.snapshot is None or self._monotonic() - latest.taken_at > _FRESH_S:
-                began = self._monotonic()
-                latest.snapshot = await self._take(MAX_PAGE_SIZE if max_generations else 0)
-                latest.taken_at = began
-            return part_of(latest.snapshot, model, max_generations)
+        taking = latest.taking
+        if taking is None or (taking.done() and self._is_over(latest, taking)):
+            latest.began_at = self._monotonic()
+            taking = latest.taking = asyncio.create_task(self._take(MAX_PAGE_SIZE if max_generations else 0))
+        # A watcher that goes away while others wait must not end it for them.
+        return part_of(await asyncio.shield(taking), model, max_generations)
+
+    def _is_over(self, latest: _Latest, taken: asyncio.Task[pb.FleetSnapshot]) -> bool:
+        failed = taken.cancelled() or taken.exception() is not None
+        return failed or self._monotonic() - latest.began_at > _FRESH_S
 
     async def _take(self, max_generations: int) -> pb.FleetSnapshot:
         entries = self._catalog.all_entries()

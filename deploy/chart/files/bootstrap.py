@@ -1,7 +1,7 @@
 """Makes the first administrator's key and writes it into a Secret of the cluster, so that no log ever holds it.
 
-Run by the bootstrap Job: bootstrap.py SECRET TENANT. Does nothing where the Secret has a key already. That the Secret can
-be written is tried before the key is made, since a key that cannot be stored is lost.
+Run by the bootstrap Job: bootstrap.py SECRET TENANT. Does nothing where the Secret has a key already. That the Secret
+can be written is tried before the key is made, since a key that cannot be stored is lost.
 """
 
 import json
@@ -47,10 +47,14 @@ class Secret:
             return json.load(answer)
 
 
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
 def main(name: str, tenant: str) -> int:
     secret = Secret(name)
     if secret.read().get("key"):
-        print(f"Secret {name} has a key already.")
+        _say(f"Secret {name} has a key already.")
         return 0
     secret.write({"key": "tried"}, dry_run=True)
     made = subprocess.run(["torchrelay", "bootstrap", tenant], capture_output=True, text=True, check=False)
@@ -63,12 +67,12 @@ def main(name: str, tenant: str) -> int:
             secret.write({"key": made.stdout.strip()})
         except OSError as error:  # of which urllib's are a kind
             if time.monotonic() > end:
-                print(f"the key was made and could not be stored ({error}): it is lost. Make another by hand:")
-                print(f"torchrelay bootstrap {tenant} --again")
+                _say(f"the key was made and could not be stored ({error}): it is lost. Make another by hand:")
+                _say(f"torchrelay bootstrap {tenant} --again")
                 return 1
             time.sleep(1)
         else:
-            print(f"The first administrator's key is in Secret {name}.")
+            _say(f"The first administrator's key is in Secret {name}.")
             return 0
 
 

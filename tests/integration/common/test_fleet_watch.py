@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from common import keys
 from common.dead_letters import DeadLetters
-from common.errors import InvalidRequest, ModelNotFound, Unavailable, WorkerNotFound
+from common.errors import BackendUnavailable, InvalidRequest, ModelNotFound, Unavailable, WorkerNotFound
 from common.grants import Grants
 from common.job_claims import JobClaims
 from common.job_queue import JobQueue
@@ -140,6 +140,30 @@ async def test_watchers_share_what_is_read(queue: JobQueue, superuser: redis_syn
     now += 0.45
     await asyncio.gather(*(snapshots.get(model, 0) for model in ("", "tiny", "other") * 10))
     assert num_calls() == 2 * 3  # workers and queue of each revision, once
+
+
+async def test_watchers_share_a_failure_and_the_next_one_begins_anew(
+    queue: JobQueue, gateway_redis: FlakyRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each would wait for the time-outs of all before it, while the server is away."""
+    snapshots = FleetSnapshots(cast(Any, ThreeRevisions()), queue, lambda: 0)
+    attempts = 0
+
+    async def shape(shard: str) -> Any:
+        nonlocal attempts
+        attempts += 1
+        await asyncio.sleep(0.01)
+        raise BackendUnavailable("the queue's server does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "shape", shape)
+        calls = [asyncio.create_task(snapshots.get("", 0)) for _ in range(20)]
+        await asyncio.sleep(0)
+        calls[0].cancel()  # it goes away, and the others get their answer all the same
+        found = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(one) for one in found] == [asyncio.CancelledError] + [BackendUnavailable] * 19
+    assert attempts == 3, "one for each revision"
+    assert len((await snapshots.get("", 0)).models) == 2
 
 
 async def test_a_stream_goes_on_until_its_gateway_stops(fleet: FleetServicer) -> None:

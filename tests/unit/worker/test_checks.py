@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,29 @@ def test_a_device_that_is_not_there_and_a_driver_that_torch_cannot_use(
     assert "requirements-cuda.lock" in found.fix
     (found,) = look_at_device("cpu", tmp_path)
     assert found.level is Level.OK, "whoever asks for the CPU need not be told of a GPU"
+
+
+@pytest.mark.parametrize(
+    ("free", "has_triton", "levels"),
+    [
+        (70e9, True, [Level.OK]),
+        (8e9, True, [Level.WARNING]),
+        (70e9, False, [Level.OK, Level.FAILURE]),
+    ],
+)
+def test_a_gpu_that_is_full_or_without_a_compiler_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, has_triton: bool, levels: list[Level]
+) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(80e9)))
+    monkeypatch.setattr("worker.checks.find_spec", lambda name: object() if has_triton else None)
+    found = look_at_device("auto", tmp_path)
+    assert [one.level for one in found] == levels
+    assert found[0].what.startswith("NVIDIA H100 (compute capability 9.0), ")
+    assert found[-1].fix == "" or "GPU_MEMORY_FRACTION" in found[-1].fix or "pip install triton" in found[-1].fix
 
 
 async def test_a_machine_for_gateways_alone_needs_none_of_this(monkeypatch: pytest.MonkeyPatch) -> None:

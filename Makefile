@@ -99,13 +99,18 @@ define generate
 		--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTO_FILES)
 endef
 
-check-stubs: $(VENV)/.protoc
+check-stubs: $(VENV)/.protoc install-dev
 	rm -rf build/stubs && mkdir -p build/stubs
 	$(call generate,build/stubs)
 	@cd build/stubs && for f in $$(find . -name '*_pb2*'); do \
 		cmp -s $$f ../../protos/$$f || { echo "protos/$$f is out of date: run make protos"; exit 1; }; done
 	@cd protos && for f in $$(find torchrelay -name '*_pb2*' -not -name '*.pyc'); do \
 		test -e ../build/stubs/$$f || { echo "protos/$$f has no .proto any more: remove it"; exit 1; }; done
+	@$(BIN)/python -m tests.contract --check
+
+.PHONY: reference-page
+reference-page: install-dev  ## protos/REFERENCE.md again, from the .proto files and the errors of the code
+	$(BIN)/python -m tests.contract
 
 budgets: install-dev  ## the README table of what the system itself costs
 	$(BIN)/python -m tests.benchmarks.budgets
@@ -184,6 +189,7 @@ soak: install-dev  ## an hour of steady load with a fault a minute: memory of ev
 .PHONY: screenshots
 screenshots: install-dev  ## the pictures of the README, each from a system that really runs
 	$(BIN)/python -m tests.screenshots.top deploy/screenshots/top.svg
+	$(BIN)/python -m tests.screenshots.bench deploy/screenshots
 
 .PHONY: batch-chaos
 batch-chaos: install-dev  ## a batch of 10,000 classifications, gateway and worker killed -9 once each: every result exactly once; ARGS="--items 500"

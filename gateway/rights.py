@@ -11,7 +11,7 @@ from gateway.identity.caller import Caller
 from torchrelay.v1 import generation_pb2 as pb
 
 # The scope that each service asks for; None: every caller may.
-_SCOPE_OF: Final[Mapping[str, Scope | None]] = {
+SCOPE_OF: Final[Mapping[str, Scope | None]] = {
     "torchrelay.v1.GenerationService": Scope.GENERATE,
     "torchrelay.v1.ModelService": None,
     "torchrelay.v1.EmbeddingService": Scope.TASKS,
@@ -32,7 +32,7 @@ _PRIORITIES: Final[Mapping[int, int]] = {
 
 def check_method(method: str, caller: Caller) -> None:
     """Raise PermissionDenied for a method (`/package.Service/Method`) outside the caller's scopes."""
-    scope = _SCOPE_OF[method[1:].partition("/")[0]]
+    scope = SCOPE_OF[method[1:].partition("/")[0]]
     if scope is not None and scope.value not in caller.grants.scopes:
         raise errors.PermissionDenied("this key may not call this method", metadata={"scope": scope.value})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,8 +88,8 @@ class Connection:
     def client(self) -> Client:
         return Client(self.address, **self._options())
 
-    def aio_client(self) -> AsyncClient:
-        return AsyncClient(self.address, **self._options())
+    def aio_client(self, retry: RetryPolicy = _RETRY, options: Sequence[tuple[str, Any]] = ()) -> AsyncClient:
+        return AsyncClient(self.address, **self._options() | {"retry": retry, "options": options})
 
     def _options(self) -> dict[str, Any]:
         return {

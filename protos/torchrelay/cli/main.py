@@ -36,7 +36,7 @@ def make_app() -> typer.Typer:
     for point in server:
         if point.name != "models":
             _add(app, point.name, point.load())
-    clients = (generate, chat, embed, classify, entities, answer, rerank, cancel, erase, usage, bench)
+    clients = (generate, chat, embed, classify, entities, answer, rerank, cancel, erase, usage)
     for verb in (*clients, top, ps, queue, drain):
         app.command(verb.__name__)(verb)
     all_models = typer.Typer(no_args_is_help=True, help=models.info.help)
@@ -46,6 +46,7 @@ def make_app() -> typer.Typer:
     all_models.registered_commands += models.registered_commands
     app.add_typer(all_models, name="models")
     app.add_typer(batch, name="batch")
+    app.add_typer(bench, name="bench")
     app.add_typer(keys, name="keys")
     app.add_typer(tenants, name="tenants")
     app.add_typer(logs, name="logs")

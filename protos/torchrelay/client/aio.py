@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, overload
@@ -87,7 +87,8 @@ class AsyncClient(AsyncBatchCalls):
 
     `address` is host:port or any gRPC target, such as dns:///gateway:50051 or ipv4:10.0.0.1:50051,10.0.0.2:50051.
     Plaintext beyond loopback carries the key in the clear, so it needs `insecure=True`; otherwise `tls` is used there.
-    A `token` that is a function is asked at every call, and should return at once.
+    A `token` that is a function is asked at every call, and should return at once. `options` are gRPC's channel
+    arguments besides ours; clients with equal ones share a connection.
     """
 
     def __init__(
@@ -100,14 +101,15 @@ class AsyncClient(AsyncBatchCalls):
         insecure: bool = False,
         retry: RetryPolicy | None = None,
         disconnect_grace_s: float = 30.0,
+        options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         self._bearer = channels.Bearer(api_key, token)
         plaintext = insecure or (tls is None and channels.is_loopback(address))
         if plaintext:
-            self._channel = grpc.aio.insecure_channel(address, options=channels.OPTIONS)
+            self._channel = grpc.aio.insecure_channel(address, options=[*channels.OPTIONS, *options])
         else:
             credentials = (tls or channels.Tls()).credentials()
-            self._channel = grpc.aio.secure_channel(address, credentials, options=channels.OPTIONS)
+            self._channel = grpc.aio.secure_channel(address, credentials, options=[*channels.OPTIONS, *options])
         self.generation: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(self._channel)
         self.embedding: embedding_pb2_grpc.EmbeddingServiceAsyncStub = embedding_pb2_grpc.EmbeddingServiceStub(
             self._channel

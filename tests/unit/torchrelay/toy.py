@@ -249,9 +249,9 @@ class Toy(
 
 
 @contextmanager
-def serving() -> Iterator[Toy]:
+def serving(toy: Toy | None = None) -> Iterator[Toy]:
     """A toy on a free port of loopback."""
-    toy = Toy()
+    toy = toy or Toy()
     server = grpc.server(ThreadPoolExecutor(8))
     pb_grpc.add_GenerationServiceServicer_to_server(toy, server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(toy, server)

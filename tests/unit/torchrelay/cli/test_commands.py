@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from typer.testing import CliRunner
 from tests.unit.torchrelay.cli.conftest import Command
 from tests.unit.torchrelay.toy import GENERATION_ID, KEY, Break, Failure
 from torchrelay.admin.v1beta1 import api_key_pb2, fleet_pb2
-from torchrelay.cli.bench import make_prompt, percentiles
 from torchrelay.cli.connection import Connection, credentials_file
 from torchrelay.cli.output import explain, size
 from torchrelay.client import RelayError, Tls
@@ -32,7 +29,7 @@ VERBS = (
     "top", "ps", "queue", "drain", "cancel", "erase",
     "embed", "classify", "entities", "answer", "rerank",
     "batch", "batch run", "batch list", "batch get", "batch results", "batch cancel", "batch delete",
-    "bench", "version", "serve", "gateway", "bootstrap", "worker", "acl",
+    "bench", "bench compare", "bench plot", "version", "serve", "gateway", "bootstrap", "worker", "acl",
 )  # fmt: skip
 
 
@@ -281,47 +278,6 @@ def test_letters_are_named_or_all_of_a_model(run: Command, verb: str) -> None:
 def test_cancel_says_the_state_of_each(run: Command) -> None:
     assert run("cancel", "g1", "g2").stdout == "g1 cancelled\ng2 cancelled\n"
     assert run.objects("cancel", "g1", "--json") == [{"generation_id": "g1", "state": "cancelled"}]
-
-
-def test_bench_reports_each_level(run: Command) -> None:
-    reports = run.objects("bench", "-c", "1,2", "-r", "2", "--json")
-    assert [report["concurrency"] for report in reports] == [1, 2]
-    assert [report["num_requests"] for report in reports] == [2, 4]
-    for report in reports:
-        assert report["model"] == "tiny"
-        assert report["num_errors"] == 0
-        assert report["output_tokens"] == 5 * report["num_requests"]
-        assert set(report["ttft_ms"]) == set(report["itl_ms"]) == set(report["e2e_ms"]) == {"mean", "p50", "p90", "p99"}
-    table = run("bench", "-c", "1", "-r", "1").stdout.splitlines()
-    assert table[0].startswith("CALLERS")
-    assert table[1].split()[:3] == ["1", "1", "0"]
-
-
-def test_bench_counts_errors_and_fails(run: Command) -> None:
-    run.toy.breaks = [Break(0, Failure(grpc.StatusCode.INTERNAL, "WORKER_FAILED"))]
-    result = run("bench", "-c", "1", "-r", "2", "--json", status=1)
-    report = json.loads(result.stdout)
-    assert (report["num_requests"], report["num_errors"], report["errors"]) == (1, 1, {"WORKER_FAILED": 1})
-
-
-@pytest.mark.parametrize("levels", ["", "0", "1,x", "-1", "1,,2"])
-def test_bench_takes_positive_numbers(run: Command, levels: str) -> None:
-    assert "--concurrency" in run("bench", "-c", levels, status=2).stderr
-
-
-def test_percentiles_are_nearest_ranks() -> None:
-    assert percentiles([]) == {}
-    assert percentiles([0.003]) == {"mean": 3.0, "p50": 3.0, "p90": 3.0, "p99": 3.0}
-    hundred = [number / 1000 for number in range(100, 0, -1)]
-    assert percentiles(hundred) == {"mean": 50.5, "p50": 50.0, "p90": 90.0, "p99": 99.0}
-    assert percentiles([0.001, 0.002, 0.003]) == {"mean": 2.0, "p50": 2.0, "p90": 3.0, "p99": 3.0}
-
-
-def test_prompts_of_a_benchmark_have_their_length_and_differ() -> None:
-    rng = random.Random(1)
-    first, second = make_prompt(20, rng), make_prompt(20, rng)
-    assert len(first.split()) == len(second.split()) == 20
-    assert first != second
 
 
 def test_version_names_client_and_server(run: Command) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from common.redis import connect
 from common.registry import ModelCard, ModelRegistry
 from common.settings import RedisSettings
 from gateway.checks import check_certificates, check_gateway, check_operators, check_ports
+from tests.builders_common import server_under_test
 from tests.builders_identity import Authority
 from tests.builders_models import write_tiny_model
 from tests.builders_system import System, running_system, until
@@ -55,7 +57,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    with EmbeddedServer(tmp_path_factory.mktemp("server"), max_memory_mb=500) as running:
+    with EmbeddedServer(tmp_path_factory.mktemp("server"), max_memory_mb=500, program=server_under_test()) as running:
         yield running
 
 
@@ -96,7 +98,7 @@ async def test_a_server_that_is_as_it_should_be(superuser: redis_sync.Redis, mon
         found = await look()
         assert {one.level for one in found.values()} == {Level.OK}, found
         assert user in found["permissions"].what or user == "default"
-    assert "Valkey" in found["queue"].what or "does not tell" in found["queue"].what
+    assert "does not tell" in found["queue"].what, "a worker may not ask"
 
 
 Provoke = Callable[[redis_sync.Redis, pytest.MonkeyPatch], object]
@@ -178,6 +180,32 @@ async def test_a_fault_of_the_queues_server_is_found_with_its_remedy(
     assert fix in found.fix, found
     assert "\n" not in found.what + found.fix
     assert not {"secret", ":pw@"} & set(found.what.split())
+
+
+async def test_a_server_whose_certificate_nobody_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cert, key = AUTHORITY.issue(hosts=("127.0.0.1",)).write(tmp_path, "queue")
+    shown = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    shown.load_cert_chain(cert, key)
+    async with await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0, ssl=shown) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        monkeypatch.setenv("TORCHRELAY_REDIS_URL", f"rediss://127.0.0.1:{port}/0")
+        found = (await look())["queue"]
+    assert (found.level, "certificate that is not trusted" in found.what) == (Level.FAILURE, True), found
+    assert "TORCHRELAY_REDIS_TLS_CA_FILE" in found.fix
+
+
+async def test_a_server_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        async def execute_command(self, *command: str) -> Any:
+            return {"redis_version": "6.2.14"} if command[0] == "INFO" else "PONG"
+
+        async def aclose(self) -> None:
+            pass
+
+    monkeypatch.setattr("common.diagnosis.server.connect", lambda settings: Old())
+    found = (await look())["queue"]
+    assert (found.level, "is Redis 6.2.14" in found.what) == (Level.FAILURE, True), found
+    assert found.fix == "upgrade it to Redis 7 or Valkey"
 
 
 async def test_clocks_that_disagree_are_found(superuser: redis_sync.Redis) -> None:

@@ -311,6 +311,7 @@ class Swept:
     expired: int = 0
     cancelled: int = 0
     detached: int = 0  # jobs of gateways whose lease ended
+    generations: tuple[tuple[str, str], ...] = ()  # what became of which: a field's name above, and the id
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):

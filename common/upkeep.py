@@ -39,14 +39,14 @@ class Upkeep:
                 settings.max_claims,
             )
         )
-        return Swept(requeued=requeued, dead_lettered=dead)
+        return _swept(requeued=requeued, dead_lettered=dead)
 
     async def sweep(self, shard: str) -> Swept:
         """End jobs past their deadline or their disconnect grace; begin the grace of dead gateways' jobs."""
         expired, cancelled, detached = as_list(
             await self._run("sweep", shard, _MAX_JOBS, _MAX_PARTIES, self._settings.gateway_lease_ms)
         )
-        return Swept(expired=expired, cancelled=cancelled, detached=detached)
+        return _swept(expired=expired, cancelled=cancelled, detached=detached)
 
     async def workers(self, shard: str, limit: int) -> list[LiveWorker]:
         """The workers that have, or had until the next reap, a lease."""
@@ -62,3 +62,8 @@ class Upkeep:
             )
             for worker_id, left, num_jobs, info, reported_ms, drain_requested_by in found
         ]
+
+
+def _swept(**found: list[bytes]) -> Swept:
+    generations = tuple((outcome, one.decode()) for outcome, ids in found.items() for one in ids)
+    return Swept(**{outcome: len(ids) for outcome, ids in found.items()}, generations=generations)

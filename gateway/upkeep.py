@@ -10,7 +10,7 @@ import structlog
 from common.errors import ServingError
 from common.headroom import Headroom
 from common.job_queue import START_CURSOR, JobQueue
-from common.telemetry.upkeep import UpkeepCounters
+from common.telemetry.upkeep import UpkeepCounters, log_upkeep
 from gateway.admission import Admission
 from gateway.catalog import Catalog
 from gateway.delivery import EventHub
@@ -114,17 +114,8 @@ class Upkeep:
         await self._streams.detach_abandoned()
         for shard in shards:
             reaped, swept = await asyncio.gather(self._queue.reap(shard), self._queue.sweep(shard))
-            if reaped.requeued or reaped.dead_lettered or swept.expired or swept.cancelled or swept.detached:
-                log.info(
-                    "upkeep.acted",
-                    shard=shard,
-                    requeued=reaped.requeued,
-                    dead_lettered=reaped.dead_lettered,
-                    expired=swept.expired,
-                    cancelled=swept.cancelled,
-                    detached=swept.detached,
-                )
-                self._counters.count(self._catalog.name_of(shard) or "", reaped, swept)
+            log_upkeep(reaped, swept)
+            self._counters.count(self._catalog.name_of(shard) or "", reaped, swept)
         await self._admission.settle(shards)
         await self._measure()
         log.debug("upkeep.done", shards=len(shards), streams=len(self._hub))

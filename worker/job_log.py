@@ -9,6 +9,7 @@ from typing import Any, Final
 import structlog
 
 from common.jobs import ClaimedJob, NewEvent, Swept
+from common.telemetry.upkeep import log_upkeep
 from worker.engine.types import StepResult
 
 log = structlog.get_logger()
@@ -53,7 +54,7 @@ class JobLog:
             )
 
     def tidied(self, *rounds: Swept) -> None:
-        """Whoever does upkeep for others has no ids of theirs."""
+        log_upkeep(*rounds)
 
     def dropped(self, generation_id: str, reason: str) -> None:
         if generation_id in self._held:

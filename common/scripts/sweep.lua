@@ -3,16 +3,16 @@
 -- grace; and begins the grace of a dead gateway's jobs. Forgets idle tenants whose service counter means nothing any more:
 -- a tenant that comes back is lifted to the floor in any case. Every gateway and idle worker runs it each second.
 -- ARGV  1 most jobs of each kind  2 most gateways  3 gateway lease ms
--- Reply {expired, cancelled, detached}
+-- Reply {expired ids, cancelled ids, detached ids}
 --@include base
 --@include jobs
 local now, most, lease = now_ms(), tonumber(ARGV[1]), tonumber(ARGV[3])
-local expired, cancelled, detached = 0, 0, 0
+local expired, cancelled, detached = {}, {}, {}
 for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'dl', '-inf', int(now), 'LIMIT', 0, most)) do
   local j = load(id)
   if j and is_live(j) then
     expire(j, now)
-    expired = expired + 1
+    expired[#expired + 1] = id
   else
     call('ZREM', P .. 'dl', id)
   end
@@ -24,7 +24,7 @@ for _, gid in ipairs(call('ZRANGEBYSCORE', P .. 'gl', '-inf', int(ended), 'LIMIT
     local j = load(id)
     if j and is_live(j) and j.gw == gid then
       detach(j, now)
-      detached = detached + 1
+      detached[#detached + 1] = id
     else
       call('SREM', P .. 'g:' .. gid, id)
     end
@@ -38,7 +38,7 @@ for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'dt', '-inf', int(now), 'LIMIT', 
   local j = load(id)
   if j and is_live(j) then
     cancel(j, 'DISCONNECTED', now)
-    cancelled = cancelled + 1
+    cancelled[#cancelled + 1] = id
   else
     call('ZREM', P .. 'dt', id)
   end

@@ -1,10 +1,13 @@
-"""Upkeep counted: gateways do it, and workers that have nothing else to do."""
+"""Upkeep counted and logged: gateways do it, and workers that have nothing else to do."""
 
 from __future__ import annotations
 
+import structlog
 from prometheus_client import CollectorRegistry, Counter
 
 from common.jobs import Swept
+
+log = structlog.get_logger()
 
 
 class UpkeepCounters:
@@ -23,3 +26,10 @@ class UpkeepCounters:
             for outcome in ("requeued", "dead_lettered", "expired", "cancelled", "detached"):
                 if number := getattr(found, outcome):
                     self._acted.labels(model, outcome).inc(number)
+
+
+def log_upkeep(*rounds: Swept) -> None:
+    """Write a line for each generation whose state upkeep has changed."""
+    for found in rounds:
+        for outcome, generation_id in found.generations:
+            log.info(f"job.{outcome}", generation_id=generation_id)

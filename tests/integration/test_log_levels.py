@@ -18,6 +18,7 @@ from common.telemetry.log_levels import MAX_LEVELS, LogLevels
 from tests.builders_models import write_tiny_model
 from tests.builders_system import Process, System, gateway_and_worker, until
 from torchrelay.admin.v1beta1 import log_pb2, log_pb2_grpc
+from torchrelay.v1 import generation_pb2 as pb
 
 MODEL = "tiny"
 
@@ -54,6 +55,35 @@ async def test_a_generations_way_is_in_the_logs_by_its_id(system: System) -> Non
     assert events(worker, generation_id=generation.generation_id) == ["job.claimed", "job.ended"]
     (ended,) = [line for line in lines(worker) if line["event"] == "job.ended"]
     assert (ended["state"], ended["tokens"]) == ("DONE", 5)
+
+
+async def test_what_upkeep_ends_is_told_with_its_id(system: System) -> None:
+    request = pb.SubmitGenerationRequest(
+        model=MODEL,
+        input=pb.GenerationInput(token_ids=pb.TokenIds(ids=[3, 4, 5])),
+        config=pb.GenerationConfig(max_tokens=2000),
+    )
+    gateway, worker = system.gateways[0], system.workers[0]
+    async with system.client() as client:
+        submitted = await client.generation.SubmitGeneration(request, metadata=client.metadata)
+    generation_id = submitted.accepted.generation_id
+
+    async def is_claimed() -> bool:
+        return "job.claimed" in events(worker, generation_id=generation_id)
+
+    await until(is_claimed, what="the claim")
+    worker.kill()
+
+    async def is_requeued() -> bool:
+        return events(gateway, generation_id=generation_id) == ["generation.accepted", "job.requeued"]
+
+    await until(is_requeued, what="the requeued generation in the gateway's log")
+    worker.start()
+
+    async def is_taken_over() -> bool:
+        return bool(events(worker, event="job.claimed", generation_id=generation_id, claim=2))
+
+    await until(is_taken_over, what="the second claim")
 
 
 async def test_levels_change_in_every_process_and_end_by_themselves(system: System) -> None:

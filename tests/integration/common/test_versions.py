@@ -312,7 +312,7 @@ async def make_dead_letter(ours: ScriptRunner, superuser: redis_sync.Redis) -> N
     """A worker takes the one queued job and is gone, and no further attempt is granted."""
     await ours.run("claim", keys.meta(SHARD), WID, "an earlier call", *ASKED["claim"][2:])
     superuser.zadd(keys.worker_leases(SHARD), {WID: 0})
-    assert await ours.run("reap", keys.meta(SHARD), 90_000, 9, 9, 1, 9) == [0, 1]
+    assert await ours.run("reap", keys.meta(SHARD), 90_000, 9, 9, 1, 9) == [[], [LETTER.encode()]]
     assert superuser.zrange(keys.dead_letters(SHARD), 0, -1) == [LETTER.encode()]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import queue
 import select
+import signal
 import sys
 import threading
 import time
@@ -91,8 +92,12 @@ def _live(updates: Iterator[Update], console: Console) -> None:
     threading.Thread(target=_pump, args=(updates, arrived), daemon=True).start()
     rates = Rates()
     last: pb.FleetSnapshot | None = None
-    with _pressed() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
-        while not pressed("q"):
+    with (
+        _pressed() as pressed,
+        _interrupted() as interrupted,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while not pressed("q") and not interrupted():
             update: Update | None = None
             for update in _take_all(arrived):
                 if update.snapshot is not None:
@@ -124,6 +129,17 @@ def _pump(updates: Iterator[Update], arrived: queue.SimpleQueue[Update | BaseExc
             arrived.put(update)
     except (grpc.RpcError, ValueError) as error:  # ValueError: the channel is closed, since somebody pressed q
         arrived.put(error)
+
+
+@contextlib.contextmanager
+def _interrupted() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed. As an exception it could come up where gRPC lets none through, and be lost there."""
+    found = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda number, frame: found.set())
+    try:
+        yield found.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -110,8 +111,8 @@ class BatchResults:
     def __iter__(self) -> Iterator[pb.BatchResult]:
         position, client = self.position, self._client
         while not position.finished:
-            client.check_open()
-            call = client.batch.StreamBatchResults(position.request(), metadata=client.metadata)
+            with client.opening():
+                call = client.batch.StreamBatchResults(position.request(), metadata=client.metadata)
             try:
                 for response in call:
                     result = position.on_event(response, time.monotonic())
@@ -165,6 +166,7 @@ class BatchCalls:
     batch: Any
     metadata: Any
     check_open: Callable[..., None]
+    opening: Callable[[], AbstractContextManager[None]]
     _retry: RetryPolicy
     _retrying: Callable[[Callable[[], Any]], Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -49,8 +50,8 @@ class GenerationStream:
     def __iter__(self) -> Iterator[pb.GenerationEvent]:
         position = self.position
         while not position.finished:
-            self._client.check_open()
-            call = self._call()
+            with self._client.opening():
+                call = self._call()
             try:
                 for response in call:
                     if position.on_event(response.event, time.monotonic()):
@@ -137,6 +138,16 @@ class Client(BatchCalls):
         """Raise RelayError once the client was closed: what broke then was not the connection."""
         if self._closed:
             raise error or RelayError(grpc.StatusCode.CANCELLED, "the client was closed")
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """Stand around a call's start. Raises RelayError where the client is closed, maybe by another thread now."""
+        self.check_open()
+        try:
+            yield
+        except ValueError:  # what a closed channel raises
+            self.check_open()
+            raise
 
     def stream(
         self,
@@ -253,9 +264,9 @@ class Client(BatchCalls):
         """Run an idempotent call until it succeeds or trying again is useless."""
         position = StreamPosition(self._retry)
         while True:
-            self.check_open()
             try:
-                return call()
+                with self.opening():
+                    return call()
             except grpc.RpcError as failure:
                 error = from_rpc_error(failure)
             self.check_open(error)

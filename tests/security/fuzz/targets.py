@@ -167,7 +167,7 @@ def _claim(data: bytes) -> None:
     cut = data[0] if data else 0
     body, entry = data[1 : 1 + cut], data[1 + cut :]
     log = [[b"1-1", [b"e", entry]]]
-    reply = [b"m.id", 1, 0, bytes(8), 1000, 1, 0, b"tenant", 0, 0, 0, 0, 0, body, log, b"1", 0, 0]
+    reply = [b"m.id", 1, 0, bytes(8), 1000, 1, 0, b"tenant", 0, 0, 0, 0, 0, body, log, b"1", 0, 0, 50, 1]
     assert records.claim_head(reply).generation_id == "m.id"
     assert records.job_from_reply(reply).generation_id == "m.id"
 

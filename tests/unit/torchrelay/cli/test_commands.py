@@ -30,6 +30,7 @@ VERBS = (
     "embed", "classify", "entities", "answer", "rerank",
     "batch", "batch run", "batch list", "batch get", "batch results", "batch cancel", "batch delete",
     "bench", "bench compare", "bench plot", "version", "serve", "gateway", "bootstrap", "worker", "acl",
+    "config", "config show", "config check", "doctor", "logs", "logs set", "logs list", "logs reset",
 )  # fmt: skip
 
 

@@ -29,8 +29,8 @@ class Watched:
     system: System
     folder: Path
 
-    def add_gateway(self) -> Gateway:
-        return self.system.add_gateway(TORCHRELAY_GATEWAY_METRICS_ADDRESS=f"127.0.0.1:{free_port()}")
+    def add_gateway(self, **env: str) -> Gateway:
+        return self.system.add_gateway(TORCHRELAY_GATEWAY_METRICS_ADDRESS=f"127.0.0.1:{free_port()}", **env)
 
     def add_worker(self) -> Process:
         return self.system.add_worker(self.folder, TORCHRELAY_WORKER_METRICS_ADDRESS=f"127.0.0.1:{free_port()}")
@@ -160,7 +160,7 @@ async def test_probes_follow_a_processs_life(watched: Watched) -> None:
 
 async def test_a_gateway_without_its_server_is_alive_and_says_so(watched: Watched) -> None:
     system = watched.system
-    gateway = watched.add_gateway()
+    gateway = watched.add_gateway(TORCHRELAY_REDIS_RETRY_DEADLINE_MS="1000")
     await system.ready()
 
     async def is_up() -> bool:

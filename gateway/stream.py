@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -78,12 +77,6 @@ class EventStream:
         Raises Superseded, ResultLost, and GenerationEndedError for a generation that ended in an error. Between two
         events hardly more than the next one is kept: a caller may take as long as it likes to ask for it.
         """
-        async with contextlib.aclosing(self._events()) as events:
-            async for event in events:
-                self._watch.saw(event)
-                yield event
-
-    async def _events(self) -> AsyncGenerator[pb.GenerationEvent]:
         if self._first_page is not None:
             async for event in self._catch_up(self._take_first_page()):
                 yield event
@@ -193,6 +186,7 @@ class EventStream:
         event = convert.deltas_event(merge_deltas(deltas), self._position, self._generation_id)
         if event is None:
             return []
+        self._watch.passed(sum(len(delta.token_ids) for delta in deltas))
         self._state = pb.GENERATION_STATE_RUNNING  # tokens say so: no Progress is needed
         return [event]
 

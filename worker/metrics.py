@@ -33,7 +33,8 @@ _RECENT_S: Final = 60.0
 class _Times:
     """Of one held generation; monotonic seconds."""
 
-    tenant: str
+    read: Counter  # its tenant's counters of tokens read and generated: a look-up by label costs as much as counting
+    generated: Counter
     accepted_at: float
     claimed_at: float
     prompt_tokens: int
@@ -114,7 +115,8 @@ class WorkerMetrics:
             if is_first:
                 self._queue_time.observe(job.age_ms / 1000)
             self._held[job.generation_id] = _Times(
-                tenant=job.tenant,
+                read=self._tokens_of(job.tenant, "prompt"),
+                generated=self._tokens_of(job.tenant, "generation"),
                 accepted_at=now - job.age_ms / 1000,
                 claimed_at=now,
                 prompt_tokens=job.body.num_prompt_tokens,
@@ -163,11 +165,11 @@ class WorkerMetrics:
             if times.is_first:
                 self._first_token.observe(now - times.accepted_at)
                 self._recent.append((now, now - times.accepted_at))
-                self._count_tokens(times, "prompt", times.prompt_tokens)
+                times.read.inc(times.prompt_tokens)
         elif times.last_token_at is not None:
             self._token_gap.observe((now - times.last_token_at) / num_tokens)
         times.last_token_at = now
-        self._count_tokens(times, "generation", num_tokens)
+        times.generated.inc(num_tokens)
 
     def _note_end(self, times: _Times, event: NewEvent, now: float) -> None:
         if event.terminal is JobState.FAILED:
@@ -178,14 +180,14 @@ class WorkerMetrics:
         self._total.observe(now - times.accepted_at)
         self._prompt_size.observe(times.prompt_tokens)
         if times.is_task:
-            self._count_tokens(times, "prompt", times.prompt_tokens)
+            times.read.inc(times.prompt_tokens)
             return
         self._answer_size.observe(event.completion_tokens)
         if times.first_token_at is not None:
             self._decode.observe(now - times.first_token_at)
 
-    def _count_tokens(self, times: _Times, kind: str, number: int) -> None:
-        self._tenant_tokens.labels(self._model, self._tenant(times.tenant), kind).inc(number)
+    def _tokens_of(self, tenant: str, kind: str) -> Counter:
+        return self._tenant_tokens.labels(self._model, self._tenant(tenant), kind)
 
     # -- for the heartbeat ----------------------------------------------------------------------------------------
 

@@ -68,6 +68,7 @@ class GrpcMeter:
         self._started = Counter("grpc_server_started", "Calls begun.", labels, registry=registry)
         self._handled = Counter("grpc_server_handled", "Calls ended.", [*labels, "grpc_code"], registry=registry)
         self._sent = Counter("grpc_server_msg_sent", "Messages sent in streams.", labels, registry=registry)
+        self._sent_by: dict[str, Counter] = {}  # by method: a look-up by labels costs more than counting
         self._seconds = Histogram(
             "grpc_server_handling_seconds",
             "From a call's arrival to its end.",
@@ -86,7 +87,10 @@ class GrpcMeter:
         self._started.labels(kind, *_names(method)).inc()
 
     def sent(self, method: str, kind: str) -> None:
-        self._sent.labels(kind, *_names(method)).inc()
+        counter = self._sent_by.get(method)
+        if counter is None:
+            counter = self._sent_by[method] = self._sent.labels(kind, *_names(method))
+        counter.inc()
 
     def ended(self, method: str, kind: str, caller: Caller | None, status: str, reason: str, duration_s: float) -> None:
         service, name = _names(method)

@@ -1,4 +1,4 @@
-"""What callers feel of their streams: the time to the first token, and between tokens, as they leave this process."""
+"""What callers feel of their streams: the time to the first token, and between tokens, as passed on here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from enum import StrEnum
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from common.telemetry import buckets
-from torchrelay.v1 import generation_pb2 as pb
 
 
 class Opening(StrEnum):
@@ -51,30 +50,32 @@ class StreamMetrics:
         """Watch a stream of a model; `began_at` is when its call arrived, by `clock`, None if nobody waits for it."""
         self.opened.labels(model, kind.value).inc()
         is_timed = kind is Opening.NEW and began_at is not None
-        return StreamWatch(self, model, began_at if is_timed else None)
+        return StreamWatch(
+            self.clock, self.first_token.labels(model), self.token_gap.labels(model), began_at if is_timed else None
+        )
 
 
 class StreamWatch:
     """One stream. What is replayed or waited for by nobody is not timed."""
 
-    __slots__ = ("_began_at", "_last_at", "_metrics", "_model")
+    __slots__ = ("_began_at", "_clock", "_first_token", "_last_at", "_token_gap")
 
-    def __init__(self, metrics: StreamMetrics, model: str, began_at: float | None) -> None:
-        self._metrics = metrics
-        self._model = model
+    def __init__(
+        self, clock: Callable[[], float], first_token: Histogram, token_gap: Histogram, began_at: float | None
+    ) -> None:
+        self._clock = clock
+        self._first_token = first_token
+        self._token_gap = token_gap
         self._began_at = began_at
         self._last_at: float | None = None
 
-    def saw(self, event: pb.GenerationEvent) -> None:
-        """An event goes out."""
-        if self._began_at is None or not event.HasField("deltas"):
+    def passed(self, num_tokens: int) -> None:
+        """A message with so many tokens is on its way to the caller."""
+        if self._began_at is None or not num_tokens:
             return
-        num_tokens = sum(len(delta.token_ids) for delta in event.deltas.deltas)
-        if not num_tokens:
-            return
-        now = self._metrics.clock()
+        now = self._clock()
         if self._last_at is None:
-            self._metrics.first_token.labels(self._model).observe(now - self._began_at)
+            self._first_token.observe(now - self._began_at)
         else:
-            self._metrics.token_gap.labels(self._model).observe((now - self._last_at) / num_tokens)
+            self._token_gap.observe((now - self._last_at) / num_tokens)
         self._last_at = now

@@ -110,18 +110,13 @@ def test_openai_requests_and_grpc_calls_share_the_tenants(registry: CollectorReg
     assert value(registry, "torchrelay_openai_request_seconds_sum", grpc_method="M") == 1.5
 
 
-def deltas(num_tokens: int) -> pb.GenerationEvent:
-    return pb.GenerationEvent(deltas=pb.Deltas(deltas=[pb.Delta(token_ids=range(num_tokens))]))
-
-
 def test_streams_are_timed_from_their_calls_arrival(registry: CollectorRegistry) -> None:
     clock = Clock()
     metrics = StreamMetrics(registry, clock)
     watch = metrics.watch("tiny", Opening.NEW, 0.0)
-    watch.saw(pb.GenerationEvent(progress=pb.Progress()))
     for at, num_tokens in ((0.5, 1), (0.9, 4), (1.0, 0), (1.2, 3)):
         clock.now = at
-        watch.saw(deltas(num_tokens))
+        watch.passed(num_tokens)
     assert value(registry, "torchrelay_gateway_time_to_first_token_seconds_sum", model_name="tiny") == 0.5
     gap = value(registry, "torchrelay_gateway_inter_token_latency_seconds_sum", model_name="tiny")
     assert gap == pytest.approx(0.4 / 4 + 0.3 / 3)
@@ -133,7 +128,7 @@ def test_what_is_replayed_or_nobody_waits_for_is_not_timed(
     registry: CollectorRegistry, kind: Opening, began_at: float | None
 ) -> None:
     metrics = StreamMetrics(registry)
-    metrics.watch("tiny", kind, began_at).saw(deltas(2))
+    metrics.watch("tiny", kind, began_at).passed(2)
     assert value(registry, "torchrelay_gateway_time_to_first_token_seconds_count", model_name="tiny") == 0
     assert value(registry, "torchrelay_streams_opened_total", model_name="tiny", kind=kind.value) == 1
 

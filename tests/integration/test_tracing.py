@@ -99,8 +99,8 @@ async def test_a_takeover_is_one_trace_from_the_client_to_both_workers(system: S
     )  # fmt: skip
     # The clocks of all processes are this machine's: acceptance lies within the call, and the wait ends with the claim.
     assert call.start_ns <= waited.start_ns + 2_000_000
-    assert abs(waited.end_ns - first.start_ns) < 50_000_000
-    assert call.end_ns >= computed.end_ns - 1_000_000_000
+    assert waited.start_ns <= waited.end_ns <= first.start_ns < second.start_ns <= computed.start_ns < computed.end_ns
+    assert first.start_ns < call.end_ns
     assert call.attributes["gen_ai.request.model"] == computed.attributes["gen_ai.request.model"] == MODEL
     assert call.attributes["gen_ai.response.id"] == computed.attributes["gen_ai.response.id"] == stream.generation_id
     assert call.attributes["rpc.grpc.status_code"] == 0

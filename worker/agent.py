@@ -158,7 +158,8 @@ class Agent:
             return
         await self._claims.preempt(victims, MAX_PREEMPTIONS)
         for generation_id in victims:
-            self._stop_computing(generation_id, "PREEMPTED")
+            if generation_id in self._holdings:  # else it has ended meanwhile, and its end is on its way
+                self._stop_computing(generation_id, "PREEMPTED")
         await self._engine.settled()
         if any(job.priority == HIGHEST_CLASS for job in await self._claim_once()):
             self._preempts_at = 0.0

@@ -14,7 +14,6 @@ _WINDOW_S = 10.0
 class _Report:
     time_s: float
     generated: int
-    prompt: int
 
 
 @dataclass(slots=True)
@@ -29,7 +28,7 @@ class Rates:
         for worker in snapshot.workers:
             reports = self._reports[worker.worker_id] = known.get(worker.worker_id, deque())
             moment = worker.report_time if worker.HasField("report_time") else snapshot.time
-            report = _Report(moment.ToMilliseconds() / 1000, worker.generated_tokens, worker.prompt_tokens)
+            report = _Report(moment.ToMilliseconds() / 1000, worker.generated_tokens)
             if not reports or report.time_s > reports[-1].time_s:
                 reports.append(report)
             while len(reports) > 2 and reports[-1].time_s - reports[1].time_s >= _WINDOW_S:
@@ -41,15 +40,8 @@ class Rates:
 
     def generated_per_s(self, worker_id: str) -> float | None:
         """Tokens that the worker generates in a second; None before its second report."""
-        return self._rate(worker_id, "generated")
-
-    def prompt_per_s(self, worker_id: str) -> float | None:
-        """Prompt tokens that it takes in; None before its second report."""
-        return self._rate(worker_id, "prompt")
-
-    def _rate(self, worker_id: str, name: str) -> float | None:
         reports = self._reports.get(worker_id)
         if reports is None or len(reports) < 2:
             return None
         first, last = reports[0], reports[-1]
-        return max(0.0, float(getattr(last, name) - getattr(first, name)) / (last.time_s - first.time_s))
+        return max(0.0, (last.generated - first.generated) / (last.time_s - first.time_s))

@@ -12,8 +12,9 @@ from unittest import mock
 import pytest
 from prometheus_client import CollectorRegistry
 
-from common.generation import JobBody, SamplingParams, Usage
-from common.jobs import ClaimedJob, CommitResult, Swept, WorkerInfo
+from common.generation import EventBody, JobBody, SamplingParams, Usage
+from common.jobs import ClaimedJob, CommitResult, JobState, NewEvent, Swept, WorkerInfo
+from tests.builders_metrics import value
 from tests.builders_system import until
 from worker.agent import Agent, StepHungError
 from worker.engine.types import EngineStats, GenerationRequest, StepResult
@@ -264,6 +265,35 @@ async def test_one_gives_way_and_then_its_place_is_claimed() -> None:
     assert claims.preempted == ["young", "old"]  # a round for each
     assert claims.calls[-2:] != ["preempt", "preempt"]
     assert all(after == "claim" for before, after in pairwise(claims.calls) if before == "preempt")
+
+
+async def test_what_ends_while_it_is_to_give_way_counts_as_ended() -> None:
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry, "test", 10)
+    claims = Crowded(jobs=[])
+    agent = Agent(
+        cast(Any, claims),
+        cast(Any, Idle(hangs=False)),
+        WorkerSettings(drain_s=0),
+        WorkerInfo,
+        metrics,
+        max_num_seqs=2,
+        beat_interval_s=BEAT_S,
+    )
+    agent._take(LOW)
+    preempt = claims.preempt
+
+    async def end_first(generation_ids: list[str], max_preemptions: int) -> int:
+        agent._holdings.drop("young")  # a step has brought its end, whose commit is under way
+        return await preempt(generation_ids, max_preemptions)
+
+    with mock.patch.object(claims, "preempt", end_first):
+        await agent._make_room()
+    assert claims.preempted == ["young"]
+    end = NewEvent(generation_id="young", body=EventBody(), completion_tokens=4, terminal=JobState.DONE)
+    metrics.committed([end], ())
+    assert value(registry, "torchrelay_request_success_total", model_name="test", finished_reason="done") == 1
+    assert value(registry, "torchrelay_jobs_dropped_total", model_name="test", reason="PREEMPTED") == 0
 
 
 async def test_what_was_made_room_for_and_did_not_come_stops_preemption_for_a_while() -> None:

@@ -444,8 +444,8 @@ async def test_an_interrupted_command_says_how_to_go_on_and_the_batch_goes_on(
     system: System, client: AsyncClient, tmp_path: Path
 ) -> None:
     requests, found = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
-    line = {"generate": {"model": MODEL, "input": {"text": "one two"}, "config": {"max_tokens": 60}}}
-    requests.write_text((json.dumps(line) + "\n") * 100)
+    line = {"generate": {"model": MODEL, "input": {"text": "one two"}, "config": {"max_tokens": 150}}}
+    requests.write_text((json.dumps(line) + "\n") * 200)  # seconds of work, of which the first result takes little
     address = ["--address", system.gateways[0].address, "--api-key", system.key, "--insecure"]
     program = [sys.executable, "-c", "from torchrelay.cli.main import main; main()", "batch", "run", str(requests)]
     process = await asyncio.create_subprocess_exec(*program, "-o", str(found), *address, stderr=asyncio.subprocess.PIPE)
@@ -465,6 +465,6 @@ async def test_an_interrupted_command_says_how_to_go_on_and_the_batch_goes_on(
     assert f"torchrelay batch run --batch {batch_id} --output {found}" in says
     assert f"torchrelay batch cancel {batch_id}" in says
     done = await asyncio.to_thread(command, system, "run", "--batch", batch_id, "-o", str(found))
-    assert done.stderr == "100 of 100 succeeded\n"
+    assert done.stderr == "200 of 200 succeeded\n"
     indices = [int(json.loads(text)["index"]) for text in found.read_text().splitlines()]
-    assert indices == list(range(1, 101))
+    assert indices == list(range(1, 201))

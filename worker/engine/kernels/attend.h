@@ -223,9 +223,14 @@ Tile<T> make_tile(const Arguments& a, const Item& item, int rows, float* query) 
     const T* source = static_cast<const T*>(a.query) + head * a.query_head_stride +
                       (a.query_starts[item.sequence] + static_cast<int64_t>(token)) * a.query_token_stride;
     if constexpr (kPaired<T>) {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(query);
-      for (int d = 0; d < tile.key_dim; d += 2)
-        pairs[d / 2 * rows + r] = source[d].bits | (d + 1 < tile.key_dim ? uint32_t{source[d + 1].bits} << 16 : 0u);
+      char* const pairs = reinterpret_cast<char*>(query + r);
+      const int64_t stride = rows * static_cast<int64_t>(sizeof(float));
+      int d = 0;
+      for (; d + 2 <= tile.key_dim; d += 2) std::memcpy(pairs + d / 2 * stride, source + d, 2 * sizeof(T));
+      if (d < tile.key_dim) {
+        const T last[2] = {source[d], T{0}};
+        std::memcpy(pairs + d / 2 * stride, last, sizeof last);
+      }
     } else {
       for (int d = 0; d < tile.key_dim; d++) query[d * rows + r] = to_float(source[d]) * a.scale;
     }
@@ -266,14 +271,14 @@ void finish_rows(const Arguments& a, const Item& item, const Partial& whole) {
 // Fetches the first keys of an item that is to come: those that follow are fetched on the way, see tile.h.
 template <typename T>
 void fetch_start(const Arguments& a, const Item& item) {
-  if (item.num_rows > 4) return;
+  if (item.num_rows > kFewRows) return;
   const int32_t* blocks = a.block_tables + item.sequence * a.block_table_stride;
   const int64_t size = padded_key_dim<T>(a.key_dim) * kBlockSize;
   const int first = item.first_segment * (kSegment / kBlockSize);
   const int last = std::min<int64_t>(first + 4, (a.context_lens[item.sequence] + kBlockSize - 1) / kBlockSize);
   for (int block = first; block < last; block++) {
     const T* keys = static_cast<const T*>(a.key_cache) + (blocks[block] * a.num_kv_heads + item.kv_head) * size;
-    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(keys + i);
+    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(keys + i, 0, 2);
   }
 }
 

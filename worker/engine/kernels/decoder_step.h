@@ -162,8 +162,8 @@ class Step {
       const float* pending = i > 0 ? d_.layers[i - 1].mlp_output_norm : nullptr;
       norm_rows(thread, x, num_rows, pending, layer.attention_norm, layer.qkv, inputs_, adapted(0));
       spent(thread, &DecoderTimes::norms);
-      multiply(layer.qkv, inputs_, num_rows, adapted(0), [&](int64_t row, int64_t first, int64_t count, const float* y) {
-        std::memcpy(qkv_ + row * layer.qkv.outputs + first, y, count * sizeof(float));
+      multiply(layer.qkv, inputs_, num_rows, adapted(0), [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
+        store_columns<kVectors>(y, count, qkv_ + row * layer.qkv.outputs + first);
       });
       spent(thread, &DecoderTimes::linears);
       const Arguments a = attention_arguments(layer);
@@ -189,16 +189,17 @@ class Step {
       spent(thread, &DecoderTimes::norms);
       const bool down_is_plain = is_plain(layer.down);
       const int64_t down_words = row_words(layer.down);
-      multiply(layer.gate_up, inputs_, num_rows, adapted(2), [&](int64_t row, int64_t first, int64_t, const float* y) {
-        float active[kColumns];
-        gate(d_.activation, y, y + kColumns, active);
+      multiply(layer.gate_up, inputs_, num_rows, adapted(2), [&](int64_t row, int64_t first, int64_t, const Floats* y) {
+        Floats active[kVectors / 2];
+        for (int c = 0; c < kVectors / 2; c++) active[c] = gate(d_.activation, y[c], y[c + kVectors / 2]);
         const int64_t at = first / 2, count = std::min<int64_t>(kColumns, d_.mlp_size - at);
+        uint32_t* const words = mlp_inputs_ + row * down_words;
         if (!down_is_plain)
-          std::memcpy(mlp_ + row * d_.mlp_size + at, active, count * sizeof(float));
+          store_columns<kVectors / 2>(active, count, mlp_ + row * d_.mlp_size + at);
         else if (layer.down.format == kLinearFloat32)
-          convert_row(active, count, reinterpret_cast<float*>(mlp_inputs_ + row * down_words) + at);
+          store_columns<kVectors / 2>(active, count, reinterpret_cast<float*>(words) + at);
         else
-          convert_row(active, count, reinterpret_cast<BFloat16Format::Input*>(mlp_inputs_ + row * down_words) + at);
+          store_columns<kVectors / 2>(active, count, reinterpret_cast<BFloat16Format::Input*>(words) + at);
       });
       if (!down_is_plain)
         each_row([&](int64_t row) { prepare(layer.down, mlp_ + row * d_.mlp_size, row, mlp_inputs_); }, num_rows);
@@ -214,11 +215,13 @@ class Step {
     }
     norm_rows(thread, x, num_rows, d_.layers[d_.num_layers - 1].mlp_output_norm, d_.final_norm, d_.head, inputs_,
               Adapted{});
-    multiply(d_.head, inputs_, num_rows, Adapted{}, [&](int64_t row, int64_t first, int64_t count, const float* y) {
-      float* target = s_.logits + row * d_.vocab_size + first;
-      for (int64_t i = 0; i < count; i++) target[i] = y[i] * d_.logit_scale;
-      if (d_.logit_softcap > 0.0f)
-        for (int64_t i = 0; i < count; i++) target[i] = std::tanh(target[i] / d_.logit_softcap) * d_.logit_softcap;
+    multiply(d_.head, inputs_, num_rows, Adapted{}, [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
+      Floats logits[kVectors];
+      for (int c = 0; c < kVectors; c++) {
+        logits[c] = y[c] * d_.logit_scale;
+        if (d_.logit_softcap > 0.0f) logits[c] = hyperbolic_tangent(logits[c] / d_.logit_softcap) * d_.logit_softcap;
+      }
+      store_columns<kVectors>(logits, count, s_.logits + row * d_.vocab_size + first);
     });
     spent(thread, &DecoderTimes::head);
   }
@@ -391,17 +394,16 @@ class Step {
   void multiply_add(const Linear& linear, const uint32_t* words, int64_t num_rows, const Adapted& adapted, float* x,
                     const float* norm) {
     multiply(linear, words, num_rows, adapted,
-             [&](int64_t row, int64_t first, int64_t count, const float* y) {
-               float* const target = (norm ? branch_ : x) + row * d_.hidden_size + first;
-               if (norm) {
-                 std::memcpy(target, y, count * sizeof(float));
-               } else {
-                 for (int64_t i = 0; i < count; i++) target[i] += y[i] * d_.residual_scale;
-               }
+             [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
+               const int64_t at = row * d_.hidden_size + first;
+               if (norm)
+                 store_columns<kVectors>(y, count, branch_ + at);
+               else
+                 add_columns<kVectors>(y, d_.residual_scale, count, x + at);
              });
   }
 
-  // Calls take(row, first output, number of outputs, float outputs[kPanel]) for all of the product, with what adapters add.
+  // Calls take(row, first output, number of outputs, Floats outputs[kVectors]) for all of the product, with what adapters add.
   template <typename Take>
   void multiply(const Linear& linear, const uint32_t* rows, int64_t num_rows, const Adapted& adapted, Take take) {
     switch (linear.format) {
@@ -462,15 +464,12 @@ class Step {
           run_tile<Product>(static_cast<int>(end - row), rows + row * row_words, linear.inputs, weights, next, sums);
           const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, linear.outputs - first);
           for (int64_t r = row; r < end; r++) {
-            float outputs[kPanel];
-            for (int c = 0; c < kVectors; c++) {
-              Floats y = sums[(r - row) * kVectors + c];
-              if (linear.bias) y += load(linear.bias + first + c * kLanes);
-              store(outputs + c * kLanes, y);
-            }
+            Floats* const y = sums + (r - row) * kVectors;
+            if (linear.bias)
+              for (int c = 0; c < kVectors; c++) y[c] += load(linear.bias + first + c * kLanes);
             if (const LowRank* const found = low_rank(adapted, r))
-              add_up(*found, projected_ + r * most_rank_, first, linear.outputs, outputs);
-            take(r, first, count, outputs);
+              add_up(*found, projected_ + r * most_rank_, first, linear.outputs, y);
+            take(r, first, count, y);
           }
         }
       }

@@ -34,8 +34,8 @@ inline void project_down(const LowRank& adapted, const float* x, int64_t inputs,
   for (; k < adapted.rank; k++) project<1>(adapted.down + k * inputs, x, inputs, target + k);
 }
 
-// y [kPanel] += what `projected` [rank] comes to in the outputs from `first` on.
-inline void add_up(const LowRank& adapted, const float* projected, int64_t first, int64_t outputs, float* y) {
+// y [kVectors] += what `projected` [rank] comes to in the outputs from `first` on.
+inline void add_up(const LowRank& adapted, const float* projected, int64_t first, int64_t outputs, Floats* y) {
   constexpr int kParts = kColumns / kLanes;
   for (int64_t at = 0; at < kPanel && first + at < outputs; at += kColumns) {
     const LowRankBlock& block = adapted.blocks[(first + at) / kColumns];
@@ -44,7 +44,7 @@ inline void add_up(const LowRank& adapted, const float* projected, int64_t first
     Floats sums[kParts] = {};
     for (int64_t k = 0; k < block.count; k++, up += kColumns)
       for (int c = 0; c < kParts; c++) sums[c] += load(up + c * kLanes) * projected[block.first + k];
-    for (int c = 0; c < kParts; c++) store(y + at + c * kLanes, load(y + at + c * kLanes) + sums[c]);
+    for (int c = 0; c < kParts; c++) y[at / kLanes + c] += sums[c];
   }
 }
 

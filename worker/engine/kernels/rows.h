@@ -100,20 +100,38 @@ inline void prepare_row(const Linear& linear, const float* x, uint32_t* words) {
   }
 }
 
-// Gates [16] and ups [16] to activation(gate) * up [16].
-inline void gate(int64_t activation, const float* gates, const float* ups, float* target) {
-  for (int i = 0; i < kColumns; i += kLanes) {
-    const Floats g = load(gates + i);
-    Floats active;
-    if (activation == kSilu) {
-      const Floats x = g < -88.0f ? broadcast(88.0f) : -g;
-      active = g / (exponential(x) + 1.0f);
-    } else {
-      const Floats inner = (g * g * g * 0.044715f + g) * 0.7978845608028654f;
-      active = (hyperbolic_tangent(inner) + 1.0f) * g * 0.5f;
-    }
-    store(target + i, active * load(ups + i));
+// Activation of gates, times ups.
+inline Floats gate(int64_t activation, Floats g, Floats ups) {
+  if (activation == kSilu) {
+    const Floats x = g < -88.0f ? broadcast(88.0f) : -g;
+    return g * reciprocal(exponential(x) + 1.0f) * ups;
   }
+  const Floats inner = (g * g * g * 0.044715f + g) * 0.7978845608028654f;
+  return (hyperbolic_tangent(inner) + 1.0f) * g * 0.5f * ups;
+}
+
+// Writes the first `count` of the numbers in V vectors: of floats as they are, or rounded.
+template <int V, typename T>
+inline void store_columns(const Floats* y, int64_t count, T* target) {
+  if (count == V * kLanes) {
+    for (int c = 0; c < V; c++) store(target + c * kLanes, y[c]);
+    return;
+  }
+  T columns[V * kLanes];
+  for (int c = 0; c < V; c++) store(columns + c * kLanes, y[c]);
+  std::memcpy(target, columns, count * sizeof(T));
+}
+
+// Adds the first `count` of the numbers in V vectors, scaled.
+template <int V>
+inline void add_columns(const Floats* y, float scale, int64_t count, float* target) {
+  if (count == V * kLanes) {
+    for (int c = 0; c < V; c++) store(target + c * kLanes, y[c] * scale + load(target + c * kLanes));
+    return;
+  }
+  float columns[V * kLanes];
+  for (int c = 0; c < V; c++) store(columns + c * kLanes, y[c]);
+  for (int64_t i = 0; i < count; i++) target[i] += columns[i] * scale;
 }
 
 }  // namespace torchrelay

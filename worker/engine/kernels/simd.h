@@ -92,22 +92,20 @@ inline Pairs broadcast_for(Pairs, const float* source) { return broadcast_pair(s
 // Rounds each sum of two products to nearest even; denormals count as zero.
 inline Floats multiply_add(Pairs a, Pairs b, Floats sum) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
-// 2^x for x <= 0 within 1e-4, for weights that are rounded to bfloat16 next, which is to 4e-3; exactly 0 below -150. A
-// NaN stays a NaN. 2^n times a minimax polynomial of 2^f on [0, 1).
+// 2^x for x <= 0 within 1e-4, for weights that are rounded to bfloat16 next, which is to 4e-3; exactly 0 below -150, of
+// -infinity too, which leaves no fraction. A NaN stays a NaN. 2^n times a minimax polynomial of 2^f on [0, 1).
 inline Floats rough_power_of_two(Floats x) {
-  const __m512 t = _mm512_max_ps(_mm512_set1_ps(-1000.0f), (__m512)x);  // of a NaN the second, of -infinity the first
-  const Floats f = (Floats)_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Floats p = broadcast(7.80245226e-2f);
   p = p * f + 2.26067155e-1f;
   p = p * f + 6.9583354e-1f;
   p = p * f + 9.99925219e-1f;
-  return (Floats)_mm512_scalef_ps((__m512)p, t);
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 
 // Rounds to nearest even; a NaN stays a NaN.
 inline void store(BFloat16* target, Floats x) {
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-  std::memcpy(target, &rounded, sizeof rounded);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 #else
 inline Floats load_keys(const BFloat16* source) { return load(source); }
@@ -134,6 +132,16 @@ inline void store(BFloat16* target, Floats x) {
   std::memcpy(target, &halves, sizeof halves);
 }
 #endif
+
+// 1 / x for 1 <= x, within an ulp or two; of numbers beyond 1e38 possibly 0. A NaN stays a NaN.
+inline Floats reciprocal(Floats x) {
+#if defined(__AVX512F__)
+  const Floats estimate = (Floats)_mm512_rcp14_ps((__m512)x);  // a division takes the time of ten multiplications
+  return estimate * (2.0f - x * estimate);
+#else
+  return 1.0f / x;
+#endif
+}
 
 inline float to_float(float x) { return x; }
 inline float to_float(Widened x) { return x.number; }
@@ -170,12 +178,17 @@ inline float horizontal_maximum(Floats x) {
 #endif
 }
 
+// Halves are added up, and halves of these.
 inline float horizontal_sum(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float lanes[kLanes];
   store(lanes, x);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
   return lanes[0];
+#endif
 }
 
 // e^x within 2 ulp for x <= 88; exactly 0 below -87, so that masked scores weigh nothing. A NaN stays a NaN.

@@ -30,6 +30,7 @@ constexpr int64_t padded_key_dim(int64_t key_dim) {
 }
 
 constexpr int kSegment = 256;
+constexpr int kFewRows = 4;  // with up to so many attention waits for memory more than it computes
 constexpr int kMaxRows = kAccumulators / 2;
 constexpr int kUnitsPerBlock = kBlockSize / kLanes;  // a unit: kLanes neighbouring tokens of a block
 
@@ -103,21 +104,45 @@ inline Floats bias_of_unit(const Tile<T>& tile, int row, int unit) {
   return result;
 }
 
+// Softcap, bias and mask of units whose products are in scores[units][R][kLanes]. Apart from the products, so that their
+// sums need not leave the registers for what few tiles have.
+template <typename T, int R>
+__attribute__((noinline)) void edit_scores(const Tile<T>& tile, int unit, int num_units, float* scores, Floats* maxima) {
+  const float inverse = (kPaired<T> ? tile.scale : 1.0f) / tile.softcap;
+  const float scale = kPaired<T> && !(tile.softcap > 0.0f) ? tile.scale : 1.0f;
+  for (int u = 0; u < num_units; u++, unit++) {
+    const Ints positions = unit_positions(unit);
+    const bool all_seen = unit * kLanes >= tile.all.first && (unit + 1) * kLanes <= tile.all.last;
+    for (int r = 0; r < R; r++, scores += kLanes) {
+      Floats score = load(scores);
+      if (tile.softcap > 0.0f) score = hyperbolic_tangent(score * inverse) * tile.softcap;
+      if (tile.distance_bias[0] != nullptr) score = score * scale + bias_of_unit(tile, r, unit);
+      if (!all_seen) {
+        const Ints seen = (positions >= tile.visible[r].first) & (positions < tile.visible[r].last);
+        score = seen ? score : broadcast(kMasked);
+      }
+      maxima[r] = maximum(maxima[r], score);
+      store(scores, score);
+    }
+  }
+}
+
 // Scores of U units for R rows, with mask, softcap and bias, to scores[U][R][kLanes]; still to be scaled.
 //
-// `ahead` are units that will be read next: where few rows share a key, attention waits for memory, and blocks lie
-// scattered in it. For the same reason the values of these tokens are fetched, which are wanted soon.
+// `ahead` are units that will be read next: blocks lie scattered, so that no processor guesses them. Where few rows share a
+// key, attention waits for memory: they are fetched into the second-level cache, which can wait for more lines than the
+// first, and so are the values of these tokens, which are wanted soon. Else they come from there.
 template <typename T, int R, int U>
 inline void score_units(const Tile<T>& tile, int unit, int ahead, float* scores, Floats* maxima) {
-  constexpr bool kPrefetch = R <= 4;
+  constexpr bool kWaits = R <= kFewRows;
   const T* keys[U];
   const T* next[U];
   const char* values[U];
   Floats sums[U][R];
   for (int u = 0; u < U; u++) {
     keys[u] = tile.key_unit(unit + u);
-    if constexpr (kPrefetch) {
-      next[u] = tile.key_unit(ahead + u);
+    next[u] = tile.key_unit(ahead + u);
+    if constexpr (kWaits) {
       values[u] = reinterpret_cast<const char*>(tile.value_unit(unit + u));
     }
     for (int r = 0; r < R; r++) sums[u][r] = Floats{};
@@ -128,40 +153,22 @@ inline void score_units(const Tile<T>& tile, int unit, int ahead, float* scores,
     decltype(load_keys(keys[0])) key[U];
     for (int u = 0; u < U; u++) {
       key[u] = load_keys(keys[u] + d * kBlockSize);
-      if constexpr (kPrefetch) {
-        __builtin_prefetch(next[u] + d * kBlockSize);
-        __builtin_prefetch(values[u] + d * (64 / kStep));
-      }
+      __builtin_prefetch(next[u] + d * kBlockSize, 0, kWaits ? 2 : 3);
+      if constexpr (kWaits) __builtin_prefetch(values[u] + d * (64 / kStep), 0, 2);
     }
     for (int r = 0; r < R; r++) {
       const auto both = broadcast_for(key[0], query + r);
       for (int u = 0; u < U; u++) sums[u][r] = multiply_add(key[u], both, sums[u][r]);
     }
   }
-  if (tile.softcap > 0.0f) {
-    const float inverse = (kPaired<T> ? tile.scale : 1.0f) / tile.softcap;
-    for (int u = 0; u < U; u++)
-      for (int r = 0; r < R; r++) sums[u][r] = hyperbolic_tangent(sums[u][r] * inverse) * tile.softcap;
-  }
-  if (tile.distance_bias[0] != nullptr) {
-    const float scale = kPaired<T> && !(tile.softcap > 0.0f) ? tile.scale : 1.0f;
-    for (int u = 0; u < U; u++)
-      for (int r = 0; r < R; r++) sums[u][r] = sums[u][r] * scale + bias_of_unit(tile, r, unit + u);
-  }
-  if (unit * kLanes < tile.all.first || (unit + U) * kLanes > tile.all.last) {
-    for (int u = 0; u < U; u++) {
-      const Ints positions = unit_positions(unit + u);
-      for (int r = 0; r < R; r++) {
-        const Ints seen = (positions >= tile.visible[r].first) & (positions < tile.visible[r].last);
-        sums[u][r] = seen ? sums[u][r] : broadcast(kMasked);
-      }
-    }
-  }
+  const bool all_seen = unit * kLanes >= tile.all.first && (unit + U) * kLanes <= tile.all.last;
+  const bool is_plain = all_seen && !tile.has_edits();
   for (int u = 0; u < U; u++)
     for (int r = 0; r < R; r++) {
-      maxima[r] = maximum(maxima[r], sums[u][r]);
+      if (is_plain) maxima[r] = maximum(maxima[r], sums[u][r]);
       store(scores + (u * R + r) * kLanes, sums[u][r]);
     }
+  if (!is_plain) edit_scores<T, R>(tile, unit, U, scores, maxima);
 }
 
 // Weighted sums of the values [first_dim, first_dim + C * kLanes) over tokens [begin, end).
@@ -202,7 +209,10 @@ inline void weigh_pairs(const Tile<BFloat16>& tile, int begin, int end, const BF
     const BFloat16* values =
         tile.value_block(block) + 2 * first_dim + static_cast<int64_t>(token % kBlockSize) * tile.value_dim;
     const BFloat16* weight = weights + (token / kLanes - first_unit) * R * kLanes + token % kLanes;
-    for (; token < block_end; token += 2, weight += 2, values += 2 * tile.value_dim) {
+    const BFloat16* next = block_end < end ? tile.value_block(block + 1) + 2 * first_dim : values;
+    for (; token < block_end; token += 2, weight += 2, values += 2 * tile.value_dim, next += 2 * tile.value_dim) {
+      if constexpr (R > kFewRows)  // of few they are on their way
+        for (int c = 0; c < C; c++) __builtin_prefetch(next + 2 * c * kLanes);
       Pairs value[C];
       for (int c = 0; c < C; c++) value[c] = load_pairs(values + 2 * c * kLanes);
       if (token < begin || token + 1 >= end)

@@ -64,11 +64,16 @@ def delta_message(delta: OutputDelta, generation_id: str) -> pb.Delta:
         first_token_index=delta.first_token_index,
         token_ids=delta.token_ids,
         text=delta.text,
-        logprobs=delta.logprobs,
-        reasoning_text=delta.reasoning_text,
-        top_logprobs=map(_alternatives, delta.top_logprobs),
-        ranks=delta.ranks,
     )
+    # Seldom there, and an empty list costs as much as a full one: this is made for every token.
+    if delta.logprobs:
+        message.logprobs.extend(delta.logprobs)
+    if delta.reasoning_text:
+        message.reasoning_text = delta.reasoning_text
+    if delta.top_logprobs:
+        message.top_logprobs.extend(map(_alternatives, delta.top_logprobs))
+    if delta.ranks:
+        message.ranks.extend(delta.ranks)
     for call in delta.tool_calls:
         call_id = tool_call_id(generation_id, delta.output_index, call.index) if call.name else ""
         message.tool_calls.add(index=call.index, id=call_id, name=call.name, arguments=call.arguments)

@@ -140,17 +140,17 @@ class Guard(grpc.aio.ServerInterceptor):
         A call that ends while it writes then closes the generator at once, not when it is collected. Raises
         ClientTooSlow, when the generator is closed.
         """
-        now = asyncio.get_running_loop().time
         try:
             async with (
                 asyncio.timeout(None) as sending,
                 contextlib.aclosing(handler.unary_stream(parse(deserialize, data), context)) as responses,
             ):
-                async for response in responses:
-                    sending.reschedule(now() + self._send_timeout_s)
-                    await context.write(response)  # returns when the client's window has room: the back-pressure
-                    sending.reschedule(None)
-                    self._meter.sent(method, SERVER_STREAM)
+                with _Patience(sending, self._send_timeout_s) as patience:
+                    async for response in responses:
+                        patience.waits()
+                        await context.write(response)  # returns when the client's window has room: the back-pressure
+                        patience.rests()
+                        self._meter.sent(method, SERVER_STREAM)
         except TimeoutError as error:
             if not sending.expired():
                 raise  # one of the handler's own
@@ -175,6 +175,39 @@ class Guard(grpc.aio.ServerInterceptor):
 
         async with contextlib.aclosing(messages()) as requests:
             return await handler.stream_unary(requests, context)
+
+
+class _Patience:
+    """Lets a timeout expire once something has been waited for longer than a limit, by up to a quarter of it.
+
+    To move the timeout for each message instead costs five times as much, and there is one for each token.
+    """
+
+    def __init__(self, timeout: asyncio.Timeout, limit_s: float) -> None:
+        self._timeout = timeout
+        self._limit_s = limit_s
+        self._loop = asyncio.get_running_loop()
+        self._since: float | None = None
+
+    def __enter__(self) -> _Patience:
+        self._timer = self._loop.call_later(self._limit_s / 4, self._look)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def waits(self) -> None:
+        self._since = self._loop.time()
+
+    def rests(self) -> None:
+        self._since = None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._since is not None and now - self._since > self._limit_s:
+            self._timeout.reschedule(now)
+        else:
+            self._timer = self._loop.call_later(self._limit_s / 4, self._look)
 
 
 async def _read_out(received: AsyncIterator[bytes]) -> None:

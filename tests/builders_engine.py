@@ -304,10 +304,15 @@ class Driver:
         return result
 
     def _check_blocks(self) -> None:
-        """Sequences hold no more blocks than they need, and what others may share is computed."""
-        pool = self.engine._pool
+        """Sequences hold no more blocks than they need, and what others may share is computed.
+
+        Guesses of a step in flight need room too: one that follows on a part of a prompt is launched with them.
+        """
+        pool, flight = self.engine._pool, self.engine._flight
+        num_drafts = {chunk.sequence: len(chunk.drafts) for chunk in flight.plan.chunks} if flight else {}
         for sequence in self.engine._scheduler.sequences():
-            assert len(sequence.block_ids) <= pool.num_blocks_for(sequence.num_tokens), sequence
+            num_tokens = sequence.num_tokens + num_drafts.get(sequence, 0)
+            assert len(sequence.block_ids) <= pool.num_blocks_for(num_tokens), sequence
             known = [i for i, block_id in enumerate(sequence.block_ids) if block_id in pool._hash_of_block]
             assert all((i + 1) * pool.block_size <= sequence.num_computed_tokens for i in known), sequence
 

@@ -317,6 +317,19 @@ def run_workload(
     poisoned=None,
     runs_ahead=False,
 )
+@example(  # a step with a draft is launched while the prompt's first part is in flight
+    workload=[(0, make_request("r0", [0] * 20, max_tokens=2))],
+    memory=1,
+    vocab_size=4,
+    num_blocks=17,
+    token_budget=19,
+    max_num_seqs=2,
+    max_draft_tokens=1,
+    aborts={},
+    fail_steps=set(),
+    poisoned=None,
+    runs_ahead=True,
+)
 def test_any_workload_gives_each_request_what_it_gets_without_speculation(
     workload: list[tuple[int, GenerationRequest]],
     memory: int | None,

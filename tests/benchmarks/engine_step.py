@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from common.generation import SamplingParams
-from tests.benchmarks.stopwatch import Stopwatch
+from tests.benchmarks.stopwatch import watch_engine
 from worker.assembly import choose_backend
 from worker.engine.cost import UNMEASURED
 from worker.engine.loop import Engine
@@ -90,12 +90,7 @@ def measure(model: PreTrainedModel, batch_size: int, args: argparse.Namespace) -
         engine.add(GenerationRequest(f"r{i}", tuple(prompt), sampling))
     while sum(len(output.deltas) for output in engine.step(0.0).outputs) < batch_size:
         pass
-    watch = Stopwatch(PARTS, torch.cuda.synchronize if model.device.type == "cuda" else lambda: None)
-    watch.wrap(engine, "_plan", "plan")
-    watch.wrap(runner._buffers, "fill", "batch")
-    watch.wrap(runner, "execute", "forward")
-    watch.wrap(engine._sampler, "sample", "sample")
-    watch.wrap(engine, "_update", "update")
+    watch = watch_engine(engine, PARTS, torch.cuda.synchronize if model.device.type == "cuda" else lambda: None)
     totals, parts, num_tokens = [], [], 0
     for step in range(args.warmup + args.steps):
         watch.reset()

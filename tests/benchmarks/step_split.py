@@ -24,36 +24,15 @@ from typing import Any, Final
 from tests.benchmarks import report
 from tests.benchmarks.contestants.base import Output
 from tests.benchmarks.contestants.engine import InProcessEngine, add_arguments
-from tests.benchmarks.stopwatch import Stopwatch
+from tests.benchmarks.stopwatch import Stopwatch, watch_engine
 from tests.benchmarks.workload import Request, Workload
 from worker.engine.device import num_compute_threads
 
 DECODER_PARTS: Final = ("norms", "linears", "rotary", "attention", "head")
 PARTS: Final = ("plan", "batch", *DECODER_PARTS, "forward", "sample", "update")
-_CALLS: Final = {  # from the engine
-    "plan": "_plan",
-    "batch": "_runner._buffers.fill",
-    "attention": "_runner._attention._backend.attend",
-    "forward": "_runner.execute",
-    "sample": "_sampler.sample",
-    "update": "_update",
-}
 _BATCHES: Final = (1, 8, 32)
 _WARM_UP, _STEPS, _PROFILED = 5, 40, 10
 _NUM_OPERATIONS: Final = 6  # shown by name
-
-
-def watch_engine(contestant: InProcessEngine) -> Stopwatch:
-    """Time the parts of every step from now on. A part that this engine does not have stays at zero."""
-    watch = Stopwatch(PARTS)
-    for part, path in _CALLS.items():
-        *owners, name = path.split(".")
-        owner: Any = contestant.engine
-        for attribute in owners:
-            owner = getattr(owner, attribute, None)
-        if hasattr(owner, name):
-            watch.wrap(owner, name, part)
-    return watch
 
 
 def time_steps(
@@ -96,7 +75,7 @@ def profile_steps(contestant: InProcessEngine, running: dict[str, Output], count
 
 def split(contestant: InProcessEngine, workload: Workload) -> dict[str, Any]:
     """Return by kind of step the medians of its parts and its largest operations, milliseconds."""
-    watch, rows = watch_engine(contestant), {}
+    watch, rows = watch_engine(contestant.engine, PARTS), {}
     prompts = [request.prompt for request in workload.runs["W1"][0]]
     for width in _BATCHES:
         length = _WARM_UP + _STEPS + _PROFILED + 4

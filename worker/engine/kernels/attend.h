@@ -282,10 +282,11 @@ void fetch_start(const Arguments& a, const Item& item) {
   }
 }
 
-template <typename T, int R>
-void run_tile_item(const Arguments& a, const Item& item, const Scratch& scratch, float* partials) {
+template <typename T, int R, typename MayWrite>
+void run_tile_item(const Arguments& a, const Item& item, const Scratch& scratch, float* partials, MayWrite may_write) {
   const Tile<T> tile = make_tile<T>(a, item, R, scratch.query);
   if (item.partials >= 0) {
+    if (!may_write()) return;
     for (int s = item.first_segment; s < item.last_segment; s++)
       attend_segment<T, R>(tile, s, scratch.scores,
                            Scratch::at(partials + (item.partials + s - item.first_segment) * Scratch::partial_size(a)));
@@ -296,7 +297,7 @@ void run_tile_item(const Arguments& a, const Item& item, const Scratch& scratch,
     attend_segment<T, R>(tile, s, scratch.scores, scratch.part);
     merge(scratch.whole, scratch.part, R, tile.value_dim);
   }
-  finish_rows<T>(a, item, scratch.whole);
+  if (may_write()) finish_rows<T>(a, item, scratch.whole);
 }
 
 // Calls work(integral_constant) with the number of rows that a tile is computed as.
@@ -326,8 +327,8 @@ void widen(const T* source, const T* next, int64_t size, Widened* target) {
 }
 
 // Several tiles segment by segment, each as it would be alone: widening rounds nothing.
-template <typename T>
-void run_widened(const Arguments& a, const Item& item, const Scratch& scratch) {
+template <typename T, typename MayWrite>
+void run_widened(const Arguments& a, const Item& item, const Scratch& scratch, MayWrite may_write) {
   Tile<Widened> tiles[kTilesTogether];
   Item items[kTilesTogether];
   Partial wholes[kTilesTogether];
@@ -375,24 +376,27 @@ void run_widened(const Arguments& a, const Item& item, const Scratch& scratch) {
       });
     }
   }
+  if (!may_write()) return;
   for (int t = 0; t < num_tiles; t++) finish_rows<T>(a, items[t], wholes[t]);
 }
 
-template <typename T>
-void run_item(const Arguments& a, const Item& item, const Scratch& scratch, float* partials) {
+// Calls may_write() once, before it writes where others read, and if that is false writes nothing.
+template <typename T, typename MayWrite>
+void run_item(const Arguments& a, const Item& item, const Scratch& scratch, float* partials, MayWrite may_write) {
   if constexpr (kWidens<T>)
-    if (item.num_rows > kMaxRows) return run_widened<T>(a, item, scratch);
-  with_rows(item.num_rows, [&](auto rows) { run_tile_item<T, rows>(a, item, scratch, partials); });
+    if (item.num_rows > kMaxRows) return run_widened<T>(a, item, scratch, may_write);
+  with_rows(item.num_rows, [&](auto rows) { run_tile_item<T, rows>(a, item, scratch, partials, may_write); });
 }
 
-template <typename T>
-void merge_split(const Arguments& a, const Item& tile, const Scratch& scratch, float* partials) {
+// As `run_item`.
+template <typename T, typename MayWrite>
+void merge_split(const Arguments& a, const Item& tile, const Scratch& scratch, float* partials, MayWrite may_write) {
   const int rows = padded_rows(tile.num_rows);
   begin_rows(a, tile, rows, scratch.whole);
   for (int s = tile.first_segment; s < tile.last_segment; s++)
     merge(scratch.whole, Scratch::at(partials + (tile.partials + s - tile.first_segment) * Scratch::partial_size(a)),
           rows, static_cast<int>(a.value_dim));
-  finish_rows<T>(a, tile, scratch.whole);
+  if (may_write()) finish_rows<T>(a, tile, scratch.whole);
 }
 
 inline bool is_consistent(const Arguments& a) {

@@ -36,6 +36,7 @@ _PREBUILT: Final = _HERE / "prebuilt"
 _SOURCE: Final = _HERE / "kernels.cpp"
 _HEADERS: Final = (
     *(
+        "arena.h",
         "attend.h",
         "decoder.h",
         "decoder_step.h",

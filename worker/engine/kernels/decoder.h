@@ -25,6 +25,10 @@ struct Linear {
   int64_t format;
 };
 
+inline bool is_plain(const Linear& linear) {
+  return linear.format == kLinearFloat32 || linear.format == kLinearBFloat16;
+}
+
 // Norms are RMS norms (arXiv:1910.07467) with weights in float32; null where the model has none.
 struct Layer {
   Linear qkv;  // queries of all heads, then keys, then values

@@ -6,13 +6,14 @@
 // Rows with an adapter get what it adds to each product: projected down where the product's inputs are made, and up where
 // its outputs are taken.
 //
-// The bars are where threads wait for each other. Of the last layer only rows whose logits are wanted go beyond attention.
+// The bars are phases' ends (team.h), where threads wait for each other's work. Of the last layer only rows whose logits are wanted go beyond attention.
 #pragma once
 
 #include <chrono>
 #include <type_traits>
 #include <vector>
 
+#include "arena.h"
 #include "attend.h"
 #include "decoder.h"
 #include "low_rank.h"
@@ -21,28 +22,6 @@
 #include "team.h"
 
 namespace torchrelay {
-
-// Cuts memory of a step into buffers, each on its own cache lines.
-class Arena {
- public:
-  explicit Arena(char* memory) : memory_(memory) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    char* start = memory_ + used_;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;
-    return memory_ ? reinterpret_cast<T*>(start) : nullptr;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
-
-inline bool is_plain(const Linear& linear) {
-  return linear.format == kLinearFloat32 || linear.format == kLinearBFloat16;
-}
 
 struct AttentionPlan {
   int64_t sliding_window;
@@ -147,7 +126,7 @@ class Step {
   void run(int thread, int num_threads) {
     team_.set_size(num_threads);
     clock_ = std::chrono::steady_clock::now();
-    each_row([&](int64_t row) { embed(row); });
+    each_row(thread, [&](int64_t row) { embed(row); });
     int64_t num_rows = rows_;
     float* x = x_;
     const int32_t* adapters = s_.row_adapters;
@@ -162,18 +141,18 @@ class Step {
       const float* pending = i > 0 ? d_.layers[i - 1].mlp_output_norm : nullptr;
       norm_rows(thread, x, num_rows, pending, layer.attention_norm, layer.qkv, inputs_, adapted(0));
       spent(thread, &DecoderTimes::norms);
-      multiply(layer.qkv, inputs_, num_rows, adapted(0), [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
+      multiply(thread, layer.qkv, inputs_, num_rows, adapted(0), [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
         store_columns<kVectors>(y, count, qkv_ + row * layer.qkv.outputs + first);
       });
       spent(thread, &DecoderTimes::linears);
       const Arguments a = attention_arguments(layer);
-      each_row([&](int64_t row) { place_row(a, layer, row); });
+      each_row(thread, [&](int64_t row) { place_row(a, layer, row); });
       spent(thread, &DecoderTimes::rotary);
       if (is_last && s_.num_logit_rows == 0) return;
       attend(thread, a);
       const T* attended = attended_;
       if (is_last && s_.num_logit_rows < num_rows) {
-        each_row([&](int64_t row) { keep_row(row); }, s_.num_logit_rows);
+        each_row(thread, [&](int64_t row) { keep_row(row); }, s_.num_logit_rows);
         num_rows = s_.num_logit_rows;
         x = kept_x_;
         attended = kept_attended_;
@@ -182,14 +161,14 @@ class Step {
       const uint32_t* words = attention_output(thread, attended, layer.output, num_rows);
       project_rows(thread, adapted(1), num_rows, attended, layer.output.inputs, layer.output.inputs);
       spent(thread, &DecoderTimes::attention);
-      multiply_add(layer.output, words, num_rows, adapted(1), x, layer.attention_output_norm);
+      multiply_add(thread, layer.output, words, num_rows, adapted(1), x, layer.attention_output_norm);
       spent(thread, &DecoderTimes::linears);
       norm_rows(thread, x, num_rows, layer.attention_output_norm, layer.mlp_norm, layer.gate_up, inputs_,
                 adapted(2));
       spent(thread, &DecoderTimes::norms);
       const bool down_is_plain = is_plain(layer.down);
       const int64_t down_words = row_words(layer.down);
-      multiply(layer.gate_up, inputs_, num_rows, adapted(2), [&](int64_t row, int64_t first, int64_t, const Floats* y) {
+      multiply(thread, layer.gate_up, inputs_, num_rows, adapted(2), [&](int64_t row, int64_t first, int64_t, const Floats* y) {
         Floats active[kVectors / 2];
         for (int c = 0; c < kVectors / 2; c++) active[c] = gate(d_.activation, y[c], y[c + kVectors / 2]);
         const int64_t at = first / 2, count = std::min<int64_t>(kColumns, d_.mlp_size - at);
@@ -202,7 +181,7 @@ class Step {
           store_columns<kVectors / 2>(active, count, reinterpret_cast<BFloat16Format::Input*>(words) + at);
       });
       if (!down_is_plain)
-        each_row([&](int64_t row) { prepare(layer.down, mlp_ + row * d_.mlp_size, row, mlp_inputs_); }, num_rows);
+        each_row(thread, [&](int64_t row) { prepare(layer.down, mlp_ + row * d_.mlp_size, row, mlp_inputs_); }, num_rows);
       if (!down_is_plain)
         project_rows(thread, adapted(3), num_rows, mlp_, d_.mlp_size, d_.mlp_size);
       else if (layer.down.format == kLinearFloat32)
@@ -210,12 +189,12 @@ class Step {
       else
         project_rows(thread, adapted(3), num_rows, reinterpret_cast<const BFloat16Format::Input*>(mlp_inputs_),
                      down_words * static_cast<int64_t>(sizeof(uint32_t) / sizeof(BFloat16Format::Input)), d_.mlp_size);
-      multiply_add(layer.down, mlp_inputs_, num_rows, adapted(3), x, layer.mlp_output_norm);
+      multiply_add(thread, layer.down, mlp_inputs_, num_rows, adapted(3), x, layer.mlp_output_norm);
       spent(thread, &DecoderTimes::linears);
     }
     norm_rows(thread, x, num_rows, d_.layers[d_.num_layers - 1].mlp_output_norm, d_.final_norm, d_.head, inputs_,
               Adapted{});
-    multiply(d_.head, inputs_, num_rows, Adapted{}, [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
+    multiply(thread, d_.head, inputs_, num_rows, Adapted{}, [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
       Floats logits[kVectors];
       for (int c = 0; c < kVectors; c++) {
         logits[c] = y[c] * d_.logit_scale;
@@ -251,6 +230,7 @@ class Step {
     if (!adapted.of_rows) return;
     float* const row_floats = row_ + thread * row_size_;
     each_row(
+        thread,
         [&](int64_t row) {
           if (!low_rank(adapted, row)) return;
           const float* source;
@@ -272,14 +252,17 @@ class Step {
     clock_ = now;
   }
 
-  // A phase of rows.
+  // A phase of rows. They take too little time for the writing to be told apart.
   template <typename Work>
-  void each_row(Work work, int64_t num_rows = -1) {
+  void each_row(int thread, Work work, int64_t num_rows = -1) {
     if (num_rows < 0) num_rows = rows_;
     const int64_t size = std::max<int64_t>(1, num_rows / (team_.size() * 4));
-    for (int64_t piece = team_.next(); piece * size < num_rows; piece = team_.next())
-      for (int64_t row = piece * size; row < std::min(num_rows, (piece + 1) * size); row++) work(row);
-    team_.wait();
+    team_.each(
+        thread, (num_rows + size - 1) / size, [](int64_t) { return 1; },
+        [&](int64_t piece, int64_t, Team::Turn& turn) {
+          if (!turn.take()) return;
+          for (int64_t row = piece * size; row < std::min(num_rows, (piece + 1) * size); row++) work(row);
+        });
   }
 
   void embed(int64_t row) {
@@ -310,6 +293,7 @@ class Step {
                  uint32_t* inputs, const Adapted& adapted) {
     float* const normed = row_ + thread * row_size_;
     each_row(
+        thread,
         [&](int64_t row) {
           float* const residual = x + row * d_.hidden_size;
           if (pending) {
@@ -354,19 +338,20 @@ class Step {
     const int64_t num_items = plan.items.size(), num_splits = plan.splits.size();
     // Heads of a sequence lie side by side in its blocks: one thread takes them all where there is work enough.
     const int64_t together = num_items >= 4 * team_.size() * d_.num_kv_heads ? d_.num_kv_heads : 1;
-    for (int64_t first = team_.next() * together; first < num_items; first = team_.next() * together) {
-      const int64_t last = std::min(num_items, first + together);
-      for (int64_t i = first; i < last; i++) {
-        const int64_t next = i + 1 < last ? i + 1 : team_.likely_next() * together;
-        if (next < num_items) fetch_start<T>(a, plan.items[next]);
-        run_item<T>(a, plan.items[i], scratch, partials_);
-      }
-    }
-    team_.wait();
-    if (num_splits == 0) return;
-    for (int64_t i = team_.next(); i < num_splits; i = team_.next())
-      merge_split<T>(a, plan.splits[i], scratch, partials_);
-    team_.wait();
+    team_.each(
+        thread, (num_items + together - 1) / together,
+        [&](int64_t piece) { return std::min(together, num_items - piece * together); },
+        [&](int64_t piece, int64_t unit, Team::Turn& turn) {
+          const int64_t i = piece * together + unit;
+          const int64_t next = unit + 1 < together ? i + 1 : turn.likely_next() * together;
+          if (next < num_items) fetch_start<T>(a, plan.items[next]);
+          run_item<T>(a, plan.items[i], scratch, partials_, [&] { return turn.take(); });
+        });
+    team_.each(
+        thread, num_splits, [](int64_t) { return 1; },
+        [&](int64_t piece, int64_t, Team::Turn& turn) {
+          merge_split<T>(a, plan.splits[piece], scratch, partials_, [&] { return turn.take(); });
+        });
   }
 
   void keep_row(int64_t row) {
@@ -382,6 +367,7 @@ class Step {
     if (agree) return reinterpret_cast<const uint32_t*>(attended);
     float* const row_floats = row_ + thread * row_size_;
     each_row(
+        thread,
         [&](int64_t row) {
           convert_row(attended + row * linear.inputs, linear.inputs, row_floats);
           prepare(linear, row_floats, row, inputs_);
@@ -391,9 +377,9 @@ class Step {
   }
 
   // x += layer's product, or, when a norm is to come in between, the product into branch_.
-  void multiply_add(const Linear& linear, const uint32_t* words, int64_t num_rows, const Adapted& adapted, float* x,
+  void multiply_add(int thread, const Linear& linear, const uint32_t* words, int64_t num_rows, const Adapted& adapted, float* x,
                     const float* norm) {
-    multiply(linear, words, num_rows, adapted,
+    multiply(thread, linear, words, num_rows, adapted,
              [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
                const int64_t at = row * d_.hidden_size + first;
                if (norm)
@@ -405,12 +391,12 @@ class Step {
 
   // Calls take(row, first output, number of outputs, Floats outputs[kVectors]) for all of the product, with what adapters add.
   template <typename Take>
-  void multiply(const Linear& linear, const uint32_t* rows, int64_t num_rows, const Adapted& adapted, Take take) {
+  void multiply(int thread, const Linear& linear, const uint32_t* rows, int64_t num_rows, const Adapted& adapted, Take take) {
     switch (linear.format) {
-      case kLinearFloat32: return multiply<PlainProduct<Float32Format>>(linear, rows, num_rows, adapted, take);
-      case kLinearBFloat16: return multiply<PlainProduct<BFloat16Format>>(linear, rows, num_rows, adapted, take);
-      case kLinearInt8: return multiply<GroupedProduct<false>>(linear, rows, num_rows, adapted, take);
-      default: return multiply<GroupedProduct<true>>(linear, rows, num_rows, adapted, take);
+      case kLinearFloat32: return multiply<PlainProduct<Float32Format>>(thread, linear, rows, num_rows, adapted, take);
+      case kLinearBFloat16: return multiply<PlainProduct<BFloat16Format>>(thread, linear, rows, num_rows, adapted, take);
+      case kLinearInt8: return multiply<GroupedProduct<false>>(thread, linear, rows, num_rows, adapted, take);
+      default: return multiply<GroupedProduct<true>>(thread, linear, rows, num_rows, adapted, take);
     }
   }
 
@@ -434,7 +420,7 @@ class Step {
   // A piece of work is a few panels, which then stay in the second-level cache, for a stretch of rows. The first tile
   // waits for memory to bring them; while the others compute, the panels of the piece after are fetched.
   template <typename Product, typename Take>
-  void multiply(const Linear& linear, const uint32_t* rows, int64_t num_rows, const Adapted& adapted, Take take) {
+  void multiply(int thread, const Linear& linear, const uint32_t* rows, int64_t num_rows, const Adapted& adapted, Take take) {
     const int64_t panel_words = Product::panel_words(linear.inputs), row_words = Product::row_words(linear.inputs);
     const int64_t most_panels = fitting(kPanelBytes, panel_words, 1, kMostPanels);
     const int64_t tiles_together = fitting(kStretchBytes, Product::kMostRows * row_words, 2, 8);
@@ -445,36 +431,53 @@ class Step {
     const int64_t wanted = num_tiles == 1 ? share / 2 : share;
     const int64_t together = even_share(num_panels, std::clamp<int64_t>(wanted, 1, most_panels));
     const int64_t num_groups = (num_panels + together - 1) / together;
-    for (int64_t piece = team_.next(); piece < num_groups * num_stretches; piece = team_.next()) {
-      const int64_t first_panel = piece / num_stretches * together;
-      const int64_t last_panel = std::min(num_panels, first_panel + together);
-      const int64_t to_next = (team_.likely_next() / num_stretches) * together - first_panel;
-      const int64_t stretch = piece % num_stretches;
-      // Tiles as equal as can be.
-      const int64_t first_tile = stretch * num_tiles / num_stretches;
-      const int64_t last_tile = (stretch + 1) * num_tiles / num_stretches;
-      for (int64_t tile = first_tile; tile < last_tile; tile++) {
-        const int64_t row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
-        for (int64_t panel = first_panel; panel < last_panel; panel++) {
-          Floats sums[Product::kMostRows * kVectors];
-          const uint32_t* const weights = linear.panels + panel * panel_words;
-          const uint32_t* next = weights;
-          if (const int64_t later = tile - first_tile; later > 0 && later < 3 && panel + to_next < num_panels)
-            next += to_next * panel_words + (later - 1) * kLine;
-          run_tile<Product>(static_cast<int>(end - row), rows + row * row_words, linear.inputs, weights, next, sums);
-          const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, linear.outputs - first);
-          for (int64_t r = row; r < end; r++) {
-            Floats* const y = sums + (r - row) * kVectors;
-            if (linear.bias)
-              for (int c = 0; c < kVectors; c++) y[c] += load(linear.bias + first + c * kLanes);
-            if (const LowRank* const found = low_rank(adapted, r))
-              add_up(*found, projected_ + r * most_rank_, first, linear.outputs, y);
-            take(r, first, count, y);
+    // The piece whose units were asked for last: that of the unit in hand. Its tiles are as equal as can be.
+    struct {
+      int64_t piece = -1, first_panel, num_panels, first_tile, num_tiles;
+    } now;
+    const auto look_at = [&](int64_t piece) {
+      if (now.piece == piece) return;
+      const int64_t group = piece / num_stretches, stretch = piece % num_stretches;
+      now.piece = piece;
+      now.first_panel = group * together;
+      now.num_panels = std::min(together, num_panels - now.first_panel);
+      now.first_tile = stretch * num_tiles / num_stretches;
+      now.num_tiles = (stretch + 1) * num_tiles / num_stretches - now.first_tile;
+    };
+    team_.each(
+        thread, num_groups * num_stretches,
+        [&](int64_t piece) {
+          look_at(piece);
+          return now.num_tiles;
+        },
+        [&](int64_t, int64_t unit, Team::Turn& turn) {
+          const int64_t to_next = turn.likely_next() / num_stretches * together - now.first_panel;
+          const int64_t tile = now.first_tile + unit;
+          const int64_t row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
+          Floats sums[kMostPanels * Product::kMostRows * kVectors];
+          for (int64_t i = 0; i < now.num_panels; i++) {
+            const int64_t panel = now.first_panel + i;
+            const uint32_t* const weights = linear.panels + panel * panel_words;
+            const uint32_t* next = weights;
+            if (unit > 0 && unit < 3 && panel + to_next < num_panels)
+              next += to_next * panel_words + (unit - 1) * kLine;
+            run_tile<Product>(static_cast<int>(end - row), rows + row * row_words, linear.inputs, weights, next,
+                              sums + i * Product::kMostRows * kVectors);
           }
-        }
-      }
-    }
-    team_.wait();
+          if (!turn.take()) return;
+          for (int64_t i = 0; i < now.num_panels; i++) {
+            const int64_t first = (now.first_panel + i) * kPanel;
+            const int64_t count = std::min<int64_t>(kPanel, linear.outputs - first);
+            for (int64_t r = row; r < end; r++) {
+              Floats* const y = sums + (i * Product::kMostRows + r - row) * kVectors;
+              if (linear.bias)
+                for (int c = 0; c < kVectors; c++) y[c] += load(linear.bias + first + c * kLanes);
+              if (const LowRank* const found = low_rank(adapted, r))
+                add_up(*found, projected_ + r * most_rank_, first, linear.outputs, y);
+              take(r, first, count, y);
+            }
+          }
+        });
   }
 
   const Decoder& d_;

@@ -31,6 +31,7 @@ void attend(const Arguments& a) {
   float* const scratches = memory.data();
   float* const partials = scratches + plan.num_threads * scratch_size;
   const int64_t num_items = plan.items.size(), num_splits = plan.splits.size();
+  const auto always = [] { return true; };
 
   // Each barrier may cost a sleep and a wake-up, so a decode step meets only the one at the region's end.
   const bool writes_alone = a.num_tokens * a.num_kv_heads * (a.key_dim + a.value_dim) <= kNumbersWrittenAlone;
@@ -45,11 +46,11 @@ void attend(const Arguments& a) {
       for (int64_t token = 0; token < a.num_tokens; token++) write_token<T>(a, token);
     }
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 0; i < num_items; i++) run_item<T>(a, plan.items[i], scratch, partials);
+    for (int64_t i = 0; i < num_items; i++) run_item<T>(a, plan.items[i], scratch, partials, always);
     if (num_splits > 0) {
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t i = 0; i < num_splits; i++) merge_split<T>(a, plan.splits[i], scratch, partials);
+      for (int64_t i = 0; i < num_splits; i++) merge_split<T>(a, plan.splits[i], scratch, partials, always);
     }
   }
 }

@@ -14,6 +14,7 @@ answers for each job whether it is still ours. Epochs make that safe, however lo
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -54,6 +55,7 @@ class Agent:
         *,
         max_num_seqs: int,
         beat_interval_s: float,
+        max_events_per_s: float = math.inf,
     ) -> None:
         self._claims = claims
         self._engine = engine
@@ -62,7 +64,7 @@ class Agent:
         self._watch = watch
         self._max_num_seqs = max_num_seqs
         self._beat_interval_s = beat_interval_s
-        self._holdings = Holdings(engine.stats.block_size)
+        self._holdings = Holdings(engine.stats.block_size, max_events_per_s)
         self._results: list[StepResult] = []
         self._has_results = asyncio.Event()
         self._may_claim = asyncio.Event()  # something waits in the queue, or may
@@ -184,25 +186,36 @@ class Agent:
 
     async def _commit(self) -> None:
         while not self._drained:
-            await self._has_results.wait()
-            self._has_results.clear()
+            await self._next_results()
             results, self._results = self._results, []
             # A step without tokens is committed too: a cancelled job that only prefills must learn of it.
-            events = unsent = self._holdings.events(results)
+            events = unsent = self._holdings.events(results, time.monotonic())
             while not self._drained:
                 try:
                     committed = await self._claims.commit(unsent)
                     self._watch.committed(events, committed.lost)
-                    log.debug("commit.stored", step=results[-1].step, events=len(events), lost=len(committed.lost))
+                    log.debug("commit.stored", steps=len(results), events=len(events), lost=len(committed.lost))
                     self._settle(committed)
                     break
                 except ServingError as error:
                     log.warning("commit.unavailable", reason=error.reason)
                     unsent = []  # kept by the claims, and sent first next time
                     await asyncio.sleep(_RETRY_S)
-            self._engine.ack(results[-1].step)
+            if results:
+                self._engine.ack(results[-1].step)
             if self._has_unknown_jobs:
                 await self._guarded(self._adopt())
+
+    async def _next_results(self) -> None:
+        """Wait for a step, or until tokens of earlier ones have been held back for long enough."""
+        due_in = self._holdings.due_in(time.monotonic())
+        timer = None
+        if due_in is not None:
+            timer = asyncio.get_running_loop().call_later(due_in, self._has_results.set)
+        await self._has_results.wait()
+        self._has_results.clear()
+        if timer is not None:
+            timer.cancel()
 
     def _settle(self, result: CommitResult) -> None:
         """Stop what was lost, and look for work where some waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -13,6 +14,9 @@ from worker.engine.adapters.types import ADAPTER_NOT_FOUND
 from worker.engine.types import ALL_TOKENS_FORBIDDEN, GenerationRequest, RequestOutput, StepResult
 from worker.preemption import HIGHEST_CLASS, Runner
 from worker.ranking import Ranking
+
+_MAX_GATHER_S: Final = 0.2
+_MIN_GATHER_S: Final = 0.01  # less is not worth it: that is one more token, if any
 
 # Errors that are no fault of the worker's.
 _OF_THE_REQUEST: Final = frozenset({ALL_TOKENS_FORBIDDEN, ADAPTER_NOT_FOUND})
@@ -49,13 +53,29 @@ class _Growing:
     scores: list[PromptScores | None] = field(default_factory=list)
     num_held_tokens: int = 0
     last: RequestOutput | None = None
+    is_urgent: bool = False
+
+    def take(self, output: RequestOutput) -> None:
+        self.deltas += output.deltas
+        self.scores.append(output.prompt_scores)
+        self.num_held_tokens += output.num_held_tokens
+        self.last = output
+        self.is_urgent = self.is_urgent or output.finished or any(map(_is_edge, output.deltas))
+
+
+def _is_edge(delta: OutputDelta) -> bool:
+    return delta.first_token_index == 0 or delta.finish_reason is not None
 
 
 class Holdings:
     """What is held, and how much of the KV cache the part of it that has not begun will take."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, max_events_per_s: float = math.inf) -> None:
+        """Tokens gather once there would be more events than that: an event costs as much as several tokens in it."""
         self._block_size = block_size
+        self._max_events_per_s = max_events_per_s
+        self._growing: dict[str, _Growing] = {}  # by generation, in the order of their first step
+        self._released_at = -math.inf
         self._held: dict[str, _Held] = {}
         self._generation_ids: dict[str, str] = {}  # by request id
         self._num_claims = 0
@@ -154,24 +174,40 @@ class Holdings:
         if held is None:
             return None
         del self._generation_ids[held.request_id]
+        self._growing.pop(generation_id, None)
         return held.request_id
 
-    def events(self, results: Iterable[StepResult]) -> list[NewEvent]:
-        """Turn steps into one event per generation, and hold those that ended no longer.
+    def events(self, results: Iterable[StepResult], now: float = 0.0) -> list[NewEvent]:
+        """Turn steps into at most one event per generation, and hold those that ended no longer.
 
-        What a step says of a generation that is not held, since it was lost meanwhile, is left out.
+        Events of many streams come together, as often as they may (see `due_in`); those that somebody waits for come
+        at once: the first of a claim or an output, and the last. What a step says of a generation that is not held,
+        since it was lost meanwhile, is left out. `now` is time.monotonic().
         """
-        growing: dict[str, _Growing] = {}
         for result in results:
             for output in result.outputs:
                 generation_id = self._generation_ids.get(output.request_id)
                 if generation_id is not None:
-                    event = growing.setdefault(generation_id, _Growing())
-                    event.deltas += output.deltas
-                    event.scores.append(output.prompt_scores)
-                    event.num_held_tokens += output.num_held_tokens
-                    event.last = output
-        return [self._event(generation_id, event) for generation_id, event in growing.items()]
+                    self._growing.setdefault(generation_id, _Growing()).take(output)
+        if now - self._released_at >= self._interval_s():
+            self._released_at = now
+            released = [*self._growing.items()]
+        else:
+            released = [(id_, event) for id_, event in self._growing.items() if event.is_urgent or self._is_new(id_)]
+        for generation_id, _ in released:
+            del self._growing[generation_id]
+        return [self._event(generation_id, event) for generation_id, event in released]
+
+    def due_in(self, now: float) -> float | None:
+        """Return the seconds until what has been held back is to be committed; None where nothing has."""
+        return max(0.0, self._released_at + self._interval_s() - now) if self._growing else None
+
+    def _interval_s(self) -> float:
+        wanted = min(_MAX_GATHER_S, len(self._growing) / self._max_events_per_s)
+        return wanted if wanted >= _MIN_GATHER_S else 0.0
+
+    def _is_new(self, generation_id: str) -> bool:
+        return self._held[generation_id].kv_tokens > 0
 
     def _event(self, generation_id: str, event: _Growing) -> NewEvent:
         held, last = self._held[generation_id], event.last

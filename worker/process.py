@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -27,18 +28,21 @@ from worker.adapters import watch_adapters
 from worker.agent import Agent, StepHungError
 from worker.assembly import Assembly, assemble
 from worker.configuration import WorkerConfiguration
-from worker.engine.device import memory_use
+from worker.engine.device import memory_use, num_compute_threads
 from worker.engine.thread import EngineThread
 from worker.engine_figures import EngineFigures
 from worker.job_log import JobLog
 from worker.metrics import WorkerMetrics
 from worker.publishing import publish
+from worker.settings import WorkerSettings
 from worker.spans import JobSpans
 from worker.watch import Watches
 
 log = structlog.get_logger()
 
 _BEATS_PER_LEASE: Final = 5
+# Events cost the gateway, the queue and the caller some 600 us of CPU each, of which they often share the worker's.
+_EVENTS_PER_THREAD: Final = 100
 _JOIN_S: Final = 10.0
 _HUNG_STATUS: Final = 3
 
@@ -93,6 +97,13 @@ async def watch(registry: ModelRegistry, assembly: Assembly, interval_s: float) 
     await watch_adapters(assembly.adapters.scan, assembly.card.adapters, tell, interval_s)
 
 
+def most_events_per_s(settings: WorkerSettings, device: str) -> float:
+    """Return the setting, or what suits a device, as `describe_device` names it."""
+    if settings.max_events_per_s > 0:
+        return settings.max_events_per_s
+    return _EVENTS_PER_THREAD * (settings.num_threads or num_compute_threads()) if device == "cpu" else math.inf
+
+
 async def run(
     assembly: Assembly,
     configuration: WorkerConfiguration,
@@ -130,6 +141,7 @@ async def run(
         Watches(metrics, JobLog(), *spans),
         max_num_seqs=assembly.card.max_sequences,
         beat_interval_s=queue_settings.worker_lease_ms / 1000 / _BEATS_PER_LEASE,
+        max_events_per_s=most_events_per_s(settings, assembly.device),
     )
 
     async def stop_agent() -> None:

@@ -47,6 +47,13 @@ class WorkerSettings(BaseSettings):
         description="Plaintext HTTP for Prometheus and probes: /metrics, /healthz, /readyz; host:port, empty is none.",
     )
     max_jobs: int = Field(default=256, gt=0, description="Most generations held at a time.")
+    max_events_per_s: int = Field(
+        default=0,
+        ge=0,
+        description="Most messages a second, of all its streams together. Where steps would make more, each has tokens "
+        "of several, of 0.2 s at most; first and last tokens never wait. 0: 100 for each thread that computes on a "
+        "CPU, which messages take from the model, and one for each step on a GPU.",
+    )
     profile_steps: int = Field(default=0, ge=0, description="Steps to write a trace of, once warm; 0 is none.")
     profile_file: str = Field(default="torchrelay-trace.json", description="Where to write that trace.")
     drain_s: float = Field(

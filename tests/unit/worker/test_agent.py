@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
 from unittest import mock
@@ -12,38 +12,18 @@ from unittest import mock
 import pytest
 from prometheus_client import CollectorRegistry
 
-from common.generation import EventBody, JobBody, SamplingParams, Usage
+from common.generation import EventBody, OutputDelta
 from common.jobs import ClaimedJob, CommitResult, JobState, NewEvent, Swept, WorkerInfo
+from tests.builders_jobs import make_claimed
 from tests.builders_metrics import value
 from tests.builders_system import until
 from worker.agent import Agent, StepHungError
-from worker.engine.types import EngineStats, GenerationRequest, StepResult
+from worker.engine.types import EngineStats, GenerationRequest, RequestOutput, StepResult
 from worker.holdings import Holdings
 from worker.metrics import WorkerMetrics
 from worker.settings import WorkerSettings
 
 BEAT_S = 0.01
-
-
-def make_claimed(generation_id: str, **fields: Any) -> ClaimedJob:
-    job = _claimed(generation_id)
-    return replace(job, **fields)
-
-
-def _claimed(generation_id: str) -> ClaimedJob:
-    return ClaimedJob(
-        generation_id=generation_id,
-        epoch=1,
-        sequence=0,
-        chain_hash=bytes(8),
-        remaining_ms=60_000,
-        priority=1,
-        attempts=0,
-        tenant="acme",
-        usage=Usage(),
-        body=JobBody(prompt_token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=4)),
-        events=(),
-    )
 
 
 @dataclass
@@ -333,3 +313,73 @@ def test_a_job_of_a_due_share_is_not_starved_by_higher_classes_in_the_engine() -
     assert holdings.add(make_claimed("a", priority=2, by_share=True), 0.0).priority == 0
     request = holdings.add(make_claimed("b", priority=2, weight=3.0), 0.0)
     assert (request.priority, request.tenant, request.weight) == (2, "acme", 3.0)
+
+
+# -- gathering
+
+
+@dataclass
+class Stepping(Idle):
+    """An engine whose steps the test makes."""
+
+    results: asyncio.Queue[StepResult] = field(default_factory=asyncio.Queue)
+    acknowledged: int = 0
+
+    async def next_result(self) -> StepResult:
+        return await self.results.get()
+
+    def ack(self, step: int) -> None:
+        self.acknowledged = step
+
+    def step(self, number: int) -> None:
+        """Each of what was submitted gets a token."""
+        delta = OutputDelta(output_index=0, first_token_index=number - 1, token_ids=(number,), text="a")
+        self.results.put_nowait(StepResult(number, tuple(RequestOutput(id_, (delta,)) for id_ in self.submitted)))
+
+
+@dataclass
+class Storing(Claims):
+    """A queue that keeps what is committed."""
+
+    stored: list[list[NewEvent]] = field(default_factory=list)
+
+    async def commit(self, events: Any) -> CommitResult:
+        self.stored.append([*events])
+        return CommitResult()
+
+
+async def test_tokens_that_gather_are_committed_though_no_step_follows() -> None:
+    claims, engine = Storing([make_claimed("a")]), Stepping(hangs=False)
+    agent = Agent(
+        cast(Any, claims),
+        cast(Any, engine),
+        WorkerSettings(drain_s=0),
+        WorkerInfo,
+        WorkerMetrics(CollectorRegistry(), "test", 10),
+        max_num_seqs=8,
+        beat_interval_s=BEAT_S,
+        max_events_per_s=1,
+    )
+    running = asyncio.create_task(agent.run())
+
+    async def commits(number: int) -> None:
+        async def are_there() -> bool:
+            return len(claims.stored) >= number
+
+        await until(are_there, what=f"{number} commits")
+
+    async def has_submitted() -> bool:
+        return bool(engine.submitted)
+
+    await until(has_submitted, what="work")
+    for number in (1, 2):
+        engine.step(number)
+        await commits(number)
+    assert [len(events) for events in claims.stored] == [1, 0]  # the lease is renewed, and a lost job would be told
+    await commits(3)
+    (event,) = claims.stored[2]
+    assert isinstance(event.body, EventBody)
+    assert [delta.token_ids for delta in event.body.deltas] == [(2,)]
+    assert engine.acknowledged == 2
+    agent.stop()
+    await asyncio.wait_for(running, 10)

@@ -221,6 +221,8 @@ class EngineThread:
                 command()
             if commands:
                 self._stats = self._engine.stats()
+                if len(self._stats.held_request_ids) > 1:  # it is alone no longer
+                    self._most_unacknowledged = MAX_UNACKNOWLEDGED_STEPS
             if self._may_step():
                 return True
 

@@ -25,7 +25,6 @@ from torchrelay.v1 import generation_pb2 as pb
 
 _MAX_MESSAGES_PER_S: Final = 2500  # of one gateway process, all streams together: about a third of a core
 _MAX_GATHER_S: Final = 0.1
-_MAX_PATIENCE: Final = 4
 _MIN_GATHER_S: Final = 0.004  # less is not worth a timer
 
 
@@ -67,7 +66,6 @@ class EventStream:
         self._state = pb.GENERATION_STATE_UNSPECIFIED
         self._place = -1
         self._must_read_log = False
-        self._patience = 1  # in intervals of reconciliation
         self._first_page = attachment
         self.ended = False
         self.result: TaskResult | None = None  # of a task, once it has come
@@ -84,18 +82,15 @@ class EventStream:
                 yield event
         last_sent = self._times.clock()
         while not self.ended:
-            items = await self._subscription.take(self._times.reconcile_s * self._patience)
+            items = await self._subscription.take(self._times.reconcile_s)
             events = self._apply(items or ())
             self._must_read_log = self._must_read_log or items is None
-            if items:
-                self._patience = 1
             del items  # not kept while a slow caller reads what was made of them
             for event in events:
                 last_sent = self._times.clock()
                 yield event
             await self._gather(last_sent)
             if self._must_read_log:
-                self._grow_patient()
                 async for event in self._catch_up(await self._read_log()):
                     last_sent = self._times.clock()
                     yield event
@@ -103,12 +98,6 @@ class EventStream:
                 last_sent = self._times.clock()
                 yield convert.progress_event(await self._queue.get(self._generation_id, self._tenant), self._position)
         yield await self._finish()
-
-    def _grow_patient(self) -> None:
-        """Look less often while the generation waits in line: many do so for long, and nothing of theirs can be missed
-        but that they have begun."""
-        waits = self._state == pb.GENERATION_STATE_QUEUED
-        self._patience = min(2 * self._patience, _MAX_PATIENCE) if waits else 1
 
     async def _gather(self, last_sent: float) -> None:
         """Let tokens gather while many streams share this process: a message costs as much as several tokens in it."""

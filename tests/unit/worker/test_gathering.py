@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -12,6 +13,8 @@ from common.jobs import JobState, NewEvent
 from tests.builders_jobs import make_claimed
 from worker.engine.types import RequestOutput, StepResult
 from worker.holdings import Holdings
+from worker.process import most_events_per_s
+from worker.settings import WorkerSettings
 
 NUM = 32
 EVENTS_PER_S = 200  # of 32 streams: one each 0.16 s
@@ -99,6 +102,13 @@ def test_what_was_lost_meanwhile_is_left_out() -> None:
     holdings.drop("g3")
     found = {event.generation_id for event in holdings.events([], 1.0)}
     assert found == {f"g{i}" for i in range(NUM)} - {"g3"}
+
+
+def test_how_many_events_there_may_be() -> None:
+    """What is set, else by the threads of a CPU; on a GPU each step makes its own."""
+    assert most_events_per_s(WorkerSettings(max_events_per_s=7, num_threads=4), "cpu") == 7
+    assert most_events_per_s(WorkerSettings(num_threads=4), "cpu") == 400
+    assert most_events_per_s(WorkerSettings(num_threads=4), "cuda:0 NVIDIA H100") == math.inf
 
 
 @given(

@@ -7,27 +7,15 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from common.generation import EventBody, FinishReason, JobBody, OutputDelta, SamplingParams, Usage
-from common.jobs import ClaimedJob, JobState, NewEvent, Reason
+from common.generation import EventBody, FinishReason, JobBody, OutputDelta, SamplingParams
+from common.jobs import JobState, NewEvent, Reason
 from common.tasks import EmbedTask, EncodedText
+from tests.builders_jobs import make_claimed
 from tests.builders_metrics import value
 from worker.engine.types import StepResult
 from worker.metrics import WorkerMetrics
 
-JOB = ClaimedJob(
-    generation_id="g",
-    epoch=1,
-    sequence=0,
-    chain_hash=bytes(8),
-    remaining_ms=60_000,
-    priority=1,
-    attempts=0,
-    tenant="acme",
-    usage=Usage(),
-    body=JobBody(prompt_token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=4)),
-    events=(),
-    age_ms=2000,
-)
+JOB = make_claimed("g", age_ms=2000)
 
 
 class Clock:

@@ -128,6 +128,20 @@ async def test_the_first_token_of_a_lone_request_is_out_before_the_next_step(sta
     await until(lambda: thread.stats.num_steps == 5)
 
 
+async def test_a_request_that_is_alone_no_longer_does_not_wait_for_its_commit(
+    start: StartThread,
+) -> None:
+    thread = start()
+    thread.submit(make_request("a", [1, 2], max_tokens=30))
+    first = await thread.next_result()
+    await asyncio.sleep(0.05)
+    assert thread.stats.num_steps == 1
+    thread.submit(make_request("b", [3, 4], max_tokens=30))
+    async with asyncio.timeout(10):
+        second = await thread.next_result()
+    assert (first.step, second.step) == (1, 2)
+
+
 async def test_steps_that_only_prefill_count_too(start: StartThread) -> None:
     thread = start(token_budget=4)
     thread.submit(make_request("a", range(40)))  # ten steps of prefill

@@ -26,10 +26,11 @@ from common.errors import (
 )
 from common.grants import NO_GRANTS_GIVEN, Grants
 from common.headroom import Headroom
-from common.redis import Argument, Redis, Retry, execute
+from common.redis import Redis, Retry, execute
 from common.replication import ReplicaAcks
 from common.scripts import ScriptRunner, as_list
 from common.sealing import PLAIN, GenerationSealer, Sealer
+from common.wire import Argument
 
 MAKING_MS: Final = 600_000  # how long items are kept between two calls of `append`
 _SOON_MS: Final = 10_000  # after which a batch is looked at whose maker may have died

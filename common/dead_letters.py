@@ -19,10 +19,11 @@ from common import keys, records
 from common.errors import GenerationNotFound, SealBroken
 from common.headroom import Headroom
 from common.jobs import GenerationRecord
-from common.redis import Argument, Redis, Retry, execute
+from common.redis import Redis, Retry, execute
 from common.scripts import ScriptRunner, as_list
 from common.sealing import PLAIN, Sealer
 from common.settings import QueueSettings
+from common.wire import Argument
 
 log = structlog.get_logger()
 

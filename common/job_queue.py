@@ -7,7 +7,7 @@ BackendFull and BackendRefused besides what they name.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -34,12 +34,13 @@ from common.jobs import (
     Settlement,
     Swept,
 )
-from common.redis import Argument, Redis, Retry, execute
+from common.redis import Redis, Retry, execute
 from common.replication import ReplicaAcks
 from common.scripts import ScriptRunner, as_list
 from common.sealing import PLAIN, Sealer
 from common.settings import QueueSettings
 from common.upkeep import Upkeep
+from common.wire import Argument
 
 START_CURSOR: Final = b"0-0"
 _ENTRIES_PER_READ: Final = 64
@@ -296,6 +297,13 @@ class JobQueue:
         opener = self._sealer.of(record.tenant, record.generation_id)
         return replace(record, echo=records.open_echo(record.echo, opener))
 
+    async def get_all(self, shard: str, generation_ids: Sequence[str]) -> list[GenerationRecord]:
+        """What is stored of generations of any tenants, those that there are; echoes as stored. One script call."""
+        return [
+            records.record_from_reply(item)
+            for item in as_list(await self._run("get", shard, "", 1, 0, *generation_ids))
+        ]
+
     async def delete(self, generation_id: str, tenant: str) -> None:
         """End a generation if it runs, and erase all that is stored of it. Raises GenerationNotFound."""
         if await self._run("delete", keys.shard_of(generation_id), generation_id, tenant) is None:
@@ -349,14 +357,20 @@ class JobQueue:
         shard_of_stream = {keys.reply_stream(shard, self._gateway_id).encode(): shard for shard in cursors}
         command: list[Argument] = ["XREAD", "COUNT", _ENTRIES_PER_READ, "BLOCK", block_ms, "STREAMS"]
         command += [*shard_of_stream, *cursors.values()]
-        reply = await self._retry.call(lambda: execute(self._blocking_redis, *command))
+        reply = await self._retry.call(lambda: self._wait_for(command))
         items: list[ReplyItem] = []
         moved: dict[str, bytes] = {}
-        for stream, pages in reply.items():
-            for entry_id, fields in pages[0]:
-                items += records.items_from_entry(fields[b"b"])
+        for stream, entries in (reply or {}).items():
+            for entry_id, (_, packed) in entries:
+                items += records.items_from_entry(packed)
                 moved[shard_of_stream[stream]] = entry_id
         return items, moved
+
+    async def _wait_for(self, command: Sequence[Argument]) -> Any:
+        (reply,) = await self._blocking_redis.execute_together(command)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     async def heartbeat(self, cursors: Mapping[str, bytes]) -> set[str]:
         """Renew this gateway's lease on each shard and trim what `replies` has read; every second.

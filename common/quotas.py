@@ -14,8 +14,9 @@ from typing import Any, Final
 from common import keys
 from common.errors import InvalidRequest, QuotaExceeded, RateLimited
 from common.grants import Quotas
-from common.redis import Argument, Executor, Redis, Retry
+from common.redis import Redis, Retry
 from common.scripts import ScriptRunner, as_list
+from common.wire import Argument
 
 _NOT_BEGUN: Final = -1
 _WORDS: Final = {
@@ -40,7 +41,7 @@ class QuotaMeter:
 
     def __init__(
         self,
-        redis: Redis | Executor,
+        redis: Redis,
         lifetime_ms: int,
         *,
         retry: Retry | None = None,

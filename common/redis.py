@@ -13,10 +13,8 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
-import hiredis
-import redis.asyncio as redis_asyncio
 from redis import exceptions as redis_errors
 from redis.asyncio.retry import Retry as RedisPyRetry
 from redis.backoff import NoBackoff
@@ -25,9 +23,9 @@ from redis.maint_notifications import MaintNotificationsConfig
 from common.errors import BackendFull, BackendRefused, BackendUnavailable, ServingError
 from common.sentinel import connect_to_primary, is_sentinel_url, parse_sentinel_url
 from common.settings import RedisSettings
+from common.wire import Argument, WiredRedis
 
-Redis: TypeAlias = redis_asyncio.Redis
-Argument: TypeAlias = str | bytes | int | float
+Redis: TypeAlias = WiredRedis
 T = TypeVar("T")
 
 BLOCK_MARGIN_MS: Final = 500  # a blocking read must answer before the socket gives up
@@ -47,42 +45,8 @@ def connect(settings: RedisSettings) -> Redis:
     options = connection_options(settings)
     if is_sentinel_url(settings.url):
         address = parse_sentinel_url(settings.url)
-        return _lean(connect_to_primary(address, options, _sentinel_options(settings, options)))
-    return _lean(redis_asyncio.from_url(settings.url, **options))
-
-
-class _LeanConnection:
-    """Takes a third off what a command costs its sender, before a connection class of redis-py.
-
-    redis-py's asyncio client packs commands in Python, argument by argument; hiredis, which already reads the replies,
-    does it in C. And it waits for room in the socket in a task of its own, also where there is room.
-    """
-
-    def pack_command(self, *args: Argument) -> list[bytes]:
-        name = args[0]
-        words = name.split() if isinstance(name, str) else [name]
-        return [hiredis.pack_command((*words, *args[1:]))]
-
-    async def send_packed_command(self: Any, command: Any, check_health: bool = True) -> None:
-        transport = self._writer.transport if self._writer is not None else None
-        if (
-            transport is None
-            or not isinstance(command, list)
-            or self.health_check_interval
-            or transport.is_closing()
-            or transport.get_write_buffer_size()
-        ):
-            await super().send_packed_command(command, check_health)  # type: ignore[misc]
-            return
-        self._writer.writelines(command)
-        if transport.get_write_buffer_size():
-            await super().send_packed_command([], check_health=False)  # type: ignore[misc]  # waits for room
-
-
-def _lean(client: Redis) -> Redis:
-    pool = client.connection_pool
-    base = pool.connection_class
-    pool.connection_class = type(f"Lean{base.__name__}", (_LeanConnection, base), {})
+        return connect_to_primary(address, options, _sentinel_options(settings, options))
+    client: WiredRedis = WiredRedis.from_url(settings.url, **options)  # type: ignore[assignment]
     return client
 
 
@@ -127,13 +91,7 @@ def connection_options(settings: RedisSettings) -> dict[str, Any]:
     return options
 
 
-class Executor(Protocol):
-    """What sends one command, once, and returns its reply."""
-
-    async def execute_command(self, *command: Argument) -> Any: ...
-
-
-async def execute(redis: Redis | Executor, *command: Argument) -> Any:
+async def execute(redis: Redis, *command: Argument) -> Any:
     """Send one command, once. The one typed door to redis-py's untyped `execute_command`; raises its errors."""
     return await redis.execute_command(*command)
 

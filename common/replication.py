@@ -8,14 +8,15 @@ see enqueue.lua.
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from redis.exceptions import ResponseError
 
 from common.errors import ReplicationUnconfirmed
-from common.redis import Argument, Redis, execute
+from common.redis import Redis, execute
 from common.scripts import ScriptRunner
 from common.settings import RedisSettings
+from common.wire import Argument
 
 _RETRY_AFTER_MS: Final = 1000
 # A replica tells how far it has synced when it is asked, and each second. Asked in the same breath as it is sent the
@@ -47,7 +48,7 @@ class ReplicaAcks:
 
         Raises ReplicationUnconfirmed when too few answer in time, and redis-py's errors.
         """
-        async with self._redis.client() as connection:
+        async with cast(Redis, self._redis.client()) as connection:
             reply = await scripts.on(connection).run(name, key, *args)
             replicas = await self._wait(connection)
         if replicas < self._min_replicas:

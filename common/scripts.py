@@ -16,7 +16,8 @@ from typing import Any, Final
 from redis.exceptions import NoScriptError
 
 from common import keys
-from common.redis import Argument, Executor, Redis, execute
+from common.redis import Redis, execute
+from common.wire import Argument
 
 _INCLUDE: Final = "--@include "
 NAMES: Final = (
@@ -68,7 +69,7 @@ def load(name: str) -> Script:
 class ScriptRunner:
     """Runs scripts on a server. `overrides` replaces texts, for tests that break a script on purpose."""
 
-    def __init__(self, redis: Redis | Executor, overrides: dict[str, Script] | None = None) -> None:
+    def __init__(self, redis: Redis, overrides: dict[str, Script] | None = None) -> None:
         self._redis = redis
         self._overrides = overrides or {}
 
@@ -82,6 +83,21 @@ class ScriptRunner:
             return await execute(self._redis, "EVALSHA", script.sha1, 1, key, *args)
         except NoScriptError:
             return await execute(self._redis, "EVAL", script.text, 1, key, *args)
+
+    async def run_after(self, redis: Redis, command: Sequence[Argument], name: str, key: str, *args: Argument) -> Any:
+        """As `run`, over `redis`, as soon as a command that may wait has been answered; its reply is dropped.
+
+        The server wakes who waits, and goes on with what stands behind, before it syncs what it has written: so the
+        script's writes are synced together with those that ended the wait.
+        """
+        script = self._overrides.get(name) or load(name)
+        replies = await redis.execute_together(command, ("EVALSHA", script.sha1, 1, key, *args))
+        if isinstance(replies[1], NoScriptError):
+            return await self.run(name, key, *args)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies[1]
 
     def on(self, redis: Redis) -> ScriptRunner:
         """The same scripts by way of another client."""

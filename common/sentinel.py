@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import unquote
 
-import redis.asyncio as redis_asyncio
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+
+from common.wire import WiredRedis
 
 DEFAULT_PORT: Final = 26379
 _URL: Final = re.compile(
@@ -62,7 +63,7 @@ def parse_sentinel_url(url: str) -> SentinelAddress:
     )
 
 
-class _PrimaryClient(redis_asyncio.Redis):
+class _PrimaryClient(WiredRedis):
     """A client of the present primary; closes the connections to the sentinels too."""
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
@@ -74,7 +75,7 @@ class _PrimaryClient(redis_asyncio.Redis):
 
 def connect_to_primary(
     address: SentinelAddress, options: Mapping[str, Any], sentinel_options: Mapping[str, Any]
-) -> redis_asyncio.Redis:
+) -> WiredRedis:
     """A client with its own pool. `options` are those of each connection to a server, the others to a sentinel.
 
     While no sentinel knows a primary, commands raise redis-py's ConnectionError.
@@ -86,5 +87,5 @@ def connect_to_primary(
         servers.setdefault("password", address.password)
     of_sentinels = {"ssl": address.is_tls, **sentinel_options}
     sentinel = Sentinel(address.sentinels, sentinel_kwargs=of_sentinels, **servers)  # type: ignore[no-untyped-call]
-    client: redis_asyncio.Redis = sentinel.master_for(address.master_name, redis_class=_PrimaryClient)
+    client: WiredRedis = sentinel.master_for(address.master_name, redis_class=_PrimaryClient)
     return client

@@ -18,7 +18,6 @@ from common.embedded import describe_durability
 from common.errors import ServingError
 from common.headroom import Headroom
 from common.job_queue import JobQueue
-from common.pipelined import PipelinedConnection
 from common.quotas import QuotaMeter
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
@@ -128,8 +127,7 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
         guard,
         Guard(operator, authorize=check_method, audit=Audit(audit_file, to_log=True), meter=metrics.grpc),
     )
-    pipelined = PipelinedConnection(redis, redis_settings.socket_timeout_ms / 1000)
-    quotas = QuotaMeter(pipelined, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
+    quotas = QuotaMeter(redis, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
     admission = Admission(queue, quotas)
     generations = Generations(queue, admission, streams, catalog, settings, secret)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generations), server.public)
@@ -240,7 +238,6 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
         await authenticator.aclose()
         with contextlib.suppress(ServingError):
             await queue.leave(catalog.shards())
-        await pipelined.aclose()
         for client in (redis, blocking_redis, waiting_redis, admin_redis):
             await client.aclose()
         for task in (beating, following):

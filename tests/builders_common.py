@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import redis as redis_sync
-import redis.asyncio as redis_asyncio
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError
 
@@ -18,6 +17,7 @@ from common.generation import EventBody, JobBody, OutputDelta, SamplingParams
 from common.jobs import JobState, NewEvent, NewJob, Reason
 from common.redis import connection_options
 from common.settings import RedisSettings
+from common.wire import WiredRedis
 
 PASSWORD = "test"  # of every role's user; the server listens on a Unix socket in the test's own folder
 
@@ -64,7 +64,7 @@ def make_event(
     )
 
 
-class FlakyRedis(redis_asyncio.Redis):
+class FlakyRedis(WiredRedis):
     """A client that can lose requests and replies: the caller gets the same error, the server has executed it or not.
 
     Lost requests are kept in `late`, to be executed when nobody expects them any more (see `deliver_late`).
@@ -84,6 +84,16 @@ class FlakyRedis(redis_asyncio.Redis):
             self.num_to_lose -= 1
             raise RedisConnectionError("the reply was lost")
         return reply
+
+    async def execute_together(self, *commands: Any) -> list[Any]:
+        if self.num_requests_to_lose > 0:
+            self.num_requests_to_lose -= 1
+            raise RedisConnectionError("the request was lost")
+        replies = await super().execute_together(*commands)
+        if self.num_to_lose > 0:
+            self.num_to_lose -= 1
+            raise RedisConnectionError("the reply was lost")
+        return replies
 
     async def deliver_late(self) -> None:
         """A request that was held up on its way arrives: the oldest that was lost. Its reply reaches nobody."""

@@ -21,7 +21,6 @@ from common import keys
 from common.api_keys import ApiKeys
 from common.embedded import EmbeddedServer
 from common.grants import Caps, Grants, Quotas, TenantPolicy
-from common.pipelined import PipelinedConnection
 from common.quotas import QuotaMeter, Reservation
 from common.redis import Redis, connect, execute
 from common.settings import RedisSettings
@@ -45,8 +44,7 @@ async def measure(redis: Redis, num_calls: int) -> dict[str, float]:
     tenants = Tenants(redis)
     await tenants.set("acme", TenantPolicy(weight=2.0, quotas=_RATES))
     authenticator = Authenticator([ApiKeyMethod(ApiKeys(redis))], tenants)
-    pipelined = PipelinedConnection(redis, 3)
-    meter = QuotaMeter(pipelined, 3_600_000)
+    meter = QuotaMeter(redis, 3_600_000)
     limits = validation.ConfigLimits(8192, 50_000, 16, 16)
     defaults = pb.GenerationConfig(temperature=1.0, num_outputs=1)
     call = CallInfo([("user-agent", "bench"), ("authorization", f"Bearer {created.secret}")], "ipv4:127.0.0.1:1")
@@ -93,7 +91,6 @@ async def measure(redis: Redis, num_calls: int) -> dict[str, float]:
         for name, value in spent.items():
             samples[name].append(value)
         samples["together"].append(sum(spent.values()))
-    await pipelined.aclose()
     figures: dict[str, float] = {"commands_before_enqueue": commands, "calls": num_calls}
     for name, values in samples.items():
         figures[f"{name}_ms_p50"] = round(statistics.median(values), 4)

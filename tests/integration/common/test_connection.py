@@ -1,39 +1,29 @@
-"""Our connections send what those of redis-py would, also more than a socket takes, and give up when nobody reads."""
+"""Scripts share one connection, commands that wait have their own; what is lost, slow or nonsense reaches who asked."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis as redis_sync
-from hypothesis import given
-from hypothesis import strategies as st
-from redis.asyncio.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, NoScriptError, OutOfMemoryError, ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from common.acl import Role
 from common.embedded import EmbeddedServer
-from common.redis import Argument, _LeanConnection, connect, execute
+from common.redis import Redis, connect, execute
 from common.settings import RedisSettings
-from tests.builders_common import server_under_test
-
-ARGUMENTS = st.one_of(
-    st.binary(max_size=50), st.text(max_size=20), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False)
-)
-
-
-@given(st.sampled_from(("SET", "EVALSHA", "CLIENT SETNAME", b"GET")), st.lists(ARGUMENTS, max_size=12))
-def test_a_command_is_packed_as_redis_py_packs_it(name: str | bytes, rest: list[Argument]) -> None:
-    ours = _LeanConnection().pack_command(name, *rest)  # type: ignore[arg-type]
-    assert b"".join(ours) == b"".join(Connection().pack_command(name, *rest))  # type: ignore[arg-type]
+from tests.builders_common import PASSWORD, server_under_test
 
 
 async def test_many_commands_at_once_get_their_own_replies(server: EmbeddedServer, superuser: redis_sync.Redis) -> None:
     client = connect(RedisSettings(url=server.url))
-    assert client.connection_pool.connection_class.__name__.startswith("Lean")
     sizes = [1 << (8 + n % 14) for n in range(60)]
     await asyncio.gather(*(execute(client, "SET", f"k{n}", bytes([n]) * size) for n, size in enumerate(sizes)))
     found = await asyncio.gather(*(execute(client, "GET", f"k{n}") for n in range(len(sizes))))
@@ -58,3 +48,163 @@ async def test_a_server_that_does_not_read_is_given_up(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGCONT)
         assert await execute(client, "PING")
         await client.aclose()
+
+
+ECHO = "return ARGV[1]"
+
+
+async def run_echo(client: Redis, text: str | bytes) -> bytes:
+    found: bytes = await execute(client, "EVAL", ECHO, 0, text)
+    return found
+
+
+@pytest.fixture
+async def client(server: EmbeddedServer, superuser: redis_sync.Redis) -> AsyncIterator[Redis]:
+    made = connect(RedisSettings(url=server.url))
+    yield made
+    await made.aclose()
+
+
+def num_clients(superuser: redis_sync.Redis) -> int:
+    return len(superuser.client_list(_type="normal"))
+
+
+async def test_many_scripts_at_once_share_a_connection_and_get_their_own_replies(
+    client: Redis, superuser: redis_sync.Redis
+) -> None:
+    await run_echo(client, "first")
+    before = num_clients(superuser)
+    texts = [bytes([n % 256]) * (1 << (8 + n % 14)) for n in range(60)]
+    assert await asyncio.gather(*(run_echo(client, text) for text in texts)) == texts
+    assert num_clients(superuser) == before
+
+
+async def test_an_error_is_raised_for_the_script_that_made_it(client: Redis) -> None:
+    found = await asyncio.gather(
+        run_echo(client, "a"),
+        execute(client, "EVALSHA", "0" * 40, 0),
+        execute(client, "EVAL", "return redis.error_reply('OOM is what it says')", 0),
+        execute(client, "EVAL", "return {1, redis.status_reply('fine'), false}", 0),
+        run_echo(client, "b"),
+        return_exceptions=True,
+    )
+    assert isinstance(found[1], NoScriptError)
+    assert isinstance(found[2], OutOfMemoryError)
+    assert (found[0], found[3], found[4]) == (b"a", [1, b"fine", None], b"b")
+
+
+async def test_who_leaves_does_not_shift_the_replies_of_others(client: Redis, superuser: redis_sync.Redis) -> None:
+    await run_echo(client, "open")
+    superuser.execute_command("CLIENT", "PAUSE", 200)
+    leaving, staying = (asyncio.create_task(run_echo(client, text)) for text in ("leaving", "staying"))
+    await asyncio.sleep(0.02)
+    leaving.cancel()
+    assert await asyncio.wait_for(staying, 10) == b"staying"
+    assert leaving.cancelled()
+
+
+async def test_commands_that_wait_do_not_hold_up_scripts_nor_each_other(
+    client: Redis, superuser: redis_sync.Redis
+) -> None:
+    waiting = [asyncio.create_task(client.execute_together(("BLPOP", name, 60), ("ECHO", name))) for name in "ab"]
+    await asyncio.sleep(0.05)
+    assert await asyncio.wait_for(run_echo(client, "meanwhile"), 10) == b"meanwhile"
+    superuser.rpush("b", "1")
+    assert await asyncio.wait_for(waiting[1], 10) == [[b"b", b"1"], b"b"]
+    assert not waiting[0].done()
+    superuser.rpush("a", "2")
+    assert await asyncio.wait_for(waiting[0], 10) == [[b"a", b"2"], b"a"]
+
+
+async def test_who_stops_waiting_takes_nothing(client: Redis, superuser: redis_sync.Redis) -> None:
+    """Else what comes would go to nobody, and the next one would wait behind it."""
+    waiting = asyncio.create_task(client.execute_together(("BLPOP", "a", 60)))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    while superuser.info("clients")["blocked_clients"]:  # noqa: ASYNC110 - the server tells nobody
+        await asyncio.sleep(0.01)
+    superuser.rpush("a", "1")
+    assert await asyncio.wait_for(client.execute_together(("BLPOP", "a", 60)), 10) == [[b"a", b"1"]]
+
+
+async def test_a_connection_that_the_server_ends_is_opened_anew(client: Redis, superuser: redis_sync.Redis) -> None:
+    await run_echo(client, "open")
+    superuser.execute_command("CLIENT", "PAUSE", 10_000, "WRITE")
+    blocked = client.execute_together(("BLPOP", "a", 60))
+    waiting = [asyncio.create_task(run_echo(client, "lost")), asyncio.create_task(blocked)]
+    await asyncio.sleep(0.05)
+    superuser.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    for task in waiting:
+        with pytest.raises(RedisConnectionError):
+            await asyncio.wait_for(task, 10)
+    superuser.execute_command("CLIENT", "UNPAUSE")
+    assert await run_echo(client, "again") == b"again"
+    assert await client.execute_together(("PING",)) == [b"PONG"]
+
+
+async def test_a_script_without_an_answer_in_time_gives_the_connection_up(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path, program=server_under_test()) as running:
+        client = connect(RedisSettings(url=running.url, socket_timeout_ms=2000))
+        await run_echo(client, "open")
+        pid = int((await client.info("server"))["process_id"])
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(20):
+                found = await asyncio.gather(
+                    *(run_echo(client, text) for text in ("a", b"x" * (24 << 20))), return_exceptions=True
+                )
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert [type(error) for error in found] == [RedisTimeoutError, RedisTimeoutError]
+        assert await run_echo(client, "again") == b"again"
+        await client.aclose()
+
+
+async def test_a_server_that_has_become_a_replica_is_left(client: Redis, superuser: redis_sync.Redis) -> None:
+    """The next connection is opened where the sentinels say then."""
+    await run_echo(client, "open")
+    superuser.execute_command("REPLICAOF", "127.0.0.1", "1")
+    try:
+        with pytest.raises(ReadOnlyError):
+            await execute(client, "EVAL", "return redis.call('SET', KEYS[1], '1')", 1, "k")
+        assert isinstance((await client.execute_together(("SET", "k", "1")))[0], ReadOnlyError)
+        assert await run_echo(client, "again") == b"again"
+    finally:
+        superuser.execute_command("REPLICAOF", "NO", "ONE")
+    names = [found["id"] for found in superuser.client_list(_type="normal")]
+    assert len(names) <= 3, "the connections to it are closed"
+
+
+async def test_what_is_no_answer_ends_the_connection() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Signs in, and then talks nonsense."""
+        await reader.read(1000)
+        writer.write(b"%1\r\n+proto\r\n:3\r\n")
+        await reader.read(1000)
+        writer.write(b"hello\r\n")
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        client = connect(RedisSettings(url=f"redis://127.0.0.1:{port}"))
+        with pytest.raises(RedisConnectionError, match="makes no sense"):
+            await asyncio.wait_for(run_echo(client, "a"), 10)
+        await client.aclose()
+
+
+@pytest.mark.parametrize("argument", [None, True, "\ud800"], ids=ascii)
+async def test_a_script_that_cannot_be_sent_mixes_nothing_up(client: Redis, argument: Any) -> None:
+    await run_echo(client, "open")
+    with pytest.raises((TypeError, ValueError)):
+        await run_echo(client, argument)
+    assert await run_echo(client, "mine") == b"mine"
+
+
+async def test_scripts_are_run_as_the_clients_user(server: EmbeddedServer, superuser: redis_sync.Redis) -> None:
+    client = connect(RedisSettings(url=server.url, username=Role.GATEWAY.value, password=PASSWORD))
+    assert await run_echo(client, "a") == b"a"
+    with pytest.raises(NoPermissionError):
+        await execute(client, "EVAL", "return redis.call('SET', KEYS[1], '1')", 1, "elsewhere")
+    await client.aclose()

@@ -24,11 +24,12 @@ from common.claim_pause import ClaimPause
 from common.errors import SealBroken, ServingError
 from common.generation import EventBody
 from common.jobs import ClaimedJob, CommitResult, JobState, LostReason, NewEvent, Reason, Swept, WorkerInfo
-from common.redis import Argument, Redis, Retry, execute
+from common.redis import Redis, Retry
 from common.scripts import ScriptRunner, as_list
 from common.sealing import PLAIN, GenerationSealer, Sealer
 from common.settings import QueueSettings
 from common.upkeep import Upkeep
+from common.wire import Argument
 
 log = structlog.get_logger()
 
@@ -68,7 +69,7 @@ class _Pending:
 class JobClaims:
     """One worker incarnation on one shard; `worker_id` is `keys.random_id()` of this process.
 
-    Calls of several tasks take turns; only `heartbeat`, `wait_bell`, `reap` and `sweep` run beside the others.
+    Calls of several tasks take turns; only `heartbeat`, `reap`, `sweep` and the wait of `claim` run beside the others.
     Methods raise BackendUnavailable, BackendFull and BackendRefused (see `Retry`) besides what they name.
     """
 
@@ -122,47 +123,71 @@ class JobClaims:
     async def _run(self, name: str, *args: Argument) -> Any:
         return await self._run_on(name, self._shard, self._worker_id, *args)
 
-    async def wait_bell(self) -> None:
-        """Wait until a job may be there for an idle worker: rung, or after at most a second.
-
-        When the last claim found only jobs that this worker cannot take, the bell rings at once; so it pauses first,
-        longer each time up to half a second. While claiming is paused, the bell is left to other workers.
-        """
-        if pause_s := max(self._pause_s, self._pause.left_s):
-            await asyncio.sleep(pause_s)
-        bell = keys.bell(self._shard)
-        await self._retry.call(lambda: execute(self._redis, "BLPOP", bell, _BELL_S))
-
-    async def claim(self, max_jobs: int, free_kv_tokens: int, total_kv_tokens: int) -> list[ClaimedJob]:
+    async def claim(
+        self, max_jobs: int, free_kv_tokens: int, total_kv_tokens: int, *, wait: bool = False
+    ) -> list[ClaimedJob]:
         """Take jobs that fit into `free_kv_tokens` now, and could never need more than `total_kv_tokens`.
 
         When the reply is lost for good (BackendUnavailable), the next call gets the same jobs. `events` of a job that
         another worker began holds its log; `remaining_ms` is the time to its deadline. A job that this worker still
         computes may be among them, at a higher epoch: it was lost meanwhile, and begins anew from its log. Jobs that
         this worker cannot open for a fault of its own go back, and nothing is claimed for a while (`is_paused`).
+
+        With `wait`, for an idle worker, it waits for the bell before: until a job may be there, or at most a second.
+        When the last claim found only jobs that this worker cannot take, the bell rings at once; so it pauses first,
+        longer each time up to half a second. While claiming is paused, the bell is left to other workers.
         """
-        settings = self._settings
+        if wait and (pause_s := max(self._pause_s, self._pause.left_s)):
+            await asyncio.sleep(pause_s)
         async with self._lock:
             await self._flush()
             if self.is_paused:
                 return []
-            call_id = self._claim_call = self._claim_call or keys.random_id()
-            reply = await self._run(
-                "claim",
-                call_id,
-                settings.worker_lease_ms,
-                max_jobs,
-                free_kv_tokens,
-                total_kv_tokens,
-                settings.max_claim_bytes,
-                settings.deadline_slack_ms,
-                settings.expected_completion_tokens,
-                settings.bypass_kv_tokens,
-                settings.priority_floor,
-            )
-            self._claim_call = None
-            found, *queued = as_list(reply)
-            jobs = await self._adopt(found)
+            arguments = self._claim_arguments(max_jobs, free_kv_tokens, total_kv_tokens)
+            if not wait:
+                return await self._claimed(await self._run("claim", *arguments))
+        # Others need not wait as long. A heartbeat or a commit may find what the server has handed out before the reply
+        # is read: then `owned` adopts it, and what follows here does not adopt it again.
+        reply = await self._run_when_rung("claim", *arguments)
+        async with self._lock:
+            await self._flush()
+            return await self._claimed(reply)
+
+    def _claim_arguments(self, max_jobs: int, free_kv_tokens: int, total_kv_tokens: int) -> tuple[Argument, ...]:
+        settings = self._settings
+        self._claim_call = self._claim_call or keys.random_id()
+        return (
+            self._claim_call,
+            settings.worker_lease_ms,
+            max_jobs,
+            free_kv_tokens,
+            total_kv_tokens,
+            settings.max_claim_bytes,
+            settings.deadline_slack_ms,
+            settings.expected_completion_tokens,
+            settings.bypass_kv_tokens,
+            settings.priority_floor,
+        )
+
+    async def _run_when_rung(self, name: str, *args: Argument) -> Any:
+        """Run a script once the bell has rung. Only the first try waits: that of a lost reply may have been rung."""
+        bell, key = keys.bell(self._shard), keys.meta(self._shard)
+        tries = 0
+
+        async def one_try() -> Any:
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                return await self._scripts.run(name, key, self._worker_id, *args)
+            wait = ("BLPOP", bell, _BELL_S)
+            return await self._scripts.run_after(self._redis, wait, name, key, self._worker_id, *args)
+
+        return await self._retry.call(one_try)
+
+    async def _claimed(self, reply: Any) -> list[ClaimedJob]:
+        self._claim_call = None
+        found, *queued = as_list(reply)
+        jobs = await self._adopt(found)
         self._pause_s = min(_MAX_PAUSE_S, self._pause_s * 2 or 0.01) if not jobs and any(queued) else 0.0
         return jobs
 

@@ -36,6 +36,7 @@ log = structlog.get_logger()
 _RETRY_S: Final = 0.5
 _TIDY_S: Final = 1.0
 _PREEMPT_PAUSE_S: Final = 0.5
+_ROOM_PAUSE_S: Final = 0.02
 
 
 class StepHungError(Exception):
@@ -100,13 +101,14 @@ class Agent:
 
     async def _claim(self) -> None:
         while not self._stopping.is_set():
-            if self._holdings:
+            is_idle = not self._holdings
+            if not is_idle:
                 await self._may_claim.wait()
-            else:
-                await self._guarded(self._claims.wait_bell())
+            elif not self._has_room():
+                await asyncio.sleep(_ROOM_PAUSE_S)  # what was held last is being freed
             self._may_claim.clear()
             if self._has_room() and not self._stopping.is_set():
-                await self._guarded(self._claim_once())
+                await self._guarded(self._claim_once(wait=is_idle))
             if self._must_make_room() and not self._stopping.is_set():
                 await self._guarded(self._make_room())
 
@@ -122,8 +124,9 @@ class Agent:
     def _free_kv_tokens(self) -> int:
         return self._engine.stats.free_kv_tokens - self._holdings.reserved_kv_tokens
 
-    async def _claim_once(self) -> list[ClaimedJob]:
-        jobs = await self._claims.claim(self._free_places(), self._free_kv_tokens(), self._total_kv_tokens())
+    async def _claim_once(self, *, wait: bool = False) -> list[ClaimedJob]:
+        room = self._free_places(), self._free_kv_tokens(), self._total_kv_tokens()
+        jobs = await self._claims.claim(*room, wait=wait)
         self._take(jobs)
         return jobs
 

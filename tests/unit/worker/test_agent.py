@@ -69,7 +69,7 @@ class Claims:
     is_paused: bool = False
     drain_requested_by: str = ""
 
-    async def wait_bell(self) -> None:
+    async def _wait(self) -> None:
         while not self.jobs:
             try:
                 await asyncio.sleep(0.005)
@@ -79,7 +79,9 @@ class Claims:
                 self.swallows = False
                 return
 
-    async def claim(self, max_jobs: int, free: int, total: int) -> list[ClaimedJob]:
+    async def claim(self, max_jobs: int, free: int, total: int, *, wait: bool = False) -> list[ClaimedJob]:
+        if wait:
+            await self._wait()
         self.renewals.append(time.monotonic())
         taken, self.jobs = self.jobs[:1], self.jobs[1:]
         return taken
@@ -188,7 +190,7 @@ class Crowded(Claims):
     preempted: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
 
-    async def claim(self, max_jobs: int, free: int, total: int) -> list[ClaimedJob]:
+    async def claim(self, max_jobs: int, free: int, total: int, *, wait: bool = False) -> list[ClaimedJob]:
         self.calls.append("claim")
         taken, self.jobs = self.jobs[:max_jobs], self.jobs[max_jobs:]
         return taken

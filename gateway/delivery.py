@@ -102,7 +102,7 @@ class Subscription:
         self._wake()
 
     async def take(self, timeout_s: float) -> tuple[ReplyItem, ...] | None:
-        """Return everything that waits, at least one item; None when the log must be read: nothing came, or too much.
+        """Return everything that waits; nothing after a silence of `timeout_s`; None when the log must be read.
 
         Raises Superseded once another stream of this generation was attached.
         """
@@ -123,7 +123,7 @@ class Subscription:
         if self._must_read_log:
             self._must_read_log = False
             return None
-        return items or None
+        return items
 
     def _clear(self) -> None:
         self._pending.clear()

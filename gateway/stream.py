@@ -18,6 +18,7 @@ from common.tasks import TaskResult
 from gateway import convert
 from gateway.audit import call_began
 from gateway.delivery import EventHub, Subscription
+from gateway.looks import Looks
 from gateway.progress import LogPosition, Verdict
 from gateway.status import GenerationEndedError
 from gateway.telemetry.streams import Opening, StreamMetrics, StreamWatch
@@ -35,6 +36,8 @@ class StreamTimes:
     reconcile_s: float
     progress_s: float
     clock: Callable[[], float] = time.monotonic
+    gather_s: float = 0.05  # so long the looks of silent streams wait for each other
+    start_s: float = 0.25  # a start is told only if no token has followed until then, which says so too
 
 
 class EventStream:
@@ -48,6 +51,7 @@ class EventStream:
         accepted: pb.Accepted,
         position: LogPosition,
         times: StreamTimes,
+        looks: Looks,
         num_streams: Callable[[], int],
         watch: StreamWatch,
         attachment: Attachment | None = None,
@@ -61,10 +65,12 @@ class EventStream:
         self._position = position
         self._resumed = position.sequence > 0
         self._times = times
+        self._looks = looks
         self._num_streams = num_streams
         self._watch = watch
         self._state = pb.GENERATION_STATE_UNSPECIFIED
         self._place = -1
+        self._has_untold_start = False
         self._must_read_log = False
         self._first_page = attachment
         self.ended = False
@@ -82,9 +88,11 @@ class EventStream:
                 yield event
         last_sent = self._times.clock()
         while not self.ended:
-            items = await self._subscription.take(self._times.reconcile_s)
-            events = self._apply(items or ())
-            self._must_read_log = self._must_read_log or items is None
+            silence_s = self._times.start_s if self._has_untold_start else self._times.reconcile_s
+            items = await self._subscription.take(silence_s)
+            if items is None:
+                self._must_read_log = True
+            events = self._apply(items) if items or self._must_read_log else await self._after_silence()
             del items  # not kept while a slow caller reads what was made of them
             for event in events:
                 last_sent = self._times.clock()
@@ -99,13 +107,33 @@ class EventStream:
                 yield convert.progress_event(await self._queue.get(self._generation_id, self._tenant), self._position)
         yield await self._finish()
 
+    async def _after_silence(self) -> list[pb.GenerationEvent]:
+        """Tell a start, or look whether anything was missed: then the log is read. Else only the place may be new.
+
+        The same number of events in the same epoch are the same events; should the server have lost and replaced some,
+        the next one's chain hash tells.
+        """
+        if self._has_untold_start:
+            return self._changed_to(pb.GENERATION_STATE_RUNNING)
+        record, position = await self._looks.record(self._generation_id), self._position
+        is_as_known = (
+            record is not None
+            and not record.state.is_final
+            and record.gateway_id == self._queue.gateway_id  # else this gateway's lease had ended, or another has it
+            and (record.epoch, record.sequence) == (position.epoch, position.sequence)
+        )
+        if record is None or not is_as_known:
+            self._must_read_log = True
+            return []
+        return self._state_change(record)
+
     async def _gather(self, last_sent: float) -> None:
         """Let tokens gather while many streams share this process: a message costs as much as several tokens in it."""
         pause = min(_MAX_GATHER_S, self._num_streams() / _MAX_MESSAGES_PER_S) - (self._times.clock() - last_sent)
         if pause > _MIN_GATHER_S and not self.ended:
             await asyncio.sleep(pause)
 
-    def _apply(self, items: tuple[ReplyItem, ...]) -> list[pb.GenerationEvent]:
+    def _apply(self, items: tuple[ReplyItem, ...] | None) -> list[pb.GenerationEvent]:
         """Turn waiting items into as few events as can be, as far as they continue the position.
 
         What waits is sent as one message: a caller that reads slower than the model writes gets fewer, longer ones.
@@ -113,7 +141,7 @@ class EventStream:
         bodies: list[EventBody] = []
         before = replace(self._position)
         produced: list[pb.GenerationEvent] = []
-        for item in items:
+        for item in items or ():
             verdict = self._position.judge(item)
             if verdict is Verdict.READ_LOG:
                 self._must_read_log = True
@@ -188,10 +216,17 @@ class EventStream:
             return []
         self._watch.passed(sum(len(delta.token_ids) for delta in deltas))
         self._state = pb.GENERATION_STATE_RUNNING  # tokens say so: no Progress is needed
+        self._has_untold_start = False
         return [event]
 
     def _news(self, kind: ItemKind) -> list[pb.GenerationEvent]:
-        state = pb.GENERATION_STATE_RUNNING if kind is ItemKind.STARTED else pb.GENERATION_STATE_RECOVERING
+        if kind is ItemKind.STARTED:
+            self._has_untold_start = self._state != pb.GENERATION_STATE_RUNNING
+            return []
+        return self._changed_to(pb.GENERATION_STATE_RECOVERING)
+
+    def _changed_to(self, state: pb.GenerationState.ValueType) -> list[pb.GenerationEvent]:
+        self._has_untold_start = False
         if state == self._state:
             return []
         self._state = state
@@ -206,6 +241,7 @@ class EventStream:
 
     def _state_change(self, record: GenerationRecord) -> list[pb.GenerationEvent]:
         """Return a Progress if the state or the place in line is another than last time."""
+        self._has_untold_start = False
         state, place = convert.state_of(record), record.place
         if state == self._state and (place == self._place or state == pb.GENERATION_STATE_RUNNING):
             return []
@@ -274,6 +310,7 @@ class StreamFactory:
         self._queue = queue
         self._hub = hub
         self._times = times
+        self._looks = Looks(queue, times.gather_s)
         self._sealer = sealer
         self._abandoned: set[tuple[str, str, int]] = set()  # generation and attach ids, least grace
 
@@ -311,6 +348,7 @@ class StreamFactory:
             accepted,
             position,
             self._times,
+            self._looks,
             self._hub.__len__,
             watch,
             attachment,

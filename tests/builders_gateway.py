@@ -17,10 +17,10 @@ from gateway.progress import LogPosition
 from gateway.stream import EventStream, StreamFactory, StreamTimes
 from torchrelay.v1 import generation_pb2 as pb
 
-GENERATION_ID = "tiny.abc"
+GENERATION_ID = "tiny.abcdefghijklmnopqrstuvwxyz"
 TENANT = "acme"
 GATEWAY_ID = "g1"
-STREAM_TIMES = StreamTimes(reconcile_s=0.002, progress_s=1000)
+STREAM_TIMES = StreamTimes(reconcile_s=0.002, progress_s=1000, gather_s=0, start_s=0.002)
 NUM_OUTPUTS = 2
 _END_KINDS = {
     JobState.DONE: ItemKind.DONE,
@@ -149,6 +149,9 @@ class OneJobQueue:
         if (generation_id, tenant) != (GENERATION_ID, TENANT):
             raise GenerationNotFound
         return self.record()
+
+    async def get_all(self, shard: str, generation_ids: Sequence[str]) -> list[GenerationRecord]:
+        return [self.record() for generation_id in generation_ids if generation_id == GENERATION_ID]
 
     async def read_log(
         self, generation_id: str, tenant: str, after_sequence: int = 0, after_hash: bytes = b""

@@ -124,8 +124,9 @@ def no_reconcile(_: str) -> None:
     real = Subscription.take
 
     async def take(self: Subscription, timeout_s: float) -> Any:
-        found = await real(self, timeout_s)
-        return () if found is None else found
+        while not (found := await real(self, timeout_s)):
+            pass
+        return found
 
     Subscription.take = take  # type: ignore[method-assign]
 

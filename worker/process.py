@@ -8,7 +8,9 @@ import math
 import os
 import signal
 import socket
+import sys
 import time
+from functools import cache
 from importlib.metadata import version
 from typing import Final
 
@@ -43,8 +45,18 @@ log = structlog.get_logger()
 _BEATS_PER_LEASE: Final = 5
 # Events cost the gateway, the queue and the caller some 600 us of CPU each, of which they often share the worker's.
 _EVENTS_PER_THREAD: Final = 100
+# A step that has left the kernels waits for the interpreter's lock no longer than this while the agent computes; with
+# Python's default, 5 ms, a single stream's tokens came 0.7 ms further apart.
+_SWITCH_INTERVAL_S: Final = 0.0003
+_HEAD_START_S: Final = 0.003  # of a first token before the next step on the same cores, by a trace of its way
 _JOIN_S: Final = 10.0
 _HUNG_STATUS: Final = 3
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Return what is installed; finding that out reads files, and a heartbeat tells it."""
+    return {name: version(name) for name in ("torchrelay", "torch", "transformers")}
 
 
 def describe(
@@ -58,11 +70,7 @@ def describe(
         revision=assembly.card.revision,
         host=f"{socket.gethostname()}:{os.getpid()}",
         device=assembly.device,
-        versions={
-            "torchrelay": version("torchrelay"),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
+        versions=_versions(),
         started_ms=started_ms,
         draining=agent.draining,
         num_running=stats.num_running,
@@ -119,7 +127,8 @@ async def run(
     registry = ModelRegistry(redis, retry=retry)
     await publish(registry, assembly.card, assembly.files)
     claims = JobClaims(redis, assembly.card.shard, keys.random_id(), queue_settings, retry=retry, sealer=sealer)
-    engine = EngineThread(assembly.engine, adapters=assembly.store)
+    head_start_s = _HEAD_START_S if assembly.device == "cpu" else 0.0
+    engine = EngineThread(assembly.engine, adapters=assembly.store, head_start_s=head_start_s)
     engine.start(asyncio.get_running_loop())
     started_ms = int(time.time() * 1000)
     metrics = WorkerMetrics(registered, assembly.card.name, configuration.metrics.max_tenants)
@@ -176,6 +185,7 @@ async def run(
 
 def run_process(configuration: WorkerConfiguration) -> int:
     """Run a worker until SIGTERM or SIGINT; return the exit status."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     registered, vitals = process_registry(), Vitals()
     settings, monitor = configuration.worker, None
     try:

@@ -3,8 +3,9 @@
 Commands go in through a lock-protected list, results come out with one wake-up of the event loop per step. The thread
 pauses while two steps are not acknowledged: that is the back-pressure of the whole worker, and it bounds how many steps
 a cancelled request still takes part in, also while it only prefills. After the first token of a request that is alone
-it pauses at one: where a step takes all cores, that token would else share them with the next step all the way to its
-caller. The thread sleeps on a condition when there is nothing to do, and applies commands at once even while paused.
+it pauses at one, and gives that token a head start besides: where a step takes all cores, it would else share them with
+the next step all the way to its caller. The thread sleeps on a condition when there is nothing to do, and applies
+commands at once even while paused.
 """
 
 from __future__ import annotations
@@ -54,17 +55,28 @@ class EngineThread:
     """Runs an engine. All methods but `next_result` may be called from any thread."""
 
     def __init__(
-        self, engine: StepEngine, clock: Callable[[], float] = time.monotonic, adapters: AdapterStore | None = None
+        self,
+        engine: StepEngine,
+        clock: Callable[[], float] = time.monotonic,
+        adapters: AdapterStore | None = None,
+        *,
+        head_start_s: float = 0.0,
     ) -> None:
-        """Requests that name an adapter take it from `adapters`; without, they end with an error."""
+        """Requests that name an adapter take it from `adapters`; without, they end with an error.
+
+        The first token of a request that is alone gets `head_start_s` to its caller, once it is committed.
+        """
         self._engine = engine
         self._adapters = adapters
         self._clock = clock
+        self._head_start_s = head_start_s
         self._changed = threading.Condition()
-        self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next four
+        self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next six
         self._preparing: dict[str, bool] = {}  # requests that wait for grammar or adapter; whether they were aborted
         self._unacknowledged: deque[int] = deque()
         self._most_unacknowledged = MAX_UNACKNOWLEDGED_STEPS
+        self._lone_start: int | None = None  # the step that gave a lone request's first token, until the next step
+        self._not_before = 0.0  # by the clock: when the next step may begin
         self._is_stopping = False
         self._results: asyncio.Queue[StepResult | None] = asyncio.Queue()  # two steps at most; None is the end
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -148,7 +160,8 @@ class EngineThread:
         """Results up to this step are committed."""
         with self._changed:
             while self._unacknowledged and self._unacknowledged[0] <= step:
-                self._unacknowledged.popleft()
+                if self._unacknowledged.popleft() == self._lone_start:
+                    self._not_before = self._clock() + self._head_start_s
             self._changed.notify()
 
     def stop(self) -> None:
@@ -211,7 +224,8 @@ class EngineThread:
         while True:
             with self._changed:
                 self._is_idle = not self._is_stopping and not self._commands and not self._may_step()
-                self._changed.wait_for(lambda: self._is_stopping or self._commands or self._may_step())
+                while not (self._is_stopping or self._commands or self._may_step()):
+                    self._changed.wait(self._head_start_left())
                 if self._is_idle:
                     self._last_step_at, self._is_idle = self._clock(), False
                 if self._is_stopping:
@@ -221,8 +235,9 @@ class EngineThread:
                 command()
             if commands:
                 self._stats = self._engine.stats()
-                if len(self._stats.held_request_ids) > 1:  # it is alone no longer
-                    self._most_unacknowledged = MAX_UNACKNOWLEDGED_STEPS
+                if len(self._stats.held_request_ids) != 1:  # it is alone no longer, or over
+                    self._most_unacknowledged, self._not_before = MAX_UNACKNOWLEDGED_STEPS, 0.0
+                    self._lone_start = None
             if self._may_step():
                 return True
 
@@ -233,7 +248,16 @@ class EngineThread:
             log.warning("engine.duplicate_request", request_id=request.request_id)
 
     def _may_step(self) -> bool:
-        return self._engine.has_work and len(self._unacknowledged) < self._most_unacknowledged
+        return (
+            self._engine.has_work
+            and len(self._unacknowledged) < self._most_unacknowledged
+            and self._head_start_left() is None
+        )
+
+    def _head_start_left(self) -> float | None:
+        """Seconds of a first token's head start that are left; None if there are none."""
+        left_s = self._not_before - self._clock() if self._not_before else 0.0
+        return left_s if left_s > 0 else None
 
     def _step(self) -> None:
         result = self._engine.step(self._clock())
@@ -243,6 +267,7 @@ class EngineThread:
             self._unacknowledged.append(result.step)
             is_lone_start = len(self._stats.held_request_ids) == 1 and _has_first_token(result)
             self._most_unacknowledged = 1 if is_lone_start else MAX_UNACKNOWLEDGED_STEPS
+            self._lone_start, self._not_before = result.step if is_lone_start else None, 0.0
         self._deliver(result)
 
     def _deliver(self, result: StepResult | None) -> None:

@@ -39,8 +39,8 @@ class GatedRunner(PaperRunner):
 async def start() -> AsyncIterator[StartThread]:
     threads: list[EngineThread] = []
 
-    def start_thread(runner: PaperRunner | None = None, **settings: int) -> EngineThread:
-        thread = EngineThread(make_engine(runner or PaperRunner(), **settings))
+    def start_thread(runner: PaperRunner | None = None, head_start_s: float = 0, **settings: int) -> EngineThread:
+        thread = EngineThread(make_engine(runner or PaperRunner(), **settings), head_start_s=head_start_s)
         threads.append(thread)
         thread.start(asyncio.get_running_loop())
         return thread
@@ -140,6 +140,46 @@ async def test_a_request_that_is_alone_no_longer_does_not_wait_for_its_commit(
     async with asyncio.timeout(10):
         second = await thread.next_result()
     assert (first.step, second.step) == (1, 2)
+
+
+async def test_the_first_token_of_a_lone_request_has_a_head_start_once_it_is_committed(start: StartThread) -> None:
+    thread = start(head_start_s=0.3)
+    thread.submit(make_request("a", [1, 2], max_tokens=30))
+    await thread.next_result()
+    began = time.monotonic()
+    thread.ack(1)
+    await asyncio.sleep(0.05)
+    assert thread.stats.num_steps == 1
+    await until(lambda: thread.stats.num_steps == 3)
+    assert time.monotonic() - began >= 0.3
+    async with asyncio.timeout(5):  # later tokens have none
+        for _ in range(2, 30):
+            thread.ack((await thread.next_result()).step)
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+async def test_who_comes_meanwhile_ends_the_head_start(start: StartThread, is_committed: bool) -> None:
+    thread = start(head_start_s=1000)
+    thread.submit(make_request("a", [1, 2], max_tokens=30))
+    await thread.next_result()
+    if is_committed:
+        thread.ack(1)
+    thread.submit(make_request("b", [3, 4], max_tokens=30))
+    await until(lambda: len(thread.stats.held_request_ids) == 2)
+    thread.ack(1)
+    await until(lambda: thread.stats.num_steps == 3)
+
+
+async def test_a_head_start_does_not_outlast_its_request(start: StartThread) -> None:
+    thread = start(head_start_s=1000)
+    thread.submit(make_request("a", [1, 2], max_tokens=30))
+    await thread.next_result()
+    thread.ack(1)
+    thread.abort("a")
+    await until(lambda: not thread.stats.held_request_ids)
+    thread.submit(make_request("b", [3, 4], max_tokens=1))
+    thread.ack(2)
+    await until(lambda: thread.stats.num_steps == 3)
 
 
 async def test_steps_that_only_prefill_count_too(start: StartThread) -> None:

@@ -134,12 +134,12 @@ class WiredRedis(redis_asyncio.Redis):
     """redis-py's client, whose scripts share one wire, and whose waiting commands have one each."""
 
     _shared: Wire | None = None
+    _opening: asyncio.Task[Wire] | None = None  # of the shared one, for all who need it
     _idle: list[Wire]  # ready for commands that wait
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._idle = []
-        self._opening = asyncio.Lock()
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """As redis-py's. A script's answer comes as the server sent it: redis-py has nothing to convert in it."""
@@ -147,15 +147,24 @@ class WiredRedis(redis_asyncio.Redis):
             return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         wire = self._shared
         if wire is None or not wire.is_usable:
-            async with self._opening:
-                wire = self._shared  # somebody may have opened it meanwhile
-                if wire is None or not wire.is_usable:
-                    wire = self._shared = await _open(self.connection_pool)
+            wire = await self._open_shared()
         (reply,) = await wire.send(args)
         if isinstance(reply, Exception):
             _note(wire, reply)
             raise reply
         return reply
+
+    async def _open_shared(self) -> Wire:
+        """Open the shared wire, or fail, together with all who ask meanwhile: in turns the last would wait long."""
+        if self._opening is None:
+            self._opening = asyncio.create_task(_open(self.connection_pool))
+            self._opening.add_done_callback(self._opened)
+        return await asyncio.shield(self._opening)
+
+    def _opened(self, opening: asyncio.Task[Wire]) -> None:
+        self._opening = None
+        if not opening.cancelled() and opening.exception() is None:
+            self._shared = opening.result()
 
     async def execute_together(self, *commands: Sequence[Argument]) -> list[Any]:
         """Send commands that may wait in one write, and return their replies as the server sent them, errors too.
@@ -181,6 +190,8 @@ class WiredRedis(redis_asyncio.Redis):
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         """Close all connections; whoever waits gets redis-py's ConnectionError."""
+        if self._opening is not None:
+            await asyncio.wait([self._opening])  # bounded by what a connection may take
         for wire in (*self._idle, *filter(None, [self._shared])):
             wire.close()
         self._idle = []

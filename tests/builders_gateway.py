@@ -211,3 +211,8 @@ def open_stream(
 def tokens(*ids: int, first: int = 0) -> tuple[int, EventBody]:
     """An epoch and an event of output 0."""
     return 1, EventBody((OutputDelta(0, first, ids, "".join(map(chr, ids))),))
+
+
+async def collect(stream: EventStream) -> list[str | None]:
+    """The kinds of events that a stream delivers."""
+    return [event.WhichOneof("event") async for event in stream.events()]

@@ -176,6 +176,33 @@ async def test_a_server_that_has_become_a_replica_is_left(client: Redis, superus
     assert len(names) <= 3, "the connections to it are closed"
 
 
+async def test_scripts_that_find_no_connection_wait_for_the_same_one() -> None:
+    """One after another, the last of many would wait many times as long as a connection may take."""
+    num_connections = 0
+
+    async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        await reader.read()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(never_answer, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        client = connect(RedisSettings(url=f"redis://127.0.0.1:{port}", socket_timeout_ms=2000))
+        leaving, *waiting = (asyncio.create_task(run_echo(client, "a")) for _ in range(20))
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 15)
+        assert all(isinstance(error, (RedisTimeoutError, RedisConnectionError)) for error in found)
+        assert num_connections == 1
+        opening = asyncio.create_task(run_echo(client, "a"))
+        await asyncio.sleep(0.05)
+        await client.aclose()  # whoever still waits is told by an error, not cancelled
+        with pytest.raises((RedisTimeoutError, RedisConnectionError)):
+            await opening
+
+
 async def test_what_is_no_answer_ends_the_connection() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Signs in, and then talks nonsense."""

@@ -136,10 +136,12 @@ class WiredRedis(redis_asyncio.Redis):
     _shared: Wire | None = None
     _opening: asyncio.Task[Wire] | None = None  # of the shared one, for all who need it
     _idle: list[Wire]  # ready for commands that wait
+    _in_use: set[Wire]  # by such commands
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._idle = []
+        self._in_use = set()
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """As redis-py's. A script's answer comes as the server sent it: redis-py has nothing to convert in it."""
@@ -177,11 +179,14 @@ class WiredRedis(redis_asyncio.Redis):
             wire = self._idle.pop()
         if wire is None or not wire.is_usable:
             wire = await _open(self.connection_pool)
+        self._in_use.add(wire)
         try:
             replies = await wire.send(*commands)
         except BaseException:  # cancelled: nobody else is to wait behind what is still waited for
             wire.close()
             raise
+        finally:
+            self._in_use.discard(wire)
         for reply in replies:
             if isinstance(reply, Exception):
                 _note(wire, reply)
@@ -192,7 +197,7 @@ class WiredRedis(redis_asyncio.Redis):
         """Close all connections; whoever waits gets redis-py's ConnectionError."""
         if self._opening is not None:
             await asyncio.wait([self._opening])  # bounded by what a connection may take
-        for wire in (*self._idle, *filter(None, [self._shared])):
+        for wire in (*self._idle, *self._in_use, *filter(None, [self._shared])):
             wire.close()
         self._idle = []
         self._shared = None

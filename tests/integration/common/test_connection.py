@@ -128,6 +128,14 @@ async def test_who_stops_waiting_takes_nothing(client: Redis, superuser: redis_s
     assert await asyncio.wait_for(client.execute_together(("BLPOP", "a", 60)), 10) == [[b"a", b"1"]]
 
 
+async def test_a_client_that_is_closed_tells_who_waits(client: Redis) -> None:
+    waiting = asyncio.create_task(client.execute_together(("BLPOP", "a", 60)))
+    await asyncio.sleep(0.05)
+    await client.aclose()
+    with pytest.raises(RedisConnectionError):
+        await asyncio.wait_for(waiting, 10)
+
+
 async def test_a_connection_that_the_server_ends_is_opened_anew(client: Redis, superuser: redis_sync.Redis) -> None:
     await run_echo(client, "open")
     superuser.execute_command("CLIENT", "PAUSE", 10_000, "WRITE")

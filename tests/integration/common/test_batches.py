@@ -386,6 +386,7 @@ def played(
         try:
             await play(redis, ScriptRunner(redis, mutate(*mutant) if mutant else None), steps)
         finally:
+            await redis.aclose()
             await plain.aclose()
 
     loop.run_until_complete(once())

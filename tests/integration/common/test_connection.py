@@ -65,18 +65,24 @@ async def client(server: EmbeddedServer, superuser: redis_sync.Redis) -> AsyncIt
     await made.aclose()
 
 
-def num_clients(superuser: redis_sync.Redis) -> int:
-    return len(superuser.client_list(_type="normal"))
+def clients_of_others(superuser: redis_sync.Redis) -> set[str]:
+    return {found["id"] for found in superuser.client_list(_type="normal")} - {str(superuser.client_id())}
+
+
+async def until_blocked(superuser: redis_sync.Redis, number: int) -> None:
+    async with asyncio.timeout(3):  # sooner than a connection's own time limit
+        while superuser.info("clients")["blocked_clients"] != number:  # noqa: ASYNC110 - the server tells nobody
+            await asyncio.sleep(0.01)
 
 
 async def test_many_scripts_at_once_share_a_connection_and_get_their_own_replies(
     client: Redis, superuser: redis_sync.Redis
 ) -> None:
     await run_echo(client, "first")
-    before = num_clients(superuser)
+    before = clients_of_others(superuser)
     texts = [bytes([n % 256]) * (1 << (8 + n % 14)) for n in range(60)]
     assert await asyncio.gather(*(run_echo(client, text) for text in texts)) == texts
-    assert num_clients(superuser) == before
+    assert clients_of_others(superuser) == before
 
 
 async def test_an_error_is_raised_for_the_script_that_made_it(client: Redis) -> None:
@@ -119,11 +125,10 @@ async def test_commands_that_wait_do_not_hold_up_scripts_nor_each_other(
 async def test_who_stops_waiting_takes_nothing(client: Redis, superuser: redis_sync.Redis) -> None:
     """Else what comes would go to nobody, and the next one would wait behind it."""
     waiting = asyncio.create_task(client.execute_together(("BLPOP", "a", 60)))
-    await asyncio.sleep(0.05)
+    await until_blocked(superuser, 1)
     waiting.cancel()
     await asyncio.wait([waiting])
-    while superuser.info("clients")["blocked_clients"]:  # noqa: ASYNC110 - the server tells nobody
-        await asyncio.sleep(0.01)
+    await until_blocked(superuser, 0)
     superuser.rpush("a", "1")
     assert await asyncio.wait_for(client.execute_together(("BLPOP", "a", 60)), 10) == [[b"a", b"1"]]
 
@@ -172,6 +177,8 @@ async def test_a_script_without_an_answer_in_time_gives_the_connection_up(tmp_pa
 async def test_a_server_that_has_become_a_replica_is_left(client: Redis, superuser: redis_sync.Redis) -> None:
     """The next connection is opened where the sentinels say then."""
     await run_echo(client, "open")
+    await client.execute_together(("PING",))
+    before = clients_of_others(superuser)
     superuser.execute_command("REPLICAOF", "127.0.0.1", "1")
     try:
         with pytest.raises(ReadOnlyError):
@@ -180,8 +187,8 @@ async def test_a_server_that_has_become_a_replica_is_left(client: Redis, superus
         assert await run_echo(client, "again") == b"again"
     finally:
         superuser.execute_command("REPLICAOF", "NO", "ONE")
-    names = [found["id"] for found in superuser.client_list(_type="normal")]
-    assert len(names) <= 3, "the connections to it are closed"
+    assert len(before) == 2
+    assert not before & clients_of_others(superuser)
 
 
 async def test_scripts_that_find_no_connection_wait_for_the_same_one() -> None:

@@ -71,10 +71,9 @@ class EngineThread:
         self._clock = clock
         self._head_start_s = head_start_s
         self._changed = threading.Condition()
-        self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next six
+        self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next five
         self._preparing: dict[str, bool] = {}  # requests that wait for grammar or adapter; whether they were aborted
         self._unacknowledged: deque[int] = deque()
-        self._most_unacknowledged = MAX_UNACKNOWLEDGED_STEPS
         self._lone_start: int | None = None  # the step that gave a lone request's first token, until the next step
         self._not_before = 0.0  # by the clock: when the next step may begin
         self._is_stopping = False
@@ -236,8 +235,7 @@ class EngineThread:
             if commands:
                 self._stats = self._engine.stats()
                 if len(self._stats.held_request_ids) != 1:  # it is alone no longer, or over
-                    self._most_unacknowledged, self._not_before = MAX_UNACKNOWLEDGED_STEPS, 0.0
-                    self._lone_start = None
+                    self._lone_start, self._not_before = None, 0.0
             if self._may_step():
                 return True
 
@@ -250,7 +248,7 @@ class EngineThread:
     def _may_step(self) -> bool:
         return (
             self._engine.has_work
-            and len(self._unacknowledged) < self._most_unacknowledged
+            and len(self._unacknowledged) < (MAX_UNACKNOWLEDGED_STEPS if self._lone_start is None else 1)
             and self._head_start_left() is None
         )
 
@@ -266,7 +264,6 @@ class EngineThread:
         with self._changed:
             self._unacknowledged.append(result.step)
             is_lone_start = len(self._stats.held_request_ids) == 1 and _has_first_token(result)
-            self._most_unacknowledged = 1 if is_lone_start else MAX_UNACKNOWLEDGED_STEPS
             self._lone_start, self._not_before = result.step if is_lone_start else None, 0.0
         self._deliver(result)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ from common.embedded import EmbeddedServer
 from common.redis import Redis, connect, execute
 from common.settings import RedisSettings
 from tests.builders_common import PASSWORD, server_under_test
+
+
+@contextmanager
+def stopped(server: EmbeddedServer) -> Iterator[None]:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
 
 
 async def test_many_commands_at_once_get_their_own_replies(server: EmbeddedServer, superuser: redis_sync.Redis) -> None:
@@ -37,15 +48,11 @@ async def test_a_server_that_does_not_read_is_given_up(tmp_path: Path) -> None:
     with EmbeddedServer(tmp_path, program=server_under_test()) as running:
         client = connect(RedisSettings(url=running.url, socket_timeout_ms=2000))
         await execute(client, "PING")
-        pid = int((await client.info("server"))["process_id"])
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with stopped(running):
             async with asyncio.timeout(20):
                 for size in (24 << 20, 10):
                     with pytest.raises((RedisTimeoutError, RedisConnectionError)):
                         await execute(client, "SET", "k", b"x" * size)
-        finally:
-            os.kill(pid, signal.SIGCONT)
         assert await execute(client, "PING")
         await client.aclose()
 
@@ -160,15 +167,10 @@ async def test_a_script_without_an_answer_in_time_gives_the_connection_up(tmp_pa
     with EmbeddedServer(tmp_path, program=server_under_test()) as running:
         client = connect(RedisSettings(url=running.url, socket_timeout_ms=2000))
         await run_echo(client, "open")
-        pid = int((await client.info("server"))["process_id"])
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        texts = ("a", b"x" * (24 << 20))
+        with stopped(running):
             async with asyncio.timeout(20):
-                found = await asyncio.gather(
-                    *(run_echo(client, text) for text in ("a", b"x" * (24 << 20))), return_exceptions=True
-                )
-        finally:
-            os.kill(pid, signal.SIGCONT)
+                found = await asyncio.gather(*(run_echo(client, text) for text in texts), return_exceptions=True)
         assert [type(error) for error in found] == [RedisTimeoutError, RedisTimeoutError]
         assert await run_echo(client, "again") == b"again"
         await client.aclose()

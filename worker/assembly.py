@@ -96,12 +96,13 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         on_part = StepProfiler(settings.profile_steps, Path(settings.profile_file), device, loaded.decoder).on_part
     adapt = loaded.linear_layers if settings.adapters_dir else None
     model_runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder, on_part, adapt=adapt)
-    cost = measure_cost(model_runner, engine_settings)
+    runner = make_runner(model_runner, engine_settings)
+    cost = measure_cost(runner, engine_settings)
     trim()  # what loading and the probe have left behind
     model_runner.populate_cache()  # not before: it would disturb what is measured
     grammars = make_compiler(loaded.text.tokenizer_json, loaded.vocab_size, loaded.eos_token_ids)
     engine = Engine(
-        make_runner(model_runner, engine_settings),
+        runner,
         engine_settings,
         lambda: IncrementalDetokenizer(loaded.text.tokenizer),
         cost=cost,
@@ -182,15 +183,21 @@ def check_narrow(narrow: Narrow, device: torch.device, dtype: torch.dtype, backe
 
 
 def make_runner(runner: ModelRunner, settings: EngineSettings) -> Runner:
-    """Return what runs the steps: on a GPU, decodes are recorded now and replayed from then on."""
+    """Return what runs the steps: on a GPU, all but the largest are recorded now and replayed from then on."""
     if runner.device.type != "cuda" or runner.attention_name == TorchAttention.name:  # torch's waits for the device
         return runner
     if runner.max_source_tokens:  # what its classes compute is not recorded
         return runner
-    return GraphRunner(runner, CudaRecorder(runner.device), settings.max_num_seqs, settings.block_size)
+    return GraphRunner(
+        runner,
+        CudaRecorder(runner.device),
+        settings.max_num_seqs,
+        settings.block_size,
+        max_num_tokens=settings.most_recorded_tokens,
+    )
 
 
-def measure_cost(runner: ModelRunner, settings: EngineSettings) -> CostModel:
+def measure_cost(runner: Runner, settings: EngineSettings) -> CostModel:
     """Probe what steps cost here, and log it with the token budgets that follow."""
     cost = probe_cost(runner, settings)
     budget = StepBudget(settings, cost)

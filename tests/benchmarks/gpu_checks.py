@@ -16,7 +16,7 @@ from worker.engine.device import DeviceError
 from worker.engine.loadcheck import check_module, plain_logits
 from worker.engine.loop import Engine
 from worker.engine.model import speed_up_for_device
-from worker.engine.quantize import NARROW_TOLERANCE, Narrow, check_device, missing_torchao, quantize
+from worker.engine.quantize import NARROW_TOLERANCE, Narrow, check_device, missing_package, quantize
 from worker.engine.runner import ModelRunner
 
 _BLOCK: Final = 16
@@ -148,7 +148,7 @@ def _is_identical(family: str, device: torch.device) -> bool:
 
 def why_not(narrow: Narrow, device: torch.device) -> str | None:
     """Return why these weights cannot be had here; None where they can."""
-    reason = missing_torchao()
+    reason = missing_package(narrow)
     try:
         check_device(narrow, device, torch.bfloat16)
     except DeviceError as error:

@@ -13,6 +13,7 @@ logits are compared with those before it, and a change that moves them beyond ro
 not bear, is taken back. Bound by launches and by reading activations at small batches, a step gains most there.
 
 Every product stays a linear layer in the tree of modules, so that `quantize.py` finds merged ones as it finds others.
+In fp8 (`fp8.py`) norms and activations are part of what rounds a product's input, for any number of rows.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from worker.engine.closeness import TOLERANCE, relative_error
+from worker.engine.fp8 import Fp8Linear
 from worker.engine.kernels.triton import layers, vector
 from worker.engine.merged import MergedPart, MergedProduct
 
@@ -55,11 +57,11 @@ def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
 
 
 class NormingLinear(nn.Module):
-    """A linear layer that norms its input itself when `norm` is set: that of a single row, in the product's kernel."""
+    """A linear layer that norms its input itself when `norm` is set: of a single row, or in fp8 of any."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear: nn.Linear | Fp8Linear = linear
         self.norm: KernelNorm | None = None  # the next call unsets it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,6 +69,9 @@ class NormingLinear(nn.Module):
         if norm is None:
             output: torch.Tensor = self.linear(x)
             return output
+        if isinstance(self.linear, Fp8Linear):
+            normed: torch.Tensor = self.linear(x, norm=norm.norm)
+            return normed
         return vector.multiply(x, self.linear.weight, addend=self.linear.bias, norm=norm.norm)
 
 
@@ -75,11 +80,15 @@ class AddingLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear: nn.Linear | Fp8Linear = linear
         self.into: torch.Tensor | None = None  # [..., outputs], changed in place by the next call, which unsets it
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, activation: int | None = None) -> torch.Tensor:
+        """With an activation, as `Fp8Linear` has it, which the layer must be then."""
         into, self.into = self.into, None
+        if isinstance(self.linear, Fp8Linear):
+            sums: torch.Tensor = self.linear(x, activation=activation, into=into)
+            return sums
         weight = self.linear.weight
         if into is None:
             output: torch.Tensor = self.linear(x)
@@ -97,9 +106,9 @@ class GatedLayer(nn.Module):
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: int) -> None:
         super().__init__()
-        self.gate_up_proj = _joined((gate, up))
+        self.gate_up_proj: nn.Linear | Fp8Linear = _joined((gate, up))
         self._activation = activation
-        self.norm: KernelNorm | None = None  # of a single row that comes without it; the next call unsets it
+        self.norm: KernelNorm | None = None  # of rows that come without it; the next call unsets it
         self.down_proj: nn.Module = down
         self._gate_size = gate.out_features
 
@@ -110,12 +119,24 @@ class GatedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norm, self.norm = self.norm, None
-        if norm is not None:
+        if isinstance(self.gate_up_proj, Fp8Linear):
+            halves = self.gate_up_proj(x, norm=None if norm is None else norm.norm)
+            if _rounds(self.down_proj):
+                rounded: torch.Tensor = self.down_proj(halves, activation=self._activation)
+                return rounded
+            between = layers.gated(halves, self._activation)
+        elif norm is not None:
             between = vector.multiply(x, self.gate_up_proj.weight, norm=norm.norm, activation=self._activation)
         else:
             between = layers.gated(self.gate_up_proj(x), self._activation)
         output: torch.Tensor = self.down_proj(between)
         return output
+
+
+def _rounds(down: nn.Module) -> bool:
+    """Whether the layer takes gate and up as they are: in fp8, and without hooks, which are to see its input."""
+    layers = (down, down.linear) if isinstance(down, AddingLinear) else (down,)
+    return isinstance(layers[-1], Fp8Linear) and not any(layer._forward_hooks for layer in layers)
 
 
 class KernelNorm(nn.Module):
@@ -320,7 +341,7 @@ def _sum_changes(module: PreTrainedModel) -> Iterator[_Change]:
 
 def _adding_forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
     """A decoder layer's forward that adds both results into its input, which nobody else reads afterwards."""
-    product = _norming_product(self) if hidden_states.numel() == hidden_states.shape[-1] else None
+    product = _norming_product(self, is_alone=hidden_states.numel() == hidden_states.shape[-1])
     self.self_attn.o_proj.into = hidden_states
     if product is None:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -332,8 +353,9 @@ def _adding_forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> An
     return self.mlp(attended)
 
 
-def _norming_product(layer: Any) -> NormingLinear | None:
-    """The product of a decoder layer's projections, if both its norms can be part of the products behind them.
+def _norming_product(layer: Any, *, is_alone: bool) -> NormingLinear | None:
+    """The product of a decoder layer's projections, if both its norms can be part of the products behind them: of any
+    rows in fp8, else of one that `is_alone`.
 
     Hooks, as adapters have them, are to see what is normed already.
     """
@@ -344,14 +366,19 @@ def _norming_product(layer: Any) -> NormingLinear | None:
         isinstance(product, NormingLinear)
         and isinstance(layer.input_layernorm, KernelNorm)
         and isinstance(layer.post_attention_layernorm, KernelNorm)
-        and type(gate_up) is nn.Linear
-        and gate_up.bias is None
-        and vector.fits(product.linear.weight)
-        and vector.fits(gate_up.weight)
+        and all(_norms(linear, is_alone=is_alone) for linear in (product.linear, gate_up))
+        and getattr(gate_up, "bias", None) is None
         and not any(module._forward_hooks for module in (*projections, product, product.linear, gate_up))
     ):
         return product
     return None
+
+
+def _norms(linear: nn.Module, *, is_alone: bool) -> bool:
+    """Whether a layer's product can have a norm before it."""
+    if isinstance(linear, Fp8Linear):
+        return True
+    return is_alone and type(linear) is nn.Linear and vector.fits(linear.weight)
 
 
 def _head_changes(module: PreTrainedModel) -> Iterator[_Change]:

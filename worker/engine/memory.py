@@ -39,7 +39,8 @@ def cache_bytes(model: PreTrainedModel, settings: EngineSettings) -> int:
     step_bytes = _warm_up(model, settings)
     free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
     num_logits = settings.max_num_seqs * model.config.get_text_config().vocab_size
-    reserved_bytes = step_bytes + num_logits * _SAMPLER_BYTES_PER_LOGIT
+    recorded_bytes = step_bytes * settings.most_recorded_tokens // settings.most_step_tokens  # graphs' memory is theirs
+    reserved_bytes = step_bytes + recorded_bytes + num_logits * _SAMPLER_BYTES_PER_LOGIT
     own_bytes = torch.cuda.memory_reserved(model.device)
     size = remaining_bytes(total_bytes, free_bytes, own_bytes, reserved_bytes, settings.gpu_memory_fraction)
     _log.info(

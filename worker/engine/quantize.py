@@ -1,4 +1,4 @@
-"""Narrow weights on a GPU: the linear layers in fp8, int8 or int4, through torchao.
+"""Narrow weights on a GPU: the linear layers in fp8 (`fp8.py`), or in int8 or int4 through torchao.
 
     fp8    weights with a scale per output; inputs rounded to 8 bits too, with a scale per row
     int8   weights alone, with a scale per output
@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Final, Literal
@@ -42,6 +42,7 @@ Narrow = Literal["fp8", "int8", "int4"]
 
 _TORCHAO: Final = (0, 18)  # the names below are this release's, the first with int8 weights as they are used here
 _GROUP: Final = 128
+_FP8_MULTIPLE: Final = 16  # of outputs and inputs that torch's product takes
 _CAPABILITY: Final[Mapping[Narrow, tuple[int, int]]] = {"fp8": (8, 9), "int4": (8, 0)}  # of the products' kernels
 _BFLOAT16_ONLY: Final = ("fp8", "int4")
 
@@ -74,13 +75,15 @@ def check_device(narrow: Narrow, device: torch.device, dtype: torch.dtype) -> No
         needed, has = (".".join(map(str, version)) for version in (least, found))
         name = torch.cuda.get_device_name(device)
         raise DeviceError(f"{narrow} weights need a GPU of compute capability {needed} or higher; {name} has {has}")
-    reason = missing_torchao()
+    reason = missing_package(narrow)
     if reason is not None:
         raise DeviceError(f"{narrow} weights on a GPU need torchao, and {reason}: pip install 'torchrelay[torchao]'")
 
 
-def missing_torchao() -> str | None:
-    """Return why there is no torchao to quantize with; None where there is one."""
+def missing_package(narrow: Narrow) -> str | None:
+    """Return why there is no torchao to quantize with; None where there is one, or none is needed."""
+    if narrow == "fp8":
+        return None
     try:
         version = metadata.version("torchao")
     except metadata.PackageNotFoundError:
@@ -138,11 +141,24 @@ def quantize(module: PreTrainedModel, narrow: Narrow) -> Quantized:
     left: list[str] = []
     for name, layer in _linear_layers(module):
         (chosen if _fits(layer, narrow) else left).append(name)
-    quantize_: Callable[..., None] = importlib.import_module("torchao.quantization").quantize_
-    names = frozenset(chosen)
     with torch.inference_mode():
-        quantize_(module, _config(narrow), filter_fn=lambda _, name: name in names)
+        if narrow == "fp8":
+            _to_fp8(module, chosen)
+        else:
+            quantize_: Callable[..., None] = importlib.import_module("torchao.quantization").quantize_
+            names = frozenset(chosen)
+            quantize_(module, _config(narrow), filter_fn=lambda _, name: name in names)
     return Quantized(tuple(chosen), tuple(left))
+
+
+def _to_fp8(module: PreTrainedModel, names: Sequence[str]) -> None:
+    from worker.engine.fp8 import Fp8Linear  # needs Triton
+
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        layer = module.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        setattr(module.get_submodule(parent), child, Fp8Linear.from_linear(layer))
 
 
 def _linear_layers(module: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
@@ -160,7 +176,7 @@ def _fits(layer: nn.Linear, narrow: Narrow) -> bool:
     """Whether a format's kernel takes this shape: torchao leaves other layers as they are, or fails when they run."""
     num_outputs, num_inputs = layer.weight.shape
     if narrow == "fp8":
-        return num_outputs % 16 == num_inputs % 16 == 0
+        return num_outputs % _FP8_MULTIPLE == num_inputs % _FP8_MULTIPLE == 0
     if narrow == "int4":
         return num_outputs % 8 == num_inputs % _GROUP == 0
     return True
@@ -169,8 +185,6 @@ def _fits(layer: nn.Linear, narrow: Narrow) -> bool:
 def _config(narrow: Narrow) -> Any:
     """torchao's settings, which are those of torch.compile too if they are not told otherwise."""
     ao: Any = importlib.import_module("torchao.quantization")
-    if narrow == "fp8":
-        return ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow(), set_inductor_config=False)
     if narrow == "int8":
         return ao.Int8WeightOnlyConfig(granularity=ao.PerRow(), set_inductor_config=False)
     return ao.Int4WeightOnlyConfig(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Final, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_MOST_RECORDED_TOKENS: Final = 2048  # a larger step takes a GPU longer than its launches take the host
 
 
 class EngineSettings(BaseSettings):
@@ -74,3 +76,8 @@ class EngineSettings(BaseSettings):
     def most_step_tokens(self) -> int:
         """Tokens of the largest step there can be."""
         return self.max_step_tokens if self.token_budget is None else self.token_budget
+
+    @property
+    def most_recorded_tokens(self) -> int:
+        """Tokens of the largest step that is recorded as a CUDA graph."""
+        return min(self.most_step_tokens, _MOST_RECORDED_TOKENS)

@@ -45,7 +45,7 @@ def test_a_rehearsal_runs_every_part(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_without_torchao_its_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_checks, "missing_torchao", lambda: "torchao is not installed")
+    monkeypatch.setattr(gpu_checks, "missing_package", lambda narrow: "torchao is not installed")
     assert [gpu_checks.why_not(narrow, CPU) for narrow in ("fp8", "int8", "int4")] == ["torchao is not installed"] * 3
     reason = {"not_run": "torchao is not installed"}
     figures = {"bf16_tok_s": 5.0, "fp8_tok_s": None, "tensorrt_llm_fp8_tok_s": 9305}
@@ -87,7 +87,7 @@ def test_wrong_narrow_weights_are_an_exit_code(
 def test_a_wrong_kernel_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "SECONDS", -1.0)  # nothing else is begun
     monkeypatch.setattr(gpu_checks, "check_kernels", lambda device: {"llama 8b": False})
-    monkeypatch.setattr(gpu_checks, "missing_torchao", lambda: "torchao is not installed")
+    monkeypatch.setattr(gpu_checks, "missing_package", lambda narrow: "torchao is not installed")
     assert gpu.main(["--rehearse"]) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["wrong"] == ["kernels", "greedy"]

@@ -29,7 +29,9 @@ class LayerCache:
 class AttentionBatch:
     """Where the tokens of a step stand: `num_seqs` sequences packed behind one another into `num_tokens` rows.
 
-    Sequence i owns rows query_starts[i]:query_starts[i+1], the last rows of its context of context_lens[i] tokens.
+    Sequence i owns rows query_starts[i]:query_starts[i+1], the last rows of its context of context_lens[i] tokens. In a
+    step that is padded, sequences without a row or a context come last, and then rows that are no sequence's: their
+    keys and values go to the scratch block, and what attention returns for them is undefined.
     """
 
     # [num_tokens] int32: block_id * block_size + offset, where each row's key and value are written

@@ -105,9 +105,10 @@ class TorchAttention:
         decodes: dict[int, list[int]] = {}  # by number of blocks, rounded up to a power of two
         groups: list[_Group] = []
         for seq, context_len in enumerate(lens):
-            if starts[seq + 1] - starts[seq] == 1:
+            num_queries = starts[seq + 1] - starts[seq]
+            if num_queries == 1:
                 decodes.setdefault(self._group_key(seq, context_len, batch.slots.device), []).append(seq)
-            else:
+            elif num_queries:
                 groups.append(self._group(batch, [seq], starts, lens))
         groups.extend(self._group(batch, seqs, starts, lens) for seqs in decodes.values())
         return _Prepared(batch.slots.long(), groups)

@@ -15,6 +15,7 @@ import triton
 
 from worker.engine.attention.interface import AttentionBatch, AttentionOptions, LayerCache, LayerShape
 from worker.engine.kernels.triton.attention import attend_kernel, merge_kernel, store_kernel
+from worker.engine.kernels.triton.overlap import launch_options
 
 _BLOCK_SIZE: Final = 16
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -214,6 +215,7 @@ class _Call:
             VALUE_DIM=value_dim,
             BLOCK_DIMS=block_dims,
             QUERIES=num_queries,
+            **launch_options(self.output.device),
         )
 
     def prefill(self, tile: Tile) -> None:
@@ -280,6 +282,7 @@ class _Call:
             BLOCK_VALUE=max(16, triton.next_power_of_2(self.shape.value_dim)),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **launch_options(query.device),
         )
 
 
@@ -330,6 +333,7 @@ def _store(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, slots: tor
         BLOCK_HEADS=block_heads,
         BLOCK_KEY=block_key,
         BLOCK_VALUE=block_value,
+        **launch_options(key.device),
     )
 
 

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from tests.builders_attention import make_case
 from worker.engine.attention.interface import AttentionOptions, LayerShape
 from worker.engine.attention.triton_paged import TritonAttention
-from worker.engine.kernels.triton import layers
+from worker.engine.kernels.triton import layers, overlap, vector
 
 _kernels: list[Any] = []
 _run = JITFunction.run
@@ -49,6 +49,16 @@ def elementwise() -> None:
     layers.rotate_in_place(heads.transpose(1, 2), heads[:, :, :8].transpose(1, 2), x[..., :128], x[..., 128:256])
 
 
+def product_of_a_row() -> None:
+    """The four of a decoder layer, with Llama's dimensions but few outputs."""
+    x = torch.zeros(1, 14336, dtype=torch.bfloat16)
+    norm = vector.Norm(x[0, :4096], 1e-5, 0.0)
+    vector.multiply(x[:, :4096], torch.zeros(64, 4096, dtype=torch.bfloat16), norm=norm)
+    vector.multiply(x[:, :4096], torch.zeros(64, 4096, dtype=torch.bfloat16), addend=x[0, :64])
+    vector.multiply(x[:, :4096], torch.zeros(64, 4096, dtype=torch.bfloat16), norm=norm, activation=layers.SILU)
+    vector.multiply(x, torch.zeros(64, 14336, dtype=torch.bfloat16), addend=x[0, :64])
+
+
 def main() -> None:
     """Compile all cases."""
     target = GPUTarget("cuda", 90, 32)
@@ -60,6 +70,7 @@ def main() -> None:
         )
     )
     JITFunction.run = compile_only
+    overlap.launch_options = lambda device: {"OVERLAPS": True, "launch_pdl": True}  # before it is imported by name
     sinks = torch.zeros(8)
     cases = {
         "llama": lambda: attend(torch.bfloat16, (32, 8), (128, 128)),

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from worker.engine.kernels.triton.overlap import launch_options
 
 _BLOCK = 4096  # scores of a program
 
@@ -21,8 +24,12 @@ def _part_kernel(
     width,
     num_parts,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_rows, num_parts)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = part * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(scores + row * row_stride + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
@@ -39,8 +46,12 @@ def _join_kernel(
     places,
     num_parts,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_rows,)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BLOCK)
     values = tl.load(best + row * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
@@ -63,6 +74,9 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
     num_parts = triton.cdiv(width, _BLOCK)
     best = torch.empty((num_rows, num_parts), dtype=torch.float32, device=scores.device)
     places = torch.empty((num_rows, num_parts), dtype=torch.int32, device=scores.device)
-    _part_kernel[(num_rows, num_parts)](best, places, scores, scores.stride(0), width, num_parts, BLOCK=_BLOCK)
-    _join_kernel[(num_rows,)](output, best, places, num_parts, BLOCK=triton.next_power_of_2(num_parts))
+    options = launch_options(scores.device)
+    _part_kernel[(num_rows, num_parts)](
+        best, places, scores, scores.stride(0), width, num_parts, BLOCK=_BLOCK, **options
+    )
+    _join_kernel[(num_rows,)](output, best, places, num_parts, BLOCK=triton.next_power_of_2(num_parts), **options)
     return output

@@ -15,6 +15,7 @@ Decoding), and how long each is, is read on the device: a captured launch serves
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SEARCH_WIDTH = tl.constexpr(128)  # sequences looked at together
@@ -38,8 +39,12 @@ def store_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_tokens, tiles of BLOCK_HEADS kv heads)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     is_head = heads < num_heads
@@ -208,8 +213,12 @@ def attend_kernel(
     LEAST_TILES: tl.constexpr,  # of TOKENS that a share has: of a short context the last shares are empty
     BLOCK_KEY: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: (sequences if SHORT, else tiles; kv heads times tiles of their query heads; SHARES)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     if SHORT:
         seq = tl.program_id(0)
         tile = 0
@@ -322,8 +331,12 @@ def merge_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_DIMS: tl.constexpr,
     QUERIES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: (sequences times QUERIES; heads; tiles of BLOCK_DIMS value dimensions)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     seq = tl.program_id(0) // QUERIES
     query = tl.program_id(0) % QUERIES
     head = tl.program_id(1)

@@ -6,6 +6,9 @@ All compute in float32 and round once, to their input's format. `engine/fuse_cud
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from worker.engine.kernels.triton.overlap import launch_options
 
 SILU = 0
 GELU_TANH = 1
@@ -26,8 +29,12 @@ def _rms_norm_kernel(
     offset,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_rows,)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -45,8 +52,12 @@ def _gated_kernel(
     width,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_rows, tiles of BLOCK columns)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
@@ -91,8 +102,12 @@ def _rotary_kernel(
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_tokens, tiles of HEADS query heads, then of key heads)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     cos += row * cos_row_stride
     sin += row * sin_row_stride
@@ -134,6 +149,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -
         WIDTH=width,
         BLOCK=block,
         num_warps=min(8, max(1, block // 512)),
+        **launch_options(x.device),
     )
     return output
 
@@ -144,7 +160,7 @@ def gated(x: torch.Tensor, activation: int) -> torch.Tensor:
     output = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     block = min(_COLUMNS, triton.next_power_of_2(width))
     grid = (output.numel() // width, triton.cdiv(width, block))
-    _gated_kernel[grid](output, x, width, ACTIVATION=activation, BLOCK=block)
+    _gated_kernel[grid](output, x, width, ACTIVATION=activation, BLOCK=block, **launch_options(x.device))
     return output
 
 
@@ -175,4 +191,5 @@ def rotate_in_place(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, s
         BLOCK_HALF=triton.next_power_of_2(half),
         HEADS=_ROTARY_HEADS,
         num_warps=1 if half <= 32 else 2,
+        **launch_options(query.device),
     )

@@ -39,7 +39,7 @@ def enlarge_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     usual = vector._tile
 
-    def tile(num_outputs: int, depth: int, *, is_gated: bool) -> tuple[int, int, int]:
-        return math.gcd(num_outputs, 32), *usual(num_outputs, depth, is_gated=is_gated)[1:]
+    def tile(num_outputs: int, depth: int, itemsize: int, *, is_gated: bool) -> tuple[int, int, int]:
+        return math.gcd(num_outputs, 32), *usual(num_outputs, depth, itemsize, is_gated=is_gated)[1:]
 
     monkeypatch.setattr(vector, "_tile", tile)

@@ -2,6 +2,7 @@
 
     kernels     Triton attention against the torch back-end, on the device, for every variant that models ask for
     greedy      outputs of tiny models, with fused layers and CUDA graphs, against transformers' own `generate`
+    tasks       adapters, structured output, encoder-decoder models and encoders: tiny ones, likewise
     narrow      logits of a random model with fp8, int8 and int4 weights against those in bfloat16, where torchao is
     decode      an 8B Llama shape with random bfloat16 weights: tokens per second, and the share of copy bandwidth
     prefill     the same shape: share of the measured rate of matrix products
@@ -30,7 +31,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from common.generation import SamplingParams
-from tests.benchmarks import gpu_checks
+from tests.benchmarks import gpu_checks, gpu_tasks
 from tests.benchmarks.limits import ModelCost
 from worker.assembly import choose_argmax, choose_backend, make_runner
 from worker.engine.loop import Engine, Runner
@@ -53,7 +54,7 @@ TENSORRT_LLM: Final[Mapping[tuple[int, int], int]] = {
     (2048, 128): 3450,
     (2048, 2048): 9305,
 }
-_PREFILL_RATE: Final = 35000.0  # tokens per second, to guess how long a load takes to settle
+_CHECKS: Final = ("kernels", "greedy", "tasks")  # parts that say by name what is right
 TARGETS: Final = {"bandwidth_share": 0.85, "over_transformers": 1.5}
 
 _LLAMA_8B: Final[Mapping[str, Any]] = {
@@ -264,18 +265,26 @@ def run_transformers(model: PreTrainedModel, num_requests: int, num_prompt: int,
 
 
 def measure_load(ours: Ours, num_prompt: int, num_output: int) -> float:
-    """Output tokens per second while finished requests are replaced at once, once the first prompts are computed.
+    """Output tokens per second while finished requests are replaced at once.
 
-    The first requests have outputs of all lengths, so that prefills and decodes are mixed from the beginning.
+    It begins as a load that has run for long would be found: the first requests have from none to all of their outputs
+    in their prompts, and are to give the rest. None ends while the prompts of the last are computed yet; after that one
+    ends in every `num_output / max_num_seqs` steps.
     """
     engine, most = ours.engine(), ours.settings.max_num_seqs
+    num_filling = most * (num_prompt + num_output / 2) / ours.settings.token_budget  # steps until all are computed
     for i in range(most):
-        engine.add(ours.request(f"r{i}", num_prompt, 1 + num_output * (i + 1) // most, i))
-    num_added, num_tokens, settled_at, window_s = most, 0, 0.0, ours.scale.window_s
-    settle_s = min(40.0, window_s / 3 + most * num_prompt / _PREFILL_RATE)
+        num_left = 1 + num_output * i // most
+        num_waiting = int(num_filling * (1 - (i + 1) / most))
+        engine.add(ours.request(f"r{i}", num_prompt + num_output - num_left, num_left + num_waiting, i))
+    begun: set[str] = set()
+    while len(begun) < most:
+        begun |= {output.request_id for output in engine.step(0.0).outputs if output.deltas}
+    num_added, num_tokens, settled_at = most, 0, 0.0
+    window_s = ours.scale.window_s
     started = time.perf_counter()
-    while (now := time.perf_counter()) < started + settle_s + window_s:
-        if not settled_at and now > started + settle_s:
+    while (now := time.perf_counter()) < started + window_s * 4 / 3:
+        if not settled_at and now > started + window_s / 3:
             settled_at = now
         for output in engine.step(0.0).outputs:
             if settled_at:
@@ -321,6 +330,7 @@ def run_all(scale: Scale) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "kernels": parts.run("kernels", lambda: gpu_checks.check_kernels(scale.device)),
         "greedy": parts.run("greedy", lambda: gpu_checks.check_greedy(scale.device)),
+        "tasks": parts.run("tasks", lambda: gpu_tasks.check_tasks(scale.device)),
         "hardware": parts.run("hardware", lambda: measure_hardware(scale)),
         "narrow": {},
     }
@@ -346,7 +356,7 @@ def run_all(scale: Scale) -> dict[str, Any]:
                 torch.cuda.empty_cache()
             measure_fp8(parts, report, model, scale)
     report["failures"] = parts.failures
-    wrong = [name for name in ("kernels", "greedy") if not (report[name] and all(report[name].values()))]
+    wrong = [name for name in _CHECKS if not (report[name] and all(report[name].values()))]
     wrong += [narrow for narrow, found in report["narrow"].items() if not (found and found.get("right", True))]
     report["wrong"] = wrong
     return report
@@ -434,9 +444,10 @@ def table(report: Mapping[str, Any]) -> str:
                 f"{narrow} weights: {'right' if found['right'] else 'wrong'}, logits moved by {found['error']:.3f} of "
                 f"their spread, first choice kept in {found['first_choice_kept']:.0%}"
             )
-    for part in ("kernels", "greedy"):
+    for part in _CHECKS:
         results = report.get(part) or {}
         lines.append(f"{part}: {sum(map(bool, results.values()))} of {len(results)} right")
+        lines += [f"{part}: wrong: {name}" for name, is_right in results.items() if not is_right]
     lines += [f"failed: {name}: {reason}" for name, reason in report["failures"].items()]
     return "\n".join(lines)
 

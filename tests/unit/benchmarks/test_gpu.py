@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks import gpu, gpu_checks
+from tests.benchmarks import gpu, gpu_checks, gpu_tasks
 
 CPU = torch.device("cpu")
 
@@ -32,6 +32,8 @@ def test_a_rehearsal_runs_every_part(capsys: pytest.CaptureFixture[str]) -> None
     assert report["failures"] == {}
     assert report["kernels"] == {"smollm2": True, "narrow values float32": True}
     assert report["greedy"] == {"llama": True, "gpt2": True}
+    assert len(report["tasks"]) == 16
+    assert all(report["tasks"].values())
     assert list(report["decode"]) == ["1", "32", "128", "256"]
     assert all(figures["tok_s"] > 0 for figures in (*report["decode"].values(), *report["prefill"].values()))
     assert all(figures["bf16_tok_s"] > 0 for figures in report["shapes"].values())
@@ -40,7 +42,7 @@ def test_a_rehearsal_runs_every_part(capsys: pytest.CaptureFixture[str]) -> None
     assert "not_run" in report["engine_fp8"]
     assert all(figures["fp8_tok_s"] is None for figures in report["shapes"].values())
     assert report["gpu"] is None
-    assert text[-1].startswith("greedy: 2 of 2 right")
+    assert text[-2:] == ["greedy: 2 of 2 right", "tasks: 16 of 16 right"]
     assert any("rehearsal" in line for line in text)
 
 
@@ -77,6 +79,7 @@ def test_wrong_narrow_weights_are_an_exit_code(
     monkeypatch.setattr(gpu_checks, "check_narrow", lambda narrow, device: found)
     for part in ("check_kernels", "check_greedy"):
         monkeypatch.setattr(gpu_checks, part, lambda device: {"llama": True})
+    monkeypatch.setattr(gpu_tasks, "check_tasks", lambda device: {"adapters": True})
     monkeypatch.setattr(gpu, "make_model", lambda scale: None)
     assert gpu.main(["--rehearse"]) == 1
     *text, last = capsys.readouterr().out.splitlines()
@@ -90,7 +93,7 @@ def test_a_wrong_kernel_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(gpu_checks, "missing_package", lambda narrow: "torchao is not installed")
     assert gpu.main(["--rehearse"]) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["wrong"] == ["kernels", "greedy"]
+    assert report["wrong"] == ["kernels", "greedy", "tasks"]
     assert report["failures"]["greedy"] == "no time was left"
 
 

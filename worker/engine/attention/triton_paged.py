@@ -2,11 +2,13 @@
 
 A layer costs a store, an attention launch for the sequences with few new rows (decodes) with its merge, and one for
 those with many (prefills); a step of one kind skips the other. No launch reads anything back from the device, and how
-many programs run follows from the batch's sizes alone.
+many programs run follows from the batch's sizes alone: which tiles a step's prompts are made of is found out on the
+device, once for all layers, and the programs behind the last tile end at once.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,7 +16,7 @@ import torch
 import triton
 
 from worker.engine.attention.interface import AttentionBatch, AttentionOptions, LayerCache, LayerShape
-from worker.engine.kernels.triton.attention import attend_kernel, merge_kernel, store_kernel
+from worker.engine.kernels.triton.attention import attend_kernel, merge_kernel, store_kernel, tile_kernel
 from worker.engine.kernels.triton.overlap import launch_options
 
 _BLOCK_SIZE: Final = 16
@@ -28,6 +30,7 @@ _PROGRAMS_PER_PROCESSOR: Final = 4
 _LOW_LOAD: Final = 1.5  # programs per multiprocessor; with more, contexts are not cut
 _HIGH_LOAD: Final = 4.0
 _LEAST_TILES: Final = 2  # of a share: with less to do, what it costs to merge it is not worth it
+_KEPT_TILES: Final = 4  # a step's, for each shape of layer
 _ASSUMED_PROCESSORS: Final = 4  # where there is no GPU to ask: the interpreter
 
 # Whether kernels are interpreted (TRITON_INTERPRET=1) is settled when they are defined.
@@ -92,6 +95,7 @@ class TritonAttention:
             raise ValueError(f"num_shares must be 1 to {_MAX_SHARES}, not {num_shares}")
         self._num_shares = num_shares
         self._num_processors: dict[torch.device, int] = {}
+        self._tiles: deque[tuple[AttentionBatch, tuple[int, int], torch.Tensor]] = deque(maxlen=_KEPT_TILES)
 
     def allocate(self, shape: LayerShape, num_blocks: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """Return one layer's cache, zeroed. Raises ValueError for a dtype that the kernels do not know."""
@@ -138,8 +142,25 @@ class TritonAttention:
         if num_seqs > 1 or batch.max_query_len <= most_short_queries:
             call.decode(decode, self._shares(query.device, num_seqs, shape, num_grouped, decode, batch.max_context_len))
         if batch.max_query_len > most_short_queries:
-            call.prefill(prefill_tile(shape, num_grouped, query.dtype))
+            tile = prefill_tile(shape, num_grouped, query.dtype)
+            call.prefill(tile, self._tiles_of(batch, max(1, tile.rows // num_grouped), call.num_skipped))
         return output
+
+    def _tiles_of(self, batch: AttentionBatch, num_queries: int, num_skipped: int) -> torch.Tensor:
+        """[num_tiles, 2] int32: tiles of `num_queries`, those of the sequences with more than `num_skipped` rows."""
+        key = (num_queries, num_skipped)
+        found = next((tiles for other, known, tiles in self._tiles if other is batch and known == key), None)
+        if found is not None:
+            return found
+        num_tokens, num_seqs = batch.slots.shape[0], batch.context_lens.shape[0]
+        # A last tile that is not full in each of so many sequences, at most.
+        num_tiles = num_tokens // num_queries + min(num_seqs, num_tokens // (num_skipped + 1))
+        tiles = torch.empty((num_tiles, 2), dtype=torch.int32, device=batch.slots.device)
+        tile_kernel[(num_seqs,)](
+            tiles, batch.query_starts, num_tiles, num_skipped, QUERIES=num_queries, **launch_options(tiles.device)
+        )
+        self._tiles.append((batch, key, tiles))
+        return tiles
 
     def _shares(
         self,
@@ -188,17 +209,22 @@ class _Call:
         """Query heads of one kv head."""
         return self.query.shape[1] // self.shape.num_kv_heads
 
+    @property
+    def num_skipped(self) -> int:
+        """Rows of the longest sequence that `prefill` leaves to `decode`: a sequence alone is left to nobody."""
+        return self.most_short_queries if self.batch.context_lens.shape[0] > 1 else 0
+
     def decode(self, tile: Tile, num_shares: int) -> None:
         """Sequences with at most `most_short_queries` rows."""
         num_seqs = self.batch.context_lens.shape[0]
         if num_shares == 1:
-            self._attend(tile, num_seqs, self.output, self.output, num_shares, is_short=True)
+            self._attend(tile, num_seqs, self.output, self.output, num_shares)
             return
         num_tokens, num_heads, value_dim = self.output.shape
         size = (num_tokens, num_heads, num_shares)
         shares = torch.empty((*size, value_dim), dtype=torch.float32, device=self.output.device)
         peaks_and_totals = torch.empty((*size, 2), dtype=torch.float32, device=self.output.device)
-        self._attend(tile, num_seqs, shares, peaks_and_totals, num_shares, is_short=True)
+        self._attend(tile, num_seqs, shares, peaks_and_totals, num_shares)
         num_queries = min(self.batch.max_query_len, self.most_short_queries)
         block_dims = min(_MERGE_DIMS, triton.next_power_of_2(value_dim))
         merge_kernel[(num_seqs * num_queries, num_heads, triton.cdiv(value_dim, block_dims))](
@@ -218,11 +244,9 @@ class _Call:
             **launch_options(self.output.device),
         )
 
-    def prefill(self, tile: Tile) -> None:
-        """All other sequences."""
-        num_queries = max(1, tile.rows // self.num_grouped)
-        num_tiles = self.query.shape[0] // num_queries + self.batch.context_lens.shape[0]
-        self._attend(tile, num_tiles, self.output, self.output, 1, is_short=False)
+    def prefill(self, tile: Tile, tiles: torch.Tensor) -> None:
+        """All other sequences; `tiles` as `TritonAttention` made them."""
+        self._attend(tile, len(tiles), self.output, self.output, 1, tiles)
 
     def _attend(
         self,
@@ -231,14 +255,11 @@ class _Call:
         output: torch.Tensor,
         peaks_and_totals: torch.Tensor,
         num_shares: int,
-        *,
-        is_short: bool,
+        tiles: torch.Tensor | None = None,
     ) -> None:
         query, keys, values, options, batch = self.query, self.cache.keys, self.cache.values, self.options, self.batch
         num_heads, num_kv_heads = query.shape[1], self.shape.num_kv_heads
         heads = min(self.num_grouped, tile.rows)
-        # Only a short launch may leave a sequence to the other one.
-        skipped = self.most_short_queries if is_short or batch.context_lens.shape[0] > 1 else 0
         attend_kernel[(num_programs, num_kv_heads * triton.cdiv(self.num_grouped, heads), num_shares)](
             output,
             peaks_and_totals,
@@ -248,6 +269,7 @@ class _Call:
             batch.block_tables,
             batch.query_starts,
             batch.context_lens,
+            output if tiles is None else tiles,
             output if self.sinks is None else self.sinks,
             output if options.distance_bias is None else options.distance_bias,
             0 if options.distance_bias is None else options.distance_bias.shape[1],
@@ -256,14 +278,13 @@ class _Call:
             keys.stride(0),
             values.stride(0),
             batch.block_tables.stride(0),
-            batch.context_lens.shape[0],
             num_heads,
             num_kv_heads,
-            skipped,
+            self.most_short_queries,
             options.scale,
             options.softcap or 0.0,
             options.sliding_window or 0,
-            SHORT=is_short,
+            SHORT=tiles is None,
             SHARES=num_shares,
             HAS_WINDOW=options.sliding_window is not None,
             HAS_SOFTCAP=options.softcap is not None,

@@ -6,6 +6,7 @@ A program: prints one JSON object, by case the kernels and what the compiler mad
 from __future__ import annotations
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tests.builders_attention import make_case
+from worker.engine.attention import triton_paged
 from worker.engine.attention.interface import AttentionOptions, LayerShape
 from worker.engine.attention.triton_paged import TritonAttention
-from worker.engine.kernels.triton import layers, overlap, vector
+from worker.engine.kernels.triton import argmax, layers, rows, vector
 
 _kernels: list[Any] = []
 _run = JITFunction.run
@@ -46,6 +48,9 @@ def elementwise() -> None:
     layers.gated(x, layers.SILU)
     layers.gated(x, layers.GELU_TANH)
     heads = x.view(1, 4, 32, 128)
+    argmax.argmax(x[0])
+    rows.quantize_rows(x, norm=vector.Norm(x[0, 0], 1e-5, 0.0))
+    rows.quantize_rows(x, activation=layers.SILU)
     layers.rotate_in_place(heads.transpose(1, 2), heads[:, :, :8].transpose(1, 2), x[..., :128], x[..., 128:256])
 
 
@@ -57,6 +62,16 @@ def product_of_a_row() -> None:
     vector.multiply(x[:, :4096], torch.zeros(64, 4096, dtype=torch.bfloat16), addend=x[0, :64])
     vector.multiply(x[:, :4096], torch.zeros(64, 4096, dtype=torch.bfloat16), norm=norm, activation=layers.SILU)
     vector.multiply(x, torch.zeros(64, 14336, dtype=torch.bfloat16), addend=x[0, :64])
+    codes, scales = torch.zeros(64, 4096, dtype=rows.FORMAT), torch.zeros(64)
+    factors = vector.Scales(scales, scales[:1])
+    vector.multiply(codes[:1], codes, scales=factors, activation=layers.SILU, dtype=torch.bfloat16)
+
+
+def order_of_accesses(ptx: str) -> str:
+    """Of a kernel, in order: l for letting the next kernel begin, w for waiting, r for reading, s for storing."""
+    reads = dict.fromkeys(("ld.global", "cp.async.ca", "cp.async.cg"), "r")
+    letters = {"griddepcontrol.launch": "l", "griddepcontrol.wait": "w", **reads, "st.global": "s"}
+    return "".join(letters[found] for found in re.findall("|".join(map(re.escape, letters)), ptx))
 
 
 def main() -> None:
@@ -70,7 +85,8 @@ def main() -> None:
         )
     )
     JITFunction.run = compile_only
-    overlap.launch_options = lambda device: {"OVERLAPS": True, "launch_pdl": True}  # before it is imported by name
+    for module in (argmax, layers, rows, triton_paged, vector):
+        module.launch_options = lambda device: {"OVERLAPS": True, "launch_pdl": True}
     sinks = torch.zeros(8)
     cases = {
         "llama": lambda: attend(torch.bfloat16, (32, 8), (128, 128)),
@@ -78,6 +94,7 @@ def main() -> None:
         "narrow values": lambda: attend(torch.float16, (4, 4), (192, 128), sinks=torch.zeros(4)),
         "float32": lambda: attend(torch.float32, (9, 3), (64, 64)),
         "elementwise": elementwise,
+        "products of a row": product_of_a_row,
     }
     report = {}
     for name, case in cases.items():
@@ -85,6 +102,7 @@ def main() -> None:
         report[name] = [
             {
                 "kernel": kernel.metadata.name,
+                "accesses": order_of_accesses(kernel.asm["ptx"]),
                 "shared_bytes": kernel.metadata.shared,
                 "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
                 "tf32": "tf32" in kernel.asm["ptx"],

@@ -1,5 +1,6 @@
-"""Paged attention in Triton: three kernels, launched by `engine/attention/triton_paged.py`.
+"""Paged attention in Triton: four kernels, launched by `engine/attention/triton_paged.py`.
 
+    tile_kernel     which tiles the long sequences of a step are made of, once for all layers
     store_kernel    keys and values of a step go to their slots
     attend_kernel   one tile of rows attends over one share of its sequence's context
     merge_kernel    the shares of a row become its output
@@ -18,7 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-SEARCH_WIDTH = tl.constexpr(128)  # sequences looked at together
+WIDTH = tl.constexpr(128)  # sequences or tiles looked at together
 
 
 @triton.jit(do_not_specialize=["num_heads"])
@@ -64,18 +65,44 @@ def store_kernel(
 
 
 @triton.jit
-def _find_tile(tile, query_starts, num_seqs, QUERIES: tl.constexpr):
-    """Return (sequence, tile within it). Sequence i's tiles begin at query_starts[i] // QUERIES + i.
+def _num_tiles(num_queries, most_short_queries, QUERIES: tl.constexpr):
+    return tl.where(num_queries > most_short_queries, (num_queries + QUERIES - 1) // QUERIES, 0)
 
-    That leaves room for a last tile that is not full in every sequence, with no table made on the host.
-    """
+
+@triton.jit(
+    do_not_specialize=["num_tiles", "most_short_queries"],
+    do_not_specialize_on_alignment=["query_starts"],
+)
+def tile_kernel(
+    tiles,  # [num_tiles, 2] int32: sequence, -1 behind the last tile, and which of its tiles
+    query_starts,  # [num_seqs + 1] int32
+    num_tiles,
+    most_short_queries,  # sequences with at most so many queries have no tiles
+    QUERIES: tl.constexpr,  # of a tile
+    OVERLAPS: tl.constexpr,
+):
+    """Grid: (num_seqs,)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
+    seq = tl.program_id(0)
+    offsets = tl.arange(0, WIDTH)
     num_before = 0
-    for first in range(0, num_seqs, SEARCH_WIDTH):
-        seqs = first + tl.arange(0, SEARCH_WIDTH)
-        starts = tl.load(query_starts + seqs, mask=seqs < num_seqs, other=0)
-        num_before += tl.sum(((starts // QUERIES + seqs <= tile) & (seqs < num_seqs)).to(tl.int32), axis=0)
-    seq = num_before - 1
-    return seq, tile - (tl.load(query_starts + seq) // QUERIES + seq)
+    for first in range(0, seq, WIDTH):
+        seqs = first + offsets
+        starts = tl.load(query_starts + seqs, mask=seqs < seq, other=0)
+        ends = tl.load(query_starts + seqs + 1, mask=seqs < seq, other=0)
+        num_before += tl.sum(_num_tiles(ends - starts, most_short_queries, QUERIES), axis=0)
+    num_queries = tl.load(query_starts + seq + 1) - tl.load(query_starts + seq)
+    end = num_before + _num_tiles(num_queries, most_short_queries, QUERIES)
+    for first in range(num_before, end, WIDTH):
+        places = first + offsets
+        tl.store(tiles + 2 * places, seq, mask=places < end)
+        tl.store(tiles + 2 * places + 1, places - num_before, mask=places < end)
+    if seq == tl.num_programs(0) - 1:
+        for first in range(end, num_tiles, WIDTH):
+            places = first + offsets
+            tl.store(tiles + 2 * places, -1, mask=places < num_tiles)
 
 
 @triton.jit
@@ -167,9 +194,7 @@ def _attend_to(
 
 
 @triton.jit(
-    do_not_specialize=[
-        *("num_seqs", "num_heads", "num_kv_heads", "table_stride", "window", "most_short_queries", "num_distances")
-    ],
+    do_not_specialize=[*("num_heads", "num_kv_heads", "table_stride", "window", "most_short_queries", "num_distances")],
     do_not_specialize_on_alignment=["query_starts", "context_lens", "tables"],
 )
 def attend_kernel(
@@ -181,6 +206,7 @@ def attend_kernel(
     tables,  # [num_seqs, table_stride] int32
     query_starts,  # [num_seqs + 1] int32
     context_lens,  # [num_seqs] int32
+    tiles,  # [num_tiles, 2] int32, of `tile_kernel`; not read if SHORT
     sinks,  # [num_heads] float32; not read without HAS_SINKS
     distance_bias,  # [num_heads, num_distances] float32; not read without HAS_BIAS
     num_distances,
@@ -189,10 +215,9 @@ def attend_kernel(
     key_page_stride,
     value_page_stride,
     table_stride,
-    num_seqs,
     num_heads,
     num_kv_heads,
-    most_short_queries,  # sequences with at most so many queries are left to the launch that is SHORT
+    most_short_queries,  # of a sequence that the launch that is SHORT has; the others are left to the other one
     scale,
     softcap,
     window,
@@ -224,16 +249,16 @@ def attend_kernel(
         tile = 0
     else:
         # The last tiles of a prompt see most of it: begin with them, so that they do not end last.
-        seq, tile = _find_tile(tl.num_programs(0) - 1 - tl.program_id(0), query_starts, num_seqs, QUERIES)
+        place = tl.num_programs(0) - 1 - tl.program_id(0)
+        seq = tl.load(tiles + 2 * place)
+        if seq < 0:
+            return
+        tile = tl.load(tiles + 2 * place + 1)
     first_row = tl.load(query_starts + seq)
     num_queries = tl.load(query_starts + seq + 1) - first_row
     first_query = tile * QUERIES
-    if SHORT:
-        if num_queries > most_short_queries:
-            return
-    else:
-        if (num_queries <= most_short_queries) | (first_query >= num_queries):
-            return
+    if SHORT and num_queries > most_short_queries:
+        return
     context_len = tl.load(context_lens + seq)
     group = num_heads // num_kv_heads
     num_head_tiles = tl.num_programs(1) // num_kv_heads

@@ -22,7 +22,7 @@ LARGEST: Final = 448.0  # of the format
 _LEAST_SCALE: Final = 1e-12  # of a row of zeros
 
 
-@triton.jit(do_not_specialize=["row_stride"])
+@triton.jit
 def _quantize_kernel(
     output,  # [num_rows, WIDTH]
     scales,  # [num_rows]
@@ -57,7 +57,7 @@ def _quantize_kernel(
         values = values / (1.0 + tl.exp(-argument)) * up
     scale = tl.maximum(tl.max(tl.abs(values), axis=0) / largest, least_scale)
     tl.store(scales + row, scale)
-    tl.store(output + row * WIDTH + columns, (values / scale).to(output.dtype.element_ty), mask=mask)
+    tl.store(output + row * WIDTH + columns, (values * (1.0 / scale)).to(output.dtype.element_ty), mask=mask)
 
 
 def quantize_rows(

@@ -146,7 +146,9 @@ def multiply(
         output = addend
     else:
         output = torch.empty((*x.shape[:-1], num_outputs), dtype=dtype or x.dtype, device=x.device)
-    block_outputs, block_depth, num_warps = _tile(num_outputs, depth, is_gated=activation is not None)
+    block_outputs, block_depth, num_warps = _tile(
+        num_outputs, depth, weight.element_size(), is_gated=activation is not None
+    )
     _vector_kernel[(num_outputs // block_outputs,)](
         output,
         weight,
@@ -171,12 +173,16 @@ def multiply(
     return output
 
 
-def _tile(num_outputs: int, depth: int, *, is_gated: bool) -> tuple[int, int, int]:
+def _tile(num_outputs: int, depth: int, itemsize: int, *, is_gated: bool) -> tuple[int, int, int]:
     """Outputs and depth of a program's tile, and its warps: the best of those tried on an H200 with Llama's shapes."""
-    if is_gated:
-        outputs, columns, num_warps = 2, 2048, 8
+    if itemsize == 1:
+        outputs, columns, num_warps = (16, 512, 8) if depth > 8192 else (2, 4096, 4)
+    elif is_gated:
+        outputs, columns, num_warps = 2, 4096, 8
     elif num_outputs <= 4096 and depth <= 8192:
-        outputs, columns, num_warps = 2, 2048, 4
+        outputs, columns, num_warps = 4, 2048, 8
+    elif num_outputs >= 32768:
+        outputs, columns, num_warps = 4, 1024, 4
     else:
         outputs, columns, num_warps = 8, 512, 8 if depth > 8192 else 2
     block_depth = min(columns, _power_of_two_in(depth))

@@ -48,8 +48,9 @@ def batch_sizes(most: int) -> tuple[int, ...]:
 
 
 def token_numbers(most: int) -> tuple[int, ...]:
-    """Return the numbers of tokens of mixed steps to record, ascending, for at most `most`; padding is a fifth or less
-    behind the first.
+    """Return the numbers of tokens of mixed steps to record, ascending, for at most `most`.
+
+    Multiples of 16, and behind 64 four in each doubling: padding is then a fifth of a step at most.
     """
     numbers = [16, 32, 48]
     while numbers[-1] < most:

@@ -202,13 +202,13 @@ def test_a_changed_model_passes_the_load_check() -> None:
 
 
 def test_the_whole_path_of_a_gpu_decodes_what_transformers_does() -> None:
-    """Changed layers, Triton attention and replayed decodes together."""
+    """Changed layers, Triton attention and replayed steps together."""
     model = tiny_model("llama", num_hidden_layers=2).to(DEVICE)
     requests = [make_request(f"r{n}", range(3, 3 + n), max_tokens=4) for n in (2, 9)]
     expected = [reference_tokens(model, r.prompt_token_ids, r.sampling) for r in requests]
     assert speed_up(model) == ALL
     settings = make_settings(block_size=16, num_blocks=8)
-    runner = GraphRunner(ModelRunner(model, TritonAttention(), settings), run_again, 2, 16)
+    runner = GraphRunner(ModelRunner(model, TritonAttention(), settings), run_again, 2, 16, 16)
     results = generate(Engine(runner, settings, TokenNames), *requests)
     assert [results[r.request_id].tokens[0] for r in requests] == expected
 

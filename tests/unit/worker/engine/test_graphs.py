@@ -1,4 +1,4 @@
-"""Replayed decodes: padding, choice of the batch size, and that a replay reads nothing but its static tensors."""
+"""Replayed steps: padding, choice of the size, and that a replay reads nothing but its static tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from tests.builders_models import tiny_module
 from tests.waits import Waits
 from worker.engine.attention import hf
 from worker.engine.attention.torch_ref import TorchAttention
-from worker.engine.graphs import CudaRecorder, GraphRunner, Step, batch_sizes, run_again
+from worker.engine.graphs import (
+    CudaRecorder,
+    GraphRunner,
+    Size,
+    Step,
+    batch_sizes,
+    mixed_sizes,
+    run_again,
+    token_numbers,
+)
 from worker.engine.loop import Engine
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import Chunk, Plan
@@ -64,6 +73,22 @@ def decodes(*lengths: int) -> Plan:
     return Plan(tuple(chunks), len(chunks))
 
 
+def mixed(*lengths: tuple[int, int], drafts: int = 0) -> Plan:
+    """A step of (context, new tokens) that gives each sequence its next token, the first one with `drafts`."""
+    plan = decodes(*(length for length, _ in lengths))
+    chunks = []
+    for chunk, (length, num_new) in zip(plan.chunks, lengths, strict=True):
+        chunk.sequence.num_computed_tokens = length - num_new
+        chunks.append(Chunk(chunk.sequence, num_new, is_last=True))
+    if drafts:
+        sequence = chunks[0].sequence
+        guesses = sequence.token_ids[len(sequence.token_ids) - drafts :]
+        del sequence.token_ids[len(sequence.token_ids) - drafts :]
+        sequence.num_computed_tokens = len(sequence.token_ids) - 1
+        chunks[0] = Chunk(sequence, 1 + drafts, is_last=True, drafts=guesses)
+    return Plan(tuple(chunks), sum(chunk.num_tokens for chunk in chunks))
+
+
 @pytest.mark.parametrize(
     ("most", "expected"),
     [
@@ -76,6 +101,34 @@ def decodes(*lengths: int) -> Plan:
 )
 def test_batch_sizes_end_with_the_most(most: int, expected: tuple[int, ...]) -> None:
     assert batch_sizes(most) == expected
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (7, (7,)),
+        (100, (16, 32, 48, 64, 80, 96, 100)),
+        (256, (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)),
+    ],
+)
+def test_numbers_of_tokens_end_with_the_most(most: int, expected: tuple[int, ...]) -> None:
+    assert token_numbers(most) == expected
+
+
+def test_padding_of_large_steps_is_a_fifth_at_most() -> None:
+    numbers = token_numbers(2048)
+    for num_tokens in range(49, 2049):
+        size = next(number for number in numbers if number >= num_tokens)
+        assert size - num_tokens <= (15 if size <= 64 else size / 5)
+
+
+def test_sizes_that_cannot_be_are_not_recorded() -> None:
+    sizes = mixed_sizes(80, 64)
+    assert sizes == sorted(sizes)
+    assert [(size.num_tokens, size.num_seqs) for size in sizes] == [
+        *((16, 32), (32, 32), (48, 32), (48, 64), (64, 32), (64, 64), (80, 32), (80, 64))
+    ]
+    assert mixed_sizes(20, 4) == [Size(16, 4, 16), Size(20, 4, 20)]
 
 
 def test_the_largest_batch_is_recorded_first(model: PreTrainedModel) -> None:
@@ -116,7 +169,72 @@ def test_padding_writes_to_the_scratch_block_alone(model: PreTrainedModel) -> No
         assert written == [[0, 0], [2, 1], [3, 2], [6, 0]]  # scratch, then each sequence's last token
 
 
-def test_prefills_and_mixed_steps_are_not_replayed(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize(
+    ("plan", "size"),
+    [
+        (mixed((3, 1), (6, 6)), 16),
+        (mixed((16, 16)), 16),
+        (mixed((20, 1), (12, 12), (9, 4)), 32),
+        (mixed((30, 30), (30, 2), (3, 2)), 48),
+        (mixed((20, 4), (6, 1), drafts=2), 16),
+    ],
+)
+def test_a_mixed_step_is_replayed_as_the_next_larger_one(model: PreTrainedModel, plan: Plan, size: int) -> None:
+    """Also of a chunk behind cached tokens, and with drafts, which have logits each."""
+    counting = Counting()
+    runner = GraphRunner(make_runner(model, token_budget=48), counting, 4, BLOCK, 48)
+    logits = runner.execute(plan)
+    assert counting.replayed == [4]  # rows of logits
+    assert next(iter(runner._mixed)) == Size(16, 4, 16)
+    assert logits.shape == (sum(chunk.num_logit_rows for chunk in plan.chunks), 200)
+    assert next(used for used in runner._mixed if used.num_tokens >= plan.num_tokens).num_tokens == size
+    torch.testing.assert_close(logits, make_runner(model, token_budget=48).execute(plan), rtol=1e-4, atol=1e-4)
+
+
+def test_mixed_steps_and_decodes_take_turns(model: PreTrainedModel) -> None:
+    """On the same tensors: nothing of a step may be left in the next one."""
+    limits = {"max_num_seqs": 8, "token_budget": 64}
+    plain = make_runner(model, **limits)
+    replaying = GraphRunner(make_runner(model, **limits), run_again, 8, BLOCK, 64)
+    for make in (
+        lambda: mixed((40, 40), (20, 3)),
+        lambda: decodes(3, 40),
+        lambda: mixed((5, 1), (9, 9), (2, 2), (30, 1)),
+        lambda: decodes(7, 2, 9, 1, 1),
+        lambda: mixed((64, 64)),
+    ):
+        torch.testing.assert_close(replaying.execute(make()), plain.execute(make()), rtol=1e-4, atol=1e-4)
+
+
+def test_padding_of_a_mixed_step_writes_to_the_scratch_block_alone(model: PreTrainedModel) -> None:
+    inner = make_runner(model)
+    runner = GraphRunner(inner, run_again, 8, BLOCK, 32)
+    runner.execute(mixed((20, 20), (8, 8)))  # leaves slots and lengths that padding must not use again
+    caches = inner._attention._caches.values()
+    for cache in caches:
+        cache.keys.zero_()
+        cache.values.zero_()
+    runner.execute(mixed((6, 1), (9, 3)))
+    for cache in caches:
+        written = cache.keys.abs().sum((2, 3)).nonzero().tolist()
+        assert written == [[0, 0], [2, 1], [4, 2], [4, 3], [5, 0]]
+
+
+def test_more_rows_of_logits_than_recorded_run_as_usual(model: PreTrainedModel) -> None:
+    counting = Counting()
+    runner = GraphRunner(make_runner(model), counting, 2, BLOCK, 32)
+    assert runner.execute(mixed((9, 3), (6, 6), drafts=2)).shape[0] == 4
+    assert counting.replayed == []
+
+
+def test_a_step_of_more_tokens_than_recorded_runs_as_usual(model: PreTrainedModel) -> None:
+    counting = Counting()
+    runner = GraphRunner(make_runner(model, token_budget=32), counting, 4, BLOCK, 16)
+    assert runner.execute(mixed((10, 10), (7, 7))).shape[0] == 2
+    assert counting.replayed == []
+
+
+def test_only_decodes_are_recorded_unless_told_otherwise(model: PreTrainedModel) -> None:
     counting = Counting()
     runner = GraphRunner(make_runner(model), counting, 4, BLOCK)
     plan = decodes(3, 6)
@@ -126,6 +244,16 @@ def test_prefills_and_mixed_steps_are_not_replayed(model: PreTrainedModel) -> No
     unfinished = Chunk(plan.chunks[0].sequence, 1, is_last=False)
     assert runner.execute(Plan((unfinished,), 1)).shape[0] == 0
     assert counting.replayed == []
+
+
+def test_a_token_that_gives_none_is_no_decode(model: PreTrainedModel) -> None:
+    """The last chunk but one of a prompt may have a single token."""
+    counting = Counting()
+    runner = GraphRunner(make_runner(model), counting, 4, BLOCK, 16)
+    plan = decodes(3, 6)
+    unfinished = Chunk(plan.chunks[0].sequence, 1, is_last=False)
+    assert runner.execute(Plan((unfinished, plan.chunks[1]), 2)).shape[0] == 1
+    assert counting.replayed == [4]
 
 
 def test_more_sequences_than_recorded_run_as_usual(model: PreTrainedModel) -> None:
@@ -159,7 +287,7 @@ def test_an_engine_decodes_alike_with_replays(model: PreTrainedModel) -> None:
     counting = Counting()
     for is_replaying in (False, True):
         runner = ModelRunner(model, TorchAttention(BLOCK), settings)
-        engine = Engine(GraphRunner(runner, counting, 4, BLOCK) if is_replaying else runner, settings, TokenNames)
+        engine = Engine(GraphRunner(runner, counting, 4, BLOCK, 16) if is_replaying else runner, settings, TokenNames)
         results.append({name: collected.tokens for name, collected in generate(engine, *requests).items()})
     assert results[0] == results[1]
     assert len(counting.replayed) > 10
@@ -188,8 +316,12 @@ def test_a_cuda_graph_gives_what_the_step_itself_gives() -> None:
     settings = make_settings(block_size=16, num_blocks=60, max_num_seqs=8)
     plain = ModelRunner(model, triton_paged.TritonAttention(), settings)
     inner = ModelRunner(model, triton_paged.TritonAttention(), settings)
-    replaying = GraphRunner(inner, CudaRecorder(torch.device("cuda")), 8, 16)
-    assert list(replaying._replays) == [1, 2, 4, 8]
+    replaying = GraphRunner(inner, CudaRecorder(torch.device("cuda")), 8, 16, 64)
+    assert [size.num_seqs for size in replaying._decodes] == [1, 2, 4, 8]
+    assert [size.num_tokens for size in replaying._mixed] == [16, 32, 48, 64]
     for lengths in [(5, 9, 1, 30, 2), (3,), (7, 2, 40)]:
         expected = plain.execute(decodes(*lengths))
         torch.testing.assert_close(replaying.execute(decodes(*lengths)), expected, rtol=1e-4, atol=1e-4)
+    for steps in [((40, 40), (7, 1), (30, 5)), ((9, 2),)]:
+        expected = plain.execute(mixed(*steps))
+        torch.testing.assert_close(replaying.execute(mixed(*steps)), expected, rtol=1e-4, atol=1e-4)

@@ -154,6 +154,6 @@ def test_a_real_model_gives_what_it_gives_alone(is_recorded: bool) -> None:
     expected = [reference_tokens(model, request.prompt_token_ids, request.sampling) for request in requests]
     limits = make_settings(block_size=4, num_blocks=40, token_budget=24, max_num_seqs=4)
     inner = ModelRunner(model, TorchAttention(4), limits)
-    runner = GraphRunner(inner, run_again, 4, 4) if is_recorded else inner
+    runner = GraphRunner(inner, run_again, 4, 4, 24) if is_recorded else inner
     results = generate(Engine(runner, limits, TokenNames, runs_ahead=True), *requests)
     assert [results[request.request_id].tokens[0] for request in requests] == expected

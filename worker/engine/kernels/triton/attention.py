@@ -257,7 +257,7 @@ def attend_kernel(
     first_row = tl.load(query_starts + seq)
     num_queries = tl.load(query_starts + seq + 1) - first_row
     first_query = tile * QUERIES
-    if SHORT and num_queries > most_short_queries:
+    if SHORT and ((num_queries > most_short_queries) | (num_queries == 0)):
         return
     context_len = tl.load(context_lens + seq)
     group = num_heads // num_kv_heads

@@ -374,3 +374,41 @@ def test_a_broken_kernel_is_noticed(mutant: str, tmp_path: Path, monkeypatch: py
         assert any(error(case, OPTIONS[name], num_shares=2) > 1e-3 for name in ("plain", "window", "sinks"))
     finally:
         del sys.modules[name]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lens=st.lists(st.integers(0, 40), min_size=1, max_size=140),
+    num_skipped=st.integers(0, 9),
+    num_queries=st.sampled_from([1, 8, 32]),
+)
+@example(lens=[1] * 139 + [300], num_skipped=4, num_queries=1)  # more tiles than one program writes at a time
+def test_every_tile_of_a_long_sequence_is_found_once(lens: list[int], num_skipped: int, num_queries: int) -> None:
+    expected = [(seq, tile) for seq, n in enumerate(lens) if n > num_skipped for tile in range(-(-n // num_queries))]
+    num_tiles = sum(lens) // num_queries + min(len(lens), sum(lens) // (num_skipped + 1))
+    starts = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0).to(DEVICE, torch.int32)
+    tiles = torch.full((num_tiles + 1, 2), 77, dtype=torch.int32, device=DEVICE)
+    kernels.tile_kernel[(len(lens),)](tiles, starts, num_tiles, num_skipped, QUERIES=num_queries, OVERLAPS=False)
+    found = [tuple(pair) for pair in tiles.tolist()]
+    assert found[: len(expected)] == expected  # there is room for all
+    assert all(seq == -1 for seq, _ in found[len(expected) : num_tiles])
+    assert found[num_tiles] == (77, 77)
+
+
+def test_sequences_without_rows_and_rows_without_a_sequence_are_padding() -> None:
+    case = make_case(RAGGED, 4, 2, 16, 16, BLOCK, seed=4)
+    plain = attend(case, AttentionOptions(scale=0.3))
+    batch, num_rows = case.batch, len(case.query)
+    padded = replace(
+        case.batch,
+        slots=torch.cat([batch.slots, torch.zeros(9, dtype=torch.int32)]),
+        block_tables=torch.cat([batch.block_tables, torch.zeros_like(batch.block_tables[:3])]),
+        query_starts=torch.cat([batch.query_starts, torch.full((3,), num_rows, dtype=torch.int32)]),
+        context_lens=torch.cat([batch.context_lens, torch.zeros(3, dtype=torch.int32)]),
+        max_query_len=num_rows + 9,
+        max_context_len=1000,
+    )
+    backend, cache = TritonAttention(), cached(TritonAttention(), case, torch.float32, float("nan"))
+    rows = [torch.cat([x, torch.full((9, *x.shape[1:]), 3.0)]).to(DEVICE) for x in (case.query, *new_rows(case))]
+    output = backend.attend(*rows, cache, on_device(padded), AttentionOptions(scale=0.3)).cpu()
+    assert torch.allclose(output[:num_rows], plain, atol=1e-5)

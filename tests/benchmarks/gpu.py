@@ -22,7 +22,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -43,7 +43,7 @@ from worker.engine.sequence import Sequence
 from worker.engine.settings import EngineSettings
 from worker.engine.types import GenerationRequest
 
-SECONDS: Final = 500.0  # after which no further part is begun
+SECONDS: Final = 500.0  # by default, after which no further part is begun
 BATCHES: Final = (1, 32, 128, 256)
 PREFILLS: Final = (2048, 8192)
 # Llama 3.1 8B, FP8, one H100 SXM, output tokens per second at maximum load, by input and output length; as published.
@@ -321,9 +321,9 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def run_all(scale: Scale) -> dict[str, Any]:
+def run_all(scale: Scale, limit_s: float) -> dict[str, Any]:
     """Return the report."""
-    parts = Parts(SECONDS)
+    parts = Parts(limit_s)
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if scale.device.type == "cuda" else None,
         "torch": torch.__version__,
@@ -463,12 +463,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="run a toy shape on the CPU: a test of this script")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="begin no further part after so long")
+    parser.add_argument("--window-s", type=float, default=FULL.window_s, help="how long a full load is measured")
     args = parser.parse_args(arguments)
     if not args.rehearse and not torch.cuda.is_available():
         say("not run on a GPU")
         say(json.dumps({"gpu": None}))
         return 0
-    report = run_all(REHEARSAL if args.rehearse else FULL)
+    report = run_all(REHEARSAL if args.rehearse else replace(FULL, window_s=args.window_s), args.seconds)
     report["missed"] = missed(report)
     say(table(report))
     say(json.dumps(report))

@@ -88,10 +88,9 @@ def test_wrong_narrow_weights_are_an_exit_code(
 
 
 def test_a_wrong_kernel_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu, "SECONDS", -1.0)  # nothing else is begun
     monkeypatch.setattr(gpu_checks, "check_kernels", lambda device: {"llama 8b": False})
     monkeypatch.setattr(gpu_checks, "missing_package", lambda narrow: "torchao is not installed")
-    assert gpu.main(["--rehearse"]) == 1
+    assert gpu.main(["--rehearse", "--seconds", "-1"]) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["wrong"] == ["kernels", "greedy", "tasks"]
     assert report["failures"]["greedy"] == "no time was left"

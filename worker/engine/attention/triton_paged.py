@@ -30,6 +30,7 @@ _PROGRAMS_PER_PROCESSOR: Final = 4
 _LOW_LOAD: Final = 1.5  # programs per multiprocessor; with more, contexts are not cut
 _HIGH_LOAD: Final = 4.0
 _LEAST_TILES: Final = 2  # of a share: with less to do, what it costs to merge it is not worth it
+_LONG_PROMPT: Final = 4096  # rows from which few large tiles are faster than many small ones
 _KEPT_TILES: Final = 4  # a step's, for each shape of layer
 _ASSUMED_PROCESSORS: Final = 4  # where there is no GPU to ask: the interpreter
 
@@ -67,13 +68,13 @@ def decode_tile(shape: LayerShape, num_grouped: int, dtype: torch.dtype, load: f
     return Tile(rows, 32 if widest <= 256 else 16, 4, 3)
 
 
-def prefill_tile(shape: LayerShape, num_grouped: int, dtype: torch.dtype) -> Tile:
+def prefill_tile(shape: LayerShape, num_grouped: int, dtype: torch.dtype, max_query_len: int = 0) -> Tile:
     """Many rows: bound by arithmetic. 64 rows and 4 warps are the least for Hopper's wide products (wgmma)."""
     widest = triton.next_power_of_2(max(shape.key_dim, shape.value_dim))
     if dtype.itemsize == 4:
         return Tile(32 if widest <= 64 else 16, 32 if widest <= 64 else 16, 4, 1)
     if widest <= 128:
-        return Tile(128, 64, 8, 3)
+        return Tile(256, 64, 8, 3) if max_query_len >= _LONG_PROMPT else Tile(64, 64, 4, 2)
     if widest <= 256:
         return Tile(128, 32, 8, 2)
     return Tile(64, 16, 8, 1)
@@ -142,7 +143,7 @@ class TritonAttention:
         if num_seqs > 1 or batch.max_query_len <= most_short_queries:
             call.decode(decode, self._shares(query.device, num_seqs, shape, num_grouped, decode, batch.max_context_len))
         if batch.max_query_len > most_short_queries:
-            tile = prefill_tile(shape, num_grouped, query.dtype)
+            tile = prefill_tile(shape, num_grouped, query.dtype, batch.max_query_len)
             call.prefill(tile, self._tiles_of(batch, max(1, tile.rows // num_grouped), call.num_skipped))
         return output
 

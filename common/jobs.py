@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -53,6 +54,7 @@ class ItemKind(StrEnum):
         return self in _TERMINAL_KINDS
 
 
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _TERMINAL_KINDS: Final = frozenset({ItemKind.DONE, ItemKind.FAILED, ItemKind.CANCELLED, ItemKind.EXPIRED})
 
 
@@ -180,7 +182,7 @@ class NewJob:
 
 
 def _check_bytes(name: str, value: str, low: int, high: int) -> None:
-    if not low <= len(value.encode()) <= high or any(c < " " or c == "\x7f" for c in value):
+    if not low <= len(value.encode()) <= high or _CONTROL.search(value):
         raise InvalidRequest(f"{name} must be {low} to {high} bytes without control characters", field=name, limit=high)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,7 @@ MAX_TEMPERATURE = 2.0
 MIN_TEMPERATURE = 1e-6
 MAX_REPETITION_PENALTY = 10.0
 MAX_IDEMPOTENCY_KEY = 128
+_VISIBLE = re.compile("[!-~]*")
 MAX_CACHE_SALT_BYTES = 128
 
 
@@ -174,7 +176,7 @@ def milliseconds(duration: Duration, path: str, *, minimum: int, maximum: int | 
 
 def check_idempotency_key(key: str) -> str | None:
     """Return the key, None if there is none. Raises InvalidRequest."""
-    if len(key) > MAX_IDEMPOTENCY_KEY or not all(" " < character <= "~" for character in key):
+    if len(key) > MAX_IDEMPOTENCY_KEY or not _VISIBLE.fullmatch(key):
         raise InvalidRequest(
             f"must be at most {MAX_IDEMPOTENCY_KEY} printable ASCII characters without spaces",
             reason="FIELD_INVALID",

@@ -116,10 +116,18 @@ local function ring()
   if call('LLEN', P .. 'bell') < MAX_BELL then call('LPUSH', P .. 'bell', '1') end -- mutant: bell
 end
 
+local known_lengths -- as of the last change; what reads them must not write them
 local function queue_lengths()
-  local lengths = call('HMGET', P .. 'len', 0, 1, 2)
-  for i = 1, CLASSES do lengths[i] = tonumber(lengths[i] or 0) end
-  return lengths
+  if not known_lengths then
+    known_lengths = call('HMGET', P .. 'len', 0, 1, 2)
+    for i = 1, CLASSES do known_lengths[i] = tonumber(known_lengths[i] or 0) end
+  end
+  return known_lengths
+end
+
+local function count_queued(class, change)
+  known_lengths = nil
+  return call('HINCRBY', P .. 'len', class, change)
 end
 
 local function num_queued()
@@ -217,7 +225,7 @@ local function queue(j, score)
     call('ZADD', P .. 'q:' .. j.c .. ':' .. j.t, score, j.id)
     activate(j.t, j.c)
   end
-  call('HINCRBY', P .. 'len', j.c, 1)
+  count_queued(j.c, 1)
   count_of_key('kq', j, 1)
   ring()
 end
@@ -242,7 +250,7 @@ end
 local function unqueue(j)
   local q = P .. 'q:' .. j.c .. ':' .. j.t
   if call('ZREM', q, j.id) == 0 and call('ZREM', P .. 'alone:' .. j.c, j.id) == 0 then return end
-  local left = call('HINCRBY', P .. 'len', j.c, -1)
+  local left = count_queued(j.c, -1)
   count_of_key('kq', j, -1)
   if call('EXISTS', q) == 0 then call('ZREM', P .. 'act:' .. j.c, j.t) end
   if left > 0 then return end

@@ -28,6 +28,7 @@ from worker.engine.types import DuplicateRequest, EngineStats, GenerationRequest
 
 log = structlog.get_logger(__name__)
 
+_HAND_OVER_S: Final = 5e-5  # a thread is awake by then
 MAX_UNACKNOWLEDGED_STEPS: Final = 2
 
 
@@ -100,7 +101,12 @@ class EngineThread:
         grammar comes in once that is compiled, one with an adapter once that is loaded, beside the steps of the others.
         """
         if request.sampling.structured_output is None and request.sampling.adapter is None:
+            is_idle = self._is_idle
             self._command(lambda: self._add(request))
+            if is_idle:
+                # It has just been woken and wants the interpreter's lock, for which it would wait for a whole switch
+                # interval; what this thread has yet to do about the request can wait better.
+                time.sleep(_HAND_OVER_S)
             return
         with self._changed:
             self._preparing[request.request_id] = False

@@ -113,7 +113,7 @@ def make_input(prompt: Prompt) -> pb.GenerationInput:
         return pb.GenerationInput(text=prompt)
     if isinstance(prompt, bytes | Mapping):
         raise TypeError(_WHAT_A_PROMPT_IS)
-    if all(isinstance(item, int) for item in prompt):
+    if {*map(type, prompt)} <= {int} or all(isinstance(item, int) for item in prompt):
         return pb.GenerationInput(token_ids=pb.TokenIds(ids=prompt))  # type: ignore[arg-type]
     return make_chat(prompt)  # type: ignore[arg-type]
 

@@ -65,8 +65,9 @@ class Served(Contestant):
             TORCHRELAY_ENGINE_MAX_NUM_SEQS=str(args.max_num_seqs),
             TORCHRELAY_ENGINE_KV_CACHE_BYTES=str(args.kv_cache_mib << 20),
         )
-        self._loop = self._stack.enter_context(asyncio.Runner())
-        self._client = self._loop.run(self._connect())
+        # A client's loop runs already when it calls: what a runner sets up for each run is not part of a call.
+        self._loop = self._stack.enter_context(asyncio.Runner()).get_loop()
+        self._client = self._loop.run_until_complete(self._connect())
         self.info = {
             "dtype": args.dtype,
             "quantization": args.quantization,
@@ -80,13 +81,13 @@ class Served(Contestant):
         return self._system.client()
 
     def batch(self, requests: Sequence[Request], max_running: int) -> list[Output]:
-        return self._loop.run(self._batch(requests))
+        return self._loop.run_until_complete(self._batch(requests))
 
     async def _batch(self, requests: Sequence[Request]) -> list[Output]:
         return await asyncio.gather(*(self._call(request) for request in requests))
 
     def stream(self, request: Request) -> Output:
-        return self._loop.run(self._call(request))
+        return self._loop.run_until_complete(self._call(request))
 
     async def _call(self, request: Request) -> Output:
         output = Output()
@@ -112,7 +113,7 @@ class Served(Contestant):
         }
 
     def close(self) -> None:
-        self._loop.run(self._client.close())
+        self._loop.run_until_complete(self._client.close())
         self._stack.close()
 
 

@@ -19,7 +19,7 @@ class WorkerSettings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="Type of the weights.")
     quantization: Literal["none", "fp8", "int8", "int4"] = Field(
         default="none",
-        description="Weights in 8 or 4 bits: int8 for Llama-shaped models on a CPU, any of them on a GPU, by torchao.",
+        description="Weights in 8 or 4 bits: int8 for Llama-shaped models on a CPU, any of them on a GPU.",
     )
     tool_format: Literal["auto", "hermes", "llama3", "mistral", "mistral11", "generic", "none"] = Field(
         default="auto", description="How the model writes tool calls; auto is by its chat template, none refuses tools."

@@ -270,8 +270,9 @@ class GraphRunner:
 
     def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
         """Compute the plan and return the logits of its rows that give a token. Raises StepOutOfMemory."""
-        num_logit_rows = sum(chunk.num_logit_rows for chunk in plan.chunks)
-        recorded = self._decodes if all(map(_is_decode, plan.chunks)) else self._mixed
+        recorded, num_logit_rows = self._decodes, len(plan.chunks)
+        if not all(map(_is_decode, plan.chunks)):
+            recorded, num_logit_rows = self._mixed, sum(chunk.num_logit_rows for chunk in plan.chunks)
         size = next((size for size in recorded if _fits(plan, num_logit_rows, size)), None)
         if size is None or any(chunk.sequence.adapter is not None for chunk in plan.chunks):
             return self._runner.execute(plan, in_flight)
@@ -284,7 +285,7 @@ class GraphRunner:
 
 
 def _is_decode(chunk: Chunk) -> bool:
-    return chunk.num_tokens == 1 and chunk.is_last
+    return chunk.num_tokens == 1 and chunk.is_last and not chunk.num_scored_rows
 
 
 def _fits(plan: Plan, num_logit_rows: int, size: Size) -> bool:

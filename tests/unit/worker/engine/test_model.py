@@ -230,7 +230,7 @@ class TestRefusals:
         with pytest.raises(ModelError, match="is a file; name the directory"):
             load(model_dir / "model.safetensors")
 
-    @pytest.mark.parametrize("source", ["", "a/b/c", "https://example.com/model", "name with spaces", "../x"])
+    @pytest.mark.parametrize("source", ["", "a/b/c", "https://example.com/model", "name with spaces", "../not/a/model"])
     def test_a_name_that_cannot_be_one(self, source: str) -> None:
         with pytest.raises(ModelError, match="there is no directory"):
             load_model(source, torch.float32, CPU)

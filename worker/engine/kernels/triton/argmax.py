@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from worker.engine.kernels.triton.overlap import launch_options
+from worker.engine.kernels.triton.overlap import launch_options, start_early
 
 _BLOCK = 4096  # scores of a program
 
@@ -27,9 +26,7 @@ def _part_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_rows, num_parts)."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(OVERLAPS)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = part * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(scores + row * row_stride + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
@@ -49,9 +46,7 @@ def _join_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_rows,)."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BLOCK)
     values = tl.load(best + row * num_parts + parts, mask=parts < num_parts, other=float("-inf"))

@@ -16,7 +16,8 @@ Decoding), and how long each is, is read on the device: a captured launch serves
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from worker.engine.kernels.triton.overlap import start_early
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 WIDTH = tl.constexpr(128)  # sequences or tiles looked at together
@@ -43,9 +44,7 @@ def store_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_tokens, tiles of BLOCK_HEADS kv heads)."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     is_head = heads < num_heads
@@ -82,9 +81,7 @@ def tile_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_seqs,)."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(OVERLAPS)
     seq = tl.program_id(0)
     offsets = tl.arange(0, WIDTH)
     num_before = 0
@@ -241,9 +238,7 @@ def attend_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Grid: (sequences if SHORT, else tiles; kv heads times tiles of their query heads; SHARES)."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(OVERLAPS)
     if SHORT:
         seq = tl.program_id(0)
         tile = 0
@@ -359,9 +354,7 @@ def merge_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Grid: (sequences times QUERIES; heads; tiles of BLOCK_DIMS value dimensions)."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(OVERLAPS)
     seq = tl.program_id(0) // QUERIES
     query = tl.program_id(0) % QUERIES
     head = tl.program_id(1)

@@ -6,9 +6,8 @@ All compute in float32 and round once, to their input's format. `engine/fuse_cud
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from worker.engine.kernels.triton.overlap import launch_options
+from worker.engine.kernels.triton.overlap import launch_options, start_early
 
 SILU = 0
 GELU_TANH = 1
@@ -32,9 +31,7 @@ def _rms_norm_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_rows,)."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -43,6 +40,14 @@ def _rms_norm_kernel(
     scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / WIDTH + eps)
     weights = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32) + offset
     tl.store(output + row * WIDTH + columns, (values * scale * weights).to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def multiply_gate(gate, up, ACTIVATION: tl.constexpr):
+    """activation(gate) * up. For kernels."""
+    # Both are x times a logistic function: SiLU of x itself, GELU's tanh form (arXiv:1606.08415) of twice its argument.
+    argument = gate if ACTIVATION == 0 else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    return gate / (1.0 + tl.exp(-argument)) * up
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -55,17 +60,13 @@ def _gated_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_rows, tiles of BLOCK columns)."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     gate = tl.load(x + row * 2 * width + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * width + width + columns, mask=mask, other=0.0).to(tl.float32)
-    # Both are x times a logistic function: SiLU of x itself, GELU's tanh form (arXiv:1606.08415) of twice its argument.
-    argument = gate if ACTIVATION == 0 else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    result = gate / (1.0 + tl.exp(-argument)) * up
+    result = multiply_gate(gate, up, ACTIVATION)
     tl.store(output + row * width + columns, result.to(output.dtype.element_ty), mask=mask)
 
 
@@ -105,9 +106,7 @@ def _rotary_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_tokens, tiles of HEADS query heads, then of key heads)."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     cos += row * cos_row_stride
     sin += row * sin_row_stride

@@ -12,9 +12,9 @@ from typing import Final
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from worker.engine.kernels.triton.overlap import launch_options
+from worker.engine.kernels.triton.layers import multiply_gate
+from worker.engine.kernels.triton.overlap import launch_options, start_early
 from worker.engine.kernels.triton.vector import Norm
 
 FORMAT: Final = torch.float8_e4m3fn
@@ -40,9 +40,7 @@ def _quantize_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """Grid: (num_rows,)."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -51,10 +49,8 @@ def _quantize_kernel(
         weights = tl.load(norm_weight + columns, mask=mask, other=0.0).to(tl.float32) + offset
         values *= weights / tl.sqrt(tl.sum(values * values, axis=0) / WIDTH + eps)
     if ACTIVATION >= 0:
-        # As in `layers.py`.
         up = tl.load(x + row * row_stride + WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-        argument = values if ACTIVATION == 0 else 1.5957691216057308 * (values + 0.044715 * values * values * values)
-        values = values / (1.0 + tl.exp(-argument)) * up
+        values = multiply_gate(values, up, ACTIVATION)
     scale = tl.maximum(tl.max(tl.abs(values), axis=0) / largest, least_scale)
     tl.store(scales + row, scale)
     tl.store(output + row * WIDTH + columns, (values * (1.0 / scale)).to(output.dtype.element_ty), mask=mask)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from worker.engine.kernels.triton.layers import multiply_gate
 from worker.engine.kernels.triton.overlap import launch_options
 
 _LEAST_DEPTH = 16  # columns read at a time, at least
@@ -86,9 +87,7 @@ def _vector_kernel(
         up = tl.sum(more_sums, axis=1) * scale
         if HAS_SCALES:
             up *= tl.load(weight_scales + num_outputs + rows)
-        # As in `layers.py`.
-        argument = result if ACTIVATION == 0 else 1.5957691216057308 * (result + 0.044715 * result * result * result)
-        result = result / (1.0 + tl.exp(-argument)) * up
+        result = multiply_gate(result, up, ACTIVATION)
     if HAS_ADDEND:
         result += tl.load(addend + rows).to(tl.float32)
     tl.store(output + rows, result.to(output.dtype.element_ty))

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -264,6 +266,15 @@ def run_transformers(model: PreTrainedModel, num_requests: int, num_prompt: int,
         torch.cuda.empty_cache()
 
 
+def first_lengths(most: int, num_prompt: int, num_output: int, token_budget: int) -> list[tuple[int, int]]:
+    """Return the lengths of prompt and output of the requests that a full load begins with, as `measure_load` says."""
+    left = [1 + num_output * i // most for i in range(most)]
+    prompts = [num_prompt + num_output - num_left for num_left in left]
+    # Steps from each prompt's last until all are computed, each of which gives a token.
+    waiting = [math.ceil((sum(prompts) - computed) / token_budget) for computed in itertools.accumulate(prompts)]
+    return [(prompt, num_left + steps) for prompt, num_left, steps in zip(prompts, left, waiting, strict=True)]
+
+
 def measure_load(ours: Ours, num_prompt: int, num_output: int) -> float:
     """Output tokens per second while finished requests are replaced at once.
 
@@ -272,11 +283,8 @@ def measure_load(ours: Ours, num_prompt: int, num_output: int) -> float:
     ends in every `num_output / max_num_seqs` steps.
     """
     engine, most = ours.engine(), ours.settings.max_num_seqs
-    num_filling = most * (num_prompt + num_output / 2) / ours.settings.token_budget  # steps until all are computed
-    for i in range(most):
-        num_left = 1 + num_output * i // most
-        num_waiting = int(num_filling * (1 - (i + 1) / most))
-        engine.add(ours.request(f"r{i}", num_prompt + num_output - num_left, num_left + num_waiting, i))
+    for i, lengths in enumerate(first_lengths(most, num_prompt, num_output, ours.settings.token_budget)):
+        engine.add(ours.request(f"r{i}", *lengths, i))
     begun: set[str] = set()
     while len(begun) < most:
         begun |= {output.request_id for output in engine.step(0.0).outputs if output.deltas}

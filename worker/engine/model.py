@@ -96,8 +96,8 @@ def load_model(
 
     `fast` lets the model's layers be replaced by faster ones; its state dict is then no longer the files'. With
     `compile_for` a Llama-shaped model becomes a compiled decoder for that attention. `narrow` weights are the
-    decoder's own int8 then, else they are made on `device`, which `quantize.check_device` must have
-    passed. Without weights the module stands on the meta device: enough to describe the model, not to run it.
+    decoder's own int8 then, else they are made on `device`, which `quantize.check_device` must have passed. Without
+    weights the module stands on the meta device: enough to describe the model, not to run it.
 
     Raises ModelError when the model is not there, not safe to load, damaged, of a family that cannot be served, or
     cannot have narrow weights though they are asked for.

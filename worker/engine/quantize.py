@@ -13,7 +13,7 @@ it, asks for the repr of its input, which waits for the device and cannot be rec
 widens a weight before each product, so that int8 saves memory and no time. int4 is packed for the kernel that torch
 brings along; torchao's default packing takes a package more.
 
-On an H200 a random model of 512 hidden dimensions moved by 0.40 in fp8, 0.12 in int8 and 0.78 in int4.
+On an H200 a random model of 512 hidden dimensions moved by 0.44 in fp8, 0.12 in int8 and 0.78 in int4.
 """
 
 from __future__ import annotations

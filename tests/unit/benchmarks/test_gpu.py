@@ -106,6 +106,20 @@ def test_a_kernel_that_ignores_sinks_is_noticed(monkeypatch: pytest.MonkeyPatch)
     assert gpu_checks.check_kernels(CPU) == {"smollm2": True, "narrow values float32": False}
 
 
+@pytest.mark.parametrize(("num_prompt", "num_output"), gpu.TENSORRT_LLM)
+def test_a_full_load_begins_in_the_middle_of_its_life(num_prompt: int, num_output: int) -> None:
+    """Prompts are computed in order, as many tokens a step as may be; each sequence goes on by a token a step."""
+    most, budget = 256, 8192
+    lengths = gpu.first_lengths(most, num_prompt, num_output, budget)
+    computed_at = [sum(prompt for prompt, _ in lengths[: i + 1]) / budget for i in range(most)]
+    ends = [start + output for start, (_, output) in zip(computed_at, lengths, strict=True)]
+    filled, steps_apart = computed_at[-1], num_output / most
+    assert min(ends) >= filled
+    assert all(abs(end - (filled + i * steps_apart)) <= 2 for i, end in enumerate(ends))
+    mean = sum(prompt for prompt, _ in lengths) / most
+    assert mean == pytest.approx(num_prompt + num_output / 2, rel=0.02)
+
+
 def test_targets_that_were_not_met_are_named() -> None:
     report = {"decode": {"1": {"bandwidth_share": 0.8}}, "batching": {"over_transformers": 1.6}}
     assert gpu.missed(report) == ["bandwidth_share"]

@@ -68,7 +68,7 @@ def decode_tile(shape: LayerShape, num_grouped: int, dtype: torch.dtype, load: f
     return Tile(rows, 32 if widest <= 256 else 16, 4, 3)
 
 
-def prefill_tile(shape: LayerShape, num_grouped: int, dtype: torch.dtype, max_query_len: int = 0) -> Tile:
+def prefill_tile(shape: LayerShape, num_grouped: int, dtype: torch.dtype, max_query_len: int) -> Tile:
     """Many rows: bound by arithmetic. 64 rows and 4 warps are the least for Hopper's wide products (wgmma)."""
     widest = triton.next_power_of_2(max(shape.key_dim, shape.value_dim))
     if dtype.itemsize == 4:

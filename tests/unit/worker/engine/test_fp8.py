@@ -18,7 +18,7 @@ from worker.engine.kernels.triton import layers, rows, vector
 from worker.engine.loadcheck import check_module
 from worker.engine.quantize import narrow_weights, num_bytes, quantize
 
-EIGHTH = 2**-4  # half of the distance between two numbers of 3 bits, relative to the number
+HALF_STEP = 2**-4  # half of the distance between two numbers of 3 bits, relative to the number
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 40}
 
 
@@ -38,7 +38,7 @@ def widened(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 def is_rounded(actual: torch.Tensor, exact: torch.Tensor) -> bool:
     """Whether each number is within half a step of the format, which is even below the smallest normal one."""
-    step = torch.maximum(exact.abs() * EIGHTH, exact.abs().amax(-1, keepdim=True) / rows.LARGEST * 2**-10)
+    step = torch.maximum(exact.abs() * HALF_STEP, exact.abs().amax(-1, keepdim=True) / rows.LARGEST * 2**-10)
     return bool(((actual - exact).abs() <= step * 1.01).all())
 
 
@@ -128,7 +128,7 @@ class TestLayer:
             assert (output[0].double() - exact).norm() <= 1e-2 * exact.norm()
 
 
-def test_weights_keep_three_bits_and_an_eighth_is_their_memory() -> None:
+def test_weights_keep_three_bits_and_a_scale_per_output() -> None:
     linear = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16).to(DEVICE)
     layer = Fp8Linear.from_linear(linear)
     assert is_rounded(widened(layer.codes, layer.scales), linear.weight.detach().double())

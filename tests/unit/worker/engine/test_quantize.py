@@ -1,7 +1,8 @@
-"""Narrow weights through torchao: refused in words, after merging, of the right layers; with torchao, near and small.
+"""Narrow weights: refused in words, after merging, of the right layers; with torchao, near and small.
 
-No kernel of a GPU is run here. torchao computes int8 and fp8 on a CPU as well; of int4 its packing and its product are
-replaced by ones for a CPU, so that what torchao fits and how it is read are tested, and the kernel is not.
+No kernel of a GPU is run here. torchao computes int8 on a CPU as well; of int4 its packing and its product are replaced
+by ones for a CPU, so that what torchao fits and how it is read are tested, and the kernel is not. fp8 is in
+`test_fp8.py`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from common.embedded import describe_durability
 from common.errors import ServingError
 from common.headroom import Headroom
 from common.job_queue import JobQueue
+from common.late_log import late_log
 from common.quotas import QuotaMeter
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
@@ -130,10 +131,12 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
     quotas = QuotaMeter(redis, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
     admission = Admission(queue, quotas)
     generations = Generations(queue, admission, streams, catalog, settings, secret)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generations), server.public)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generations), server.public_services)
     tasks = Tasks(generations, catalog, settings, secret, queue_settings.max_log_bytes)
-    embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(tasks), server.public)
-    classification_pb2_grpc.add_ClassificationServiceServicer_to_server(ClassificationServicer(tasks), server.public)
+    embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(tasks), server.public_services)
+    classification_pb2_grpc.add_ClassificationServiceServicer_to_server(
+        ClassificationServicer(tasks), server.public_services
+    )
     batching = build_batching(
         Batches(
             redis,
@@ -154,7 +157,7 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
         settings,
         queue_settings,
     )
-    batch_pb2_grpc.add_BatchServiceServicer_to_server(batching.servicer, server.public)
+    batch_pb2_grpc.add_BatchServiceServicer_to_server(batching.servicer, server.public_services)
     door = Door(
         authenticator.authenticate,
         check_method,
@@ -168,18 +171,22 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
         OpenAiDoor(generations, tasks, catalog, settings, door).app, settings, certificates_of(settings)
     )
     model_pb2_grpc.add_ModelServiceServicer_to_server(
-        ModelServicer(catalog, queue, reveal=settings.reveal_models), server.public
+        ModelServicer(catalog, queue, reveal=settings.reveal_models), server.public_services
     )
     api_key_pb2_grpc.add_ApiKeyServiceServicer_to_server(
-        ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
+        ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin_services
     )
     dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom, sealer=sealer)
     fleet = FleetServicer(catalog, queue, dead_letters, num_streams=lambda: len(hub))
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server.admin)
-    tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantServicer(Tenants(admin_redis, retry=retry)), server.admin)
-    log_pb2_grpc.add_LogServiceServicer_to_server(LogServicer(LogLevels(admin_redis, retry=retry)), server.admin)
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server.admin_services)
+    tenant_pb2_grpc.add_TenantServiceServicer_to_server(
+        TenantServicer(Tenants(admin_redis, retry=retry)), server.admin_services
+    )
+    log_pb2_grpc.add_LogServiceServicer_to_server(
+        LogServicer(LogLevels(admin_redis, retry=retry)), server.admin_services
+    )
     usage_pb2_grpc.add_UsageServiceServicer_to_server(
-        UsageServicer(catalog, UsageReader(redis, retry=retry)), server.admin
+        UsageServicer(catalog, UsageReader(redis, retry=retry)), server.admin_services
     )
 
     async def on_connected() -> None:
@@ -246,6 +253,7 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
             await asyncio.to_thread(tracing.close)
         if monitor is not None:
             monitor.close()
+        late_log.flush()
     log.info("gateway.stopped")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import random
 import secrets
@@ -19,6 +18,7 @@ from common.generation import JobBody, OutputDelta, PromptScores
 from common.grants import Caps
 from common.job_queue import JobQueue
 from common.jobs import Attachment, GenerationRecord, NewJob
+from common.late_log import late_log
 from common.telemetry.tracing import current_trace
 from gateway import audit, beams, convert, sources, token_choice
 from gateway import validation as check
@@ -37,7 +37,6 @@ from torchrelay.v1 import generation_pb2 as pb
 
 _LEAST_CALL_MS: Final = 5  # no first token comes sooner: a caller with less time has given up before it is queued
 _RETRY_AFTER_MS: Final = 500
-_LOG_AFTER_S: Final = 0.002
 _REPEAT_GRACE_MS: Final = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED: Final = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
@@ -387,15 +386,12 @@ def _note_accepted(generation_id: str, job: NewJob, accepted: pb.Accepted, *, is
         request_digest=job.request_digest[:16].hex(),
     )
     audit.mark("generation.repeated" if is_repeat else "generation.accepted")
-    # Once the call goes on: a line of log takes a third of a millisecond.
-    asyncio.get_running_loop().call_later(
-        _LOG_AFTER_S,
-        lambda: log.info(
-            "generation.repeated" if is_repeat else "generation.accepted",
-            generation_id=generation_id,
-            model=accepted.model,
-            tenant=job.tenant,
-            priority=job.priority,
-            prompt_tokens=accepted.prompt_tokens,
-        ),
+    late_log.info(
+        log,
+        "generation.repeated" if is_repeat else "generation.accepted",
+        generation_id=generation_id,
+        model=accepted.model,
+        tenant=job.tenant,
+        priority=job.priority,
+        prompt_tokens=accepted.prompt_tokens,
     )

@@ -81,6 +81,7 @@ class Upkeep:
                 await asyncio.sleep(_RETRY_S)
                 continue
             self._hub.dispatch(items)
+            await asyncio.sleep(0)  # those who wait for these go first
             for shard, cursor in moved.items():
                 if shard in self._cursors:
                     self._cursors[shard] = cursor

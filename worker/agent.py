@@ -133,7 +133,7 @@ class Agent:
     def _take(self, jobs: Sequence[ClaimedJob]) -> None:
         for job in jobs:
             self._stop_computing(job.generation_id, "TAKEN")  # held at an older epoch: what was computed is void
-            self._engine.submit(self._holdings.add(job, time.monotonic()))
+        self._engine.submit(*[self._holdings.add(job, time.monotonic()) for job in jobs])
         self._watch.claimed(jobs)
         if self._holdings:
             self._emptied.clear()
@@ -183,7 +183,6 @@ class Agent:
                 result = await self._engine.next_result()
             except EngineStopped:
                 return
-            self._watch.stepped(result)
             self._results.append(result)  # a statement of its own: the list may be another one after the wait
             self._has_results.set()
 
@@ -193,6 +192,8 @@ class Agent:
             results, self._results = self._results, []
             # A step without tokens is committed too: a cancelled job that only prefills must learn of it.
             events = unsent = self._holdings.events(results, time.monotonic())
+            if results:
+                asyncio.get_running_loop().call_soon(self._note_steps, results)  # once the commit is on its way
             while not self._drained:
                 try:
                     committed = await self._claims.commit(unsent)
@@ -208,6 +209,10 @@ class Agent:
                 self._engine.ack(results[-1].step)
             if self._has_unknown_jobs:
                 await self._guarded(self._adopt())
+
+    def _note_steps(self, results: Sequence[StepResult]) -> None:
+        for result in results:
+            self._watch.stepped(result)
 
     async def _next_results(self) -> None:
         """Wait for a step, or until tokens of earlier ones have been held back for long enough."""

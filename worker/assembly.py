@@ -33,7 +33,7 @@ from worker.engine.quantize import Narrow, check_device
 from worker.engine.runner import ModelRunner
 from worker.engine.sampler import Argmax
 from worker.engine.settings import EngineSettings
-from worker.engine.thread import StepEngine
+from worker.engine.thread import StepEngine, StepStart
 from worker.engine.types import OnPart, ignore_part
 from worker.profiling import StepProfiler
 from worker.registration import make_card
@@ -58,6 +58,7 @@ class Assembly:
     device: str
     adapters: AdapterFolder | None = None  # None: none are served
     store: AdapterStore | None = None
+    step_start: StepStart | None = None  # told of the engine's steps
 
 
 def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assembly:
@@ -94,8 +95,9 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
     on_part: OnPart = ignore_part
     if settings.profile_steps:
         on_part = StepProfiler(settings.profile_steps, Path(settings.profile_file), device, loaded.decoder).on_part
+    step_start = StepStart(on_part)
     adapt = loaded.linear_layers if settings.adapters_dir else None
-    model_runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder, on_part, adapt=adapt)
+    model_runner = ModelRunner(loaded.module, backend, engine_settings, loaded.decoder, step_start.on_part, adapt=adapt)
     runner = make_runner(model_runner, engine_settings)
     cost = measure_cost(runner, engine_settings)
     trim()  # what loading and the probe have left behind
@@ -109,7 +111,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         cache_salt=f"{loaded.revision}:{loaded.dtype}:{settings.quantization}".encode(),
         argmax=choose_argmax(backend),
         grammars=grammars,
-        on_part=on_part,
+        on_part=step_start.on_part,
         read_chat=ChatReader(loaded.text.tokenizer),
     )
     loaded = replace(loaded, context_length=longest, max_source_tokens=engine.max_source_tokens)
@@ -146,7 +148,7 @@ def assemble(settings: WorkerSettings, engine_settings: EngineSettings) -> Assem
         context_tokens=card.context_tokens,
         adapters=[adapter.name for adapter in card.adapters],
     )
-    return Assembly(engine, card, files, describe_device(device), folder, store)
+    return Assembly(engine, card, files, describe_device(device), folder, store, step_start)
 
 
 def _assemble_encoder(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Sequence
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
 from common.jobs import ClaimedJob, NewEvent, Swept
+from common.late_log import late_log
 from common.telemetry.upkeep import log_upkeep
 from worker.engine.types import StepResult
 
 log = structlog.get_logger()
 
-# Once the work has begun: a line of log holds the interpreter's lock for a third of a millisecond.
-_AFTER_S: Final = 0.002
 _EVENTS: Final = {"PREEMPTED": "job.preempted", "RELEASED": "job.released"}
 
 
@@ -28,7 +26,8 @@ class JobLog:
     def claimed(self, jobs: Sequence[ClaimedJob]) -> None:
         for job in jobs:
             self._held.add(job.generation_id)
-            _later(
+            late_log.info(
+                log,
                 "job.claimed",
                 generation_id=job.generation_id,
                 epoch=job.epoch,
@@ -45,7 +44,8 @@ class JobLog:
             if event.terminal is None or event.generation_id in lost or event.generation_id not in self._held:
                 continue
             self._held.discard(event.generation_id)
-            _later(
+            late_log.info(
+                log,
                 "job.ended",
                 generation_id=event.generation_id,
                 state=event.terminal.name,
@@ -59,8 +59,4 @@ class JobLog:
     def dropped(self, generation_id: str, reason: str) -> None:
         if generation_id in self._held:
             self._held.discard(generation_id)
-            _later(_EVENTS.get(reason, "job.lost"), generation_id=generation_id, reason=reason.lower())
-
-
-def _later(event: str, **fields: Any) -> None:
-    asyncio.get_running_loop().call_later(_AFTER_S, lambda: log.info(event, **fields))
+            late_log.info(log, _EVENTS.get(reason, "job.lost"), generation_id=generation_id, reason=reason.lower())

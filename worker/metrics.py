@@ -33,7 +33,7 @@ _RECENT_S: Final = 60.0
 class _Times:
     """Of one held generation; monotonic seconds."""
 
-    read: Counter  # its tenant's counters of tokens read and generated: a look-up by label costs as much as counting
+    read: Counter  # its tenant's counters of tokens read and generated
     generated: Counter
     accepted_at: float
     claimed_at: float
@@ -97,26 +97,26 @@ class WorkerMetrics:
         self._succeeded = counter("request_success", "Generations that ended well here.", "finished_reason")
         self._failed = counter("request_failure", "Generations that failed here.", "reason")
         self._upkeep = UpkeepCounters(registry)
-        self._claims = counter(
-            "claims", "Generations taken from the queue: first, takeover, or after a preemption.", "kind"
-        )
+        claims = counter("claims", "Generations taken from the queue: first, takeover, or after a preemption.", "kind")
         self._dropped = counter("jobs_dropped", "Generations given up before their end, by reason.", "reason")
         self._tenant_tokens = counter("tenant_tokens", "Tokens read and generated for each tenant.", "tenant", "kind")
-        for kind in ("first", "takeover", "preempted"):
-            self._claims.labels(model_name, kind)
+        # A look-up by labels costs as much as counting.
+        self._claims_by = {kind: claims.labels(model_name, kind) for kind in ("first", "takeover", "preempted")}
+        self._tokens_by: dict[str, tuple[Counter, Counter]] = {}  # tenants' as read and as generated
 
     # -- as a JobWatch -------------------------------------------------------------------------------------------------
 
     def claimed(self, jobs: Iterable[ClaimedJob]) -> None:
         now = self._clock()
         for job in jobs:
-            self._claims.labels(self._model, kind_of(job)).inc()
+            self._claims_by[kind_of(job)].inc()
             is_first = job.num_claims == 1
             if is_first:
                 self._queue_time.observe(job.age_ms / 1000)
+            read, generated = self._tokens_of(job.tenant)
             self._held[job.generation_id] = _Times(
-                read=self._tokens_of(job.tenant, "prompt"),
-                generated=self._tokens_of(job.tenant, "generation"),
+                read=read,
+                generated=generated,
                 accepted_at=now - job.age_ms / 1000,
                 claimed_at=now,
                 prompt_tokens=job.body.num_prompt_tokens,
@@ -186,8 +186,13 @@ class WorkerMetrics:
         if times.first_token_at is not None:
             self._decode.observe(now - times.first_token_at)
 
-    def _tokens_of(self, tenant: str, kind: str) -> Counter:
-        return self._tenant_tokens.labels(self._model, self._tenant(tenant), kind)
+    def _tokens_of(self, tenant: str) -> tuple[Counter, Counter]:
+        label = self._tenant(tenant)
+        found = self._tokens_by.get(label)
+        if found is None:
+            of_tenant = [self._tenant_tokens.labels(self._model, label, kind) for kind in ("prompt", "generation")]
+            found = self._tokens_by[label] = (of_tenant[0], of_tenant[1])
+        return found
 
     # -- for the heartbeat ----------------------------------------------------------------------------------------
 

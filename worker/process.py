@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from common import keys
 from common.job_claims import JobClaims
 from common.jobs import WorkerInfo
+from common.late_log import late_log
 from common.redis import Redis, Retry, connect
 from common.registry import AdapterCard, ModelRegistry
 from common.startup import CANNOT_START, ignore_signals
@@ -128,7 +129,9 @@ async def run(
     await publish(registry, assembly.card, assembly.files)
     claims = JobClaims(redis, assembly.card.shard, keys.random_id(), queue_settings, retry=retry, sealer=sealer)
     head_start_s = _HEAD_START_S if assembly.device == "cpu" else 0.0
-    engine = EngineThread(assembly.engine, adapters=assembly.store, head_start_s=head_start_s)
+    engine = EngineThread(
+        assembly.engine, adapters=assembly.store, head_start_s=head_start_s, step_start=assembly.step_start
+    )
     engine.start(asyncio.get_running_loop())
     started_ms = int(time.time() * 1000)
     metrics = WorkerMetrics(registered, assembly.card.name, configuration.metrics.max_tenants)
@@ -180,6 +183,7 @@ async def run(
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
         await redis.aclose()
+        late_log.flush()
     log.info("worker.stopped", model=assembly.card.name)
 
 

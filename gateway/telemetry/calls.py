@@ -68,7 +68,9 @@ class GrpcMeter:
         self._started = Counter("grpc_server_started", "Calls begun.", labels, registry=registry)
         self._handled = Counter("grpc_server_handled", "Calls ended.", [*labels, "grpc_code"], registry=registry)
         self._sent = Counter("grpc_server_msg_sent", "Messages sent in streams.", labels, registry=registry)
-        self._sent_by: dict[str, Counter] = {}  # by method: a look-up by labels costs more than counting
+        # By method: a look-up by labels costs more than counting.
+        self._started_by: dict[str, Counter] = {}
+        self._sent_by: dict[str, Counter] = {}
         self._seconds = Histogram(
             "grpc_server_handling_seconds",
             "From a call's arrival to its end.",
@@ -84,7 +86,10 @@ class GrpcMeter:
         )
 
     def began(self, method: str, kind: str) -> None:
-        self._started.labels(kind, *_names(method)).inc()
+        counter = self._started_by.get(method)
+        if counter is None:
+            counter = self._started_by[method] = self._started.labels(kind, *_names(method))
+        counter.inc()
 
     def sent(self, method: str, kind: str) -> None:
         counter = self._sent_by.get(method)

@@ -25,6 +25,8 @@ class StreamMetrics:
     def __init__(self, registry: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         labels = ["model_name"]
+        # A look-up by labels costs more than counting.
+        self._of_model: dict[tuple[str, Opening], tuple[Counter, Histogram, Histogram]] = {}
         self.opened = Counter(
             "torchrelay_streams_opened",
             "Streams opened: new, repeated by an idempotency key, or resumed.",
@@ -48,11 +50,17 @@ class StreamMetrics:
 
     def watch(self, model: str, kind: Opening, began_at: float | None) -> StreamWatch:
         """Watch a stream of a model; `began_at` is when its call arrived, by `clock`, None if nobody waits for it."""
-        self.opened.labels(model, kind.value).inc()
+        found = self._of_model.get((model, kind))
+        if found is None:
+            found = self._of_model[model, kind] = (
+                self.opened.labels(model, kind.value),
+                self.first_token.labels(model),
+                self.token_gap.labels(model),
+            )
+        opened, first_token, token_gap = found
+        opened.inc()
         is_timed = kind is Opening.NEW and began_at is not None
-        return StreamWatch(
-            self.clock, self.first_token.labels(model), self.token_gap.labels(model), began_at if is_timed else None
-        )
+        return StreamWatch(self.clock, first_token, token_gap, began_at if is_timed else None)
 
 
 class StreamWatch:

@@ -14,8 +14,9 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final, Protocol
 
 import structlog
@@ -24,12 +25,20 @@ from common.logs import describe_exception
 from worker.engine.adapters.store import AdapterStore
 from worker.engine.grammar import GrammarFailure
 from worker.engine.turns import TakingTurns
-from worker.engine.types import DuplicateRequest, EngineStats, GenerationRequest, StepResult
+from worker.engine.types import (
+    DuplicateRequest,
+    EngineStats,
+    GenerationRequest,
+    OnPart,
+    Part,
+    StepResult,
+    ignore_part,
+)
 
 log = structlog.get_logger(__name__)
 
-_HAND_OVER_S: Final = 5e-5  # a thread is awake by then
 MAX_UNACKNOWLEDGED_STEPS: Final = 2
+_LONGEST_START_S: Final = 0.002
 
 
 class EngineCrashed(Exception):
@@ -52,6 +61,29 @@ class StepEngine(Protocol):
     def stats(self) -> EngineStats: ...
 
 
+class StepStart:
+    """Tells whoever gave an idle engine work that its step computes, and no longer wants the interpreter's lock."""
+
+    def __init__(self, on_part: OnPart = ignore_part) -> None:
+        """`on_part` is told of every part as well."""
+        self._on_part = on_part
+        self._computes = threading.Event()
+
+    def on_part(self, part: Part) -> None:
+        """To be told of the parts of each step, on the engine's thread."""
+        self._on_part(part)
+        if part == "forward":
+            self._computes.set()
+
+    def expect(self) -> None:
+        """Forget the steps so far."""
+        self._computes.clear()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the next step to compute; return whether one does."""
+        return self._computes.wait(timeout_s)
+
+
 class EngineThread:
     """Runs an engine. All methods but `next_result` may be called from any thread."""
 
@@ -62,15 +94,18 @@ class EngineThread:
         adapters: AdapterStore | None = None,
         *,
         head_start_s: float = 0.0,
+        step_start: StepStart | None = None,
     ) -> None:
         """Requests that name an adapter take it from `adapters`; without, they end with an error.
 
-        The first token of a request that is alone gets `head_start_s` to its caller, once it is committed.
+        The first token of a request that is alone gets `head_start_s` to its caller, once it is committed. `step_start`
+        is told of the parts of this engine's steps.
         """
         self._engine = engine
         self._adapters = adapters
         self._clock = clock
         self._head_start_s = head_start_s
+        self._step_start = step_start
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next five
         self._preparing: dict[str, bool] = {}  # requests that wait for grammar or adapter; whether they were aborted
@@ -94,26 +129,37 @@ class EngineThread:
         self._loop = loop
         self._thread.start()
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Decode a request; every outcome, a refusal too, comes as a result.
+    def submit(self, *requests: GenerationRequest) -> None:
+        """Decode requests, beginning with all of them in one step; every outcome, a refusal too, comes as a result.
 
         A request whose id is in the engine is dropped: the results of that id are those of the first. One with a
         grammar comes in once that is compiled, one with an adapter once that is loaded, beside the steps of the others.
         """
-        if request.sampling.structured_output is None and request.sampling.adapter is None:
-            is_idle = self._is_idle
-            self._command(lambda: self._add(request))
-            if is_idle:
-                # It has just been woken and wants the interpreter's lock, for which it would wait for a whole switch
-                # interval; what this thread has yet to do about the request can wait better.
-                time.sleep(_HAND_OVER_S)
-            return
-        with self._changed:
-            self._preparing[request.request_id] = False
-        if request.sampling.structured_output is None:
-            self._take_adapter(request)
-            return
-        self._compiling.submit(request.tenant, lambda: self._take_adapter(self._prepare(request)))
+        ready = [one for one in requests if one.sampling.structured_output is None and one.sampling.adapter is None]
+        if ready:
+            self._begin(ready)
+        for request in requests:
+            if request.sampling.structured_output is not None:
+                with self._changed:
+                    self._preparing[request.request_id] = False
+                self._compiling.submit(request.tenant, partial(self._prepare_and_take_adapter, request))
+            elif request.sampling.adapter is not None:
+                with self._changed:
+                    self._preparing[request.request_id] = False
+                self._take_adapter(request)
+
+    def _begin(self, requests: Sequence[GenerationRequest]) -> None:
+        start = self._step_start if self._is_idle else None
+        if start is not None:
+            start.expect()
+        self._command(lambda: self._add_all(requests))
+        if start is not None:
+            # Until the step computes, its thread wants the interpreter's lock again and again, and would find it taken
+            # by what this one has yet to do about the requests, which can wait better.
+            start.wait(_LONGEST_START_S)
+
+    def _prepare_and_take_adapter(self, request: GenerationRequest) -> None:
+        self._take_adapter(self._prepare(request))
 
     def _prepare(self, request: GenerationRequest) -> GenerationRequest:
         try:
@@ -244,6 +290,10 @@ class EngineThread:
                     self._lone_start, self._not_before = None, 0.0
             if self._may_step():
                 return True
+
+    def _add_all(self, requests: Sequence[GenerationRequest]) -> None:
+        for request in requests:
+            self._add(request)
 
     def _add(self, request: GenerationRequest) -> None:
         try:

@@ -65,7 +65,7 @@ class Served(Contestant):
             TORCHRELAY_ENGINE_MAX_NUM_SEQS=str(args.max_num_seqs),
             TORCHRELAY_ENGINE_KV_CACHE_BYTES=str(args.kv_cache_mib << 20),
         )
-        # A client's loop runs already when it calls: what a runner sets up for each run is not part of a call.
+        # A client's loop runs already when it calls: what sets it up and starts it is not part of a call.
         self._loop = self._stack.enter_context(asyncio.Runner()).get_loop()
         self._client = self._loop.run_until_complete(self._connect())
         self.info = {
@@ -90,7 +90,7 @@ class Served(Contestant):
         return self._loop.run_until_complete(self._call(request))
 
     async def _call(self, request: Request) -> Output:
-        output = Output()
+        output = Output(called=time.perf_counter())
         options = {"model": _NAME, "max_tokens": request.max_tokens, "temperature": 0.0}
         async for event in self._client.stream(request.prompt, **options):  # type: ignore[arg-type]
             for delta in event.deltas.deltas:

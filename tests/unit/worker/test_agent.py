@@ -40,9 +40,9 @@ class Engine:
     def last_step_at(self) -> float:
         return self.began if self.submitted and self.hangs else time.monotonic()
 
-    def submit(self, request: GenerationRequest) -> None:
-        self.submitted.append(request.request_id)
-        self.began = time.monotonic()
+    def submit(self, *requests: GenerationRequest) -> None:
+        self.submitted += [request.request_id for request in requests]
+        self.began = time.monotonic() if requests else self.began
 
     def abort(self, request_id: str) -> None:
         self.submitted.remove(request_id)

@@ -23,7 +23,7 @@ from common.quotas import QuotaMeter
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
-from common.startup import ignore_signals, read_settings
+from common.startup import ignore_signals, read_settings, settle_heap
 from common.telemetry.log_levels import LevelFollower, LogLevels
 from common.telemetry.monitor import MonitorServer, Vitals
 from common.tenants import Tenants
@@ -216,6 +216,7 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
     metrics.count_open(hub, batching.feeders)
     await server.start()
     await openai.start()
+    settle_heap()
     log.info(
         "gateway.started",
         address=server.address,

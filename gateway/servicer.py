@@ -38,10 +38,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         request: pb.StreamGenerateRequest,
         context: grpc.aio.ServicerContext[pb.StreamGenerateRequest, pb.StreamGenerateResponse],
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
-        async with self._generations.open(request, current_caller(), GrpcCall(context, is_stream=True)) as (
-            stream,
-            accepted,
-        ):
+        async with self._generations.open(request, current_caller(), GrpcCall(context)) as (stream, accepted):
             yield pb.StreamGenerateResponse(event=pb.GenerationEvent(accepted=accepted))
             async for event in stream.events():
                 yield pb.StreamGenerateResponse(event=event)
@@ -109,14 +106,11 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 class GrpcCall:
     """A call by gRPC, of any service."""
 
-    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], *, is_stream: bool = False) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._context = context
-        self._is_stream = is_stream
 
     def time_remaining(self) -> float | None:
         return self._context.time_remaining()
 
     async def announce(self, generation_id: str) -> None:
-        if self._is_stream:
-            return
         await self._context.send_initial_metadata(((GENERATION_ID_METADATA, generation_id),))

@@ -131,12 +131,13 @@ class Agent:
         return jobs
 
     def _take(self, jobs: Sequence[ClaimedJob]) -> None:
+        if not jobs:
+            return
         for job in jobs:
             self._stop_computing(job.generation_id, "TAKEN")  # held at an older epoch: what was computed is void
         self._engine.submit(*[self._holdings.add(job, time.monotonic()) for job in jobs])
         self._watch.claimed(jobs)
-        if self._holdings:
-            self._emptied.clear()
+        self._emptied.clear()
 
     # -- preemption -----------------------------------------------------------------------------------------------
 

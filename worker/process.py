@@ -24,7 +24,7 @@ from common.jobs import WorkerInfo
 from common.late_log import late_log
 from common.redis import Redis, Retry, connect
 from common.registry import AdapterCard, ModelRegistry
-from common.startup import CANNOT_START, ignore_signals
+from common.startup import CANNOT_START, ignore_signals, settle_heap
 from common.telemetry.log_levels import LevelFollower, LogLevels
 from common.telemetry.monitor import MonitorServer, Vitals, process_registry
 from worker.adapters import watch_adapters
@@ -197,6 +197,7 @@ def run_process(configuration: WorkerConfiguration) -> int:
             monitor = MonitorServer(settings.metrics_address, registered, vitals)
         vitals.set_unready("loading the model")
         assembly = assemble(settings, configuration.engine)
+        settle_heap()
     except Exception as error:  # noqa: BLE001 - every library on the way has its own, and the operator needs one line
         log.error("worker.failed", error=f"{type(error).__name__}: {error}")
         return CANNOT_START

@@ -5,7 +5,7 @@ local function pack_claim(j, now)
   local log = {}
   if j.n > 0 then log = call('XRANGE', P .. 'j:' .. j.id .. ':log', '-', '+') end
   return {
-    j.id, j.ep, j.n, last_hash(j.id), j.dl - now, j.c, j.at, j.t, j.pt, j.cp, j.ct, j.lb, j.progress,
+    j.id, j.ep, j.n, j.hash or last_hash(j.id), j.dl - now, j.c, j.at, j.t, j.pt, j.cp, j.ct, j.lb, j.progress,
     call('HGET', P .. 'j:' .. j.id, 'b'), log, string.format('%.17g', j.wt), j.pe, j.fl,
     math.max(0, now - j.cr), j.nc,
   }

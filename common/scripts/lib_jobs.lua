@@ -141,20 +141,18 @@ end
 -- counter at which the last job was handed out (start-time fair queueing), not the least of those who wait: their next
 -- turn comes after that of a newcomer, who so waits for one slot. Once a newcomer has had its turn, later ones begin
 -- behind the next tenant in line: any number of them keeps nobody from his turn.
+--
+-- A tenant's counter, and the classes in which it has jobs waiting: nil where there are none.
 local function counter_of(tenant)
-  local counter, active = call('ZSCORE', P .. 'vtc', tenant), false
+  local counter, active = call('ZSCORE', P .. 'vtc', tenant), nil
   for c = 0, CLASSES - 1 do
     local score = call('ZSCORE', P .. 'act:' .. c, tenant)
     if score then
-      active, counter = true, counter or score -- counters expire, but queued jobs may wait for a worker for longer
+      active, counter = active or {}, counter or score -- counters expire, but queued jobs may wait for a worker for longer
+      active[#active + 1] = c
     end
   end
   return tonumber(counter or 0), active
-end
-
-local function set_counter(tenant, counter)
-  call('ZADD', P .. 'vtc', counter, tenant)
-  for c = 0, CLASSES - 1 do call('ZADD', P .. 'act:' .. c, 'XX', counter, tenant) end
 end
 
 local function start_level(class)
@@ -167,8 +165,11 @@ end
 local function activate(tenant, class)
   local counter, active = counter_of(tenant)
   if not active then
-    counter = counter - (call('HGET', P .. 'credit', tenant) or 0)
-    call('HDEL', P .. 'credit', tenant)
+    local credit = call('HGET', P .. 'credit', tenant)
+    if credit then
+      counter = counter - credit
+      call('HDEL', P .. 'credit', tenant)
+    end
     counter = math.max(counter, start_level(class)) -- mutant: lift
   end
   call('ZADD', P .. 'vtc', counter, tenant)
@@ -179,7 +180,8 @@ end
 -- next ones. With a counter that fell at every end of a job, it would pass a newcomer again and again.
 local function charge(tenant, amount)
   local counter, active = counter_of(tenant)
-  local credit = tonumber(call('HGET', P .. 'credit', tenant) or 0)
+  local stored = call('HGET', P .. 'credit', tenant)
+  local credit = tonumber(stored or 0)
   if active and amount < 0 then
     credit, amount = credit - amount, 0
   elseif credit > 0 and amount > 0 then
@@ -189,10 +191,11 @@ local function charge(tenant, amount)
   if credit > 0 then
     call('HSET', P .. 'credit', tenant, string.format('%.17g', credit))
     call('EXPIRE', P .. 'credit', IDLE_TENANT_TTL_S)
-  else
+  elseif stored then
     call('HDEL', P .. 'credit', tenant)
   end
-  set_counter(tenant, counter + amount)
+  call('ZADD', P .. 'vtc', counter + amount, tenant)
+  for _, c in ipairs(active or {}) do call('ZADD', P .. 'act:' .. c, counter + amount, tenant) end
   call('EXPIRE', P .. 'vtc', IDLE_TENANT_TTL_S)
 end
 
@@ -207,8 +210,8 @@ local function move_floor(class, counter)
     local next_turn = call('ZRANGEBYSCORE', P .. 'act:' .. class, marks[2], '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
     reached = next_turn and next_turn + 2 * AHEAD_OF_TIES or reached -- 2: the tenant whose turn it is is no newcomer
   end
-  call('HSET', KEYS[1], key, string.format('%.17g', reached))
-  if counter > tonumber(marks[1] or 0) then call('HSET', KEYS[1], 'floor', string.format('%.17g', counter)) end
+  local floor = math.max(counter, tonumber(marks[1] or 0))
+  call('HSET', KEYS[1], key, string.format('%.17g', reached), 'floor', string.format('%.17g', floor))
 end
 
 -- Jobs of a credential that has caps in number are counted by its quota id.
@@ -264,10 +267,10 @@ end
 -- About how many jobs are served before this one, plus one: higher classes, and its tenant's turns in its own class.
 local function place(j)
   if j.st ~= 'Q' then return 0 end
-  local ahead = 0
-  for c = 0, j.c - 1 do ahead = ahead + (call('HGET', P .. 'len', c) or 0) end
+  local lengths, ahead = queue_lengths(), 0
+  for c = 0, j.c - 1 do ahead = ahead + lengths[c + 1] end
   local rank = call('ZRANK', P .. 'q:' .. j.c .. ':' .. j.t, j.id) or 0
-  local own = (call('HGET', P .. 'len', j.c) or 1) - 1
+  local own = math.max(0, lengths[j.c + 1] - 1)
   return ahead + math.min(own, rank * math.max(1, call('ZCARD', P .. 'act:' .. j.c))) + 1
 end
 

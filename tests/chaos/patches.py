@@ -104,10 +104,10 @@ def die_on_claim(argument: str) -> None:
 
     real = EngineThread.submit
 
-    def submit(self: EngineThread, request: Any) -> None:
+    def submit(self: EngineThread, *requests: Any) -> None:
         if _is_armed(Path(argument)):
             _die()
-        real(self, request)
+        real(self, *requests)
 
     EngineThread.submit = submit  # type: ignore[method-assign]
 

@@ -40,6 +40,7 @@ class InProcessEngine(Contestant):
         import torch
         import transformers
 
+        from common.startup import settle_heap
         from worker.assembly import assemble
         from worker.engine.settings import EngineSettings
         from worker.settings import WorkerSettings
@@ -58,6 +59,7 @@ class InProcessEngine(Contestant):
                 speculation=args.speculation,
             ),
         ).engine
+        settle_heap()
         self._num_requests = 0
         self.info = {
             "torch": torch.__version__,

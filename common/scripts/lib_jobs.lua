@@ -194,8 +194,9 @@ local function charge(tenant, amount)
   elseif stored then
     call('HDEL', P .. 'credit', tenant)
   end
-  call('ZADD', P .. 'vtc', counter + amount, tenant)
-  for _, c in ipairs(active or {}) do call('ZADD', P .. 'act:' .. c, counter + amount, tenant) end
+  local charged = counter + amount
+  call('ZADD', P .. 'vtc', charged, tenant)
+  for _, c in ipairs(active or {}) do call('ZADD', P .. 'act:' .. c, charged, tenant) end
   call('EXPIRE', P .. 'vtc', IDLE_TENANT_TTL_S)
 end
 

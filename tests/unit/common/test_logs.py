@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import io
 import json
 import logging
+import os
+import select
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -196,6 +199,49 @@ def test_text_is_for_people_and_json_for_a_pipe() -> None:
     set_up_logs("INFO", LogFormat.AUTO, piped)
     structlog.get_logger().info("server.started")
     assert json.loads(piped.getvalue())["event"] == "server.started"
+
+
+def test_what_json_has_no_form_for_is_shown_as_python_writes_it() -> None:
+    stream = io.StringIO()
+    set_up_logs("INFO", LogFormat.JSON, stream)
+    structlog.get_logger().info("odd", a_set=frozenset({1}), a_lone_surrogate="\udc80", a_large_number=1 << 70)
+    line = json.loads(stream.getvalue())
+    assert (line["a_set"], line["a_lone_surrogate"], line["a_large_number"]) == ("frozenset({1})", "\udc80", 1 << 70)
+
+
+def test_lines_of_many_threads_and_of_other_libraries_do_not_mix() -> None:
+    """The pipe takes lines in parts, which nothing may come between."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    found: list[bytes] = []
+    is_over = threading.Event()
+
+    def read() -> None:
+        while select.select([reader], [], [], 0.2)[0] or not is_over.is_set():
+            if select.select([reader], [], [], 0)[0]:
+                found.append(os.read(reader, 1000))
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    with open(writer, "w") as stream:
+        set_up_logs("INFO", LogFormat.JSON, stream)
+
+        def write(number: int) -> None:
+            for index in range(200):
+                structlog.get_logger().info("ours", number=number, index=index, filler="x" * 700)
+                logging.getLogger("theirs").warning("theirs %d %s", index, "y" * 700)
+
+        threads = [threading.Thread(target=write, args=[number]) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        is_over.set()
+        reading.join(10)
+    os.close(reader)
+    lines = [json.loads(line) for line in b"".join(found).split(b"\n")[:-1]]  # the last one may be cut
+    assert {line["event"].split()[0] for line in lines} <= {"ours", "theirs", "log.dropped"}
+    assert sum(line["event"] == "ours" for line in lines) > 10
 
 
 def test_an_unknown_level_is_refused() -> None:

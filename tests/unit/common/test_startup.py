@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,3 +140,13 @@ def test_the_level_of_the_log_may_be_in_lower_case(
     monkeypatch.setenv("TORCHRELAY_REDIS_ULR", "1")
     read_settings(RedisSettings)
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_process_has_loaded_is_looked_at_by_no_later_collection() -> None:
+    """In a process of its own: nothing thaws what is frozen but for all at once."""
+    program = (
+        "import gc; from common.startup import settle_heap; loaded = [[i] for i in range(1000)]; settle_heap();"
+        "assert gc.get_freeze_count() > 1000; assert not any(one is loaded for one in gc.get_objects());"
+        "made = [[i] for i in range(1000)]; assert any(one is made for one in gc.get_objects())"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -385,3 +385,57 @@ async def test_tokens_that_gather_are_committed_though_no_step_follows() -> None
     assert engine.acknowledged == 2
     agent.stop()
     await asyncio.wait_for(running, 10)
+
+
+class OneStep(Idle):
+    """Has taken one step."""
+
+    def __init__(self, result: StepResult) -> None:
+        super().__init__(hangs=False)
+        self.results = [result]
+        self.acknowledged: list[int] = []
+
+    async def next_result(self) -> StepResult:
+        return self.results.pop() if self.results else await super().next_result()
+
+    def ack(self, step: int) -> None:
+        self.acknowledged.append(step)
+
+
+async def test_a_step_is_counted_while_its_commit_is_on_its_way() -> None:
+    """Whoever reads its tokens waits for the commit, and nobody for the count."""
+    order: list[str] = []
+
+    class Storing(Claims):
+        async def commit(self, events: list[Any]) -> CommitResult:
+            order.append("sent")
+            await asyncio.sleep(0.01)
+            order.append("stored")
+            return CommitResult()
+
+    class Noting(WorkerMetrics):
+        def stepped(self, result: StepResult) -> None:
+            order.append("counted")
+            super().stepped(result)
+
+    registry = CollectorRegistry()
+    engine = OneStep(StepResult(1, (), 0.5, num_tokens=3, num_sequences=1))
+    agent = Agent(
+        cast(Any, Storing(jobs=[])),
+        cast(Any, engine),
+        WorkerSettings(drain_s=0),
+        WorkerInfo,
+        Noting(registry, "test", 10),
+        max_num_seqs=2,
+        beat_interval_s=BEAT_S,
+    )
+
+    async def is_acknowledged() -> bool:
+        return engine.acknowledged == [1]
+
+    running = asyncio.create_task(agent.run())
+    await until(is_acknowledged, what="an acknowledgement")
+    agent.stop()
+    await asyncio.wait_for(running, 10)
+    assert order == ["sent", "counted", "stored"]
+    assert registry.get_sample_value("torchrelay_step_duration_seconds_count", {"model_name": "test"}) == 1

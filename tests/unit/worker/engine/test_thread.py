@@ -13,7 +13,8 @@ from common.generation import FinishReason
 from tests.builders_engine import Collected, PaperRunner, make_engine, make_request, paper_tokens
 from worker.engine.batch import TokensInFlight
 from worker.engine.scheduler import Plan
-from worker.engine.thread import EngineCrashed, EngineStopped, EngineThread
+from worker.engine.thread import EngineCrashed, EngineStopped, EngineThread, StepStart
+from worker.engine.types import Part
 
 StartThread = Callable[..., EngineThread]
 
@@ -291,3 +292,75 @@ async def test_join_does_not_wait_for_ever_for_a_step_that_hangs(start: StartThr
         await thread.join(timeout=0.05)
     runner.gate.release()
     await thread.join(timeout=10)
+
+
+class Telling(PaperRunner):
+    """Tells of its forward passes, each of which takes a while, and what each had to compute."""
+
+    def __init__(self, start: StepStart | None = None, takes_s: float = 0.0) -> None:
+        super().__init__()
+        self.start = start
+        self.takes_s = takes_s
+        self.batches: list[list[str]] = []
+
+    def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
+        self.batches.append([chunk.sequence.request_id for chunk in plan.chunks])
+        if self.start is not None:
+            self.start.on_part("forward")
+        time.sleep(self.takes_s)
+        return super().execute(plan, in_flight)
+
+
+async def test_requests_that_are_given_together_begin_together(start: StartThread) -> None:
+    runner = Telling()
+    thread = start(runner)
+    thread.submit(*[make_request(name, [number]) for number, name in enumerate("abc")])
+    await collect(thread, "a", "b", "c")
+    assert runner.batches[0] == ["a", "b", "c"]
+
+
+async def test_who_gives_an_idle_engine_work_goes_on_once_it_computes() -> None:
+    """Not before: its thread would wait for the interpreter's lock. And not after the step, which may take long."""
+    beginning = StepStart()
+    runner = Telling(beginning, takes_s=0.3)
+    thread = EngineThread(make_engine(runner), step_start=beginning)
+    thread.start(asyncio.get_running_loop())
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("worker.engine.thread._LONGEST_START_S", 10.0)
+            for name in ("a", "b"):
+                num_batches = len(runner.batches)
+                thread.submit(make_request(name, max_tokens=1))
+                assert len(runner.batches) == num_batches + 1
+                assert thread.stats.num_steps == num_batches, "the step is not over"
+                await collect(thread, name)
+                await until(lambda: thread._is_idle)
+    finally:
+        thread.stop()
+        await thread.join(timeout=10)
+
+
+async def test_an_engine_that_does_not_begin_is_not_waited_for_long() -> None:
+    beginning = StepStart()
+    thread = EngineThread(make_engine(PaperRunner()), step_start=beginning)  # whose runner tells nothing
+    thread.start(asyncio.get_running_loop())
+    try:
+        thread.submit(make_request("a", max_tokens=1))
+        await collect(thread, "a")
+    finally:
+        thread.stop()
+        await thread.join(timeout=10)
+    assert not beginning.wait(0)
+
+
+def test_the_beginning_of_a_step_is_told_once_it_is_expected_and_every_part_is_passed_on() -> None:
+    parts: list[Part] = []
+    beginning = StepStart(parts.append)
+    for part in ("plan", "batch"):
+        beginning.on_part(part)  # type: ignore[arg-type]
+    assert not beginning.wait(0)
+    beginning.on_part("forward")
+    assert beginning.wait(0)
+    beginning.expect()
+    assert not beginning.wait(0)
+    assert parts == ["plan", "batch", "forward"]

@@ -88,6 +88,7 @@ async def test_a_worker_that_drains_finishes_what_it_has_and_claims_nothing_more
         assert running.finished.timings.num_takeovers == 0
         second = system.add_worker(folder)
         await until(lambda: is_finished(client, late), what="the end of what came late")
+        await has_logged(second, "job.claimed")
         assert claimed_by(second) == [late]
 
 
@@ -110,6 +111,7 @@ async def test_what_a_worker_gives_back_is_served_before_what_never_ran(system: 
             await client.cancel(generation_id)
         for generation_id in waiting:
             await until(lambda: is_finished(client, generation_id), what="the end of those that waited")  # noqa: B023
+        await has_logged(second, "job.claimed", len(running + waiting))
         assert claimed_by(second) == running + waiting
         whole = await client.get(running[0])
         assert whole.state == pb.GENERATION_STATE_CANCELLED

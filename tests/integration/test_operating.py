@@ -83,6 +83,7 @@ async def test_a_worker_that_is_drained_under_load_breaks_no_stream(system: Syst
         assert all(len(outcome.token_ids) == 250 for outcome in running)
         assert all(one.finished is not None and one.finished.timings.num_takeovers == 0 for one in running)
         assert [line["by"] for line in log_of(first) if line["event"] == "worker.drain_requested"] == ["local"]
+        await has_logged(second, "job.claimed", len(running) - len(held) + 1)
         claimed = {line["generation_id"] for line in log_of(second) if line["event"] == "job.claimed"}
         assert late.generation_id in claimed
         assert not held & claimed

@@ -30,6 +30,10 @@ class LogPosition:
     epoch: int = 0
     ends: dict[int, OutputDelta] = field(default_factory=dict)  # last delta of each output that ended
 
+    def copy(self) -> LogPosition:
+        """Return the position as it is now; how outputs ended is shared."""
+        return LogPosition(self.sequence, self.chain_hash, self.epoch, self.ends)
+
     def judge(self, item: ReplyItem) -> Verdict:
         """Say what to do with an item of the reply stream; changes nothing but the highest epoch seen.
 

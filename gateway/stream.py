@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from common import errors
@@ -139,7 +139,7 @@ class EventStream:
         What waits is sent as one message: a caller that reads slower than the model writes gets fewer, longer ones.
         """
         bodies: list[EventBody] = []
-        before = replace(self._position)
+        before = self._position.copy()
         produced: list[pb.GenerationEvent] = []
         for item in items or ():
             verdict = self._position.judge(item)
@@ -149,7 +149,7 @@ class EventStream:
             if verdict is Verdict.NEWS:
                 # Tokens first: news bear the position, and who resumes there must have seen everything up to it.
                 produced += self._reported(bodies, before)
-                bodies, before = [], replace(self._position)
+                bodies, before = [], self._position.copy()
                 produced += self._news(item.kind)
             elif verdict is Verdict.DELIVER:
                 bodies.append(self._position.advance(item))
@@ -187,7 +187,7 @@ class EventStream:
                 yield event
 
     def _read_page(self, page: Attachment) -> list[pb.GenerationEvent]:
-        before = replace(self._position)
+        before = self._position.copy()
         bodies = [self._advance(entry) for entry in page.events if entry.sequence > self._position.sequence]
         return self._reported(bodies, before)
 

@@ -19,7 +19,7 @@ from tests.benchmarks.report import Run, Summary
 
 _MIN_RATIO: Final = 0.90
 _MAX_TTFT_MS: Final = 5.0
-_PAIRS: Final = 24
+_PAIRS: Final = 60
 
 
 def cpu_by_part(runs: Sequence[Run]) -> dict[str, float]:
@@ -60,7 +60,7 @@ def verdict(
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.set_defaults(only="W1,W2")
+    parser.set_defaults(only="W1,W2", rounds=5, spare=1)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     args = parser.parse_args()
     bench = Bench(args)

@@ -131,12 +131,10 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
     quotas = QuotaMeter(redis, queue_settings.max_lifetime_ms + queue_settings.retention_ms, retry=retry)
     admission = Admission(queue, quotas)
     generations = Generations(queue, admission, streams, catalog, settings, secret)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generations), server.public_services)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generations), server.public)
     tasks = Tasks(generations, catalog, settings, secret, queue_settings.max_log_bytes)
-    embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(tasks), server.public_services)
-    classification_pb2_grpc.add_ClassificationServiceServicer_to_server(
-        ClassificationServicer(tasks), server.public_services
-    )
+    embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(tasks), server.public)
+    classification_pb2_grpc.add_ClassificationServiceServicer_to_server(ClassificationServicer(tasks), server.public)
     batching = build_batching(
         Batches(
             redis,
@@ -157,7 +155,7 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
         settings,
         queue_settings,
     )
-    batch_pb2_grpc.add_BatchServiceServicer_to_server(batching.servicer, server.public_services)
+    batch_pb2_grpc.add_BatchServiceServicer_to_server(batching.servicer, server.public)
     door = Door(
         authenticator.authenticate,
         check_method,
@@ -171,22 +169,18 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
         OpenAiDoor(generations, tasks, catalog, settings, door).app, settings, certificates_of(settings)
     )
     model_pb2_grpc.add_ModelServiceServicer_to_server(
-        ModelServicer(catalog, queue, reveal=settings.reveal_models), server.public_services
+        ModelServicer(catalog, queue, reveal=settings.reveal_models), server.public
     )
     api_key_pb2_grpc.add_ApiKeyServiceServicer_to_server(
-        ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin_services
+        ApiKeyServicer(ApiKeys(admin_redis, retry=retry)), server.admin
     )
     dead_letters = DeadLetters(redis, queue_settings, retry=retry, headroom=headroom, sealer=sealer)
     fleet = FleetServicer(catalog, queue, dead_letters, num_streams=lambda: len(hub))
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server.admin_services)
-    tenant_pb2_grpc.add_TenantServiceServicer_to_server(
-        TenantServicer(Tenants(admin_redis, retry=retry)), server.admin_services
-    )
-    log_pb2_grpc.add_LogServiceServicer_to_server(
-        LogServicer(LogLevels(admin_redis, retry=retry)), server.admin_services
-    )
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server.admin)
+    tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantServicer(Tenants(admin_redis, retry=retry)), server.admin)
+    log_pb2_grpc.add_LogServiceServicer_to_server(LogServicer(LogLevels(admin_redis, retry=retry)), server.admin)
     usage_pb2_grpc.add_UsageServiceServicer_to_server(
-        UsageServicer(catalog, UsageReader(redis, retry=retry)), server.admin_services
+        UsageServicer(catalog, UsageReader(redis, retry=retry)), server.admin
     )
 
     async def on_connected() -> None:

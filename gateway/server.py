@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, cast
+from collections.abc import Sequence
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -62,25 +62,6 @@ class Health:
         await self.servicer.set("liveness", health_pb2.HealthCheckResponse.SERVING)
 
 
-class ServicesByName:
-    """A server for generated code to add services to, so that their methods are looked up by name at each call.
-
-    grpc.aio waits for a call of each method that is registered by itself, and goes through all those waits whenever one
-    comes: twice what looking it up takes. The generated code registers every method both ways.
-    """
-
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
-
-    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        self._server.add_generic_rpc_handlers(handlers)
-
-    def add_registered_method_handlers(
-        self, service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
-    ) -> None:
-        """Do nothing: they are among the generic handlers too."""
-
-
 class GatewayServer:
     """Opens the ports, and closes them without cutting a call that can still end."""
 
@@ -90,9 +71,6 @@ class GatewayServer:
         self.public = grpc.aio.server(interceptors=(public_guard,), options=server_options(settings))
         self.admin = grpc.aio.server(interceptors=(admin_guard,), options=server_options(settings))
         self.probes = grpc.aio.server(options=server_options(settings))
-        # What the generated code takes for a server.
-        self.public_services = cast("grpc.aio.Server", ServicesByName(self.public))
-        self.admin_services = cast("grpc.aio.Server", ServicesByName(self.admin))
         self.address = ""
         self.admin_address = ""
         self.mtls_address = ""
@@ -102,7 +80,7 @@ class GatewayServer:
         settings = self._settings
         certificates = certificates_of(settings)
         mutual = settings.client_certificates == "required"
-        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self.public_services)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self.public)
         await self.health.set_ready(False)
         await self.health.set_alive()
         if settings.reflection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from gateway.interceptors.guard import Guard
 from gateway.server import GatewayServer, check_plaintext
 from gateway.settings import GatewaySettings
-from torchrelay.v1 import generation_pb2_grpc as pb_grpc
 
 ON_LOOPBACK = ("127.0.0.1:50051", "127.8.9.1:1", "localhost:50051", "[::1]:50051", "unix:/run/relay.sock")
 BEYOND = ("0.0.0.0:50051", "[::]:50051", "10.0.0.7:50051", ":50051", "gateway:50051", "127.0.0.1.evil.example:50051")
@@ -99,33 +97,3 @@ async def test_a_socket_in_the_file_system_is_named_as_it_is(tmp_path: Path) -> 
         assert await health(address, "liveness") == health_pb2.HealthCheckResponse.SERVING
     finally:
         await server.stop()
-
-
-async def num_tasks_of(server: GatewayServer, services: Any) -> int:
-    """Tasks that a server has of its own once a service of many methods was added by way of `services`."""
-    before = len(asyncio.all_tasks())
-    pb_grpc.add_GenerationServiceServicer_to_server(pb_grpc.GenerationServiceServicer(), services)
-    server.public.add_insecure_port("127.0.0.1:0")
-    await server.public.start()
-    try:
-        await asyncio.sleep(0)
-        return len(asyncio.all_tasks()) - before
-    finally:
-        await server.public.stop(0)
-
-
-async def test_a_server_waits_once_for_all_its_methods() -> None:
-    """By itself grpc.aio waits for each, and looks at all of these waits at every call."""
-    by_name, by_themselves = make_server(), make_server()
-    one_by_one = await num_tasks_of(by_themselves, by_themselves.public)
-    assert await num_tasks_of(by_name, by_name.public_services) <= one_by_one - 7
-
-
-@pytest.mark.parametrize("method", ["Health/NoSuchMethod", "NoSuchService/Check"])
-async def test_what_no_service_has_is_unimplemented(server: GatewayServer, method: str) -> None:
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        call: Any = channel.unary_unary(f"/grpc.health.v1.{method}")
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await call(b"", timeout=5)
-    assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert await health(server.address, "liveness") == health_pb2.HealthCheckResponse.SERVING

@@ -33,7 +33,7 @@ class _Output:
     """Where finished lines go, one at a time: a descriptor, without ever waiting for room there, or text in memory."""
 
     def __init__(self, target: TextIO) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer that fails in the midst of a line writes one of its own
         self._write: Callable[[str], object]
         try:
             self._write = LineSink(writer_of(target.fileno())).write_line

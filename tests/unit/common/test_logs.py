@@ -209,6 +209,23 @@ def test_what_json_has_no_form_for_is_shown_as_python_writes_it() -> None:
     assert (line["a_set"], line["a_lone_surrogate"], line["a_large_number"]) == ("frozenset({1})", "\udc80", 1 << 70)
 
 
+def test_a_line_may_be_written_in_the_midst_of_another() -> None:
+    """By a finalizer or a signal's handler, in the same thread."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            if "outer" in text:
+                structlog.get_logger().info("inner")
+            return super().write(text)
+
+    stream = Interrupted()
+    set_up_logs("INFO", LogFormat.JSON, stream)
+    writing = threading.Thread(target=lambda: structlog.get_logger().info("outer"), daemon=True)
+    writing.start()
+    writing.join(10)
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["inner", "outer"]
+
+
 def test_lines_of_many_threads_and_of_other_libraries_do_not_mix() -> None:
     """The pipe takes lines in parts, which nothing may come between."""
     reader, writer = os.pipe()

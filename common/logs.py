@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -10,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, MutableMapping
 from enum import StrEnum
-from typing import Any, Final, TextIO
+from typing import Any, Final, TextIO, cast
 
 import structlog
 
@@ -29,42 +30,41 @@ class LogFormat(StrEnum):
     TEXT = "text"
 
 
-class _Output:
-    """Where finished lines go, one at a time: a descriptor, without ever waiting for room there, or text in memory."""
+class _Handler(logging.Handler):
+    """Writes lines to a descriptor, and never waits for room there, or to text in memory. Never raises."""
 
     def __init__(self, target: TextIO) -> None:
-        self._lock = threading.RLock()  # a finalizer that fails in the midst of a line writes one of its own
+        super().__init__()
         self._write: Callable[[str], object]
         try:
             self._write = LineSink(writer_of(target.fileno())).write_line
         except (AttributeError, OSError, ValueError):  # text in memory
             self._write = lambda line: target.write(f"{line}\n")
 
-    def write_line(self, line: str) -> None:
-        with self._lock:
-            self._write(line)
-
-
-class _Handler(logging.Handler):
-    """Takes the standard library's records."""
-
-    def __init__(self, output: _Output) -> None:
-        super().__init__()
-        self._output = output
-
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._output.write_line(self.format(record))
+            self._write(self.format(record))
         except Exception:  # noqa: BLE001 - as in logging's own handlers: a record that cannot be shown harms nobody
             self.handleError(record)
+
+    def write_line(self, line: str) -> None:
+        """Write what is finished. In the midst of another line too: a finalizer that fails there has one of its own."""
+        with cast("threading.RLock", self.lock), contextlib.suppress(Exception):
+            self._write(line)
 
 
 class _Logger:
     """What structlog hands a finished line to. Its level is that of the module's logger in the standard library."""
 
-    def __init__(self, of_module: logging.Logger, write_line: Callable[[str], None]) -> None:
+    def __init__(self, of_module: logging.Logger) -> None:
         self.effective_level = of_module.getEffectiveLevel
-        self.debug = self.info = self.warning = self.error = self.critical = write_line
+        self.debug = self.info = self.warning = self.error = self.critical = _write_line
+
+
+def _write_line(line: str) -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Handler):
+            handler.write_line(line)
 
 
 def _filter_by_level(logger: _Logger, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -157,6 +157,19 @@ def _render_json(_logger: Any, _method: str, event: MutableMapping[str, Any]) ->
     return _ENCODE(event)
 
 
+def _harmless(render: Callable[[Any, str, MutableMapping[str, Any]], str]) -> Callable[..., str]:
+    """As in logging's own handlers: a line that cannot be shown harms nobody, whatever the code of its fields raises."""
+
+    def show(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
+        try:
+            return render(logger, method, dict(event))
+        except Exception:  # noqa: BLE001 - see above
+            shown = {name: event[name] for name in ("event", "level", "timestamp") if isinstance(event.get(name), str)}
+            return render(logger, method, {**shown, "error": "a field cannot be shown"})
+
+    return show
+
+
 def set_up_logs(level: str = "INFO", log_format: LogFormat = LogFormat.AUTO, stream: TextIO | None = None) -> None:
     """Send structlog's events and the standard library's records (of other packages) to `stream`, in one form.
 
@@ -179,8 +192,7 @@ def set_up_logs(level: str = "INFO", log_format: LogFormat = LogFormat.AUTO, str
     renderer: Any = _render_json
     if log_format is LogFormat.TEXT:
         renderer = structlog.dev.ConsoleRenderer(colors=target.isatty())
-    output = _Output(target)
-    handler = _Handler(output)
+    handler = _Handler(target)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.add_logger_name, cut_foreign_message, *shared],
@@ -194,8 +206,8 @@ def set_up_logs(level: str = "INFO", log_format: LogFormat = LogFormat.AUTO, str
     structlog.configure(
         # By the level of the module's logger, which may be another one later (see common/telemetry/log_levels.py). What
         # is written need not pass through it: a record of the standard library takes three times as long.
-        processors=[_filter_by_level, *shared, renderer],
+        processors=[_filter_by_level, *shared, _harmless(renderer)],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
-        logger_factory=lambda *args: _Logger(module_logger(*args), output.write_line),
+        logger_factory=lambda *args: _Logger(module_logger(*args)),
         cache_logger_on_first_use=True,
     )

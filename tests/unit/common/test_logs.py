@@ -209,6 +209,33 @@ def test_what_json_has_no_form_for_is_shown_as_python_writes_it() -> None:
     assert (line["a_set"], line["a_lone_surrogate"], line["a_large_number"]) == ("frozenset({1})", "\udc80", 1 << 70)
 
 
+@pytest.mark.parametrize("log_format", [LogFormat.JSON, LogFormat.TEXT])
+def test_a_stream_that_is_closed_and_a_field_that_cannot_be_shown_harm_nobody(log_format: LogFormat) -> None:
+    class Broken:
+        def __repr__(self) -> str:
+            raise KeyError("what a caller wrote")
+
+    stream = io.StringIO()
+    set_up_logs("INFO", log_format, stream)
+    log = structlog.get_logger("ours")
+    log.info("odd", broken=Broken())
+    written = stream.getvalue()
+    assert all(part in written for part in ("odd", "info", "a field cannot be shown"))
+    assert "wrote" not in written
+    stream.close()
+    log.info("too late")
+
+
+def test_loggers_that_were_used_before_follow_when_logs_are_set_up_again() -> None:
+    first, second = io.StringIO(), io.StringIO()
+    set_up_logs("INFO", LogFormat.JSON, first)
+    log = structlog.get_logger("ours")
+    log.info("one")
+    set_up_logs("INFO", LogFormat.JSON, second)
+    log.info("two")
+    assert [json.loads(stream.getvalue())["event"] for stream in (first, second)] == ["one", "two"]
+
+
 def test_a_line_may_be_written_in_the_midst_of_another() -> None:
     """By a finalizer or a signal's handler, in the same thread."""
 

@@ -158,7 +158,7 @@ def _render_json(_logger: Any, _method: str, event: MutableMapping[str, Any]) ->
 
 
 def _harmless(render: Callable[[Any, str, MutableMapping[str, Any]], str]) -> Callable[..., str]:
-    """As in logging's own handlers: a line that cannot be shown harms nobody, whatever the code of its fields raises."""
+    """As in logging's own handlers: a line that cannot be shown harms nobody, whatever its fields' own code raises."""
 
     def show(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
         try:

@@ -80,8 +80,6 @@ class Upkeep:
                 log.warning("replies.unavailable", reason=error.reason)
                 await asyncio.sleep(_RETRY_S)
                 continue
-            if not any(item.body for item in items):
-                await asyncio.sleep(0)  # news alone: who is just being accepted hears of that first
             self._hub.dispatch(items)
             await asyncio.sleep(0)  # those who wait for these go first
             for shard, cursor in moved.items():

@@ -139,14 +139,14 @@ class EngineThread:
         if ready:
             self._begin(ready)
         for request in requests:
-            if request.sampling.structured_output is not None:
-                with self._changed:
-                    self._preparing[request.request_id] = False
-                self._compiling.submit(request.tenant, partial(self._prepare_and_take_adapter, request))
-            elif request.sampling.adapter is not None:
-                with self._changed:
-                    self._preparing[request.request_id] = False
+            if request.sampling.structured_output is None and request.sampling.adapter is None:
+                continue
+            with self._changed:
+                self._preparing[request.request_id] = False
+            if request.sampling.structured_output is None:
                 self._take_adapter(request)
+            else:
+                self._compiling.submit(request.tenant, partial(self._prepare_and_take_adapter, request))
 
     def _begin(self, requests: Sequence[GenerationRequest]) -> None:
         start = self._step_start if self._is_idle else None

@@ -7,6 +7,7 @@ includes, and its body; so another schema gives another SHA-1 and never runs an 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,10 @@ from common.redis import Redis, execute
 from common.wire import Argument
 
 _INCLUDE: Final = "--@include "
+# One that is local to the whole script, and longer than a line.
+_FUNCTION: Final = re.compile(r"^local function (\w+)\(.*\)\n(?:(?: .*)?\n)*end\n", re.MULTILINE)
+_COMMENT: Final = re.compile(r"--.*")
+_NAME: Final = re.compile(r"\w+")
 NAMES: Final = (
     "enqueue", "attach", "detach", "cancel", "get", "claim", "commit", "release", "preempt", "wanted", "owned", "leave",
     "beat_worker", "beat_gateway", "reap", "sweep", "workers", "dead_letters", "retry", "purge", "publish", "unpublish",
@@ -46,8 +51,20 @@ def assemble(name: str, source: str, libraries: dict[str, str]) -> Script:
     lines = [shebang, f"-- torchrelay {name}", f"local SCHEMA = '{keys.SCHEMA_VERSION}'"]
     for line in body.splitlines():
         lines.append(libraries[line.removeprefix(_INCLUDE).strip()] if line.startswith(_INCLUDE) else line)
-    text = "\n".join(lines) + "\n"
+    text = _without_unused("\n".join(lines) + "\n")
     return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _without_unused(text: str) -> str:
+    """Leave out functions that nothing uses: the server makes each of them anew whenever the script runs."""
+    code = _COMMENT.sub("", text)
+    functions = {found[1]: set(_NAME.findall(found[0])) for found in _FUNCTION.finditer(code)}
+    needed: set[str] = set()
+    new = functions.keys() & set(_NAME.findall(_FUNCTION.sub("", code)))
+    while new:
+        needed |= new
+        new = functions.keys() & set().union(*(functions[name] for name in new)) - needed
+    return _FUNCTION.sub(lambda found: found[0] if found[1] in needed else "", text)
 
 
 @cache

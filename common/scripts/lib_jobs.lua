@@ -146,7 +146,7 @@ end
 local function counter_of(tenant)
   local counter, active = call('ZSCORE', P .. 'vtc', tenant), nil
   for c = 0, CLASSES - 1 do
-    local score = call('ZSCORE', P .. 'act:' .. c, tenant)
+    local score = queue_lengths()[c + 1] > 0 and call('ZSCORE', P .. 'act:' .. c, tenant)
     if score then
       active, counter = active or {}, counter or score -- counters expire, but queued jobs may wait for a worker for longer
       active[#active + 1] = c
@@ -238,7 +238,9 @@ end
 local function refusal(tenant, max_queued, max_queued_of_tenant, max_live_of_tenant, kc, max_queued_of_key, max_live_of_key)
   if num_queued() >= max_queued then return 'QUEUE_FULL' end
   local queued = 0
-  for c = 0, CLASSES - 1 do queued = queued + call('ZCARD', P .. 'q:' .. c .. ':' .. tenant) end
+  for c = 0, CLASSES - 1 do
+    if queue_lengths()[c + 1] > 0 then queued = queued + call('ZCARD', P .. 'q:' .. c .. ':' .. tenant) end
+  end
   if queued >= max_queued_of_tenant then return 'TENANT_QUEUE_FULL' end
   if tonumber(call('HGET', P .. 'live', tenant) or 0) >= max_live_of_tenant then return 'TENANT_CONCURRENCY' end
   if kc == '' then return end

@@ -72,6 +72,52 @@ def test_a_call_of_what_no_script_defines_is_found(planted: str, unknown: list[s
     assert unknown_calls(assemble("planted", source, libraries).text) == unknown
 
 
+LIBRARY = """\
+-- Is used() by what is used. Says 'unused()'.
+local limit = most()
+
+local function most()
+  return 1
+end
+
+local function deep()
+
+  return 'end'
+end
+
+local function used()
+  return deep() -- not unused()
+end
+
+local function loop()
+  return loop()
+end
+
+local function unused()
+  return used()
+end
+
+local function brief() return 3 end
+local function after()
+  return 4
+end
+"""
+
+
+def test_a_script_holds_the_functions_that_it_uses() -> None:
+    text = assemble("x", "#!lua\n--@include one\nlocal n = used() -- loop()\n\nreturn n\n", {"one": LIBRARY}).text
+    assert re.findall(r"function (\w+)", text) == ["most", "deep", "used", "brief"]
+    assert "local limit = most()\n" in text
+    assert text.endswith("local n = used() -- loop()\n\nreturn n\n")
+
+
+@pytest.mark.parametrize("name", scripts.NAMES)
+def test_no_script_defines_what_it_does_not_use(name: str) -> None:
+    code = NOT_CODE.sub("", load(name).text)
+    for function in re.findall(r"^local function (\w+)", code, re.MULTILINE):
+        assert len(re.findall(rf"\b{function}\b", code)) > 1
+
+
 def test_another_schema_gives_another_script(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.keys.SCHEMA_VERSION", 2)
     assert assemble("claim", *_source("claim")).sha1 != load("claim").sha1

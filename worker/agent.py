@@ -66,8 +66,6 @@ class Agent:
         self._max_num_seqs = max_num_seqs
         self._beat_interval_s = beat_interval_s
         self._holdings = Holdings(engine.stats.block_size, max_events_per_s)
-        self._results: list[StepResult] = []
-        self._has_results = asyncio.Event()
         self._may_claim = asyncio.Event()  # something waits in the queue, or may
         self._may_claim.set()
         self._emptied = asyncio.Event()  # nothing is held
@@ -85,9 +83,7 @@ class Agent:
     async def run(self) -> None:
         """Run until drained. Raises StepHungError, EngineCrashed, or what else makes going on impossible."""
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(task()) for task in (self._claim, self._pump, self._commit, self._beat, self._tidy)
-            ]
+            tasks = [group.create_task(task()) for task in (self._claim, self._commit, self._beat, self._tidy)]
             await self._stopping.wait()
             log.info("worker.draining", held=len(self._holdings))
             tasks[0].cancel()
@@ -177,20 +173,12 @@ class Agent:
 
     # -- commit ---------------------------------------------------------------------------------------------------
 
-    async def _pump(self) -> None:
-        """Collect step results; several may wait while a commit is under way."""
-        while True:
-            try:
-                result = await self._engine.next_result()
-            except EngineStopped:
-                return
-            self._results.append(result)  # a statement of its own: the list may be another one after the wait
-            self._has_results.set()
-
     async def _commit(self) -> None:
         while not self._drained:
-            await self._next_results()
-            results, self._results = self._results, []
+            try:
+                results = await self._next_results()
+            except EngineStopped:
+                return
             # A step without tokens is committed too: a cancelled job that only prefills must learn of it.
             events = unsent = self._holdings.events(results, time.monotonic())
             if results:
@@ -215,16 +203,14 @@ class Agent:
         for result in results:
             self._watch.stepped(result)
 
-    async def _next_results(self) -> None:
-        """Wait for a step, or until tokens of earlier ones have been held back for long enough."""
+    async def _next_results(self) -> list[StepResult]:
+        """Wait for steps; return none once tokens of earlier ones have been held back for long enough."""
         due_in = self._holdings.due_in(time.monotonic())
-        timer = None
-        if due_in is not None:
-            timer = asyncio.get_running_loop().call_later(due_in, self._has_results.set)
-        await self._has_results.wait()
-        self._has_results.clear()
-        if timer is not None:
-            timer.cancel()
+        try:
+            async with asyncio.timeout(due_in):
+                return await self._engine.next_results()
+        except TimeoutError:
+            return []
 
     def _settle(self, result: CommitResult) -> None:
         """Stop what was lost, and look for work where some waits."""

@@ -85,7 +85,7 @@ class StepStart:
 
 
 class EngineThread:
-    """Runs an engine. All methods but `next_result` may be called from any thread."""
+    """Runs an engine. All methods but `next_results` and `next_result` may be called from any thread."""
 
     def __init__(
         self,
@@ -236,8 +236,22 @@ class EngineThread:
 
     # -- results --------------------------------------------------------------------------------------------------
 
+    async def next_results(self) -> list[StepResult]:
+        """Wait for a step, and return the results of all that have ended by then, in order.
+
+        Raises EngineCrashed or EngineStopped after the last one.
+        """
+        results = [await self.next_result()]
+        while not self._results.empty():
+            result = self._results.get_nowait()
+            if result is None:
+                self._results.put_nowait(None)
+                break
+            results.append(result)
+        return results
+
     async def next_result(self) -> StepResult:
-        """The next step's result, in order. Raises EngineCrashed or EngineStopped after the last one."""
+        """As `next_results`, of one step."""
         result = await self._results.get()
         if result is None:
             self._results.put_nowait(None)  # for whoever asks again

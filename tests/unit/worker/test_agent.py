@@ -53,6 +53,9 @@ class Engine:
     def stop(self) -> None:
         self.is_stopped = True
 
+    async def next_results(self) -> list[StepResult]:
+        return [await self.next_result()]
+
     async def next_result(self) -> StepResult:
         return await asyncio.Event().wait()  # type: ignore[return-value]
 

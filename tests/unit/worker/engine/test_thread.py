@@ -98,6 +98,22 @@ async def test_requests_from_the_event_loop_come_back_as_results(start: StartThr
     assert thread.stats.generated_tokens == 16
 
 
+async def test_who_was_busy_gets_the_results_of_all_steps_since_and_then_the_end(start: StartThread) -> None:
+    thread = start()
+    thread.submit(make_request("a", [1, 2], max_tokens=30))
+    (first,) = await thread.next_results()
+    thread.ack(first.step)
+    await until(lambda: thread.stats.num_steps == 3)
+    await asyncio.sleep(0.01)
+    thread.stop()
+    await thread.join(timeout=10)
+    await asyncio.sleep(0.01)
+    assert [result.step for result in await thread.next_results()] == [2, 3]
+    for _ in range(2):
+        with pytest.raises(EngineStopped):
+            await thread.next_results()
+
+
 async def test_the_engine_pauses_at_two_steps_that_are_not_acknowledged(start: StartThread) -> None:
     thread = start()
     thread.submit(make_request("a", [1, 2], max_tokens=30))

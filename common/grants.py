@@ -59,13 +59,16 @@ class Caps(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_disconnect_grace_ms: int | None = None
 
 
+NO_CAPS: Final = Caps()
+
+
 class Grants(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The rights of one credential."""
 
     scopes: tuple[str, ...] = DATA_SCOPES
     models: tuple[str, ...] = ()  # names, or prefixes that end in '*'; empty is all
     priorities: tuple[int, ...] = (PRIORITY_NORMAL, PRIORITY_LOW)
-    caps: Caps = Caps()
+    caps: Caps = NO_CAPS
     quotas: Quotas = Quotas()
 
     def allows_model(self, name: str) -> bool:

@@ -101,14 +101,15 @@ PRIORITY_CLASSES: Final = 3  # 0 is served first
 
 _SHARD: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _RESERVED_TAGS: Final = frozenset({"models", "keys", "batches"})
+_LETTER_OF_BYTE: Final = b"abcdefghijklmnopqrstuvwxyz234567" * 8
 _RANDOM_ID: Final = re.compile(r"[a-z2-7]{26}")
 _BATCH_ID: Final = re.compile(r"batch-[a-z2-7]{26}")
 _MAX_SLUG: Final = 40
 
 
 def random_id() -> str:
-    """128 random bits as 26 lower-case base32 characters; the scripts rely on this length for gateway ids."""
-    return base64.b32encode(secrets.token_bytes(16)).decode().rstrip("=").lower()
+    """130 random bits as 26 lower-case base32 characters; the scripts rely on this length for gateway ids."""
+    return secrets.token_bytes(26).translate(_LETTER_OF_BYTE).decode()
 
 
 def shard_name(model_name: str, revision: str) -> str:

@@ -7,6 +7,7 @@ import random
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager
+from functools import lru_cache
 from typing import Final, Protocol, TypeAlias
 
 import msgspec
@@ -37,6 +38,7 @@ from torchrelay.v1 import generation_pb2 as pb
 
 _LEAST_CALL_MS: Final = 5  # no first token comes sooner: a caller with less time has given up before it is queued
 _RETRY_AFTER_MS: Final = 500
+_MAX_SALTS: Final = 1024
 _REPEAT_GRACE_MS: Final = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
 _NOT_ATTACHED: Final = (errors.NotFound, errors.SequenceOutOfRange, errors.ResultLost)
@@ -348,7 +350,7 @@ class Generations:
         """
         group = caller.policy.trust_group
         owner = f"group:{group}" if group else f"tenant:{caller.tenant}"  # neither holds a NUL
-        return hmac.digest(secret, b"prefix-cache\0" + owner.encode() + b"\0" + given, "sha256")
+        return _keyed(secret, b"prefix-cache\0" + owner.encode() + b"\0" + given)
 
     @staticmethod
     def _digest(secret: bytes, request: NewGeneration) -> bytes:
@@ -365,6 +367,12 @@ class Generations:
         """Count a call while it lasts. Raises ResourceExhausted."""
         delay_ms = random.randint(_RETRY_AFTER_MS, 3 * _RETRY_AFTER_MS)  # not all come back at the same moment
         return self._places.take(caller.tenant, retry_after_ms=delay_ms)
+
+
+@lru_cache(_MAX_SALTS)
+def _keyed(secret: bytes, name: bytes) -> bytes:
+    """Remembered, since a tenant's calls ask for the same one, and OpenSSL takes its time to begin."""
+    return hmac.digest(secret, name, "sha256")
 
 
 def check_time_left(call: Call) -> None:

@@ -5,7 +5,7 @@ What they mean is transformers' (`generation/logits_process.py`); ranges are che
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from common.errors import InvalidRequest
@@ -33,10 +33,16 @@ _SCALARS: Final = (
     "min_tokens", *_FILTERS, "presence_penalty", "frequency_penalty",
     "forced_eos_token_id", "forced_bos_token_id", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
 )  # fmt: skip
+FIELDS: Final = frozenset((*_REPEATED, *_SCALARS, "min_length", "exponential_decay_length_penalty"))  # all of them
 _FORCED: Final[Mapping[str, tuple[str, ...]]] = {  # with the lists that keep a token from its place
     "forced_eos_token_id": ("suppress_tokens",),
     "forced_bos_token_id": ("suppress_tokens", "begin_suppress_tokens"),
 }
+
+
+def fields_of(config: pb.GenerationConfig) -> set[str]:
+    """Return the names of the fields that a config sets: few, so that what concerns none of them can be left out."""
+    return {field.name for field, _ in config.ListFields()}
 
 
 def check(config: pb.GenerationConfig, vocab_size: int, bad: Violations) -> None:
@@ -201,8 +207,10 @@ def default_config(defaults: GenerationDefaults) -> pb.GenerationConfig:
     return config
 
 
-def params_of(config: pb.GenerationConfig, bad_words_ids: Iterable[Sequence[int]]) -> dict[str, Any]:
+def params_of(config: pb.GenerationConfig, bad_words_ids: Collection[Sequence[int]]) -> dict[str, Any]:
     """Return the fields of SamplingParams that a resolved config sets; `bad_words_ids` join its own."""
+    if not bad_words_ids and FIELDS.isdisjoint(fields_of(config)):
+        return {}
     params: dict[str, Any] = {name: getattr(config, name) for name in _SCALARS if config.HasField(name)}
     bad = [*(tuple(phrase.ids) for phrase in config.bad_words_ids), *map(tuple, bad_words_ids)]
     if bad:

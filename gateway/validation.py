@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from google.protobuf.duration_pb2 import Duration
@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from common import parameter_limits
 from common.errors import InvalidRequest
 from common.generation import SamplingParams, StructuredOutput
-from common.grants import Caps
+from common.grants import NO_CAPS, Caps
 from gateway import beams, log_budget, token_choice
 from gateway.violations import Violations
 from torchrelay.v1 import generation_pb2 as pb
@@ -49,6 +49,8 @@ class ConfigLimits:
 
     def within(self, caps: Caps) -> ConfigLimits:
         """These limits and a caller's caps, whichever is tighter."""
+        if caps == NO_CAPS:
+            return self
         return replace(
             self,
             context_length=min(self.context_length, caps.max_context_tokens or self.context_length),
@@ -87,7 +89,8 @@ def resolve_config(
     Raises InvalidRequest with every bad field, or CONTEXT_LENGTH_EXCEEDED.
     """
     bad = Violations()
-    _check_fields(config, defaults, limits, bad)
+    given = token_choice.fields_of(config)
+    _check_fields(config, defaults, limits, given, bad)
     if config.echo and is_chat:
         bad.add("config.echo", "is not for conversations", "FIELD_CONFLICT")
     bad.raise_if_any()
@@ -108,7 +111,8 @@ def resolve_config(
         del resolved.stop[:]
     if config.stop_token_ids:
         del resolved.stop_token_ids[:]
-    token_choice.clear_replaced(resolved, config)
+    if not given.isdisjoint(token_choice.FIELDS):
+        token_choice.clear_replaced(resolved, config)
     resolved.MergeFrom(config)
     resolved.max_tokens = _max_tokens(config, resolved, num_prompt_tokens, room, limits)
     resolved.ClearField("max_length")
@@ -131,7 +135,7 @@ def resolve_config(
 def sampling_params(
     config: pb.GenerationConfig,
     eos_token_ids: Iterable[int],
-    bad_words_ids: Iterable[Sequence[int]] = (),
+    bad_words_ids: Collection[Sequence[int]] = (),
     constraint: StructuredOutput | None = None,
 ) -> SamplingParams:
     """Turn a resolved config into the engine's parameters.
@@ -257,8 +261,13 @@ def _max_tokens(
 
 
 def _check_fields(
-    config: pb.GenerationConfig, defaults: pb.GenerationConfig, limits: ConfigLimits, bad: Violations
+    config: pb.GenerationConfig,
+    defaults: pb.GenerationConfig,
+    limits: ConfigLimits,
+    given: Collection[str],
+    bad: Violations,
 ) -> None:
+    """Note bad fields; `given` are the names of those that the config sets."""
     if config.HasField("max_tokens") and config.HasField("max_length"):
         bad.add("config.max_length", "must not be set together with max_tokens", "FIELD_CONFLICT")
     if config.HasField("max_tokens") and config.max_tokens < 1 and not _reads_prompt(config):
@@ -281,7 +290,8 @@ def _check_fields(
     elif any(token_id >= limits.vocab_size for token_id in config.stop_token_ids):
         bad.add("config.stop_token_ids", f"each must be below {limits.vocab_size}")
 
-    token_choice.check(config, limits.vocab_size, bad)
+    if not token_choice.FIELDS.isdisjoint(given):
+        token_choice.check(config, limits.vocab_size, bad)
     beams.check(config, defaults, limits.max_beams, bad)
     _check_reports(config, limits, bad)
 

@@ -64,6 +64,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._meter: CallMeter = meter or NoMeter()
         self._tracer: CallTracer = tracer or PassingTracer()
         self._send_timeout_s = send_timeout_s
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # guarded, of each method that was called
 
     async def intercept_service(
         self,
@@ -71,10 +72,17 @@ class Guard(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         method = handler_call_details.method
+        guarded = self._handlers.get(method)
+        if guarded is not None:
+            return guarded
         handler: Any = await continuation(handler_call_details)
         if handler is None or not method.startswith(self._prefix):
             # Health and reflection are open, and parse for themselves.
             return cast("grpc.RpcMethodHandler[Any, Any] | None", handler)
+        guarded = self._handlers[method] = self._guard(method, handler)
+        return guarded
+
+    def _guard(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         deserialize = handler.request_deserializer
         if handler.request_streaming:
             behavior = self._guarded(
@@ -239,24 +247,23 @@ def parse(deserialize: Callable[[bytes], Message], data: bytes) -> Message:
         message = deserialize(data)
     except (DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest("the request is not a valid message", reason="MALFORMED_MESSAGE") from error
-    if not has_unknown_field(message):
+    if not drop_unknown_fields(message):
         return message
-    unknown = find_unknown_field(message)
+    unknown = find_unknown_field(deserialize(data))
     if unknown is None:  # too many messages to look for it in
         raise InvalidRequest("a field is not known to this server", reason="UNKNOWN_FIELD")
     number = unknown.rpartition(".")[2]
     raise InvalidRequest(f"field number {number} is not known to this server", reason="UNKNOWN_FIELD", field=unknown)
 
 
-def has_unknown_field(message: Message) -> bool:
-    """Whether there is a field anywhere that this server does not know.
+def drop_unknown_fields(message: Message) -> bool:
+    """Take out all fields that this server does not know; return whether there was any.
 
     The library looks, not Python: a message of some megabytes can hold a million others.
     """
-    known = type(message)()
-    known.CopyFrom(message)
-    known.DiscardUnknownFields()
-    return known.ByteSize() != message.ByteSize()
+    size = message.ByteSize()
+    message.DiscardUnknownFields()
+    return message.ByteSize() != size
 
 
 def find_unknown_field(message: Message, max_messages: int = _MAX_SEARCHED) -> str | None:

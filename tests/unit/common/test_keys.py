@@ -28,6 +28,14 @@ def test_a_generation_id_begins_with_its_shard_and_is_not_repeated() -> None:
     assert {keys.shard_of(generation_id) for generation_id in ids} == {shard}
 
 
+def test_a_random_id_is_26_letters_of_base32_each_as_likely_at_each_place() -> None:
+    ids = [keys.random_id() for _ in range(2000)]
+    assert {len(one) for one in ids} == {26}
+    for letters in zip(*ids, strict=True):
+        assert "".join(sorted(set(letters))) == "234567abcdefghijklmnopqrstuvwxyz"
+        assert max(map(letters.count, set(letters))) < 125  # 8 standard deviations above the mean of 62.5
+
+
 @pytest.mark.parametrize(
     "made_up",
     [

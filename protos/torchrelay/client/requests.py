@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import uuid
+import secrets
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Literal, TypedDict
 
 from google.protobuf.duration_pb2 import Duration
@@ -208,9 +207,8 @@ def make_duration(seconds: float | None) -> Duration | None:
     """Turn seconds into a Duration; None stays unset."""
     if seconds is None:
         return None
-    duration = Duration()
-    duration.FromTimedelta(timedelta(seconds=seconds))
-    return duration
+    micros = round(seconds * 1_000_000)
+    return Duration(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1000)
 
 
 def make_priority(priority: Priority | None) -> pb.Priority.ValueType:
@@ -242,7 +240,7 @@ def make_stream_request(
         config=make_config(options),
         time_limit=make_duration(time_limit_s),
         disconnect_grace=make_duration(disconnect_grace_s),
-        idempotency_key=idempotency_key or uuid.uuid4().hex,
+        idempotency_key=idempotency_key or secrets.token_hex(16),
         priority=make_priority(priority),
         cache_salt=cache_salt,
         adapter=adapter,

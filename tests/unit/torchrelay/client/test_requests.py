@@ -97,6 +97,8 @@ def test_seconds_become_durations() -> None:
     assert make_duration(None) is None
     assert make_duration(1.25) == Duration(seconds=1, nanos=250_000_000)
     assert make_duration(0) == Duration()
+    assert make_duration(0.1) == Duration(nanos=100_000_000)
+    assert make_duration(2.9999999) == Duration(seconds=3)
 
 
 def test_a_request_without_a_key_gets_its_own() -> None:

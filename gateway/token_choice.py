@@ -33,7 +33,7 @@ _SCALARS: Final = (
     "min_tokens", *_FILTERS, "presence_penalty", "frequency_penalty",
     "forced_eos_token_id", "forced_bos_token_id", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
 )  # fmt: skip
-FIELDS: Final = frozenset((*_REPEATED, *_SCALARS, "min_length", "exponential_decay_length_penalty"))  # all of them
+FIELDS: Final = frozenset((*_REPEATED, *_SCALARS, "exponential_decay_length_penalty"))
 _FORCED: Final[Mapping[str, tuple[str, ...]]] = {  # with the lists that keep a token from its place
     "forced_eos_token_id": ("suppress_tokens",),
     "forced_bos_token_id": ("suppress_tokens", "begin_suppress_tokens"),

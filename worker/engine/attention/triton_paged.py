@@ -135,7 +135,10 @@ class TritonAttention:
         load = num_seqs * shape.num_kv_heads * triton.cdiv(num_grouped, 64) / self._processors(query.device)
         decode = decode_tile(shape, num_grouped, query.dtype, load)
         most_short_queries = max(1, decode.rows // num_grouped)
-        output = torch.empty((num_tokens, num_heads, shape.value_dim), dtype=query.dtype, device=query.device)
+        # Tokens that only fill a recorded step up get no output. A GPU may go on with what memory held there; numpy,
+        # which interprets the kernels without one, warns of some of it.
+        allocate = torch.empty if query.is_cuda else torch.zeros
+        output = allocate((num_tokens, num_heads, shape.value_dim), dtype=query.dtype, device=query.device)
         sinks = options.sinks
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()

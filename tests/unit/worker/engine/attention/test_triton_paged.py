@@ -242,6 +242,26 @@ def test_rows_of_padding_write_to_the_scratch_block_and_disturb_nobody() -> None
     assert output.isfinite().all()
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU goes on with what it finds there")
+def test_tokens_of_no_sequence_give_numpy_nothing_to_warn_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case([(30, 1), (20, 1)], 6, 2, 16, 16, BLOCK, seed=7)
+    backend = TritonAttention()
+    cache = cached(backend, case, torch.float32, 0.0)
+    slots = torch.cat([case.batch.slots, torch.zeros(2, dtype=torch.int32)])
+    rows = [torch.cat([t, t[:2]]) for t in (case.query, *new_rows(case))]
+    expected = attend(case, OPTIONS["plain"])
+    empty = torch.empty
+
+    def used_before(*size: object, dtype: torch.dtype, **options: object) -> torch.Tensor:
+        made: torch.Tensor = empty(*size, dtype=dtype, **options)  # type: ignore[call-overload]
+        return made.fill_(1e36) if dtype.is_floating_point else made
+
+    monkeypatch.setattr(torch, "empty", used_before)
+    output = backend.attend(*rows, cache, replace(case.batch, slots=slots), OPTIONS["plain"])
+    assert torch.equal(output[:2], expected)
+    assert not output[2:].any()
+
+
 def test_blocks_that_every_window_has_left_are_not_read() -> None:
     """They may belong to another sequence by now."""
     case = make_case([(70, 1), (70, 5)], 6, 2, 16, 16, BLOCK, seed=8)

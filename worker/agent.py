@@ -282,6 +282,7 @@ class Agent:
             log.info("worker.releasing", jobs=len(rest))
             await self._guarded(self._claims.release(rest))
         self._engine.stop()
+        self._drained = True  # a heartbeat behind the farewell would bring the worker back for a lease
         await self._guarded(self._claims.leave())
 
     @property

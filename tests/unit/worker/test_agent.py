@@ -123,6 +123,29 @@ def make_agent(claims: Claims, engine: Engine, hang_s: float) -> Agent:
     )
 
 
+class SlowFarewell(Claims):
+    """A server that takes its time over a worker that leaves."""
+
+    left_at = 0.0
+
+    async def leave(self) -> int:
+        self.left_at = time.monotonic()
+        await asyncio.sleep(10 * BEAT_S)
+        return 0
+
+
+async def test_who_leaves_says_nothing_more() -> None:
+    """A heartbeat behind the farewell would have it listed, and waited for, until its lease ends."""
+    claims = SlowFarewell([])
+    agent = make_agent(claims, Engine(hangs=False), hang_s=10)
+    running = asyncio.create_task(agent.run())
+    await asyncio.sleep(5 * BEAT_S)
+    agent.stop()
+    await asyncio.wait_for(running, 10)
+    assert len(claims.renewals) > 1
+    assert claims.renewals[-1] <= claims.left_at
+
+
 async def test_a_step_that_never_ends_ends_the_worker() -> None:
     claims, engine = Claims([make_claimed("a")]), Engine()
     agent = make_agent(claims, engine, hang_s=0.1)

@@ -65,7 +65,8 @@ async def test_a_worker_that_is_drained_under_load_breaks_no_stream(system: Syst
         assert first.process is not None
         leaving = next(one for one in await system.fleet() if one.host.endswith(f":{first.process.pid}"))
         staying = next(one for one in await system.fleet() if one.worker_id != leaving.worker_id)
-        held = {outcome.generation_id for outcome in running if await system.worker_of(outcome.generation_id) is first}
+        found = await stub.ListGenerations(fleet_pb2.ListGenerationsRequest(page_size=1000))  # at once: they end soon
+        held = {one.generation_id for one in found.generations if one.worker_id == leaving.worker_id}
         assert held, "both workers have some"
 
         request = fleet_pb2.DrainWorkerRequest(worker_id=leaving.worker_id)

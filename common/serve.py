@@ -67,7 +67,7 @@ class Child:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", self.module],
+            [sys.executable, "-P", "-m", self.module],
             env={**os.environ, **self.env},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for us: children are ended in order

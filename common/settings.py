@@ -9,6 +9,7 @@ from typing import Final, Literal, NamedTuple, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from redis.asyncio.connection import parse_url
 
 from common.logs import LogFormat
 from common.sentinel import is_sentinel_url, parse_sentinel_url
@@ -77,9 +78,15 @@ class RedisSettings(BaseSettings):
 
     @field_validator("url")
     @classmethod
-    def _sentinel_address_is_whole(cls, value: str) -> str:
+    def _address_is_one(cls, value: str) -> str:
         if is_sentinel_url(value):
             parse_sentinel_url(value)
+            return value
+        try:
+            parse_url(value)
+        except ValueError:  # whose text may hold a part of a password
+            kinds = "redis://, rediss://, unix://, redis+sentinel:// or rediss+sentinel://"
+            raise ValueError(f"an address begins with {kinds}, and its port is a number") from None
         return value
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -36,9 +37,9 @@ def gateway(
         "TORCHRELAY_GATEWAY_INSECURE": "" if insecure is None else str(insecure),
     }
     os.environ.update({name: value for name, value in given.items() if value})
-    from gateway.__main__ import main  # the command's help needs no gRPC server
-
-    raise typer.Exit(main())
+    # Anew, with nothing loaded: the package sets what gRPC reads when it is imported, and this command's was before.
+    # -P: not whatever is called gateway where the command is given.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "gateway"])
 
 
 def bootstrap(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from common import configuration
+from common.diagnosis import interpreter
 from common.diagnosis.findings import Finding, Surroundings, failure, ok, warning
 from common.settings import PREFIX
 
@@ -52,6 +53,14 @@ async def check_software(where: Surroundings) -> Sequence[Finding]:
                 "software",
                 f"packages are missing or of another version: {', '.join(missing)}",
                 f"{sys.executable} -m pip install --upgrade torchrelay=={own}",
+            )
+        )
+    if not interpreter.is_profiled():
+        found.append(
+            warning(
+                "software",
+                "this Python was compiled without a profile of itself: all but the model's step takes a fifth longer",
+                "install into a distribution's Python, or one that was configured with --enable-optimizations",
             )
         )
     return found

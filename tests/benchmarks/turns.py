@@ -264,15 +264,16 @@ class Measurement:
         shown = ", ".join(f"{key} {value:.1f}" for key, value in run.figures.items())
         note(f"{label}: {name} {variant}: {shown} (others {run.others_cpu:.1%})")
 
-    def alternate(self, name: str, count: int) -> None:
+    def alternate(self, name: str, count: int, **more: int) -> None:
         """Run a workload so many times in turns, back and forth, each time on text that none has seen.
 
-        For differences that are small beside what a single run varies by. Runs are numbered from 0 as variants.
+        For differences that are small beside what a single run varies by. Runs are numbered from 0 as variants. `more`
+        goes into each order.
         """
         for number in range(count):
             seats = list(self._seats.values())
             for seat in seats if number % 2 == 0 else reversed(seats):
-                self._take_turn(seat, name, number, first_token_id=number + 1)
+                self._take_turn(seat, name, number, first_token_id=number + 1, **more)
 
     def sweep(self, widths: Sequence[int]) -> None:
         """Run part of W1 with so many requests at a time, twice as many in all and at least eight."""

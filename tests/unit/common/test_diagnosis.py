@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from common import doctor as doctor_module
-from common.diagnosis import host
+from common.diagnosis import host, interpreter
 from common.diagnosis.findings import Check, Finding, Level, Surroundings, failure, ok, warning
 from common.diagnosis.server import is_local, memory_findings
 from common.doctor import diagnose, show
@@ -37,6 +37,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.upper().startswith("TORCHRELAY_"):
             monkeypatch.delenv(name)
+    monkeypatch.setattr(interpreter, "is_profiled", lambda: True)  # also where this one is not
 
 
 async def test_a_machine_where_all_is_well_is_said_to_be(tmp_path: Path) -> None:
@@ -78,6 +79,13 @@ async def test_packages_that_are_missing_old_or_of_another_release_are_named(mon
     assert found == failure(
         "software", "torchrelay 9 and torchrelay-client 8 do not belong together", "pip install torchrelay-client==9"
     )
+
+
+async def test_a_python_that_is_slower_than_need_be_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "is_profiled", lambda: False)
+    (_, found) = await host.check_software(Surroundings())
+    assert (found.level, found.check) == (Level.WARNING, "software")
+    assert "--enable-optimizations" in found.fix
 
 
 @pytest.mark.parametrize(("free", "level"), [(6 * GB, Level.OK), (4 * GB, Level.WARNING), (GB // 4, Level.FAILURE)])

@@ -27,6 +27,23 @@ def test_a_client_certificate_needs_its_key() -> None:
         RedisSettings(tls_cert_file="client.pem")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "url", ["nonsense://host", "host:6379", "redis://user:secret@host:port/0", "redis://:sec/ret@h"]
+)
+def test_an_address_that_is_none_is_refused_without_being_repeated(url: str) -> None:
+    with pytest.raises(ValidationError, match="an address begins with redis://, rediss://, unix://") as refusal:
+        RedisSettings(url=url)
+    (error,) = refusal.value.errors(include_url=False, include_input=False)
+    assert "sec" not in error["msg"]
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://h", "rediss://user:p%2Fw@[::1]:6380/2", "unix:///run/valkey.sock?db=1", "redis+sentinel://h/main"]
+)
+def test_an_address_of_each_kind_is_taken(url: str) -> None:
+    assert RedisSettings(url=url).url == url
+
+
 def test_a_password_is_not_shown() -> None:
     assert "hunter2" not in repr(RedisSettings(password="hunter2"))  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ _MAX_TTFT_MS: Final = 5.0
 # The machine's own speed changes by a sixth from second to second: with so many first tokens in each of so many turns
 # the median of the differences still has a standard error of 0.25 ms.
 _PAIRS: Final = 60
-_FIRST_TOKENS: Final = 7
+_FIRST_TOKENS: Final = 5
 
 
 def cpu_by_part(runs: Sequence[Run]) -> dict[str, float]:

@@ -191,30 +191,32 @@ def _answer(contestant: Contestant, workload: Workload, order: dict[str, Any]) -
             return {"unable": str(error)}
         return {"scores": [{"logprobs": score.logprobs, "best": score.best} for score in scores]}
     requests = workload.runs[order["workload"]][order["variant"]]
+    warm_up = Request(workload.warm_up[0].prompt, 2)
     time.sleep(contestant.settle_s)
-    # After a pause its threads have slept, and other engines have used the caches.
-    contestant.stream(Request(workload.warm_up[0].prompt, 2))
+    contestant.stream(warm_up)  # after a pause its threads have slept, and other engines have used the caches
     requests = requests[: order.get("num_requests") or len(requests)]
     if "first_token_id" in order:
         requests = [Request([order["first_token_id"], *request.prompt[1:]], request.max_tokens) for request in requests]
     answer = run(contestant, order["workload"], requests, order.get("max_running") or MAX_RUNNING)
     if "first_tokens" in order:
-        first = answer["figures"]["ttft_ms"]
-        answer["figures"]["ttft_ms"] = median_ttft_ms(contestant, requests[0], order["first_tokens"], first)
+        found = [answer["figures"]["ttft_ms"]]
+        found += more_first_tokens(contestant, requests[0], order["first_tokens"] - 1, warm_up)
+        answer["figures"]["ttft_ms"] = statistics.median(found)
     return answer
 
 
-def median_ttft_ms(contestant: Contestant, request: Request, count: int, first: float) -> float:
-    """Return the median of a request's time to the first token over `count` calls, of which one took `first` already.
+def more_first_tokens(contestant: Contestant, request: Request, count: int, warm_up: Request) -> list[float]:
+    """Return the milliseconds to the first token of so many calls, each behind one to warm up.
 
-    The others are as long, of another text from the second token on, and end with their second token.
+    They are as `request`, but of other texts, and end with their second token.
     """
-    found = [first]
-    for number in range(1, count):
+    found = []
+    for number in range(count):
         time.sleep(_PAUSE_S)  # the call before is over for all parts then
+        contestant.stream(warm_up)
         other = Request([request.prompt[0], number, *request.prompt[2:]], 2)
         started = time.perf_counter()
         output = contestant.stream(other)
         check([other], [output])
         found.append(figures("W2", [other], [output], started, 0.0)["ttft_ms"])
-    return statistics.median(found)
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.benchmarks.contestants.base import Contestant, Output, figures, run
+from tests.benchmarks.contestants.base import Contestant, Output, figures, more_first_tokens, run
 from tests.benchmarks.workload import Request
 
 
@@ -52,3 +52,22 @@ def test_only_w1_keeps_ids_for_the_comparison() -> None:
 def test_a_run_that_is_a_token_short_is_refused() -> None:
     with pytest.raises(ValueError, match="asked for 5 tokens, got 4"):
         run(Toy(missing=1), "W1", [Request([0], 5)], 1)
+
+
+def test_more_first_tokens_are_of_texts_that_nobody_has_seen_each_behind_a_call_to_warm_up() -> None:
+    class Late(Toy):
+        """Takes a second for a first token, and remembers what was asked."""
+
+        asked: list[Request] = []  # noqa: RUF012 - of this test alone
+
+        def stream(self, request: Request) -> Output:
+            self.asked.append(request)
+            return Output([7, 7], [11.0, 12.0], called=10.0)
+
+    warm_up = Request([5], 2)
+    assert more_first_tokens(Late(), Request([3, 1, 4, 1], 128), 3, warm_up) == [1000.0] * 3
+    assert Late.asked[::2] == [warm_up] * 3
+    prompts = [request.prompt for request in Late.asked[1::2]]
+    assert len({tuple(prompt) for prompt in prompts}) == 3
+    assert all((prompt[0], prompt[2:]) == (3, [4, 1]) for prompt in prompts)
+    assert {request.max_tokens for request in Late.asked[1::2]} == {2}

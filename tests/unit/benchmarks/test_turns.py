@@ -70,7 +70,7 @@ def test_alternating_turns_go_back_and_forth(make_measurement: Callable[..., Mea
         measurement.start(make_entry("a"))
         measurement.start(make_entry("b"))
         order.clear()
-        measurement.alternate("W2", NUM_VARIANTS + 1)
+        measurement.alternate("W2", NUM_VARIANTS + 1, first_tokens=2)
     assert order[:4] == ["a bf16: W2 0", "b bf16: W2 0", "b bf16: W2 1", "a bf16: W2 1"]
     assert [run.variant for run in measurement.results.runs["b bf16"]["W2"]] == list(range(NUM_VARIANTS + 1))
 

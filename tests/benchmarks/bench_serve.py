@@ -23,6 +23,8 @@ _MAX_TTFT_MS: Final = 5.0
 # the median of the differences still has a standard error of 0.25 ms.
 _PAIRS: Final = 60
 _FIRST_TOKENS: Final = 5
+# As a gateway, the load generator does without gRPC's event engine: what is to be seen is what serving costs.
+_GRPC: Final = "-event_engine_listener,-event_engine_client"
 
 
 def cpu_by_part(runs: Sequence[Run]) -> dict[str, float]:
@@ -68,7 +70,9 @@ def main() -> int:
     args = parser.parse_args()
     bench = Bench(args)
     alone = bench.our_entry(args.precision)
-    served = dataclasses.replace(alone, name="served", module="tests.benchmarks.contestants.served")
+    served = dataclasses.replace(
+        alone, name="served", module="tests.benchmarks.contestants.served", env={"GRPC_EXPERIMENTS": _GRPC}
+    )
     with bench.measurement() as measurement:
         results = measurement.results
         with measurement.until_cut():

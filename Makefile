@@ -1,6 +1,6 @@
 # Everything a newcomer needs is `make serve` and `make test`. Both install what they use into .venv.
-# The first Python on the path that was compiled with a profile of itself, else the first that will do: what gateway and agent add to
-# a token takes a fifth longer in the others.
+# The first Python on the path that was compiled with a profile of itself, else the first that will do: the others take a fifth longer
+# over the same code.
 PYTHON ?= $(shell IFS=:; for folder in $$PATH; do for python in "$$folder"/python3 "$$folder"/python3.1[1-4]; do \
 	"$$python" -I common/diagnosis/interpreter.py 2>/dev/null; done; done | sort -s -k1,1n | sed -n '1s/^[01] //p')
 TORCH_VERSION ?= 2.13.0

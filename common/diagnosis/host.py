@@ -59,7 +59,7 @@ async def check_software(where: Surroundings) -> Sequence[Finding]:
         found.append(
             warning(
                 "software",
-                "this Python was compiled without a profile of itself: all but the model's step takes a fifth longer",
+                "this Python was compiled without a profile of itself, and takes a fifth longer over the same code",
                 "install into a distribution's Python, or one that was configured with --enable-optimizations",
             )
         )

@@ -173,7 +173,7 @@ def main(
     status = 1
     try:
         for line in sys.stdin:
-            reply(_answer(contestant, workload, json.loads(line)))
+            reply(obey(contestant, workload, json.loads(line)))
         status = 0
     except Exception:  # noqa: BLE001 - whatever it is, it is this engine's, and its log tells
         traceback.print_exc()
@@ -183,7 +183,8 @@ def main(
         os._exit(status)  # threads of some engines would keep the process
 
 
-def _answer(contestant: Contestant, workload: Workload, order: dict[str, Any]) -> dict[str, Any]:
+def obey(contestant: Contestant, workload: Workload, order: dict[str, Any]) -> dict[str, Any]:
+    """Run what an order asks for, and return its answer."""
     if "score" in order:
         try:
             scores = contestant.score(workload.windows[: order["score"]])
@@ -214,7 +215,8 @@ def more_first_tokens(contestant: Contestant, request: Request, count: int, warm
     for number in range(count):
         time.sleep(_PAUSE_S)  # the call before is over for all parts then
         contestant.stream(warm_up)
-        other = Request([request.prompt[0], number, *request.prompt[2:]], 2)
+        second = number + (number >= request.prompt[1])  # never what a prefix cache has seen
+        other = Request([request.prompt[0], second, *request.prompt[2:]], 2)
         started = time.perf_counter()
         output = contestant.stream(other)
         check([other], [output])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.benchmarks.contestants.base import Contestant, Output, figures, more_first_tokens, run
-from tests.benchmarks.workload import Request
+from tests.benchmarks.contestants.base import Contestant, Output, figures, obey, run
+from tests.benchmarks.workload import Request, Workload
 
 
 class Toy(Contestant):
@@ -54,20 +54,28 @@ def test_a_run_that_is_a_token_short_is_refused() -> None:
         run(Toy(missing=1), "W1", [Request([0], 5)], 1)
 
 
-def test_more_first_tokens_are_of_texts_that_nobody_has_seen_each_behind_a_call_to_warm_up() -> None:
+def test_the_time_to_the_first_token_is_the_median_of_calls_of_new_texts_each_behind_one_to_warm_up() -> None:
     class Late(Toy):
-        """Takes a second for a first token, and remembers what was asked."""
+        """Takes a second longer for each new text than for the last, and remembers what was asked."""
 
-        asked: list[Request] = []  # noqa: RUF012 - of this test alone
+        settle_s = 0.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked: list[Request] = []
 
         def stream(self, request: Request) -> Output:
             self.asked.append(request)
-            return Output([7, 7], [11.0, 12.0], called=10.0)
+            num_tokens = request.max_tokens
+            return Output([7] * num_tokens, [10.0 + len(self.asked) // 2 + i for i in range(num_tokens)], called=10.0)
 
-    warm_up = Request([5], 2)
-    assert more_first_tokens(Late(), Request([3, 1, 4, 1], 128), 3, warm_up) == [1000.0] * 3
-    assert Late.asked[::2] == [warm_up] * 3
-    prompts = [request.prompt for request in Late.asked[1::2]]
+    warm_up, late = Request([5], 2), Late()
+    workload = Workload({"W2": [[Request([3, 1, 4, 1], 4)]]}, [warm_up], [], "")
+    order = {"workload": "W2", "variant": 0, "first_token_id": 9}
+    assert obey(late, workload, {**order, "first_tokens": 3})["figures"]["ttft_ms"] == 2000
+    assert late.asked[::2] == [warm_up] * 3
+    prompts = [request.prompt for request in late.asked[1::2]]
     assert len({tuple(prompt) for prompt in prompts}) == 3
-    assert all((prompt[0], prompt[2:]) == (3, [4, 1]) for prompt in prompts)
-    assert {request.max_tokens for request in Late.asked[1::2]} == {2}
+    assert all((prompt[0], prompt[2:]) == (9, [4, 1]) for prompt in prompts)
+    assert [request.max_tokens for request in late.asked[1::2]] == [4, 2, 2]
+    assert obey(Late(), workload, order)["figures"]["ttft_ms"] == 1000

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,7 +66,12 @@ def test_disturbed_runs_are_repeated_while_there_are_spare_ones(
     assert [run.variant for run in runs] == [0, 1, 2]
 
 
-def test_alternating_turns_go_back_and_forth(make_measurement: Callable[..., Measurement], order: list[str]) -> None:
+def test_alternating_turns_go_back_and_forth(
+    make_measurement: Callable[..., Measurement], monkeypatch: pytest.MonkeyPatch, order: list[str]
+) -> None:
+    asked: list[Mapping[str, Any]] = []
+    ask = turns.Seat.ask
+    monkeypatch.setattr(turns.Seat, "ask", lambda seat, what, limit: (asked.append(what), ask(seat, what, limit))[1])
     with make_measurement() as measurement:
         measurement.start(make_entry("a"))
         measurement.start(make_entry("b"))
@@ -73,6 +79,7 @@ def test_alternating_turns_go_back_and_forth(make_measurement: Callable[..., Mea
         measurement.alternate("W2", NUM_VARIANTS + 1, first_tokens=2)
     assert order[:4] == ["a bf16: W2 0", "b bf16: W2 0", "b bf16: W2 1", "a bf16: W2 1"]
     assert [run.variant for run in measurement.results.runs["b bf16"]["W2"]] == list(range(NUM_VARIANTS + 1))
+    assert {what["first_tokens"] for what in asked} == {2}
 
 
 def test_one_that_ends_is_reported_with_its_log_and_the_rest_go_on(

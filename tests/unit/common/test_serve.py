@@ -154,6 +154,20 @@ def test_no_address_for_openai_s_clients_is_nothing_to_check(tmp_path: Path, mon
     assert checked == ["127.0.0.1:1", "127.0.0.1:2"]
 
 
+def test_a_child_is_the_installed_program_wherever_serve_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gateway").mkdir()
+    (tmp_path / "gateway" / "__init__.py").write_text("raise SystemExit('not this one')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # that may name this folder
+    child = Child("gateway", "gateway", {"TORCHRELAY_REDIS_URL": "nonsense://"})
+    child.start()
+    child.wait(time.monotonic() + 60)
+    with pytest.raises(ChildRefusedError):  # for its address, which only ours looks at
+        child.keep_running()
+
+
 def fail_to_start(server: EmbeddedServer) -> None:
     raise EmbeddedServerError("not in this test")
 

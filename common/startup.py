@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import os
 import resource
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Final, TypeVar
 
 import structlog
@@ -77,6 +80,22 @@ def settle_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def stop_at_signals(stop: asyncio.Event) -> None:
+    """From now on SIGTERM and SIGINT set `stop`, of the running loop, and once it is closed do nothing.
+
+    Not by the loop's own handlers: closing a loop puts the default ones back, and a second signal in the moment before
+    `ignore_signals` would kill a process that has done all it was asked to.
+    """
+    loop = asyncio.get_running_loop()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(stop.set)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
 
 
 def ignore_signals() -> None:

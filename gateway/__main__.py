@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import sys
 from importlib.metadata import version
 
@@ -23,7 +22,7 @@ from common.quotas import QuotaMeter
 from common.redis import Retry, block_ms, connect
 from common.registry import ModelDirectory, ModelRegistry
 from common.replication import ReplicaAcks
-from common.startup import ignore_signals, read_settings, settle_heap
+from common.startup import ignore_signals, read_settings, settle_heap, stop_at_signals
 from common.telemetry.log_levels import LevelFollower, LogLevels
 from common.telemetry.monitor import MonitorServer, Vitals
 from common.tenants import Tenants
@@ -254,9 +253,7 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
 
 async def _main(configuration: GatewayConfiguration) -> None:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop_at_signals(stop)
     await run(configuration, stop)
 
 

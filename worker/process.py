@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import math
 import os
-import signal
 import socket
 import sys
 import time
@@ -24,7 +23,7 @@ from common.jobs import WorkerInfo
 from common.late_log import late_log
 from common.redis import Redis, Retry, connect
 from common.registry import AdapterCard, ModelRegistry
-from common.startup import CANNOT_START, ignore_signals, settle_heap
+from common.startup import CANNOT_START, ignore_signals, settle_heap, stop_at_signals
 from common.telemetry.log_levels import LevelFollower, LogLevels
 from common.telemetry.monitor import MonitorServer, Vitals, process_registry
 from worker.adapters import watch_adapters
@@ -204,8 +203,7 @@ def run_process(configuration: WorkerConfiguration) -> int:
 
     async def until_signal() -> None:
         stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        stop_at_signals(stop)
         await run(assembly, configuration, registered, vitals, stop)
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -150,3 +151,31 @@ def test_what_a_process_has_loaded_is_looked_at_by_no_later_collection() -> None
         "made = [[i] for i in range(1000)]; assert any(one is made for one in gc.get_objects())"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_and_one_that_comes_when_all_is_done_does_no_harm(number: signal.Signals) -> None:
+    code = f"""
+import asyncio, os
+from common.startup import ignore_signals, stop_at_signals
+
+class Loop(asyncio.SelectorEventLoop):
+    def close(self):
+        super().close()
+        os.kill(os.getpid(), {number})
+
+async def main():
+    stop = asyncio.Event()
+    stop_at_signals(stop)
+    asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), {number})
+    await asyncio.wait_for(stop.wait(), 20)
+    print("stopped")
+
+with asyncio.Runner(loop_factory=Loop) as runner:
+    runner.run(main())
+ignore_signals()
+os.kill(os.getpid(), {number})
+print("ended")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout.split()) == (0, ["stopped", "ended"]), ended.stderr

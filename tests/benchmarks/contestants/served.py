@@ -1,4 +1,8 @@
-"""torchrelay whole: client, gateway, queue and worker as processes on this machine, called over gRPC from this one."""
+"""torchrelay whole: gateway, queue and worker as processes on this machine, called over gRPC from this one.
+
+What calls them is the contract's generated stubs, as in any other service: one blocking call where there is one caller,
+asyncio's where there are many. Our client library adds its own time, which is no part of serving.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+import grpc
+import grpc.aio
+from google.protobuf.duration_pb2 import Duration
+from grpc.experimental import ChannelOptions
+
 from tests.benchmarks.contestants.base import Contestant, Output, main
 from tests.benchmarks.contestants.engine import add_arguments
 from tests.benchmarks.processes import cpu_s, main_thread_cpu_s
 from tests.benchmarks.workload import Request
 from tests.builders_system import System
-from torchrelay.client import AsyncClient
+from torchrelay.v1 import generation_pb2 as pb
+from torchrelay.v1 import generation_pb2_grpc as pb_grpc
 
 _NAME: Final = "model"
+_GRACE: Final = Duration(seconds=30)  # in which a broken stream can be resumed, as by our client library
+# One stream is read by the thread that called: no other need be woken for each of its messages.
+_ONE_THREAD: Final = ((ChannelOptions.SingleThreadedUnaryStream, True),)
 
 
 @contextmanager
@@ -67,7 +80,12 @@ class Served(Contestant):
         )
         # A client's loop runs already when it calls: what sets it up and starts it is not part of a call.
         self._loop = self._stack.enter_context(asyncio.Runner()).get_loop()
-        self._client = self._loop.run_until_complete(self._connect())
+        self._loop.run_until_complete(self._system.ready(_NAME))
+        address = self._system.gateways[0].address
+        self._metadata = (("authorization", f"Bearer {self._system.key}"),)
+        self._channel = self._stack.enter_context(grpc.insecure_channel(address, _ONE_THREAD))
+        self._stub = pb_grpc.GenerationServiceStub(self._channel)
+        self._async_channel, self._async_stub = self._loop.run_until_complete(self._connect(address))
         self.info = {
             "dtype": args.dtype,
             "quantization": args.quantization,
@@ -76,9 +94,11 @@ class Served(Contestant):
             "kv_cache_mib": args.kv_cache_mib,
         }
 
-    async def _connect(self) -> AsyncClient:
-        await self._system.ready(_NAME)
-        return self._system.client()
+    @staticmethod
+    async def _connect(address: str) -> tuple[grpc.aio.Channel, pb_grpc.GenerationServiceAsyncStub]:
+        channel = grpc.aio.insecure_channel(address)
+        stub: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(channel)
+        return channel, stub
 
     def batch(self, requests: Sequence[Request], max_running: int) -> list[Output]:
         return self._loop.run_until_complete(self._batch(requests))
@@ -86,16 +106,16 @@ class Served(Contestant):
     async def _batch(self, requests: Sequence[Request]) -> list[Output]:
         return await asyncio.gather(*(self._call(request) for request in requests))
 
-    def stream(self, request: Request) -> Output:
-        return self._loop.run_until_complete(self._call(request))
-
     async def _call(self, request: Request) -> Output:
         output = Output(called=time.perf_counter())
-        options = {"model": _NAME, "max_tokens": request.max_tokens, "temperature": 0.0}
-        async for event in self._client.stream(request.prompt, **options):  # type: ignore[arg-type]
-            for delta in event.deltas.deltas:
-                output.token_ids += delta.token_ids
-                output.times += [time.perf_counter()] * len(delta.token_ids)
+        async for response in self._async_stub.StreamGenerate(_message_of(request), metadata=self._metadata):
+            _take(output, response)
+        return output
+
+    def stream(self, request: Request) -> Output:
+        output = Output(called=time.perf_counter())
+        for response in self._stub.StreamGenerate(_message_of(request), metadata=self._metadata):
+            _take(output, response)
         return output
 
     def cpu_parts(self) -> dict[str, float]:
@@ -113,8 +133,23 @@ class Served(Contestant):
         }
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._client.close())
+        self._loop.run_until_complete(self._async_channel.close())
         self._stack.close()
+
+
+def _message_of(request: Request) -> pb.StreamGenerateRequest:
+    return pb.StreamGenerateRequest(
+        model=_NAME,
+        input=pb.GenerationInput(token_ids=pb.TokenIds(ids=request.prompt)),
+        config=pb.GenerationConfig(max_tokens=request.max_tokens, temperature=0.0),
+        disconnect_grace=_GRACE,
+    )
+
+
+def _take(output: Output, response: pb.StreamGenerateResponse) -> None:
+    for delta in response.event.deltas.deltas:
+        output.token_ids += delta.token_ids
+        output.times += [time.perf_counter()] * len(delta.token_ids)
 
 
 if __name__ == "__main__":

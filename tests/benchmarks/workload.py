@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Final
 
 SEED: Final = 20261122
-NUM_VARIANTS: Final = 6  # three are measured; the others stand in for runs that something disturbed
+NUM_VARIANTS: Final = 6  # of W1 and W4 three are measured; the others stand in for runs that something disturbed
 MAX_RUNNING: Final = 32
 NAMES: Final = ("W1", "W2", "W3", "W4")
 

@@ -3,7 +3,7 @@
 vLLM (CPU build), OpenVINO GenAI, llama.cpp and transformers are installed into environments of their own, load the
 same weights, and run W1 to W4 in turns with ours: each in every round, the rest of them stopped meanwhile. Prints
 tables and, as its last line, one JSON object whose `ratios` (by workload, precision and peer) are above 1 where ours is
-better.
+better. W2 and W3, of seconds each, run six rounds; `--rounds` counts those of W1 and W4.
 
     --quick    one round; slow engines run part of W1, and no W4 where they do not share prefixes
 """

@@ -18,12 +18,26 @@ from tests.benchmarks.workload import Request
 
 if TYPE_CHECKING:
     from tests.benchmarks.contestants.engine import InProcessEngine
+    from worker.engine.sampler import PendingTokens, SampledTokens
+
+
+class _Forced:
+    """What a step waits for in place of the sampler's own tokens."""
+
+    def __init__(self, pending: PendingTokens, token_ids: list[int]) -> None:
+        self._pending = pending
+        self._token_ids = token_ids
+        self.token_ids = torch.tensor(token_ids)
+        self.redrawn_rows: list[int] = []
+
+    def result(self) -> SampledTokens:
+        return dataclasses.replace(self._pending.result(), token_ids=self._token_ids)
 
 
 def score_windows(contestant: InProcessEngine, windows: Sequence[list[int]]) -> list[Score]:
     """Return the predictions for the second half of each window. The engine must not speculate: a guess has no text."""
     sampler = contestant.engine._sampler
-    sample, scores, running = sampler.sample, {}, {}
+    begin, scores, running = sampler.begin, {}, {}
     texts: dict[str, list[int]] = {}
     for window in windows:
         half = len(window) // 2 + 1
@@ -32,7 +46,7 @@ def score_windows(contestant: InProcessEngine, windows: Sequence[list[int]]) -> 
         scores[request_id] = Score([], [])
         running[request_id] = Output()
 
-    def forced(logits: torch.Tensor, sequences: Sequence[Any]) -> Any:
+    def forced(logits: torch.Tensor, sequences: Sequence[Any], masks: Any = None) -> _Forced:
         nexts = []
         for sequence in sequences:
             score = scores[sequence.request_id]
@@ -42,12 +56,12 @@ def score_windows(contestant: InProcessEngine, windows: Sequence[list[int]]) -> 
         for sequence, logprob, best in zip(sequences, logprobs, rows.argmax(1).tolist(), strict=True):
             scores[sequence.request_id].logprobs.append(logprob)
             scores[sequence.request_id].best.append(best)
-        return dataclasses.replace(sample(logits, sequences), token_ids=nexts)
+        return _Forced(begin(logits, sequences, masks), nexts)
 
-    sampler.sample = forced  # type: ignore[method-assign]
+    sampler.begin = forced  # type: ignore[method-assign, assignment]
     try:
         while running:
             contestant.step(running)
     finally:
-        del sampler.sample
+        del sampler.begin
     return [scores[request_id] for request_id in texts]

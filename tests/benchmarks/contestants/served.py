@@ -83,8 +83,8 @@ class Served(Contestant):
         self._loop.run_until_complete(self._system.ready(_NAME))
         address = self._system.gateways[0].address
         self._metadata = (("authorization", f"Bearer {self._system.key}"),)
-        self._channel = self._stack.enter_context(grpc.insecure_channel(address, _ONE_THREAD))
-        self._stub = pb_grpc.GenerationServiceStub(self._channel)
+        channel = self._stack.enter_context(grpc.insecure_channel(address, _ONE_THREAD))
+        self._stub = pb_grpc.GenerationServiceStub(channel)
         self._async_channel, self._async_stub = self._loop.run_until_complete(self._connect(address))
         self.info = {
             "dtype": args.dtype,

@@ -17,7 +17,7 @@
 #include "attend.h"
 #include "decoder.h"
 #include "low_rank.h"
-#include "matmul.h"
+#include "product.h"
 #include "rows.h"
 #include "team.h"
 
@@ -26,21 +26,14 @@ namespace torchrelay {
 struct AttentionPlan {
   int64_t sliding_window;
   Plan plan;
+  std::vector<std::vector<int64_t>> contexts;  // by thread: parts of keys and values that it waits for
 };
-
-// What a piece of a product keeps in the second-level cache: panels, and a stretch of rows that meets each of them.
-// Processors with AVX-512 have 1 MiB or more, others half of that.
-#if defined(__AVX512F__)
-constexpr int64_t kPanelBytes = 512 << 10, kStretchBytes = 512 << 10, kMostPanels = 4;
-#else
-constexpr int64_t kPanelBytes = 256 << 10, kStretchBytes = 128 << 10, kMostPanels = 8;
-#endif
 
 template <typename T>
 class Step {
  public:
   Step(const Decoder& decoder, const DecoderStep& step, int num_threads)
-      : d_(decoder), s_(step), team_(num_threads), rows_(step.num_tokens) {
+      : d_(decoder), s_(step), team_(num_threads), rows_(step.num_tokens), fetches_(num_threads) {
     if (!s_.row_adapters) return;
     adapts_.resize(d_.num_layers * kProducts);
     for (int64_t i = 0; i < s_.num_adapters; i++)
@@ -56,7 +49,13 @@ class Step {
       const int64_t window = d_.layers[i].sliding_window;
       const auto is_same = [&](const AttentionPlan& entry) { return entry.sliding_window == window; };
       if (std::none_of(plans_.begin(), plans_.end(), is_same))
-        plans_.push_back({window, make_plan(attention_arguments(d_.layers[i]))});
+        plans_.push_back({window, make_plan(attention_arguments(d_.layers[i])), {}});
+    }
+    for (AttentionPlan& entry : plans_) list_contexts(entry);
+    const Layer& layer = d_.layers[0];
+    for (const Linear* linear : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) {
+      const Cut cut = cut_product(*linear, rows_, team_.size());
+      words_of_layer_ += cut.num_panels * cut.panel_words;
     }
   }
 
@@ -125,6 +124,7 @@ class Step {
   // By every thread of the team, which may have turned out smaller than planned.
   void run(int thread, int num_threads) {
     team_.set_size(num_threads);
+    Fetch& fetch = fetches_[thread].fetch;
     clock_ = std::chrono::steady_clock::now();
     each_row(thread, [&](int64_t row) { embed(row); });
     int64_t num_rows = rows_;
@@ -139,17 +139,23 @@ class Step {
       const bool is_last = i + 1 == d_.num_layers;
       // What the layer before added under a norm of its own joins here.
       const float* pending = i > 0 ? d_.layers[i - 1].mlp_output_norm : nullptr;
+      if (i == 0) fetch.set_context(context(layer, thread));
+      const int64_t num_later_rows = is_last ? s_.num_logit_rows : num_rows;
       norm_rows(thread, x, num_rows, pending, layer.attention_norm, layer.qkv, inputs_, adapted(0));
       spent(thread, &DecoderTimes::norms);
-      multiply(thread, layer.qkv, inputs_, num_rows, adapted(0), [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
-        store_columns<kVectors>(y, count, qkv_ + row * layer.qkv.outputs + first);
-      });
+      multiply(
+          thread, layer.qkv, inputs_, num_rows, &layer.output, num_later_rows, adapted(0),
+          [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
+            store_columns<kVectors>(y, count, qkv_ + row * layer.qkv.outputs + first);
+          },
+          [&](int64_t row, int64_t first) { touch(qkv_ + row * layer.qkv.outputs + first); });
       spent(thread, &DecoderTimes::linears);
       const Arguments a = attention_arguments(layer);
       each_row(thread, [&](int64_t row) { place_row(a, layer, row); });
       spent(thread, &DecoderTimes::rotary);
       if (is_last && s_.num_logit_rows == 0) return;
       attend(thread, a);
+      fetch.set_context(is_last ? ContextParts() : context(d_.layers[i + 1], thread));
       const T* attended = attended_;
       if (is_last && s_.num_logit_rows < num_rows) {
         each_row(thread, [&](int64_t row) { keep_row(row); }, s_.num_logit_rows);
@@ -161,25 +167,30 @@ class Step {
       const uint32_t* words = attention_output(thread, attended, layer.output, num_rows);
       project_rows(thread, adapted(1), num_rows, attended, layer.output.inputs, layer.output.inputs);
       spent(thread, &DecoderTimes::attention);
-      multiply_add(thread, layer.output, words, num_rows, adapted(1), x, layer.attention_output_norm);
+      multiply_add(thread, layer.output, words, num_rows, &layer.gate_up, adapted(1), x, layer.attention_output_norm);
       spent(thread, &DecoderTimes::linears);
       norm_rows(thread, x, num_rows, layer.attention_output_norm, layer.mlp_norm, layer.gate_up, inputs_,
                 adapted(2));
       spent(thread, &DecoderTimes::norms);
       const bool down_is_plain = is_plain(layer.down);
       const int64_t down_words = row_words(layer.down);
-      multiply(thread, layer.gate_up, inputs_, num_rows, adapted(2), [&](int64_t row, int64_t first, int64_t, const Floats* y) {
-        Floats active[kVectors / 2];
-        for (int c = 0; c < kVectors / 2; c++) active[c] = gate(d_.activation, y[c], y[c + kVectors / 2]);
-        const int64_t at = first / 2, count = std::min<int64_t>(kColumns, d_.mlp_size - at);
-        uint32_t* const words = mlp_inputs_ + row * down_words;
-        if (!down_is_plain)
-          store_columns<kVectors / 2>(active, count, mlp_ + row * d_.mlp_size + at);
-        else if (layer.down.format == kLinearFloat32)
-          store_columns<kVectors / 2>(active, count, reinterpret_cast<float*>(words) + at);
-        else
-          store_columns<kVectors / 2>(active, count, reinterpret_cast<BFloat16Format::Input*>(words) + at);
-      });
+      multiply(
+          thread, layer.gate_up, inputs_, num_rows, &layer.down, num_rows, adapted(2),
+          [&](int64_t row, int64_t first, int64_t, const Floats* y) {
+            Floats active[kVectors / 2];
+            for (int c = 0; c < kVectors / 2; c++) active[c] = gate(d_.activation, y[c], y[c + kVectors / 2]);
+            const int64_t at = first / 2, count = std::min<int64_t>(kColumns, d_.mlp_size - at);
+            uint32_t* const words = mlp_inputs_ + row * down_words;
+            if (!down_is_plain)
+              store_columns<kVectors / 2>(active, count, mlp_ + row * d_.mlp_size + at);
+            else if (layer.down.format == kLinearFloat32)
+              store_columns<kVectors / 2>(active, count, reinterpret_cast<float*>(words) + at);
+            else
+              store_columns<kVectors / 2>(active, count, reinterpret_cast<BFloat16Format::Input*>(words) + at);
+          },
+          [&](int64_t row, int64_t first) {
+            if (down_is_plain) __builtin_prefetch(mlp_inputs_ + row * down_words + first / 2 * down_words / d_.mlp_size, 1);
+          });
       if (!down_is_plain)
         each_row(thread, [&](int64_t row) { prepare(layer.down, mlp_ + row * d_.mlp_size, row, mlp_inputs_); }, num_rows);
       if (!down_is_plain)
@@ -189,19 +200,23 @@ class Step {
       else
         project_rows(thread, adapted(3), num_rows, reinterpret_cast<const BFloat16Format::Input*>(mlp_inputs_),
                      down_words * static_cast<int64_t>(sizeof(uint32_t) / sizeof(BFloat16Format::Input)), d_.mlp_size);
-      multiply_add(thread, layer.down, mlp_inputs_, num_rows, adapted(3), x, layer.mlp_output_norm);
+      multiply_add(thread, layer.down, mlp_inputs_, num_rows, is_last ? &d_.head : &d_.layers[i + 1].qkv, adapted(3), x,
+                   layer.mlp_output_norm);
       spent(thread, &DecoderTimes::linears);
     }
     norm_rows(thread, x, num_rows, d_.layers[d_.num_layers - 1].mlp_output_norm, d_.final_norm, d_.head, inputs_,
               Adapted{});
-    multiply(thread, d_.head, inputs_, num_rows, Adapted{}, [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
-      Floats logits[kVectors];
-      for (int c = 0; c < kVectors; c++) {
-        logits[c] = y[c] * d_.logit_scale;
-        if (d_.logit_softcap > 0.0f) logits[c] = hyperbolic_tangent(logits[c] / d_.logit_softcap) * d_.logit_softcap;
-      }
-      store_columns<kVectors>(logits, count, s_.logits + row * d_.vocab_size + first);
-    });
+    multiply(
+        thread, d_.head, inputs_, num_rows, nullptr, 0, Adapted{},
+        [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
+          Floats logits[kVectors];
+          for (int c = 0; c < kVectors; c++) {
+            logits[c] = y[c] * d_.logit_scale;
+            if (d_.logit_softcap > 0.0f) logits[c] = hyperbolic_tangent(logits[c] / d_.logit_softcap) * d_.logit_softcap;
+          }
+          store_columns<kVectors>(logits, count, s_.logits + row * d_.vocab_size + first);
+        },
+        [&](int64_t row, int64_t first) { touch(s_.logits + row * d_.vocab_size + first); });
     spent(thread, &DecoderTimes::head);
   }
 
@@ -262,7 +277,44 @@ class Step {
         [&](int64_t piece, int64_t, Team::Turn& turn) {
           if (!turn.take()) return;
           for (int64_t row = piece * size; row < std::min(num_rows, (piece + 1) * size); row++) work(row);
-        });
+        },
+        [&] { fetches_[thread].fetch.idle(); });
+  }
+
+  static void touch(const float* outputs) { fetch_to_write(outputs, kPanel * sizeof(float)); }
+
+  // Of the items that a thread will have: blocks of those whose few rows make attention wait for memory.
+  void list_contexts(AttentionPlan& entry) const {
+    entry.contexts.resize(team_.size());
+    const std::vector<Item>& items = entry.plan.items;
+    const int64_t most_rows = std::max<int64_t>(kFewRows, d_.num_heads / d_.num_kv_heads);
+    const int64_t together = items_together(items.size());
+    for (size_t i = 0; i < items.size(); i++) {
+      const Item& item = items[i];
+      if (item.num_rows > most_rows) continue;
+      std::vector<int64_t>& places = entry.contexts[i / together % team_.size()];
+      const int64_t first = item.first_segment * (kSegment / kBlockSize);
+      const int64_t last = std::min<int64_t>(item.last_segment * (kSegment / kBlockSize),
+                                             (s_.context_lens[item.sequence] + kBlockSize - 1) / kBlockSize);
+      for (int64_t block = first; block < last; block++)
+        places.push_back(s_.block_tables[item.sequence * s_.block_table_width + block] * d_.num_kv_heads + item.kv_head);
+    }
+  }
+
+  ContextParts context(const Layer& layer, int thread) const {
+    const int64_t size = d_.head_dim * kBlockSize * sizeof(T);
+    return {static_cast<const char*>(layer.key_cache), static_cast<const char*>(layer.value_cache), size, size,
+            &plan_of(layer.sliding_window).contexts[thread]};
+  }
+
+  const AttentionPlan& plan_of(int64_t sliding_window) const {
+    return *std::find_if(plans_.begin(), plans_.end(),
+                         [&](const AttentionPlan& entry) { return entry.sliding_window == sliding_window; });
+  }
+
+  // Heads of a sequence lie side by side in its blocks: one thread takes them all where there is work enough.
+  int64_t items_together(int64_t num_items) const {
+    return num_items >= 4 * team_.size() * d_.num_kv_heads ? d_.num_kv_heads : 1;
   }
 
   void embed(int64_t row) {
@@ -331,27 +383,27 @@ class Step {
   }
 
   void attend(int thread, const Arguments& a) {
-    const auto entry = std::find_if(plans_.begin(), plans_.end(),
-                                    [&](const AttentionPlan& e) { return e.sliding_window == a.sliding_window; });
-    const Plan& plan = entry->plan;
+    const Plan& plan = plan_of(a.sliding_window).plan;
     const Scratch scratch(a, scratch_ + thread * scratch_size_);
     const int64_t num_items = plan.items.size(), num_splits = plan.splits.size();
-    // Heads of a sequence lie side by side in its blocks: one thread takes them all where there is work enough.
-    const int64_t together = num_items >= 4 * team_.size() * d_.num_kv_heads ? d_.num_kv_heads : 1;
-    team_.each(
+    const int64_t together = items_together(num_items);
+    const auto idle = [&] { fetches_[thread].fetch.idle(); };
+    team_.each<Team::Shares::kAlternate>(
         thread, (num_items + together - 1) / together,
         [&](int64_t piece) { return std::min(together, num_items - piece * together); },
         [&](int64_t piece, int64_t unit, Team::Turn& turn) {
           const int64_t i = piece * together + unit;
           const int64_t next = unit + 1 < together ? i + 1 : turn.likely_next() * together;
-          if (next < num_items) fetch_start<T>(a, plan.items[next]);
+          if (next >= 0 && next < num_items) fetch_start<T>(a, plan.items[next]);
           run_item<T>(a, plan.items[i], scratch, partials_, [&] { return turn.take(); });
-        });
+        },
+        idle);
     team_.each(
         thread, num_splits, [](int64_t) { return 1; },
         [&](int64_t piece, int64_t, Team::Turn& turn) {
           merge_split<T>(a, plan.splits[piece], scratch, partials_, [&] { return turn.take(); });
-        });
+        },
+        idle);
   }
 
   void keep_row(int64_t row) {
@@ -377,108 +429,41 @@ class Step {
   }
 
   // x += layer's product, or, when a norm is to come in between, the product into branch_.
-  void multiply_add(int thread, const Linear& linear, const uint32_t* words, int64_t num_rows, const Adapted& adapted, float* x,
-                    const float* norm) {
-    multiply(thread, linear, words, num_rows, adapted,
-             [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
-               const int64_t at = row * d_.hidden_size + first;
-               if (norm)
-                 store_columns<kVectors>(y, count, branch_ + at);
-               else
-                 add_columns<kVectors>(y, d_.residual_scale, count, x + at);
-             });
-  }
-
-  // Calls take(row, first output, number of outputs, Floats outputs[kVectors]) for all of the product, with what adapters add.
-  template <typename Take>
-  void multiply(int thread, const Linear& linear, const uint32_t* rows, int64_t num_rows, const Adapted& adapted, Take take) {
-    switch (linear.format) {
-      case kLinearFloat32: return multiply<PlainProduct<Float32Format>>(thread, linear, rows, num_rows, adapted, take);
-      case kLinearBFloat16: return multiply<PlainProduct<BFloat16Format>>(thread, linear, rows, num_rows, adapted, take);
-      case kLinearInt8: return multiply<GroupedProduct<false>>(thread, linear, rows, num_rows, adapted, take);
-      default: return multiply<GroupedProduct<true>>(thread, linear, rows, num_rows, adapted, take);
-    }
-  }
-
-  // How many pieces of so many words go into `bytes`, within limits.
-  static int64_t fitting(int64_t bytes, int64_t words, int64_t least, int64_t most) {
-    return std::clamp<int64_t>(bytes / static_cast<int64_t>(words * sizeof(uint32_t)), least, most);
-  }
-
-  // How many panels to take at a time, `most` or fewer: so many that the thread with the most has the least.
-  int64_t even_share(int64_t num_panels, int64_t most) const {
-    const auto longest = [&](int64_t together) {
-      const int64_t pieces = (num_panels + together - 1) / together;
-      return (pieces + team_.size() - 1) / team_.size() * together;
-    };
-    int64_t best = most;
-    for (int64_t together = most - 1; together > 0; together--)
-      if (longest(together) < longest(best)) best = together;
-    return best;
-  }
-
-  // A piece of work is a few panels, which then stay in the second-level cache, for a stretch of rows. The first tile
-  // waits for memory to bring them; while the others compute, the panels of the piece after are fetched.
-  template <typename Product, typename Take>
-  void multiply(int thread, const Linear& linear, const uint32_t* rows, int64_t num_rows, const Adapted& adapted, Take take) {
-    const int64_t panel_words = Product::panel_words(linear.inputs), row_words = Product::row_words(linear.inputs);
-    const int64_t most_panels = fitting(kPanelBytes, panel_words, 1, kMostPanels);
-    const int64_t tiles_together = fitting(kStretchBytes, Product::kMostRows * row_words, 2, 8);
-    const int64_t num_panels = (linear.outputs + kPanel - 1) / kPanel;
-    const int64_t num_tiles = (num_rows + Product::kMostRows - 1) / Product::kMostRows;
-    const int64_t num_stretches = (num_tiles + tiles_together - 1) / tiles_together;
-    const int64_t share = num_panels / (team_.size() * 3);
-    const int64_t wanted = num_tiles == 1 ? share / 2 : share;
-    const int64_t together = even_share(num_panels, std::clamp<int64_t>(wanted, 1, most_panels));
-    const int64_t num_groups = (num_panels + together - 1) / together;
-    // The piece whose units were asked for last: that of the unit in hand. Its tiles are as equal as can be.
-    struct {
-      int64_t piece = -1, first_panel, num_panels, first_tile, num_tiles;
-    } now;
-    const auto look_at = [&](int64_t piece) {
-      if (now.piece == piece) return;
-      const int64_t group = piece / num_stretches, stretch = piece % num_stretches;
-      now.piece = piece;
-      now.first_panel = group * together;
-      now.num_panels = std::min(together, num_panels - now.first_panel);
-      now.first_tile = stretch * num_tiles / num_stretches;
-      now.num_tiles = (stretch + 1) * num_tiles / num_stretches - now.first_tile;
-    };
-    team_.each(
-        thread, num_groups * num_stretches,
-        [&](int64_t piece) {
-          look_at(piece);
-          return now.num_tiles;
+  void multiply_add(int thread, const Linear& linear, const uint32_t* words, int64_t num_rows, const Linear* next,
+                    const Adapted& adapted, float* x, const float* norm) {
+    float* const target = norm ? branch_ : x;
+    multiply(
+        thread, linear, words, num_rows, next, num_rows, adapted,
+        [&](int64_t row, int64_t first, int64_t count, const Floats* y) {
+          const int64_t at = row * d_.hidden_size + first;
+          if (norm)
+            store_columns<kVectors>(y, count, branch_ + at);
+          else
+            add_columns<kVectors>(y, d_.residual_scale, count, x + at);
         },
-        [&](int64_t, int64_t unit, Team::Turn& turn) {
-          const int64_t to_next = turn.likely_next() / num_stretches * together - now.first_panel;
-          const int64_t tile = now.first_tile + unit;
-          const int64_t row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
-          Floats sums[kMostPanels * Product::kMostRows * kVectors];
-          for (int64_t i = 0; i < now.num_panels; i++) {
-            const int64_t panel = now.first_panel + i;
-            const uint32_t* const weights = linear.panels + panel * panel_words;
-            const uint32_t* next = weights;
-            if (unit > 0 && unit < 3 && panel + to_next < num_panels)
-              next += to_next * panel_words + (unit - 1) * kLine;
-            run_tile<Product>(static_cast<int>(end - row), rows + row * row_words, linear.inputs, weights, next,
-                              sums + i * Product::kMostRows * kVectors);
-          }
-          if (!turn.take()) return;
-          for (int64_t i = 0; i < now.num_panels; i++) {
-            const int64_t first = (now.first_panel + i) * kPanel;
-            const int64_t count = std::min<int64_t>(kPanel, linear.outputs - first);
-            for (int64_t r = row; r < end; r++) {
-              Floats* const y = sums + (i * Product::kMostRows + r - row) * kVectors;
-              if (linear.bias)
-                for (int c = 0; c < kVectors; c++) y[c] += load(linear.bias + first + c * kLanes);
-              if (const LowRank* const found = low_rank(adapted, r))
-                add_up(*found, projected_ + r * most_rank_, first, linear.outputs, y);
-              take(r, first, count, y);
-            }
-          }
-        });
+        [&](int64_t row, int64_t first) { touch(target + row * d_.hidden_size + first); });
   }
+
+  // As multiply in product.h, with what adapters add.
+  template <typename Take, typename Touch>
+  void multiply(int thread, const Linear& linear, const uint32_t* rows, int64_t num_rows, const Linear* next,
+                int64_t num_next_rows, const Adapted& adapted, Take take, Touch touch) {
+    with_product(linear, [&](auto product) {
+      torchrelay::multiply<decltype(product)>(
+          team_, thread, fetches_[thread].fetch, linear, rows, num_rows, next, num_next_rows, words_of_layer_,
+          [&](int64_t row, int64_t first, int64_t count, Floats* y) {
+            if (const LowRank* const found = low_rank(adapted, row))
+              add_up(*found, projected_ + row * most_rank_, first, linear.outputs, y);
+            take(row, first, count, y);
+          },
+          touch);
+    });
+  }
+
+  // On cache lines of its own, and the processor's neighbour of each.
+  struct alignas(128) ThreadFetch {
+    Fetch fetch;
+  };
 
   const Decoder& d_;
   const DecoderStep& s_;
@@ -492,7 +477,8 @@ class Step {
   int64_t row_size_ = 0, scratch_size_ = 0;
   std::vector<char> adapts_;             // by layer and product: whether any of the step's adapters adds to it
   std::vector<int32_t> kept_adapters_;  // of the rows whose logits are wanted
-  int64_t most_rank_ = 0;
+  int64_t most_rank_ = 0, words_of_layer_ = 0;
+  std::vector<ThreadFetch> fetches_;
   std::chrono::steady_clock::time_point clock_;
 };
 

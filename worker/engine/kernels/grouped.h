@@ -20,6 +20,7 @@ namespace torchrelay {
 
 constexpr int kGroup = 32;
 constexpr int kGroupWords = kGroup / 4;
+static_assert(kGroupWords == kFetchSteps);
 constexpr int kPanelGroup = kGroupWords * kPanel + kPanel / 2;  // words
 
 inline int64_t num_groups(int64_t inputs) { return (inputs + kGroup - 1) / kGroup; }

@@ -18,6 +18,8 @@ struct GroupedProduct {
   static int64_t panel_words(int64_t inputs) { return num_groups(inputs) * kPanelGroup; }
   static int64_t row_words(int64_t inputs) { return num_groups(inputs) * kRowGroup * kPlanes; }
 
+  static int64_t num_looks(int64_t inputs) { return num_groups(inputs); }
+
   static void write_row(const float* x, int64_t size, uint32_t* row) {
     each_group<kWide>(x, size, [&](int64_t g, const int32_t* steps, float scale) {
       int8_t bytes[kPlanes][kGroup];
@@ -42,14 +44,15 @@ struct GroupedProduct {
   }
 
   template <int R>
-  static void run_tile(const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
+  static void run_tile(const uint32_t* rows, int64_t inputs, const uint32_t* panel, Fetch& fetch,
                        Floats* result) {
     constexpr int kPrefetch = 2048 / 4;  // words ahead
     const int64_t groups = num_groups(inputs), plane_words = groups * kRowGroup, row_words = plane_words * kPlanes;
     Floats sums[R][kVectors];
     for (int r = 0; r < R; r++)
       for (int c = 0; c < kVectors; c++) sums[r][c] = Floats{};
-    for (int64_t g = 0; g < groups; g++, panel += kPanelGroup, next += kPanelGroup, rows += kRowGroup) {
+    for (int64_t g = 0; g < groups; g++, panel += kPanelGroup, rows += kRowGroup) {
+      const char* const chunk = fetches<GroupedProduct>(R) ? fetch.look() : nullptr;
       Ints counts[R][kPlanes][kVectors];
       for (int r = 0; r < R; r++)
         for (int p = 0; p < kPlanes; p++)
@@ -58,7 +61,7 @@ struct GroupedProduct {
       for (int k = 0; k < kGroupWords; k++) {
         __builtin_prefetch(panel + k * kPanel + kPrefetch);
         __builtin_prefetch(panel + k * kPanel + kPrefetch + kLine);
-        __builtin_prefetch(next + k * kPanel, 0, 2);
+        if constexpr (fetches<GroupedProduct>(R)) fetch_lines(chunk, k);
         Bits weights[kVectors];
         for (int c = 0; c < kVectors; c++) weights[c] = load_words(panel + k * kPanel + c * kLanes);
         for (int r = 0; r < R; r++)

@@ -19,6 +19,8 @@ struct GroupedProduct {
   static int64_t panel_words(int64_t inputs) { return num_groups(inputs) * kPanelGroup; }
   static int64_t row_words(int64_t inputs) { return num_groups(inputs) * kRowGroup; }
 
+  static int64_t num_looks(int64_t inputs) { return num_groups(inputs) * (kVectors / vectors_together(kMostRows)); }
+
   static void write_row(const float* x, int64_t size, uint32_t* row) {
     each_group<kWide>(x, size, [&](int64_t g, const int32_t* steps, float scale) {
       uint32_t* const target = row + g * kRowGroup;
@@ -34,22 +36,23 @@ struct GroupedProduct {
   }
 
   template <int R>
-  static void run_tile(const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
+  static void run_tile(const uint32_t* rows, int64_t inputs, const uint32_t* panel, Fetch& fetch,
                        Floats* result) {
     constexpr int V = vectors_together(R);
     for (int first = 0; first < kVectors; first += V)
-      run_part<R, V>(rows, inputs, panel, first, next, result + first);
+      run_part<R, V>(rows, inputs, panel, first, fetch, result + first);
   }
 
   template <int R, int V>
-  static void run_part(const uint32_t* rows, int64_t inputs, const uint32_t* panel, int first, const uint32_t* next,
+  static void run_part(const uint32_t* rows, int64_t inputs, const uint32_t* panel, int first, Fetch& fetch,
                        Floats* result) {
     constexpr int kPrefetch = 2048 / 4;  // words ahead
     const int64_t groups = num_groups(inputs), row_words = groups * kRowGroup;
     Floats sums[R][V];
     for (int r = 0; r < R; r++)
       for (int c = 0; c < V; c++) sums[r][c] = Floats{};
-    for (int64_t g = 0; g < groups; g++, panel += kPanelGroup, next += kPanelGroup, rows += kRowGroup) {
+    for (int64_t g = 0; g < groups; g++, panel += kPanelGroup, rows += kRowGroup) {
+      const char* const chunk = fetches<GroupedProduct>(R) ? fetch.look() : nullptr;
       Ints counts[R][V];
       for (int r = 0; r < R; r++)
         for (int c = 0; c < V; c++)
@@ -57,7 +60,7 @@ struct GroupedProduct {
       for (int k = 0; k < kGroupWords; k++) {
         const uint32_t* const words = panel + k * kPanel + first * kLanes;
         for (int c = 0; c < V * kLanes; c += kLine) __builtin_prefetch(words + kPrefetch + c);
-        __builtin_prefetch(next + k * kPanel, 0, 2);
+        if constexpr (fetches<GroupedProduct>(R)) fetch_lines(chunk, k);
         for (int part = 0; part < kParts; part++) {
           Bits weights[V];
           for (int c = 0; c < V; c++) weights[c] = every_second(load_words(words + c * kLanes), part);

@@ -11,7 +11,9 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
+#include "fetch.h"
 #include "simd.h"
 
 namespace torchrelay {
@@ -84,25 +86,76 @@ struct BFloat16Format {
 };
 #endif
 
-// A product, tile by tile: how far panels and rows lie apart, and a tile's sums [num_rows][kVectors]. Every second cache
-// line from `next` on is fetched meanwhile: weights that are to come.
+// Whether a tile computes long enough to fetch something else meanwhile. It does wherever there are several.
+template <typename Product>
+constexpr bool fetches(int rows) {
+  return 2 * rows >= Product::kMostRows;
+}
+
+// Calls work(0), work(1) to work(N - 1), each with a constant.
+template <int N, typename Work>
+inline void each_of(Work work) {
+  if constexpr (N > 0) {
+    each_of<N - 1>(work);
+    work(std::integral_constant<int, N - 1>());
+  }
+}
+
+// The rows of a tile: few registers reach them all, by what addresses can add and multiply.
+class RowPointers {
+ public:
+  RowPointers(const uint32_t* rows, int64_t row_words)
+      : at_(reinterpret_cast<const char*>(rows)), one_(row_words * static_cast<int64_t>(sizeof(uint32_t))),
+        three_(3 * one_), five_(5 * one_), seven_(7 * one_), nine_(9 * one_), eleven_(11 * one_) {}
+
+  // To the next word of each. Compilers would keep every row's distance in a register of its own, and run out of them.
+  void advance() {
+    at_ += sizeof(uint32_t);
+#if defined(__x86_64__)
+    __asm__("" : "+r"(one_), "+r"(three_), "+r"(five_), "+r"(seven_), "+r"(nine_), "+r"(eleven_));
+#endif
+  }
+
+  template <int R>
+  const uint32_t* row() const {
+    return reinterpret_cast<const uint32_t*>(at_ + distance<R>());
+  }
+
+ private:
+  template <int R>
+  int64_t distance() const {
+    if constexpr (R == 0) return 0;
+    if constexpr (R == 1 || R == 2 || R == 4 || R == 8) return R * one_;
+    if constexpr (R == 3 || R == 6) return R / 3 * three_;
+    if constexpr (R == 5 || R == 10) return R / 5 * five_;
+    if constexpr (R == 7) return seven_;
+    if constexpr (R == 9) return nine_;
+    if constexpr (R == 11) return eleven_;
+  }
+
+  const char* at_;
+  int64_t one_, three_, five_, seven_, nine_, eleven_;
+};
+
+// A product, tile by tile: how far panels and rows lie apart, and a tile's sums [num_rows][kVectors].
 template <typename Format>
 struct PlainProduct {
   static constexpr int kMostRows = kTileRows;
 
   static int64_t row_words(int64_t inputs) { return inputs / Format::kPack * Format::kParts; }
+  static int64_t num_looks(int64_t inputs) { return (inputs / Format::kPack + kFetchSteps - 1) / kFetchSteps * (kVectors / vectors_together(kMostRows)); }
   static int64_t panel_words(int64_t inputs) { return inputs / Format::kPack * kPanel; }
 
   template <int R>
-  static void run_tile(const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
+  static void run_tile(const uint32_t* rows, int64_t inputs, const uint32_t* panel, Fetch& fetch,
                        Floats* result) {
     constexpr int V = vectors_together(R);
     for (int first = 0; first < kVectors; first += V)
-      run_part<R, V>(rows, inputs, panel + first * kLanes, next, result + first);
+      run_part<R, V>(rows, inputs, panel + first * kLanes, fetch, result + first);
   }
 
   template <int R, int V>
-  static void run_part(const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
+  static void run_part(const uint32_t* rows, int64_t inputs, const uint32_t* panel, Fetch& fetch,
                        Floats* result) {
     constexpr int kPrefetch = 2048 / 4;  // words ahead: the panel comes from memory where the batch is small
     constexpr int kParts = Format::kParts;
@@ -110,18 +163,26 @@ struct PlainProduct {
     Floats sums[R][V];
     for (int r = 0; r < R; r++)
       for (int c = 0; c < V; c++) sums[r][c] = Floats{};
-    for (int64_t k = 0; k < num_words; k++, panel += kPanel) {
-      for (int c = 0; c < V * kLanes; c += kLine) __builtin_prefetch(panel + kPrefetch + c);
-      __builtin_prefetch(next + k * kPanel, 0, 2);
-      for (int part = 0; part < kParts; part++) {
-        decltype(Format::weights(panel, 0)) weights[V];
-        for (int c = 0; c < V; c++) weights[c] = Format::weights(panel + c * kLanes, part);
-        for (int r = 0; r < R; r++) {
-          const uint32_t* const input = rows + r * row_words + k * kParts + part;
-          for (int c = 0; c < V; c++) sums[r][c] = Format::multiply_add(weights[c], input, sums[r][c]);
+    RowPointers input(rows, row_words);
+    int64_t k = 0;
+    do {
+      const char* const chunk = fetches<PlainProduct>(R) ? fetch.look() : nullptr;
+      const int64_t end = fetches<PlainProduct>(R) ? std::min(k + kFetchSteps, num_words) : num_words;
+      int64_t step = 0;
+      do {
+        for (int c = 0; c < V * kLanes; c += kLine) __builtin_prefetch(panel + kPrefetch + c);
+        if constexpr (fetches<PlainProduct>(R)) fetch_lines(chunk, step);
+        for (int part = 0; part < kParts; part++, input.advance()) {
+          decltype(Format::weights(panel, 0)) weights[V];
+          for (int c = 0; c < V; c++) weights[c] = Format::weights(panel + c * kLanes, part);
+          each_of<R>([&](auto r) {
+            for (int c = 0; c < V; c++)
+              sums[r][c] = Format::multiply_add(weights[c], input.template row<r>(), sums[r][c]);
+          });
         }
-      }
-    }
+        panel += kPanel;
+      } while (step++, ++k < end);
+    } while (k < num_words);
     for (int r = 0; r < R; r++)
       for (int c = 0; c < V; c++) result[r * kVectors + c] = sums[r][c];
   }
@@ -129,11 +190,11 @@ struct PlainProduct {
 
 // A tile of as many rows as there are, at most Product::kMostRows.
 template <typename Product, int R = Product::kMostRows>
-void run_tile(int num_rows, const uint32_t* rows, int64_t inputs, const uint32_t* panel, const uint32_t* next,
+void run_tile(int num_rows, const uint32_t* rows, int64_t inputs, const uint32_t* panel, Fetch& fetch,
               Floats* result) {
   if constexpr (R > 1)
-    if (num_rows < R) return run_tile<Product, R - 1>(num_rows, rows, inputs, panel, next, result);
-  Product::template run_tile<R>(rows, inputs, panel, next, result);
+    if (num_rows < R) return run_tile<Product, R - 1>(num_rows, rows, inputs, panel, fetch, result);
+  Product::template run_tile<R>(rows, inputs, panel, fetch, result);
 }
 
 }  // namespace torchrelay

@@ -1,8 +1,10 @@
 // Threads that go through the phases of a step together.
 //
 // A step has hundreds of phases of some microseconds, so threads wait for one another by looking, not by sleeping;
-// after a while they yield the core, for other processes may share it. A phase's work is handed out piece by piece, and
-// what ends a phase is that its pieces are done, not that every thread is there.
+// after a while they yield the core, for other processes may share it. Each thread has a share of a phase's pieces, the
+// same in every phase of as many, so that what it wrote is still in its core's caches and what it will read can be fetched
+// ahead; whoever is through with his own takes from the others'. What ends a phase is that its pieces are done, not that
+// every thread is there.
 //
 // A thread that loses its core in the middle of a piece would hold up all others for milliseconds, hundreds of times a
 // second where other processes share the cores. So they finish its piece (helping, as in lock-free algorithms:
@@ -45,7 +47,7 @@ class Team {
       return taken_;
     }
 
-    // What the thread's next piece will probably be, the same for all units of a piece.
+    // What the thread's next piece will probably be, the same for all units of a piece; -1 if it is the last of a share.
     int64_t likely_next() const { return likely_next_; }
 
    private:
@@ -59,21 +61,38 @@ class Team {
     bool taken_ = false;
   };
 
+  // Pieces of a thread's share: neighbours, or, where the first cost the most, every so manyeth.
+  enum class Shares { kAdjacent, kAlternate };
+
+  // The share's pieces in order, from number 0 on; -1 behind its end.
+  template <Shares kShares = Shares::kAdjacent>
+  int64_t piece_of_share(int64_t num_pieces, int thread, int64_t number) const {
+    if constexpr (kShares == Shares::kAlternate) {
+      const int64_t piece = thread + number * size();
+      return piece < num_pieces ? piece : -1;
+    } else {
+      const int64_t piece = thread * num_pieces / size() + number;
+      return piece < (thread + 1) * num_pieces / size() ? piece : -1;
+    }
+  }
+
   // A phase: calls work(piece, unit, turn) for each unit [0, num_units(piece)) of each piece [0, num_pieces), a piece's
   // units in their order, each directly after num_units. Returns when all are written; what was written is then
-  // visible. To be called by all threads, with the same numbers.
-  template <typename NumUnits, typename Work>
-  void each(int thread, int64_t num_pieces, NumUnits num_units, Work work) {
+  // visible. To be called by all threads, with the same numbers. While it waits for others, a thread calls idle().
+  template <Shares kShares = Shares::kAdjacent, typename NumUnits, typename Work, typename Idle>
+  void each(int thread, int64_t num_pieces, NumUnits num_units, Work work, Idle idle) {
     if (num_pieces <= 0) return;
     Seat& own = seats_[thread];
-    const Phase<NumUnits, Work> phase{own.num_phases++, num_pieces, num_units, work};
-    for (int64_t piece = claim(phase); piece >= 0; piece = claim(phase)) {
+    const Phase<kShares, NumUnits, Work> phase{own.num_phases++, num_pieces, num_units, work};
+    for (int64_t piece = claim(phase, thread); piece >= 0; piece = claim(phase, thread)) {
       own.state.store(state_of(phase.number, piece), std::memory_order_release);
       work_on(phase, own.state);
     }
     // From here on nothing is claimed, so no seat is taken anew before its piece is done.
-    for (int looks = 0; is_on(phase); looks++)
+    for (int looks = 0; is_on(phase); looks++) {
+      idle();
       if (looks < kLooks || !help(phase)) pause(looks);
+    }
   }
 
  private:
@@ -85,11 +104,13 @@ class Team {
 
   struct alignas(64) Seat {
     std::atomic<uint64_t> state{~uint64_t{0}};
+    std::atomic<uint64_t> claims{0};      // the phase, and how many pieces of the thread's share are claimed
     alignas(64) uint64_t num_phases = 0;  // of its own thread's
   };
 
-  template <typename NumUnits, typename Work>
+  template <Shares kShares, typename NumUnits, typename Work>
   struct Phase {
+    static constexpr Shares shares = kShares;
     uint64_t number;
     int64_t num_pieces;
     NumUnits num_units;
@@ -105,30 +126,41 @@ class Team {
 
   template <typename P>
   bool is_on(const P& phase) const {
-    return next_.load(std::memory_order_acquire) >> kPieceBits == phase.number;
+    return phase_.load(std::memory_order_acquire) == phase.number;
   }
 
-  // The next piece of the phase, each given once; -1 when there is none.
+  // The next piece of the phase, of the thread's own share first, each given once; -1 when there is none.
   template <typename P>
-  int64_t claim(const P& phase) {
-    uint64_t next = next_.load(std::memory_order_acquire);
-    do {
-      if (next >> kPieceBits != phase.number || static_cast<int64_t>(next & kPieces) >= phase.num_pieces) return -1;
-    } while (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel));
-    return static_cast<int64_t>(next & kPieces);
+  int64_t claim(const P& phase, int thread) {
+    for (int i = 0, owner = thread; i < size(); i++, owner = owner + 1 < size() ? owner + 1 : 0) {
+      std::atomic<uint64_t>& claims = seats_[owner].claims;
+      uint64_t claimed = claims.load(std::memory_order_acquire);
+      while (claimed >> kPieceBits == phase.number) {
+        const int64_t piece = piece_of_share<P::shares>(phase.num_pieces, owner, claimed & kPieces);
+        if (piece < 0) break;
+        if (claims.compare_exchange_weak(claimed, claimed + 1, std::memory_order_acq_rel)) return piece;
+      }
+    }
+    return -1;
+  }
+
+  // The piece behind one in the same share, or -1.
+  template <typename P>
+  int64_t next_in_share(const P& phase, int64_t piece) const {
+    if constexpr (P::shares == Shares::kAlternate) return piece + size() < phase.num_pieces ? piece + size() : -1;
+    const int64_t owner = ((piece + 1) * size() - 1) / phase.num_pieces;
+    return piece + 1 < (owner + 1) * phase.num_pieces / size() ? piece + 1 : -1;
   }
 
   // Computes units of the piece in a seat until none is left or somebody writes one. Whether there was any to compute.
   template <typename P>
   bool work_on(const P& phase, std::atomic<uint64_t>& seat) {
-    // The others take one each before.
-    const int64_t likely_next = static_cast<int64_t>(next_.load(std::memory_order_relaxed) & kPieces) + size() - 1;
     for (bool worked = false;; worked = true) {
       const uint64_t state = seat.load(std::memory_order_acquire);
       if (phase_of(state) != phase.number || state & kWriting) return worked;
       const int64_t piece = piece_of(state), unit = unit_of(state), num_units = phase.num_units(piece);
       if (unit >= num_units) return worked;
-      Turn turn(seat, state, likely_next);
+      Turn turn(seat, state, next_in_share(phase, piece));
       phase.work(piece, unit, turn);
       if (!turn.taken_) continue;
       seat.store(state + kUnit, std::memory_order_release);
@@ -140,7 +172,8 @@ class Team {
   void end_piece(const P& phase) {
     if (num_done_.fetch_add(1, std::memory_order_acq_rel) + 1 < phase.num_pieces) return;
     num_done_.store(0, std::memory_order_relaxed);
-    next_.store((phase.number + 1) << kPieceBits, std::memory_order_release);
+    for (Seat& seat : seats_) seat.claims.store((phase.number + 1) << kPieceBits, std::memory_order_relaxed);
+    phase_.store(phase.number + 1, std::memory_order_release);
   }
 
   // Works on what is in anybody's hands. Whether there was anything to do.
@@ -164,7 +197,7 @@ class Team {
   }
 
   std::atomic<int> size_;
-  alignas(64) std::atomic<uint64_t> next_{0};  // phase, and its next piece
+  alignas(64) std::atomic<uint64_t> phase_{0};
   alignas(64) std::atomic<int64_t> num_done_{0};
   std::vector<Seat> seats_;
 };

@@ -25,14 +25,19 @@ void go_through(Team& team, int thread, int num_threads, Numbers& even, Numbers&
   for (int64_t phase = 0; phase < kPhases; phase++) {
     const Numbers& from = phase % 2 ? odd : even;
     Numbers& to = phase % 2 ? even : odd;
-    team.each(thread, phase % 7 ? kPieces : 0, num_units, [&](int64_t piece, int64_t unit, Team::Turn& turn) {
+    const int64_t num_pieces = phase % 7 ? kPieces - phase % 4 : 0;
+    const auto work = [&](int64_t piece, int64_t unit, Team::Turn& turn) {
       const int64_t at = piece * kMostUnits + unit;
       if (phase % 5 == 0 && !turn.take()) return;  // some phases know from the start that they will write
       const uint64_t made = made_of(from, at, phase);
       if (phase % 5 != 0 && !turn.take()) return;
       if (phase % 3 == 0) sched_yield();  // whoever writes is held up too
       to[at].store(to[at].load(std::memory_order_relaxed) + made, std::memory_order_relaxed);
-    });
+    };
+    if (phase % 3 == 1)
+      team.each<Team::Shares::kAlternate>(thread, num_pieces, num_units, work, [] {});
+    else
+      team.each(thread, num_pieces, num_units, work, [] {});
   }
 }
 

@@ -15,6 +15,7 @@ _HEADER: Final = Path(__file__).parents[4] / "worker" / "engine" / "kernels" / "
 _STRESS: Final = Path(__file__).with_name("team_stress.cpp")
 _NUM_THREADS: Final = str(2 * (os.cpu_count() or 1) + 1)
 _GRANTED: Final = "seat_.compare_exchange_strong(state_, state_ | kWriting, std::memory_order_acq_rel)"
+_CLAIMED: Final = "compare_exchange_weak(claimed, claimed + 1, std::memory_order_acq_rel)"
 _LAST_PIECE: Final = "+ 1 < phase.num_pieces) return;"
 
 
@@ -47,3 +48,7 @@ def test_the_stress_finds_a_team_that_lets_every_thread_write(tmp_path: Path) ->
 
 def test_the_stress_finds_a_phase_that_ends_before_its_last_piece(tmp_path: Path) -> None:
     assert num_wrong(tmp_path, _LAST_PIECE, "+ 2 < phase.num_pieces) return;") != 0
+
+
+def test_the_stress_finds_a_piece_that_two_threads_have(tmp_path: Path) -> None:
+    assert num_wrong(tmp_path, _CLAIMED, _CLAIMED.replace("claimed, claimed + 1", "claimed, claimed")) != 0

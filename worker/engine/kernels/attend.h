@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "fetch.h"
 #include "tile.h"
 
 namespace torchrelay {
@@ -198,6 +199,29 @@ struct Scratch {
   }
 };
 
+// Queries as tile.h says that a tile has them.
+template <typename T>
+void write_queries(const T* const* sources, int rows, int64_t key_dim, float scale, float* query) {
+  if constexpr (!kPaired<T>) {
+    for (int r = 0; r < rows; r++)
+      for (int64_t d = 0; d < key_dim; d++) query[d * rows + r] = to_float(sources[r][d]) * scale;
+    return;
+  }
+  int64_t d = 0;
+#if defined(__AVX512BF16__)
+  for (; rows > kFewRows && d + 2 * kLanes <= key_dim; d += 2 * kLanes) {
+    const void* words[kMaxRows];
+    for (int r = 0; r < rows; r++) words[r] = sources[r] + d;
+    transpose_words(words, rows, query + d / 2 * rows);
+  }
+#endif
+  for (; d < key_dim; d += 2)
+    for (int r = 0; r < rows; r++) {
+      const T pair[2] = {sources[r][d], d + 1 < key_dim ? sources[r][d + 1] : T{}};
+      std::memcpy(query + d / 2 * rows + r, pair, sizeof pair);
+    }
+}
+
 template <typename T>
 Tile<T> make_tile(const Arguments& a, const Item& item, int rows, float* query) {
   const int group = group_size(a);
@@ -214,6 +238,7 @@ Tile<T> make_tile(const Arguments& a, const Item& item, int rows, float* query) 
   tile.softcap = a.softcap;
   tile.query = query;
   tile.num_distances = static_cast<int>(a.num_distances);
+  const T* sources[kMaxRows];
   for (int r = 0; r < rows; r++) {
     // Rows behind the tile's end repeat its last row; their results are dropped.
     const int row = item.first_row + std::min(r, item.num_rows - 1);
@@ -222,19 +247,9 @@ Tile<T> make_tile(const Arguments& a, const Item& item, int rows, float* query) 
     tile.distance_bias[r] = a.distance_bias ? a.distance_bias + head * a.num_distances : nullptr;
     const T* source = static_cast<const T*>(a.query) + head * a.query_head_stride +
                       (a.query_starts[item.sequence] + static_cast<int64_t>(token)) * a.query_token_stride;
-    if constexpr (kPaired<T>) {
-      char* const pairs = reinterpret_cast<char*>(query + r);
-      const int64_t stride = rows * static_cast<int64_t>(sizeof(float));
-      int d = 0;
-      for (; d + 2 <= tile.key_dim; d += 2) std::memcpy(pairs + d / 2 * stride, source + d, 2 * sizeof(T));
-      if (d < tile.key_dim) {
-        const T last[2] = {source[d], T{0}};
-        std::memcpy(pairs + d / 2 * stride, last, sizeof last);
-      }
-    } else {
-      for (int d = 0; d < tile.key_dim; d++) query[d * rows + r] = to_float(source[d]) * a.scale;
-    }
+    sources[r] = source;
   }
+  write_queries(sources, rows, a.key_dim, a.scale, query);
   // Tokens ascend with rows, and so do both ends of what a row sees.
   tile.some = {tile.visible[0].first, tile.visible[rows - 1].last};
   tile.all = {tile.visible[rows - 1].first, tile.visible[0].last};
@@ -268,9 +283,22 @@ void finish_rows(const Arguments& a, const Item& item, const Partial& whole) {
   }
 }
 
-// Fetches the first keys of an item that is to come: those that follow are fetched on the way, see tile.h.
+// Queries of an item's tokens, or its outputs: heads of a group lie side by side.
+template <typename Work>
+void each_token(const Arguments& a, const Item& item, Work work) {
+  const int group = group_size(a);
+  for (int token = item.first_row / group; token <= (item.first_row + item.num_rows - 1) / group; token++)
+    work(a.query_starts[item.sequence] + static_cast<int64_t>(token), static_cast<int64_t>(item.kv_head) * group);
+}
+
+// Fetches what an item that is to come reads first: its queries, which other threads wrote, and, where few rows wait for
+// them, the first keys. Those that follow are fetched on the way, see tile.h.
 template <typename T>
 void fetch_start(const Arguments& a, const Item& item) {
+  each_token(a, item, [&](int64_t token, int64_t head) {
+    fetch_near(static_cast<const T*>(a.query) + token * a.query_token_stride + head * a.query_head_stride,
+               group_size(a) * a.query_head_stride * static_cast<int64_t>(sizeof(T)));
+  });
   if (item.num_rows > kFewRows) return;
   const int32_t* blocks = a.block_tables + item.sequence * a.block_table_stride;
   const int64_t size = padded_key_dim<T>(a.key_dim) * kBlockSize;
@@ -280,6 +308,15 @@ void fetch_start(const Arguments& a, const Item& item) {
     const T* keys = static_cast<const T*>(a.key_cache) + (blocks[block] * a.num_kv_heads + item.kv_head) * size;
     for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(keys + i, 0, 2);
   }
+}
+
+// Fetches what finish_rows will write.
+template <typename T>
+void fetch_outputs(const Arguments& a, const Item& item) {
+  each_token(a, item, [&](int64_t token, int64_t head) {
+    fetch_to_write(static_cast<T*>(a.output) + (token * a.num_heads + head) * a.value_dim,
+                   group_size(a) * a.value_dim * static_cast<int64_t>(sizeof(T)));
+  });
 }
 
 template <typename T, int R, typename MayWrite>
@@ -293,6 +330,7 @@ void run_tile_item(const Arguments& a, const Item& item, const Scratch& scratch,
     return;
   }
   begin_rows(a, item, R, scratch.whole);
+  fetch_outputs<T>(a, item);
   for (int s = item.first_segment; s < item.last_segment; s++) {
     attend_segment<T, R>(tile, s, scratch.scores, scratch.part);
     merge(scratch.whole, scratch.part, R, tile.value_dim);

@@ -6,7 +6,8 @@
 // Rows with an adapter get what it adds to each product: projected down where the product's inputs are made, and up where
 // its outputs are taken.
 //
-// The bars are phases' ends (team.h), where threads wait for each other's work. Of the last layer only rows whose logits are wanted go beyond attention.
+// The bars are phases' ends (team.h), where threads wait for each other's work. Of the last layer only rows whose logits
+// are wanted go beyond attention.
 #pragma once
 
 #include <chrono>
@@ -174,11 +175,14 @@ class Step {
       spent(thread, &DecoderTimes::norms);
       const bool down_is_plain = is_plain(layer.down);
       const int64_t down_words = row_words(layer.down);
+      const bool rounds = layer.down.format == kLinearBFloat16 && sizeof(BFloat16Format::Input) == sizeof(BFloat16);
       multiply(
           thread, layer.gate_up, inputs_, num_rows, &layer.down, num_rows, adapted(2),
           [&](int64_t row, int64_t first, int64_t, const Floats* y) {
             Floats active[kVectors / 2];
-            for (int c = 0; c < kVectors / 2; c++) active[c] = gate(d_.activation, y[c], y[c + kVectors / 2]);
+            for (int c = 0; c < kVectors / 2; c++)
+              active[c] = rounds ? gate<true>(d_.activation, y[c], y[c + kVectors / 2])
+                                 : gate<false>(d_.activation, y[c], y[c + kVectors / 2]);
             const int64_t at = first / 2, count = std::min<int64_t>(kColumns, d_.mlp_size - at);
             uint32_t* const words = mlp_inputs_ + row * down_words;
             if (!down_is_plain)

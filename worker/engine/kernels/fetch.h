@@ -28,6 +28,11 @@ inline void fetch_now(const void* start, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char*>(start) + i, 0, 2);
 }
 
+// Into the first-level cache.
+inline void fetch_near(const void* start, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char*>(start) + i);
+}
+
 // Memory that is about to be written.
 inline void fetch_to_write(const void* start, int64_t bytes) {
   const char* const first = static_cast<const char*>(start);

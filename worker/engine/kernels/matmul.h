@@ -143,7 +143,10 @@ struct PlainProduct {
   static constexpr int kMostRows = kTileRows;
 
   static int64_t row_words(int64_t inputs) { return inputs / Format::kPack * Format::kParts; }
-  static int64_t num_looks(int64_t inputs) { return (inputs / Format::kPack + kFetchSteps - 1) / kFetchSteps * (kVectors / vectors_together(kMostRows)); }
+  // At what to fetch, by a tile of many rows.
+  static int64_t num_looks(int64_t inputs) {
+    return (inputs / Format::kPack + kFetchSteps - 1) / kFetchSteps * (kVectors / vectors_together(kMostRows));
+  }
   static int64_t panel_words(int64_t inputs) { return inputs / Format::kPack * kPanel; }
 
   template <int R>

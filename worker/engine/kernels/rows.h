@@ -100,11 +100,15 @@ inline void prepare_row(const Linear& linear, const float* x, uint32_t* words) {
   }
 }
 
-// Activation of gates, times ups.
+// Activation of gates, times ups; roughly, where the result is rounded to bfloat16.
+template <bool kRoughly>
 inline Floats gate(int64_t activation, Floats g, Floats ups) {
   if (activation == kSilu) {
     const Floats x = g < -88.0f ? broadcast(88.0f) : -g;
-    return g * reciprocal(exponential(x) + 1.0f) * ups;
+    if constexpr (kRoughly)
+      return g * reciprocal(rough_power_of_two(x * 1.44269504088896341f) + 1.0f) * ups;
+    else
+      return g * reciprocal(exponential(x) + 1.0f) * ups;
   }
   const Floats inner = (g * g * g * 0.044715f + g) * 0.7978845608028654f;
   return (hyperbolic_tangent(inner) + 1.0f) * g * 0.5f * ups;

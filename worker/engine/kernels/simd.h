@@ -92,7 +92,36 @@ inline Pairs broadcast_for(Pairs, const float* source) { return broadcast_pair(s
 // Rounds each sum of two products to nearest even; denormals count as zero.
 inline Floats multiply_add(Pairs a, Pairs b, Floats sum) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
-// 2^x for x <= 0 within 1e-4, for weights that are rounded to bfloat16 next, which is to 4e-3; exactly 0 below -150, of
+// Rows and lanes that differ by kHalf change places in each square of twice that.
+template <int kHalf>
+inline void exchange(Bits (&rows)[16]) {
+  Bits low, high;
+  for (unsigned i = 0; i < 16; i++) {
+    low[i] = i & kHalf ? i - kHalf + 16 : i;
+    high[i] = i & kHalf ? i + 16 : i + kHalf;
+  }
+  for (int r = 0; r < 16; r++) {
+    if (r & kHalf) continue;
+    const __m512i a = (__m512i)rows[r], b = (__m512i)rows[r + kHalf];
+    rows[r] = (Bits)_mm512_permutex2var_epi32(a, (__m512i)low, b);
+    rows[r + kHalf] = (Bits)_mm512_permutex2var_epi32(a, (__m512i)high, b);
+  }
+}
+
+// 16 words each of up to 16 rows, to target[word][num_rows] (J. O. Eklundh, A fast computer method for matrix
+// transposing, 1972).
+inline void transpose_words(const void* const* rows, int num_rows, float* target) {
+  Bits words[16];
+  for (int r = 0; r < 16; r++) words[r] = r < num_rows ? (Bits)_mm512_loadu_si512(rows[r]) : Bits{};
+  exchange<8>(words);
+  exchange<4>(words);
+  exchange<2>(words);
+  exchange<1>(words);
+  for (int i = 0; i < 16; i++)
+    _mm512_mask_storeu_epi32(target + i * num_rows, static_cast<__mmask16>((1u << num_rows) - 1), (__m512i)words[i]);
+}
+
+// 2^x for x < 128 within 1e-4, for numbers that are rounded to bfloat16 next, which is to 4e-3; exactly 0 below -150, of
 // -infinity too, which leaves no fraction. A NaN stays a NaN. 2^n times a minimax polynomial of 2^f on [0, 1).
 inline Floats rough_power_of_two(Floats x) {
   const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

@@ -29,7 +29,7 @@ constexpr int64_t padded_key_dim(int64_t key_dim) {
   return sizeof(T) == 2 ? (key_dim + 1) / 2 * 2 : key_dim;
 }
 
-constexpr int kSegment = 256;
+constexpr int kSegment = 512;  // fewer to merge, but more scores than fit the first-level cache beyond
 constexpr int kFewRows = 4;  // with up to so many attention waits for memory more than it computes
 constexpr int kMaxRows = kAccumulators / 2;
 constexpr int kUnitsPerBlock = kBlockSize / kLanes;  // a unit: kLanes neighbouring tokens of a block

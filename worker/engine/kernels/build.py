@@ -65,13 +65,16 @@ _FLAGS: Final = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
 
-_AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
+# -mprfchw: without it compilers fetch what is about to be written as if it were to be read; processors that lack the
+# instruction skip it.
+_AVX2: Final = ("-mavx2", "-mfma", "-mprfchw")
+_AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
 
 _X86: Final = ("x86_64", "AMD64")
 LEVEL_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
     "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
     "avx512": _AVX512,
-    "avx2": ("-mavx2", "-mfma"),
+    "avx2": _AVX2,
     "generic": (),  # what every CPU of the architecture has: SSE2, or NEON
 }
 """Instruction sets and their flags, the best first."""

@@ -37,22 +37,27 @@ inline Floats group_scales(const uint32_t* words, int first) {
   return (Floats)(first < kPanel / 2 ? halves << 16 : halves & 0xffff0000u);
 }
 
-// A NaN counts as the largest.
+// A NaN counts as the largest: as integers its bits are, and those of all numbers without a sign stand in their order.
 inline float largest_magnitude(const float* x, int64_t size) {
-  float largest = 0.0f;
-  for (int64_t i = 0; i < size; i++) {
-    const float magnitude = std::fabs(x[i]);
-    largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
+  Ints largest{};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const Ints magnitudes = (Ints)load(x + i) & 0x7fffffff;
+    largest = magnitudes > largest ? magnitudes : largest;
   }
-  return largest;
+  int32_t found = 0;
+  for (int lane = 0; lane < kLanes; lane++) found = std::max(found, largest[lane]);
+  for (; i < size; i++) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    found = std::max(found, bits & 0x7fffffff);
+  }
+  return as_float(static_cast<uint32_t>(found));
 }
 
-// Whole steps nearest to x, as integers in the low bits.
-inline int32_t round_to_steps(float x, float steps_per_unit) {
-  const float shifted = x * steps_per_unit + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  return bits - 0x4b400000;
+// Whole steps nearest to x, as integers.
+inline Ints round_to_steps(Floats x, float steps_per_unit) {
+  return (Ints)(x * steps_per_unit + 12582912.0f) - 0x4b400000;  // adding 1.5 * 2^23 rounds to an integer
 }
 
 // Calls take(group, steps[kGroup], scale) for each group of `size` activations; inputs behind the end count as zero. A NaN
@@ -71,7 +76,10 @@ void each_group(const float* x, int64_t size, Take take) {
     if constexpr (!kWide) largest = largest_magnitude(source, kGroup);
     const float steps_per_unit = largest > 1e-30f ? kSteps / largest : 0.0f;
     int32_t steps[kGroup];
-    for (int i = 0; i < kGroup; i++) steps[i] = round_to_steps(source[i], steps_per_unit);
+    for (int i = 0; i < kGroup; i += kLanes) {
+      const Ints rounded = round_to_steps(load(source + i), steps_per_unit);
+      std::memcpy(steps + i, &rounded, sizeof rounded);
+    }
     take(g, steps, largest / kSteps);
   }
 }

@@ -1,4 +1,4 @@
-"""Measures the machine: read bandwidth, and rates of matrix products with the best kernels of torch and numpy.
+"""Measures the machine: read bandwidth, and rates of multiply-adds: from registers alone, and of libraries' products.
 
 python -m tests.benchmarks.hardware [--threads N] [--shapes DIR]      prints one JSON object
 """
@@ -9,7 +9,9 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +23,13 @@ import torch
 from tests.benchmarks.limits import Hardware
 from tests.benchmarks.processes import OthersShare
 from tests.benchmarks.report import MAX_OTHERS
+from worker.engine.kernels.build import LEVEL_FLAGS, KernelBuildError, find_compiler, supported_levels
 
 _READ_BYTES: Final = 512 << 20  # far more than any cache
 _SQUARE, _SMALL_SQUARE = 2048, 256
 _CYCLED_BYTES: Final = 120 << 20  # copies of a weight, so that it comes from memory as it does in a step
+_PEAK: Final = Path(__file__).with_name("peak.cpp")
+_PEAK_S, _PEAK_RUNS = "0.2", 5
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -62,8 +67,28 @@ def read_bandwidth() -> dict[str, float]:
     return rates
 
 
-def peak_rates() -> dict[str, float]:
-    """Return operations per second of large square products by precision: the best of torch's and numpy's kernels.
+def instruction_rates(threads: int) -> dict[str, float]:
+    """Return operations per second by precision from registers to registers; none without a compiler."""
+    try:
+        compiler = find_compiler()
+    except KernelBuildError:
+        return {}
+    flags = ("-std=c++17", "-O3", "-ffp-contract=fast", "-Wno-psabi", "-pthread", *LEVEL_FLAGS[supported_levels()[0]])
+    headers = Path(sys.modules[find_compiler.__module__].__file__ or "").parent
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "peak"
+        command = [*compiler.command, *flags, f"-I{headers}", str(_PEAK), "-o", str(program)]
+        subprocess.run(command, check=True, timeout=120)
+        runs = [
+            subprocess.run([program, str(threads), _PEAK_S], capture_output=True, text=True, check=True, timeout=60)
+            for _ in range(_PEAK_RUNS)
+        ]
+    columns = zip(*([float(rate) for rate in run.stdout.split()] for run in runs), strict=True)
+    return dict(zip(("fp32", "bf16", "int8"), map(max, columns), strict=True))
+
+
+def peak_rates(threads: int) -> dict[str, float]:
+    """Return operations per second by precision: the best of registers alone and of torch's and numpy's large products.
 
     Where a processor has no instructions for a narrow format, torch's kernels for it may take a thousand times longer;
     engines widen it instead, and its rate is that of float32.
@@ -73,7 +98,9 @@ def peak_rates() -> dict[str, float]:
     for name, product in (("bf16", _torch_product(torch.bfloat16)), ("int8", _byte_product)):
         small = _rate(product, _SMALL_SQUARE)
         rates[name] = max(rates["fp32"], _rate(product, _SQUARE) if small > worth_a_look else small)
-    return rates
+    registers = instruction_rates(threads)
+    widened = registers.get("fp32", 0.0)
+    return {name: max(rate, registers.get(name, 0.0), widened) for name, rate in rates.items()}
 
 
 Product = Callable[[int], Callable[[], object]]  # by the size of the squares
@@ -126,7 +153,7 @@ def shape_rates(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def measure(threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    return {"threads": threads, "read_bytes_s": read_bandwidth(), "multiply_add_s": peak_rates()}
+    return {"threads": threads, "read_bytes_s": read_bandwidth(), "multiply_add_s": peak_rates(threads)}
 
 
 def parse(measured: dict[str, Any]) -> Hardware:

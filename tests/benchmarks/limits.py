@@ -1,8 +1,8 @@
-"""What the hardware allows: no engine can be faster than the machine's own best kernels and its memory. Pure.
+"""What the hardware allows: no engine can be faster than the machine's arithmetic and its memory. Pure.
 
-A run takes at least its multiply-adds over the measured rate of large matrix products, and at least one pass over the
-weights for each of its steps over the measured read bandwidth; the larger of both is its limit. Keys and values are not
-counted as bytes, so the limits are a little generous.
+A run takes at least its multiply-adds over the rate of the instructions, and at least one pass over the weights for
+each of its steps over the measured read bandwidth; the larger of both is its limit. Keys and values are not counted as
+bytes, so the limits are a little generous.
 """
 
 from __future__ import annotations

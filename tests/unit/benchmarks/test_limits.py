@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.benchmarks.hardware import instruction_rates
 from tests.benchmarks.limits import Hardware, ModelCost, limits
 from tests.benchmarks.workload import Request, Workload
 
@@ -51,3 +52,11 @@ def test_a_shared_prefix_is_computed_once() -> None:
     prefix = cost.operations(1024, 0, 0)
     tails = 32 * (cost.operations(32, 1024, 1) + cost.operations(31, 1056, 31))
     assert figures["W4"] == pytest.approx(32 * 32 * 1e11 / (prefix + tails))
+
+
+def test_rates_of_instructions_are_measured_by_a_program_that_this_compiler_builds() -> None:
+    rates = instruction_rates(threads=1)
+    if not rates:
+        pytest.skip("no C++ compiler")
+    assert set(rates) == {"fp32", "bf16", "int8"}
+    assert rates["fp32"] > 0

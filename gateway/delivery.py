@@ -101,11 +101,8 @@ class Subscription:
         self._must_read_log = True
         self._wake()
 
-    async def take(self, timeout_s: float) -> tuple[ReplyItem, ...] | None:
-        """Return everything that waits; nothing after a silence of `timeout_s`; None when the log must be read.
-
-        Raises Superseded once another stream of this generation was attached.
-        """
+    async def wait(self, timeout_s: float) -> None:
+        """Wait until `take` would return more than nothing, or raise; at most so long."""
         if not (self._pending or self._must_read_log or self.superseded):
             # A bare future and timer: asyncio's event and timeout would be a fifth of what a token costs a gateway.
             loop = asyncio.get_running_loop()
@@ -116,6 +113,12 @@ class Subscription:
             finally:
                 timer.cancel()
                 self._waiter = None
+
+    def take(self) -> tuple[ReplyItem, ...] | None:
+        """Return everything that waits; None when the log must be read.
+
+        Raises Superseded once another stream of this generation was attached.
+        """
         if self.superseded:
             raise Superseded
         items = tuple(self._pending)

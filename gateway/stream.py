@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -86,18 +87,19 @@ class EventStream:
         if self._first_page is not None:
             async for event in self._catch_up(self._take_first_page()):
                 yield event
-        last_sent = self._times.clock()
+        last_sent, last_of_items = self._times.clock(), -math.inf
         while not self.ended:
             silence_s = self._times.start_s if self._has_untold_start else self._times.reconcile_s
-            items = await self._subscription.take(silence_s)
+            await self._subscription.wait(silence_s)
+            await self._gather(last_of_items)
+            items = self._subscription.take()
             if items is None:
                 self._must_read_log = True
             events = self._apply(items) if items or self._must_read_log else await self._after_silence()
             del items  # not kept while a slow caller reads what was made of them
             for event in events:
-                last_sent = self._times.clock()
+                last_sent = last_of_items = self._times.clock()
                 yield event
-            await self._gather(last_sent)
             if self._must_read_log:
                 async for event in self._catch_up(await self._read_log()):
                     last_sent = self._times.clock()
@@ -130,7 +132,7 @@ class EventStream:
     async def _gather(self, last_sent: float) -> None:
         """Let tokens gather while many streams share this process: a message costs as much as several tokens in it."""
         pause = min(_MAX_GATHER_S, self._num_streams() / _MAX_MESSAGES_PER_S) - (self._times.clock() - last_sent)
-        if pause > _MIN_GATHER_S and not self.ended:
+        if pause > _MIN_GATHER_S:
             await asyncio.sleep(pause)
 
     def _apply(self, items: tuple[ReplyItem, ...] | None) -> list[pb.GenerationEvent]:

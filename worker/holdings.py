@@ -15,7 +15,8 @@ from worker.engine.types import ALL_TOKENS_FORBIDDEN, GenerationRequest, Request
 from worker.preemption import HIGHEST_CLASS, Runner
 from worker.ranking import Ranking
 
-_MAX_GATHER_S: Final = 0.2
+_MAX_GATHER_S: Final = 0.16
+_MAX_LATE_S: Final = 0.04  # so long what is due waits for the next step, whose commit can take it along
 _MIN_GATHER_S: Final = 0.01  # less is not worth it: that is one more token, if any
 
 # Errors that are no fault of the worker's.
@@ -200,7 +201,9 @@ class Holdings:
 
     def due_in(self, now: float) -> float | None:
         """Return the seconds until what has been held back is to be committed; None where nothing has."""
-        return max(0.0, self._released_at + self._interval_s() - now) if self._growing else None
+        if not self._growing:
+            return None
+        return max(0.0, self._released_at + self._interval_s() + _MAX_LATE_S - now)
 
     def _interval_s(self) -> float:
         wanted = min(_MAX_GATHER_S, len(self._growing) / self._max_events_per_s)

@@ -127,9 +127,13 @@ async def run(
     registry = ModelRegistry(redis, retry=retry)
     await publish(registry, assembly.card, assembly.files)
     claims = JobClaims(redis, assembly.card.shard, keys.random_id(), queue_settings, retry=retry, sealer=sealer)
-    head_start_s = _HEAD_START_S if assembly.device == "cpu" else 0.0
+    on_cpu = assembly.device == "cpu"
     engine = EngineThread(
-        assembly.engine, adapters=assembly.store, head_start_s=head_start_s, step_start=assembly.step_start
+        assembly.engine,
+        adapters=assembly.store,
+        head_start_s=_HEAD_START_S if on_cpu else 0.0,
+        step_start=assembly.step_start,
+        results_wait=on_cpu,  # elsewhere the next step computes already
     )
     engine.start(asyncio.get_running_loop())
     started_ms = int(time.time() * 1000)

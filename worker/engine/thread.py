@@ -62,18 +62,24 @@ class StepEngine(Protocol):
 
 
 class StepStart:
-    """Tells whoever gave an idle engine work that its step computes, and no longer wants the interpreter's lock."""
+    """Tells that a step computes, and no longer wants the interpreter's lock: others may take it at no cost to it."""
 
     def __init__(self, on_part: OnPart = ignore_part) -> None:
         """`on_part` is told of every part as well."""
         self._on_part = on_part
         self._computes = threading.Event()
+        self._on_start: Callable[[], None] = lambda: None
 
     def on_part(self, part: Part) -> None:
         """To be told of the parts of each step, on the engine's thread."""
         self._on_part(part)
         if part == "forward":
+            self._on_start()
             self._computes.set()
+
+    def listen(self, on_start: Callable[[], None]) -> None:
+        """Have this called on the engine's thread whenever a step begins to compute."""
+        self._on_start = on_start
 
     def expect(self) -> None:
         """Forget the steps so far."""
@@ -95,17 +101,21 @@ class EngineThread:
         *,
         head_start_s: float = 0.0,
         step_start: StepStart | None = None,
+        results_wait: bool = False,
     ) -> None:
         """Requests that name an adapter take it from `adapters`; without, they end with an error.
 
         The first token of a request that is alone gets `head_start_s` to its caller, once it is committed. `step_start`
-        is told of the parts of this engine's steps.
+        is told of the parts of this engine's steps; with `results_wait`, results come when the next step computes.
         """
         self._engine = engine
         self._adapters = adapters
         self._clock = clock
         self._head_start_s = head_start_s
         self._step_start = step_start
+        self._results_wait = results_wait and step_start is not None
+        if step_start is not None:
+            step_start.listen(self._deliver_held)
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()  # guarded by _changed, as the next five
         self._preparing: dict[str, bool] = {}  # requests that wait for grammar or adapter; whether they were aborted
@@ -113,6 +123,7 @@ class EngineThread:
         self._lone_start: int | None = None  # the step that gave a lone request's first token, until the next step
         self._not_before = 0.0  # by the clock: when the next step may begin
         self._is_stopping = False
+        self._held_result: StepResult | None = None  # not delivered yet
         self._results: asyncio.Queue[StepResult | None] = asyncio.Queue()  # two steps at most; None is the end
         self._loop: asyncio.AbstractEventLoop | None = None
         self._compiling = TakingTurns("grammars")
@@ -282,11 +293,14 @@ class EngineThread:
             self._crash = error
             log.exception("engine.crashed", held_request_ids=self._stats.held_request_ids)
         finally:
+            self._deliver_held()
             self._deliver(None)
 
     def _wait_for_work(self) -> bool:
         """Apply commands until there is a step to run. False when asked to stop."""
         while True:
+            if not (self._results_wait and self._may_step()):
+                self._deliver_held()
             with self._changed:
                 self._is_idle = not self._is_stopping and not self._commands and not self._may_step()
                 while not (self._is_stopping or self._commands or self._may_step()):
@@ -329,13 +343,24 @@ class EngineThread:
 
     def _step(self) -> None:
         result = self._engine.step(self._clock())
+        self._deliver_held()  # of the step before, if this one computed nothing
         self._stats = self._engine.stats()
         self._last_step_at = self._clock()
         with self._changed:
             self._unacknowledged.append(result.step)
             is_lone_start = len(self._stats.held_request_ids) == 1 and _has_first_token(result)
             self._lone_start, self._not_before = result.step if is_lone_start else None, 0.0
-        self._deliver(result)
+        self._held_result = result
+
+    def _deliver_held(self) -> None:
+        """Deliver what the latest step gave.
+
+        Where the next one follows at once and is laid out by this thread, that is better not done before it computes:
+        the event loop would take the interpreter's lock from it again and again, and the device would wait.
+        """
+        if self._held_result is not None:
+            result, self._held_result = self._held_result, None
+            self._deliver(result)
 
     def _deliver(self, result: StepResult | None) -> None:
         assert self._loop is not None, "not started"

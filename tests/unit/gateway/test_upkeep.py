@@ -37,7 +37,8 @@ async def test_a_stream_takes_its_event_before_the_queue_is_asked_again() -> Non
     subscription = hub.subscribe("g", None)
 
     async def stream() -> None:
-        assert await subscription.take(10) == (ITEM,)
+        await subscription.wait(10)
+        assert subscription.take() == (ITEM,)
         order.append("taken")
 
     async with asyncio.timeout(10):

@@ -65,6 +65,16 @@ def test_they_wait_no_longer_than_a_fifth_of_a_second() -> None:
     assert holdings.due_in(10.3) is None
 
 
+def test_what_is_due_goes_with_a_step_where_one_ends_soon() -> None:
+    holdings = hold()
+    holdings.events([step(0)], 10.0)
+    holdings.events([step(1)], 10.15)
+    due_in = holdings.due_in(10.15)
+    assert due_in is not None
+    assert abs(due_in - 0.05) < 1e-6, "0.04 s behind the 0.16 s of its rate"
+    assert len(holdings.events([step(2)], 10.165)) == NUM
+
+
 def test_few_streams_do_not_gather() -> None:
     holdings = hold(1)
     assert [len(holdings.events([step(i, [0])], 0.001 * i)) for i in range(9)] == [1] * 9

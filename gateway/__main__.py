@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import version
 
 import structlog
+import uvloop
 
 from common import keys
 from common.api_keys import ApiKeys
@@ -261,7 +262,7 @@ def main() -> int:
     """Run a gateway from the environment's settings; return the exit status."""
     configuration = read_settings(GatewayConfiguration.read, GatewaySettings, *IDENTITY_SETTINGS)
     try:
-        asyncio.run(_main(configuration))
+        uvloop.run(_main(configuration))
         ignore_signals()
     except (OSError, CertificateError) as error:
         log.error("gateway.failed", error=str(error))

@@ -68,6 +68,7 @@ class Agent:
         self._holdings = Holdings(engine.stats.block_size, max_events_per_s)
         self._may_claim = asyncio.Event()  # something waits in the queue, or may
         self._may_claim.set()
+        self._something_waits = False  # in the queue, as far as was told since the last claim
         self._emptied = asyncio.Event()  # nothing is held
         self._emptied.set()
         self._stopping = asyncio.Event()
@@ -97,14 +98,17 @@ class Agent:
 
     async def _claim(self) -> None:
         while not self._stopping.is_set():
-            is_idle = not self._holdings
-            if not is_idle:
+            if self._holdings:
                 await self._may_claim.wait()
             elif not self._has_room():
                 await asyncio.sleep(_ROOM_PAUSE_S)  # what was held last is being freed
             self._may_claim.clear()
+            waits = not self._holdings and not self._something_waits
+            self._something_waits = False
             if self._has_room() and not self._stopping.is_set():
-                await self._guarded(self._claim_once(wait=is_idle))
+                await self._guarded(self._claim_once(wait=waits))
+            if waits:
+                self._may_claim.clear()  # set by heartbeats meanwhile, when there was nothing else
             if self._must_make_room() and not self._stopping.is_set():
                 await self._guarded(self._make_room())
 
@@ -218,6 +222,7 @@ class Agent:
             self._stop_computing(generation_id, reason.name)
         self._num_urgent = result.queued[HIGHEST_CLASS]
         if any(result.queued):
+            self._something_waits = True
             self._may_claim.set()
         if not self._holdings:
             self._emptied.set()

@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 import structlog
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from common import keys
@@ -211,7 +212,7 @@ def run_process(configuration: WorkerConfiguration) -> int:
         await run(assembly, configuration, registered, vitals, stop)
 
     try:
-        asyncio.run(until_signal())
+        uvloop.run(until_signal())
         ignore_signals()
     except BaseExceptionGroup as group:
         for failure in group.exceptions:

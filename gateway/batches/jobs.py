@@ -76,9 +76,11 @@ class JobRunner:
         """Wait for a job's end; return its response. Raises GenerationEndedError, and Superseded."""
         generation_id = running.generation_id
         while True:
-            while (items := await running.take(_LISTEN_S)) is not None:
+            await running.wait(_LISTEN_S)
+            while (items := running.take()) is not None:
                 if any(item.kind.is_terminal for item in items):
                     break
+                await running.wait(_LISTEN_S)
             make, record = await self._read(generation_id, caller)
             if record.state.is_final:
                 break

@@ -320,6 +320,33 @@ async def test_a_dead_workers_jobs_go_on_elsewhere_where_they_stood(
     assert [delta.token_ids for event in events if event.body for delta in event.body.deltas] == [(1, 2), (3,)]
 
 
+async def test_a_commit_without_events_writes_nothing_until_a_tenth_of_the_lease_is_gone(
+    queue: JobQueue, claims: JobClaims, superuser: redis_sync.Redis
+) -> None:
+    """What writes nothing need not be synced to disk."""
+
+    def written() -> int:
+        return int(superuser.info("persistence")["rdb_changes_since_last_save"])
+
+    (generation_id,) = await enqueue(queue)
+    await claims.claim(1, ROOM, ROOM)
+    before = written()
+    assert (await claims.commit()).lost == {}
+    assert written() == before
+    lease_ms = QueueSettings().worker_lease_ms
+    for left_ms in (0.8 * lease_ms, 1.2 * lease_ms):  # and where the clock was put back
+        superuser.zadd(keys.worker_leases(SHARD), {claims.worker_id: time.time() * 1000 + left_ms})
+        before = written()
+        await claims.commit()
+        assert written() == before + 1
+        till = superuser.zscore(keys.worker_leases(SHARD), claims.worker_id)
+        assert till is not None
+        assert 0.95 * lease_ms < till - time.time() * 1000 <= lease_ms
+    before = written()
+    await claims.commit([make_event(generation_id, (1,))])
+    assert written() > before
+
+
 async def test_after_a_restart_of_the_server_workers_get_a_lease_of_grace(
     queue: JobQueue, claims: JobClaims, superuser: redis_sync.Redis
 ) -> None:

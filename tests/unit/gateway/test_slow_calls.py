@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 
@@ -90,3 +91,26 @@ def test_the_hub_counts_its_subscriptions() -> None:
     assert not hub.has(GENERATION_ID)
     hub.unsubscribe(other)
     assert len(hub) == 0
+
+
+async def test_tokens_gather_before_they_are_sent_where_streams_are_many_and_the_first_do_not_wait() -> None:
+    log = chained([tokens(65 + n, first=n) for n in range(3)])
+    hub, factory = factory_for(OneJobQueue(log, JobState.RUNNING), StreamTimes(60, 60))
+    for number in range(250):
+        hub.subscribe(f"other-{number}")
+    stream = open_stream(factory, num_outputs=1)
+    pauses: list[float] = []
+
+    async def sleep(pause_s: float) -> None:
+        pauses.append(pause_s)
+        hub.dispatch([item_of(log[2])])
+
+    with mock.patch("gateway.stream.asyncio.sleep", sleep):
+        async with aclosing(cast("AsyncIterator[Any]", stream.events())) as events:
+            hub.dispatch([item_of(log[0])])
+            assert (await anext(events)).deltas.deltas[0].token_ids == [65]
+            assert pauses == []
+            hub.dispatch([item_of(log[1])])
+            assert (await anext(events)).deltas.deltas[0].token_ids == [66, 67]
+    (pause_s,) = pauses
+    assert 0 < pause_s <= 0.1

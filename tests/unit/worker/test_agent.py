@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 from prometheus_client import CollectorRegistry
 
-from common.generation import EventBody, OutputDelta
+from common.generation import EventBody, OutputDelta, Usage
 from common.jobs import ClaimedJob, CommitResult, JobState, NewEvent, Swept, WorkerInfo
 from tests.builders_jobs import make_claimed
 from tests.builders_metrics import value
@@ -465,3 +465,49 @@ async def test_a_step_is_counted_while_its_commit_is_on_its_way() -> None:
     await asyncio.wait_for(running, 10)
     assert order == ["sent", "counted", "stored"]
     assert registry.get_sample_value("torchrelay_step_duration_seconds_count", {"model_name": "test"}) == 1
+
+
+@dataclass
+class Asked(Claims):
+    """Notes how it is asked for jobs; the first commit ends what is held, and tells how many wait."""
+
+    waits: list[bool] = field(default_factory=list)
+    num_queued: int = 0
+
+    async def claim(self, max_jobs: int, free: int, total: int, *, wait: bool = False) -> list[ClaimedJob]:
+        self.waits.append(wait)
+        return await super().claim(max_jobs, free, total, wait=wait)
+
+    async def commit(self, events: Any) -> CommitResult:
+        return CommitResult(queued=(0, self.num_queued, 0))
+
+
+@pytest.mark.parametrize("num_queued", [0, 1])
+async def test_a_worker_through_with_its_jobs_waits_for_the_bell_unless_it_knows_of_more(num_queued: int) -> None:
+    """A claim that finds nothing writes to the server's disk, just when the next caller comes."""
+    claims = Asked([make_claimed("a")], num_queued=num_queued)
+    engine = Stepping(hangs=False)
+    agent = Agent(
+        cast(Any, claims),
+        cast(Any, engine),
+        WorkerSettings(drain_s=0),
+        WorkerInfo,
+        WorkerMetrics(CollectorRegistry(), "test", 10),
+        max_num_seqs=8,
+        beat_interval_s=60,
+    )
+    running = asyncio.create_task(agent.run())
+
+    async def has_submitted() -> bool:
+        return bool(engine.submitted)
+
+    async def has_asked_again() -> bool:
+        return len(claims.waits) > 1
+
+    await until(has_submitted, what="work")
+    usage = Usage(prompt_tokens=1, completion_tokens=1)
+    engine.results.put_nowait(StepResult(1, (RequestOutput(engine.submitted[0], (), usage=usage),)))
+    await until(has_asked_again, what="a claim")
+    assert claims.waits[:2] == [True, not num_queued]
+    agent.stop()
+    await asyncio.wait_for(running, 10)

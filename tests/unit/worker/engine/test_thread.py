@@ -14,7 +14,7 @@ from tests.builders_engine import Collected, PaperRunner, make_engine, make_requ
 from worker.engine.batch import TokensInFlight
 from worker.engine.scheduler import Plan
 from worker.engine.thread import EngineCrashed, EngineStopped, EngineThread, StepStart
-from worker.engine.types import Part
+from worker.engine.types import Part, StepResult
 
 StartThread = Callable[..., EngineThread]
 
@@ -380,3 +380,70 @@ def test_the_beginning_of_a_step_is_told_once_it_is_expected_and_every_part_is_p
     beginning.expect()
     assert not beginning.wait(0)
     assert parts == ["plan", "batch", "forward"]
+
+
+class Noting(EngineThread):
+    """Notes in order what it delivers and what its runner does."""
+
+    def __init__(self, *, results_wait: bool, crashes_at: int = 0, takes_s: float = 0.1) -> None:
+        self.noted: list[str] = []
+        start, noted = StepStart(), self.noted
+
+        class Runner(PaperRunner):
+            def execute(self, plan: Plan, in_flight: TokensInFlight | None = None) -> torch.Tensor:
+                noted.append("lays out")
+                if noted.count("lays out") == crashes_at:
+                    raise RuntimeError("the device is gone")
+                start.on_part("forward")
+                noted.append("computes")
+                time.sleep(takes_s)
+                return super().execute(plan, in_flight)
+
+        super().__init__(make_engine(Runner()), step_start=start, results_wait=results_wait)
+
+    def _deliver(self, result: StepResult | None) -> None:
+        self.noted.append("the end" if result is None else str(result.step))
+        super()._deliver(result)
+
+
+async def run_two(thread: Noting) -> None:
+    thread.start(asyncio.get_running_loop())
+    thread.submit(make_request("a", [1], max_tokens=3), make_request("b", [2], max_tokens=3))
+    await collect(thread, "a", "b")
+    thread.stop()
+    await thread.join(timeout=10)
+
+
+async def test_results_wait_until_the_next_step_computes_and_the_last_ones_do_not() -> None:
+    thread = Noting(results_wait=True)
+    await run_two(thread)
+    step = ["lays out", "computes"]
+    assert thread.noted == [*step, "lays out", "1", "computes", "lays out", "2", "computes", "3", "the end"]
+
+
+async def test_elsewhere_results_come_at_once() -> None:
+    thread = Noting(results_wait=False)
+    await run_two(thread)
+    step = ["lays out", "computes"]
+    assert thread.noted == [*step, "1", *step, "2", *step, "3", "the end"]
+
+
+async def test_results_that_wait_come_though_nobody_acknowledges() -> None:
+    thread = Noting(results_wait=True, takes_s=0)
+    thread.start(asyncio.get_running_loop())
+    thread.submit(make_request("a", [1]), make_request("b", [2]))
+    async with asyncio.timeout(10):
+        assert [(await thread.next_result()).step for _ in range(2)] == [1, 2]
+    thread.stop()
+    await thread.join(timeout=10)
+
+
+async def test_what_was_computed_before_a_crash_is_delivered() -> None:
+    thread = Noting(results_wait=True, crashes_at=2)
+    thread.start(asyncio.get_running_loop())
+    thread.submit(make_request("a", [1]), make_request("b", [2]))
+    async with asyncio.timeout(10):
+        assert (await thread.next_result()).step == 1
+        with pytest.raises(EngineCrashed):
+            await thread.next_result()
+    await thread.join(timeout=10)

@@ -103,12 +103,12 @@ class Agent:
             elif not self._has_room():
                 await asyncio.sleep(_ROOM_PAUSE_S)  # what was held last is being freed
             self._may_claim.clear()
-            waits = not self._holdings and not self._something_waits
-            self._something_waits = False
             if self._has_room() and not self._stopping.is_set():
+                waits = not self._holdings and not self._something_waits
+                self._something_waits = False
                 await self._guarded(self._claim_once(wait=waits))
-            if waits:
-                self._may_claim.clear()  # set by heartbeats meanwhile, when there was nothing else
+                if waits:
+                    self._may_claim.clear()  # set by heartbeats meanwhile, when there was nothing else
             if self._must_make_room() and not self._stopping.is_set():
                 await self._guarded(self._make_room())
 

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from common import errors, keys
 from common.generation import EventBody
 from common.job_queue import JobQueue
-from common.jobs import GenerationRecord, NewJob
+from common.jobs import GenerationRecord, NewJob, ReplyItem
 from gateway import convert
 from gateway.admission import Admission
 from gateway.catalog import Catalog
@@ -76,11 +76,10 @@ class JobRunner:
         """Wait for a job's end; return its response. Raises GenerationEndedError, and Superseded."""
         generation_id = running.generation_id
         while True:
-            await running.wait(_LISTEN_S)
-            while (items := running.take()) is not None:
-                if any(item.kind.is_terminal for item in items):
-                    break
+            items: tuple[ReplyItem, ...] | None = ()
+            while items is not None and not any(item.kind.is_terminal for item in items):
                 await running.wait(_LISTEN_S)
+                items = running.take()
             make, record = await self._read(generation_id, caller)
             if record.state.is_final:
                 break

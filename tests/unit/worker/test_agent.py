@@ -110,7 +110,7 @@ class Claims:
         return 0
 
 
-def make_agent(claims: Claims, engine: Engine, hang_s: float) -> Agent:
+def make_agent(claims: Claims, engine: Engine, hang_s: float, **options: Any) -> Agent:
     settings = WorkerSettings(hang_s=hang_s, drain_s=0)
     return Agent(
         cast(Any, claims),
@@ -118,8 +118,7 @@ def make_agent(claims: Claims, engine: Engine, hang_s: float) -> Agent:
         settings,
         WorkerInfo,
         WorkerMetrics(CollectorRegistry(), "test", 10),
-        max_num_seqs=8,
-        beat_interval_s=BEAT_S,
+        **{"max_num_seqs": 8, "beat_interval_s": BEAT_S, **options},
     )
 
 
@@ -378,16 +377,7 @@ class Storing(Claims):
 
 async def test_tokens_that_gather_are_committed_though_no_step_follows() -> None:
     claims, engine = Storing([make_claimed("a")]), Stepping(hangs=False)
-    agent = Agent(
-        cast(Any, claims),
-        cast(Any, engine),
-        WorkerSettings(drain_s=0),
-        WorkerInfo,
-        WorkerMetrics(CollectorRegistry(), "test", 10),
-        max_num_seqs=8,
-        beat_interval_s=BEAT_S,
-        max_events_per_s=1,
-    )
+    agent = make_agent(claims, engine, hang_s=10, max_events_per_s=1)
     running = asyncio.create_task(agent.run())
 
     async def commits(number: int) -> None:
@@ -487,15 +477,7 @@ async def test_a_worker_through_with_its_jobs_waits_for_the_bell_unless_it_knows
     """A claim that finds nothing writes to the server's disk, just when the next caller comes."""
     claims = Asked([make_claimed("a")], num_queued=num_queued)
     engine = Stepping(hangs=False)
-    agent = Agent(
-        cast(Any, claims),
-        cast(Any, engine),
-        WorkerSettings(drain_s=0),
-        WorkerInfo,
-        WorkerMetrics(CollectorRegistry(), "test", 10),
-        max_num_seqs=8,
-        beat_interval_s=60,
-    )
+    agent = make_agent(claims, engine, hang_s=10, beat_interval_s=60)
     running = asyncio.create_task(agent.run())
 
     async def has_submitted() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -137,8 +137,7 @@ class LostReason(StrEnum):
     DIVERGED = "diverged"  # the stored log is not the one that this worker wrote: lost by the server
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewJob:
+class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     """A generation to queue. Durations are in milliseconds from now on the server's clock.
 
     Raises InvalidRequest for a tenant, key id or idempotency key that does not fit the store.
@@ -182,12 +181,12 @@ class NewJob:
 
 
 def _check_bytes(name: str, value: str, low: int, high: int) -> None:
-    if not low <= len(value.encode()) <= high or _CONTROL.search(value):
+    # What can be printed holds none; to ask so is cheaper than to search.
+    if not low <= len(value.encode()) <= high or not (value.isprintable() or not _CONTROL.search(value)):
         raise InvalidRequest(f"{name} must be {low} to {high} bytes without control characters", field=name, limit=high)
 
 
-@dataclass(frozen=True, slots=True)
-class Enqueued:
+class Enqueued(msgspec.Struct, frozen=True):
     """An accepted generation."""
 
     generation_id: str
@@ -241,8 +240,7 @@ class Attachment:
     more: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimedJob:
+class ClaimedJob(msgspec.Struct, frozen=True, kw_only=True):
     """A job handed to a worker. `events` is its log so far: not empty after a takeover."""
 
     generation_id: str
@@ -263,8 +261,7 @@ class ClaimedJob:
     num_claims: int = 1  # times that a worker was given it, this one included
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewEvent:
+class NewEvent(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker commits for one held job: several engine steps may be merged into one event.
 
     Token counts are totals over the generation, not increments, so that a repeat changes nothing.
@@ -279,11 +276,10 @@ class NewEvent:
     reason: Reason = Reason.NONE
 
 
-@dataclass(frozen=True, slots=True)
-class CommitResult:
+class CommitResult(msgspec.Struct, frozen=True):
     """Answer to a commit or heartbeat."""
 
-    lost: Mapping[str, LostReason] = field(default_factory=dict)  # held no longer: stop computing them
+    lost: Mapping[str, LostReason] = msgspec.field(default_factory=dict)  # held no longer: stop computing them
     queued: tuple[int, ...] = (0,) * keys.PRIORITY_CLASSES  # waiting jobs of each class
     has_unknown_jobs: bool = False  # the server counts more jobs as ours than we hold: call `owned`
     drain_requested_by: str = ""  # of a heartbeat: the operator who has asked this worker to drain

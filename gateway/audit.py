@@ -102,6 +102,11 @@ class Audit:
         self._clock = clock
         self._wall_clock = wall_clock
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether records are written anywhere."""
+        return self._file is not None or self._to_log
+
     def begin(self, method: str, peer: str) -> CallRecord:
         """Begin the record of a call; `note` and `mark` of its handler then reach it."""
         record = CallRecord(method, peer, began=self._clock())
@@ -117,7 +122,7 @@ class Audit:
         self.write("call", record, ended)
 
     def write(self, event: str, record: CallRecord, more: dict[str, str | int]) -> None:
-        if self._file is None and not self._to_log:
+        if not self.is_kept:
             return
         line: dict[str, Any] = {"event": event, "method": record.method, "peer": record.peer}
         if record.caller is not None:
@@ -143,6 +148,12 @@ def note(**fields: str | int) -> None:
     record = _RECORD.get()
     if record is not None:
         record.notes |= fields
+
+
+def is_kept() -> bool:
+    """Return whether the record of the call that is being served is written anywhere."""
+    audit = _AUDIT.get()
+    return audit is not None and audit.is_kept
 
 
 def mark(event: str) -> None:

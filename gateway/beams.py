@@ -5,6 +5,7 @@ What they mean is transformers' (`_beam_search`, without sampling). Ranges are c
 
 from __future__ import annotations
 
+from collections.abc import Collection, Set
 from typing import Any, Final
 
 from common.errors import InvalidRequest
@@ -27,6 +28,9 @@ _OF_CARD: Final = {
     EarlyStopping.WHEN_FULL: pb.EARLY_STOPPING_WHEN_FULL,
     EarlyStopping.NEVER: pb.EARLY_STOPPING_NEVER,
 }
+
+
+_FIELDS: Final = frozenset(("num_beams", "length_penalty", "early_stopping", "renormalize_logits"))
 
 
 def is_asked_for(config: pb.GenerationConfig) -> bool:
@@ -62,8 +66,19 @@ def is_by_default(config: pb.GenerationConfig, defaults: pb.GenerationConfig, ma
     )
 
 
-def check(config: pb.GenerationConfig, defaults: pb.GenerationConfig, max_beams: int, bad: Violations) -> None:
-    """Note every field that is out of its range, or does not go with a beam search, or not without one."""
+def check(
+    config: pb.GenerationConfig,
+    defaults: pb.GenerationConfig,
+    max_beams: int,
+    given: Collection[str],
+    bad: Violations,
+) -> None:
+    """Note every field that is out of its range, or does not go with a beam search, or not without one.
+
+    `given` are the names of those that the config sets.
+    """
+    if _FIELDS.isdisjoint(given) and not is_asked_for(defaults):
+        return
     if config.HasField("num_beams") and not 1 <= config.num_beams <= max_beams:
         bad.add("config.num_beams", f"must be 1 to {max_beams}")
     # A value that is not a number is in no range.
@@ -125,9 +140,18 @@ def check_constraint(config: pb.GenerationConfig, constraint: StructuredOutput |
 
 
 def resolve(
-    resolved: pb.GenerationConfig, config: pb.GenerationConfig, defaults: pb.GenerationConfig, max_beams: int
+    resolved: pb.GenerationConfig,
+    config: pb.GenerationConfig,
+    defaults: pb.GenerationConfig,
+    max_beams: int,
+    in_force: Set[str],
 ) -> None:
-    """Fill in what a search takes where nothing is set; without one leave out what the model's defaults say of it."""
+    """Fill in what a search takes where nothing is set; without one leave out what the model's defaults say of it.
+
+    No field but those `in_force` is set in any of the three.
+    """
+    if _FIELDS.isdisjoint(in_force):
+        return
     if not is_asked_for(config) and not is_by_default(config, defaults, max_beams):
         give_up(resolved)
         if config.HasField("num_beams"):

@@ -180,6 +180,8 @@ class ServedModel:
 
     async def bad_words_ids(self, words: Sequence[str], tenant: str = "") -> list[list[int]]:
         """Return the token sequences that words stand for: see `TextCodec.encode_words`."""
+        if not words:
+            return []
         if sum(map(len, words)) <= MAX_INLINE_CHARS:
             return self.codec.encode_words(words)
         return await self.turns.run(tenant, lambda: self.codec.encode_words(words))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import random
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager
@@ -37,7 +36,6 @@ from gateway.stream import EventStream, StreamFactory, accepted_of
 from torchrelay.v1 import generation_pb2 as pb
 
 _LEAST_CALL_MS: Final = 5  # no first token comes sooner: a caller with less time has given up before it is queued
-_RETRY_AFTER_MS: Final = 500
 _MAX_SALTS: Final = 1024
 _REPEAT_GRACE_MS: Final = 30_000  # for a call that is to be repeated
 # Answers to an attach by which nothing was attached; any other failure may hide that it took effect.
@@ -268,7 +266,9 @@ class Generations:
             accepted,
             body,
             kv_tokens=model.kv_tokens(len(prompt), sampling, num_source),
-            digest=self._digest(secret, request),
+            # Only a key's next use is compared with it: what is not needed before a job is queued is left out, since
+            # hardly a line of it is in a cache where calls are rare.
+            digest=self._digest(secret, request) if request.idempotency_key or audit.is_kept() else b"",
             part=part,
             grace_ms=grace_ms,
             call_remaining_s=call_remaining_s,
@@ -365,8 +365,7 @@ class Generations:
 
     def place(self, caller: Caller) -> AbstractContextManager[None]:
         """Count a call while it lasts. Raises ResourceExhausted."""
-        delay_ms = random.randint(_RETRY_AFTER_MS, 3 * _RETRY_AFTER_MS)  # not all come back at the same moment
-        return self._places.take(caller.tenant, retry_after_ms=delay_ms)
+        return self._places.take(caller.tenant)
 
 
 @lru_cache(_MAX_SALTS)

@@ -7,6 +7,7 @@ come to equal parts, and with a share of a half to 1/(n+1) each, so that one par
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Final
 from common.errors import ResourceExhausted
 
 FEW: Final = 4  # that a tenant may always have, while any are free
+RETRY_AFTER_MS: Final = (500, 1500)  # drawn between these: not all come back at the same moment
 
 
 class Places:
@@ -40,7 +42,7 @@ class Places:
         return min(left, max(self._few, int(left * self._share)))
 
     @contextmanager
-    def take(self, tenant: str, *, retry_after_ms: int, count: int = 1) -> Iterator[None]:
+    def take(self, tenant: str, count: int = 1) -> Iterator[None]:
         """Hold so many places. Raises ResourceExhausted with the reason GATEWAY_FULL."""
         limit = self.limit_of(tenant)
         if self._of_tenant[tenant] + count > limit:
@@ -51,7 +53,7 @@ class Places:
                 else f"the tenant has its share of this gateway's {self._of}, {limit} at present",
                 reason="GATEWAY_FULL",
                 metadata={"limit": str(self._num_places), "tenant_limit": str(limit)},
-                retry_after_ms=retry_after_ms,
+                retry_after_ms=random.randint(*RETRY_AFTER_MS),
             )
         self._of_tenant[tenant] += count
         self._num_taken += count

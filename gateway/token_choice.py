@@ -5,7 +5,7 @@ What they mean is transformers' (`generation/logits_process.py`); ranges are che
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any, Final
 
 from common.errors import InvalidRequest
@@ -34,6 +34,10 @@ _SCALARS: Final = (
     "forced_eos_token_id", "forced_bos_token_id", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
 )  # fmt: skip
 FIELDS: Final = frozenset((*_REPEATED, *_SCALARS, "exponential_decay_length_penalty"))
+# What is resolved here: a config in which none of them is in force is in force as it is.
+_RESOLVED: Final = frozenset(
+    ("min_tokens", "min_length", "forced_eos_token_id", "forced_bos_token_id", "exponential_decay_length_penalty")
+)
 _FORCED: Final[Mapping[str, tuple[str, ...]]] = {  # with the lists that keep a token from its place
     "forced_eos_token_id": ("suppress_tokens",),
     "forced_bos_token_id": ("suppress_tokens", "begin_suppress_tokens"),
@@ -96,18 +100,26 @@ def clear_replaced(resolved: pb.GenerationConfig, config: pb.GenerationConfig) -
         resolved.ClearField("exponential_decay_length_penalty")
 
 
-def has_filter(config: pb.GenerationConfig) -> bool:
-    """Whether a request asks for a filter of these, and so to sample."""
-    return any(config.HasField(name) for name in _FILTERS)
+def has_filter(given: Collection[str]) -> bool:
+    """Whether a request that sets these fields asks for a filter of these, and so to sample."""
+    return any(name in given for name in _FILTERS)
 
 
 def resolve(
-    resolved: pb.GenerationConfig, config: pb.GenerationConfig, num_prompt_tokens: int, *, has_eos: bool
+    resolved: pb.GenerationConfig,
+    config: pb.GenerationConfig,
+    num_prompt_tokens: int,
+    in_force: Set[str],
+    *,
+    has_eos: bool,
 ) -> None:
     """Turn min_length into min_tokens, and hold what a request sets to the rest of what is in force.
 
-    `resolved` has its max_tokens, `config` is the request's. Raises InvalidRequest.
+    `resolved` has its max_tokens, `config` is the request's; no field but those `in_force` is set in either. Raises
+    InvalidRequest.
     """
+    if _RESOLVED.isdisjoint(in_force):
+        return
     for name, num_before in (("min_tokens", 0), ("min_length", num_prompt_tokens)):
         most = resolved.max_tokens + num_before
         if getattr(config, name) > most:
@@ -207,9 +219,14 @@ def default_config(defaults: GenerationDefaults) -> pb.GenerationConfig:
     return config
 
 
-def params_of(config: pb.GenerationConfig, bad_words_ids: Collection[Sequence[int]]) -> dict[str, Any]:
-    """Return the fields of SamplingParams that a resolved config sets; `bad_words_ids` join its own."""
-    if not bad_words_ids and FIELDS.isdisjoint(fields_of(config)):
+def params_of(
+    config: pb.GenerationConfig, given: Collection[str], bad_words_ids: Collection[Sequence[int]]
+) -> dict[str, Any]:
+    """Return the fields of SamplingParams that a resolved config sets; `bad_words_ids` join its own.
+
+    `given` are the names of all fields that it sets.
+    """
+    if not bad_words_ids and FIELDS.isdisjoint(given):
         return {}
     params: dict[str, Any] = {name: getattr(config, name) for name in _SCALARS if config.HasField(name)}
     bad = [*(tuple(phrase.ids) for phrase in config.bad_words_ids), *map(tuple, bad_words_ids)]

@@ -27,6 +27,15 @@ MAX_REPETITION_PENALTY = 10.0
 MAX_IDEMPOTENCY_KEY = 128
 _VISIBLE = re.compile("[!-~]*")
 MAX_CACHE_SALT_BYTES = 128
+_REPORTS = frozenset(("best_of", "top_logprobs", "prompt_logprobs"))
+_FILTERS = frozenset(("top_k", "top_p", "min_p"))
+# Of the fields that go to the engine as they are: what is not set has the same default there.
+_OF_ENGINE = frozenset(
+    (
+        "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "seed", "logprobs",
+        "top_logprobs", "include_stop", "prompt_logprobs",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,8 @@ def resolve_config(
 ) -> pb.GenerationConfig:
     """Return the config in force: defaults filled in, lengths turned into numbers of tokens, the seed drawn (`seed`).
 
-    Raises InvalidRequest with every bad field, or CONTEXT_LENGTH_EXCEEDED.
+    Raises InvalidRequest with every bad field, or CONTEXT_LENGTH_EXCEEDED. Most requests set few fields, and this runs
+    before a job is queued: what concerns fields that are not set is left out.
     """
     bad = Violations()
     given = token_choice.fields_of(config)
@@ -116,18 +126,15 @@ def resolve_config(
     resolved.MergeFrom(config)
     resolved.max_tokens = _max_tokens(config, resolved, num_prompt_tokens, room, limits)
     resolved.ClearField("max_length")
-    token_choice.resolve(resolved, config, num_prompt_tokens, has_eos=limits.has_eos)
-    filters_given = config.HasField("top_k") or config.HasField("top_p") or config.HasField("min_p")
-    if (
-        (filters_given or token_choice.has_filter(config))
-        and not config.HasField("temperature")
-        and not resolved.temperature
-    ):
+    in_force = given | token_choice.fields_of(defaults)
+    token_choice.resolve(resolved, config, num_prompt_tokens, in_force, has_eos=limits.has_eos)
+    filters_given = not _FILTERS.isdisjoint(given) or token_choice.has_filter(given)
+    if filters_given and "temperature" not in given and not resolved.temperature:
         resolved.temperature = 1.0  # asking for a filter is asking to sample
     if resolved.temperature < MIN_TEMPERATURE:
         resolved.temperature = 0.0  # the same token; dividing by less makes scores overflow
-    beams.resolve(resolved, config, defaults, limits.max_beams)
-    if not config.HasField("seed"):
+    beams.resolve(resolved, config, defaults, limits.max_beams, in_force)
+    if "seed" not in given:
         resolved.seed = seed
     return resolved
 
@@ -143,25 +150,16 @@ def sampling_params(
     `bad_words_ids` are those that `bad_words` stand for; `constraint` is what the output must match.
     """
     ends = [] if config.ignore_eos else [*eos_token_ids]
+    given = {field.name: value for field, value in config.ListFields()}
     return SamplingParams(
         max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p if config.HasField("top_p") else 1.0,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty if config.HasField("repetition_penalty") else 1.0,
-        no_repeat_ngram_size=config.no_repeat_ngram_size,
-        seed=config.seed,
         num_outputs=config.best_of or config.num_outputs or 1,
         stop_strings=tuple(config.stop),
         stop_token_ids=tuple(dict.fromkeys([*ends, *config.stop_token_ids])),
-        logprobs=config.logprobs,
-        top_logprobs=config.top_logprobs,
-        include_stop=config.include_stop,
-        num_best=(config.num_outputs or 1) if config.HasField("best_of") else 0,
-        prompt_logprobs=config.prompt_logprobs if config.HasField("prompt_logprobs") else None,
+        num_best=(config.num_outputs or 1) if "best_of" in given else 0,
         structured_output=constraint,
-        **token_choice.params_of(config, bad_words_ids),
+        **{name: value for name, value in given.items() if name in _OF_ENGINE},
+        **token_choice.params_of(config, given, bad_words_ids),
         **beams.params_of(config),
     )
 
@@ -180,7 +178,7 @@ def milliseconds(duration: Duration, path: str, *, minimum: int, maximum: int | 
 
 def check_idempotency_key(key: str) -> str | None:
     """Return the key, None if there is none. Raises InvalidRequest."""
-    if len(key) > MAX_IDEMPOTENCY_KEY or not _VISIBLE.fullmatch(key):
+    if key and (len(key) > MAX_IDEMPOTENCY_KEY or not _VISIBLE.fullmatch(key)):
         raise InvalidRequest(
             f"must be at most {MAX_IDEMPOTENCY_KEY} printable ASCII characters without spaces",
             reason="FIELD_INVALID",
@@ -268,32 +266,38 @@ def _check_fields(
     bad: Violations,
 ) -> None:
     """Note bad fields; `given` are the names of those that the config sets."""
-    if config.HasField("max_tokens") and config.HasField("max_length"):
+    if "max_tokens" in given and "max_length" in given:
         bad.add("config.max_length", "must not be set together with max_tokens", "FIELD_CONFLICT")
-    if config.HasField("max_tokens") and config.max_tokens < 1 and not _reads_prompt(config):
+    if "max_tokens" in given and config.max_tokens < 1 and not _reads_prompt(config):
         bad.add("config.max_tokens", "must be at least 1, but with prompt_logprobs or echo")
-    _check_number(config, "temperature", 0, MAX_TEMPERATURE, bad)
-    _check_number(config, "top_p", 0, 1, bad, above=True)
-    _check_number(config, "repetition_penalty", 0, MAX_REPETITION_PENALTY, bad, above=True)
-    if config.HasField("min_p") and not 0 <= config.min_p < 1:
+    if "temperature" in given:
+        _check_number("temperature", config.temperature, 0, MAX_TEMPERATURE, bad)
+    if "top_p" in given:
+        _check_number("top_p", config.top_p, 0, 1, bad, above=True)
+    if "repetition_penalty" in given:
+        _check_number("repetition_penalty", config.repetition_penalty, 0, MAX_REPETITION_PENALTY, bad, above=True)
+    if "min_p" in given and not 0 <= config.min_p < 1:
         bad.add("config.min_p", "must be at least 0 and below 1")
     if config.no_repeat_ngram_size > parameter_limits.MAX_NGRAM:
         bad.add("config.no_repeat_ngram_size", f"must be at most {parameter_limits.MAX_NGRAM}")
-    if config.HasField("num_outputs") and not 1 <= config.num_outputs <= limits.max_outputs:
+    if "num_outputs" in given and not 1 <= config.num_outputs <= limits.max_outputs:
         bad.add("config.num_outputs", f"must be 1 to {limits.max_outputs}")
-    if len(config.stop) > limits.max_stop_strings:
-        bad.add("config.stop", f"at most {limits.max_stop_strings} strings are taken")
-    elif not all(1 <= len(stop.encode()) <= MAX_STOP_BYTES for stop in config.stop):
-        bad.add("config.stop", f"each must be 1 to {MAX_STOP_BYTES} bytes")
-    if len(config.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        bad.add("config.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids are taken")
-    elif any(token_id >= limits.vocab_size for token_id in config.stop_token_ids):
-        bad.add("config.stop_token_ids", f"each must be below {limits.vocab_size}")
+    if "stop" in given:
+        if len(config.stop) > limits.max_stop_strings:
+            bad.add("config.stop", f"at most {limits.max_stop_strings} strings are taken")
+        elif not all(1 <= len(stop.encode()) <= MAX_STOP_BYTES for stop in config.stop):
+            bad.add("config.stop", f"each must be 1 to {MAX_STOP_BYTES} bytes")
+    if "stop_token_ids" in given:
+        if len(config.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            bad.add("config.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids are taken")
+        elif any(token_id >= limits.vocab_size for token_id in config.stop_token_ids):
+            bad.add("config.stop_token_ids", f"each must be below {limits.vocab_size}")
 
     if not token_choice.FIELDS.isdisjoint(given):
         token_choice.check(config, limits.vocab_size, bad)
-    beams.check(config, defaults, limits.max_beams, bad)
-    _check_reports(config, limits, bad)
+    beams.check(config, defaults, limits.max_beams, given, bad)
+    if not _REPORTS.isdisjoint(given):
+        _check_reports(config, limits, bad)
 
 
 def _reads_prompt(config: pb.GenerationConfig) -> bool:
@@ -316,12 +320,7 @@ def _check_reports(config: pb.GenerationConfig, limits: ConfigLimits, bad: Viola
         bad.add("config.top_logprobs", "is taken only together with logprobs", "FIELD_CONFLICT")
 
 
-def _check_number(
-    config: pb.GenerationConfig, name: str, low: float, high: float, bad: Violations, *, above: bool = False
-) -> None:
-    if not config.HasField(name):  # type: ignore[arg-type]
-        return
-    value: float = getattr(config, name)
+def _check_number(name: str, value: float, low: float, high: float, bad: Violations, *, above: bool = False) -> None:
     inside = low < value <= high if above else low <= value <= high
     if not math.isfinite(value) or not inside:
         bad.add(f"config.{name}", f"must be {'above' if above else 'at least'} {low:g} and at most {high:g}")

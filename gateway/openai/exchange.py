@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -114,8 +113,7 @@ class Exchange:
 
     def _hold(self, tenant: str, num_bytes: int) -> None:
         """Raises ResourceExhausted."""
-        delay_ms = random.randint(_RETRY_AFTER_MS, 3 * _RETRY_AFTER_MS)  # not all come back at the same moment
-        self._held.enter_context(self._bodies.take(tenant, retry_after_ms=delay_ms, count=num_bytes))
+        self._held.enter_context(self._bodies.take(tenant, num_bytes))
 
     def close(self) -> None:
         """The call is over."""

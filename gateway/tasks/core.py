@@ -10,6 +10,7 @@ from common.generation import JobBody, SamplingParams
 from common.jobs import GenerationRecord, JobState, NewJob
 from common.tasks import TaskResult, num_tokens
 from common.telemetry.tracing import current_trace
+from gateway import audit
 from gateway import validation as check
 from gateway.catalog import Catalog, ServedModel
 from gateway.generations import Call, Generations, check_time_left
@@ -124,7 +125,7 @@ class Tasks:
             accepted,
             JobBody(prompt_token_ids=(), sampling=SamplingParams(max_tokens=0), task=task, trace=current_trace()),
             kv_tokens=(tokens, tokens),
-            digest=await self._digest(request),
+            digest=await self._digest(request) if request.idempotency_key or audit.is_kept() else b"",
             grace_ms=grace_ms,
             call_remaining_s=call_remaining_s,
             attended=attended,

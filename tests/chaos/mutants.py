@@ -140,14 +140,14 @@ def no_idempotency(_: str) -> None:
 @mutant("kill-worker", "pause-worker-beyond-its-lease")
 def takeover_from_the_start(_: str) -> None:
     """A worker that takes a job over decodes it anew and does not look at what stands in its log."""
-    import dataclasses
+    import msgspec
 
     from worker.holdings import Holdings
 
     real = Holdings.add
 
     def add(self: Holdings, job: Any, now: float) -> Any:
-        return real(self, dataclasses.replace(job, events=()), now)
+        return real(self, msgspec.structs.replace(job, events=()), now)
 
     Holdings.add = add  # type: ignore[method-assign]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
+import msgspec
 import pytest
 
 from common import keys
@@ -45,7 +45,7 @@ def caller(**quotas: int) -> Caller:
 
 def job(**fields: object) -> NewJob:
     made = make_job(has_reservation=True, quota_id="k1", generation_id=keys.new_generation_id(SHARD))
-    return replace(made, **fields)  # type: ignore[arg-type]
+    return msgspec.structs.replace(made, **fields)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
+import msgspec
 import pytest
 import redis as redis_sync
 
@@ -34,7 +34,7 @@ class Attempts:
 
     async def enqueue(self, sampling: SamplingParams, prompt: tuple[int, ...] = PROMPT) -> str:
         body = JobBody(prompt_token_ids=prompt, sampling=sampling)
-        return (await self._queue.enqueue(SHARD, replace(make_job(), body=body))).generation_id
+        return (await self._queue.enqueue(SHARD, msgspec.structs.replace(make_job(), body=body))).generation_id
 
     async def die_after(self, nums_events: Iterable[int], token_budget: int = 64) -> None:
         for num_events in nums_events:

@@ -5,7 +5,6 @@ And the opposite: programs of another schema version are refused, whatever they 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import msgspec
@@ -149,7 +148,7 @@ async def test_a_later_gateways_job_is_done_by_an_old_worker_and_keeps_its_field
     queue: JobQueue, claims: JobClaims, later_queue: JobQueue, superuser: redis_sync.Redis
 ) -> None:
     job = make_job(idempotency_key="k", request_digest=b"d")
-    accepted = await later_queue.enqueue(SHARD, dataclasses.replace(job, body=BODY))
+    accepted = await later_queue.enqueue(SHARD, msgspec.structs.replace(job, body=BODY))
     name = accepted.generation_id
     (claimed,) = await claims.claim(1, ROOM, ROOM)
     assert claimed.body.sampling == SamplingParams(max_tokens=8, seed=5)
@@ -181,7 +180,7 @@ async def test_a_job_with_a_parameter_that_a_worker_does_not_know_is_left_to_oth
     claims: JobClaims, later_queue: JobQueue, superuser: redis_sync.Redis, sampling: SamplingParams
 ) -> None:
     body = LaterJobBody(prompt_token_ids=(1, 2, 3), sampling=sampling)
-    later = await later_queue.enqueue(SHARD, dataclasses.replace(make_job(), body=body))
+    later = await later_queue.enqueue(SHARD, msgspec.structs.replace(make_job(), body=body))
     plain = await later_queue.enqueue(SHARD, make_job())
     # What it can do it does; the other one waits again, as if nobody had claimed it, and this worker lets others try.
     assert [job.generation_id for job in await claims.claim(2, ROOM, ROOM)] == [plain.generation_id]

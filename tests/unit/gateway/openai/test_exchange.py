@@ -107,15 +107,15 @@ async def test_what_was_held_of_a_body_that_is_refused_or_stays_away_is_free_aga
 
 def test_a_refusal_of_bytes_counts_all_that_are_asked_for() -> None:
     places = Places(100, 0.5, few=10, of="bytes")
-    with places.take("a", retry_after_ms=1, count=50):
+    with places.take("a", 50):
         with (
             pytest.raises(ResourceExhausted, match="its share of this gateway's bytes, 50"),
-            places.take("a", retry_after_ms=1),
+            places.take("a"),
         ):
             pass
         with (
             pytest.raises(ResourceExhausted, match="as many bytes as it may"),
-            places.take("b", retry_after_ms=1, count=51),
+            places.take("b", 51),
         ):
             pass
         assert places.num_taken == 50

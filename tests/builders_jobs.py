@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from common.generation import JobBody, SamplingParams, Usage
 from common.jobs import ClaimedJob
@@ -11,7 +12,7 @@ from common.jobs import ClaimedJob
 
 def make_claimed(generation_id: str, **fields: Any) -> ClaimedJob:
     job = _claimed(generation_id)
-    return replace(job, **fields)
+    return msgspec.structs.replace(job, **fields)
 
 
 def _claimed(generation_id: str) -> ClaimedJob:

@@ -240,7 +240,7 @@ async def test_a_reason_that_only_a_later_version_knows_is_no_error(
     name = (await queue.enqueue(SHARD, make_job())).generation_id
     await later_claims.claim(1, ROOM, ROOM)
     event = make_event(name, (1,), terminal=JobState.FAILED)
-    object.__setattr__(event, "reason", _LaterReason())
+    event = msgspec.structs.replace(event, reason=_LaterReason())
     await later_claims.commit([event])
     record = await queue.get(name, "acme")
     assert (record.state, record.reason) == (JobState.FAILED, Reason.NONE)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec import structs
 from prometheus_client import CollectorRegistry
 
 from common.generation import EventBody, FinishReason, JobBody, OutputDelta, SamplingParams
@@ -84,7 +83,7 @@ def test_times_of_a_generation_begin_when_it_was_accepted(
 def test_claims_by_kind(
     metrics: WorkerMetrics, registry: CollectorRegistry, num_claims: int, num_preemptions: int, kind: str
 ) -> None:
-    metrics.claimed([replace(JOB, num_claims=num_claims, num_preemptions=num_preemptions)])
+    metrics.claimed([structs.replace(JOB, num_claims=num_claims, num_preemptions=num_preemptions)])
     for each in ("first", "takeover", "preempted"):
         assert value(registry, "torchrelay_claims_total", model_name="tiny", kind=each) == (each == kind)
 
@@ -92,7 +91,7 @@ def test_claims_by_kind(
 def test_who_takes_over_counts_the_end_but_no_first_token(
     metrics: WorkerMetrics, registry: CollectorRegistry, clock: Clock
 ) -> None:
-    metrics.claimed([replace(JOB, num_claims=2, age_ms=5000)])
+    metrics.claimed([structs.replace(JOB, num_claims=2, age_ms=5000)])
     clock.now += 1
     metrics.committed([tokens(7, first=2)], ())
     clock.now += 1
@@ -131,7 +130,7 @@ def test_failures_by_reason(metrics: WorkerMetrics, registry: CollectorRegistry)
 def test_tasks_count_their_texts_and_have_no_answer_tokens(metrics: WorkerMetrics, registry: CollectorRegistry) -> None:
     task = EmbedTask((EncodedText(bytes(4 * 5)),))
     body = JobBody(prompt_token_ids=(), sampling=SamplingParams(max_tokens=0), task=task)
-    metrics.claimed([replace(JOB, body=body)])
+    metrics.claimed([structs.replace(JOB, body=body)])
     done = NewEvent(generation_id="g", body=EventBody(), completion_tokens=0, terminal=JobState.DONE)
     metrics.committed([done], ())
     assert value(registry, "torchrelay_request_success_total", model_name="tiny", finished_reason="done") == 1
@@ -141,7 +140,7 @@ def test_tasks_count_their_texts_and_have_no_answer_tokens(metrics: WorkerMetric
 
 def test_tenants_beyond_the_bound_share_one_series(metrics: WorkerMetrics, registry: CollectorRegistry) -> None:
     for tenant in ("acme", "emca", "third", "acme"):
-        metrics.claimed([replace(JOB, tenant=tenant)])
+        metrics.claimed([structs.replace(JOB, tenant=tenant)])
         metrics.committed([tokens(7, end=True)], ())
     counted = {
         sample.labels["tenant"]: sample.value
@@ -155,7 +154,7 @@ def test_tenants_beyond_the_bound_share_one_series(metrics: WorkerMetrics, regis
 def test_recent_times_and_load_for_the_heartbeat(metrics: WorkerMetrics, clock: Clock) -> None:
     assert metrics.recent_first_tokens() == {}
     for index in range(20):
-        metrics.claimed([replace(JOB, generation_id=str(index), age_ms=100 * (index + 1))])
+        metrics.claimed([structs.replace(JOB, generation_id=str(index), age_ms=100 * (index + 1))])
         metrics.committed([tokens(7, generation_id=str(index))], ())
     assert metrics.recent_first_tokens() == {"ttft_p50_ms": pytest.approx(1000), "ttft_p95_ms": pytest.approx(1900)}
     clock.now += 61

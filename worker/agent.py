@@ -210,6 +210,8 @@ class Agent:
     async def _next_results(self) -> list[StepResult]:
         """Wait for steps; return none once tokens of earlier ones have been held back for long enough."""
         due_in = self._holdings.due_in(time.monotonic())
+        if due_in is None:
+            return await self._engine.next_results()
         try:
             async with asyncio.timeout(due_in):
                 return await self._engine.next_results()

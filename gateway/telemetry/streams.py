@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -78,12 +79,12 @@ class StreamWatch:
         self._last_at: float | None = None
 
     def passed(self, num_tokens: int) -> None:
-        """A message with so many tokens is on its way to the caller."""
+        """A message with so many tokens is on its way to the caller. To be called in an event loop."""
         if self._began_at is None or not num_tokens:
             return
         now = self._clock()
-        if self._last_at is None:
-            self._first_token.observe(now - self._began_at)
+        if self._last_at is None:  # counted once the message is gone: it waits for whatever is done before
+            asyncio.get_running_loop().call_soon(self._first_token.observe, now - self._began_at)
         else:
             self._token_gap.observe((now - self._last_at) / num_tokens)
         self._last_at = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -110,13 +111,14 @@ def test_openai_requests_and_grpc_calls_share_the_tenants(registry: CollectorReg
     assert value(registry, "torchrelay_openai_request_seconds_sum", grpc_method="M") == 1.5
 
 
-def test_streams_are_timed_from_their_calls_arrival(registry: CollectorRegistry) -> None:
+async def test_streams_are_timed_from_their_calls_arrival(registry: CollectorRegistry) -> None:
     clock = Clock()
     metrics = StreamMetrics(registry, clock)
     watch = metrics.watch("tiny", Opening.NEW, 0.0)
     for at, num_tokens in ((0.5, 1), (0.9, 4), (1.0, 0), (1.2, 3)):
         clock.now = at
         watch.passed(num_tokens)
+    await asyncio.sleep(0)
     assert value(registry, "torchrelay_gateway_time_to_first_token_seconds_sum", model_name="tiny") == 0.5
     gap = value(registry, "torchrelay_gateway_inter_token_latency_seconds_sum", model_name="tiny")
     assert gap == pytest.approx(0.4 / 4 + 0.3 / 3)
@@ -124,11 +126,12 @@ def test_streams_are_timed_from_their_calls_arrival(registry: CollectorRegistry)
 
 
 @pytest.mark.parametrize(("kind", "began_at"), [(Opening.RESUMED, 0.0), (Opening.REPEATED, 0.0), (Opening.NEW, None)])
-def test_what_is_replayed_or_nobody_waits_for_is_not_timed(
+async def test_what_is_replayed_or_nobody_waits_for_is_not_timed(
     registry: CollectorRegistry, kind: Opening, began_at: float | None
 ) -> None:
     metrics = StreamMetrics(registry)
     metrics.watch("tiny", kind, began_at).passed(2)
+    await asyncio.sleep(0)
     assert value(registry, "torchrelay_gateway_time_to_first_token_seconds_count", model_name="tiny") == 0
     assert value(registry, "torchrelay_streams_opened_total", model_name="tiny", kind=kind.value) == 1
 

@@ -28,6 +28,8 @@ from tests.benchmarks.workload import NUM_VARIANTS
 
 _STOP_S: Final = 20.0
 _LOG_TAIL: Final = 1500
+_SHORT_SETTLE_S: Final = 0.1  # behind a pause in which hardly anything fell due
+_NEW_TEXTS: Final = 10_000  # as their first token: text that no other turn has
 
 
 class ContestantFailed(Exception):
@@ -149,6 +151,7 @@ class Results:
     runs: dict[str, dict[str, list[Run]]] = field(default_factory=dict)  # by workload
     token_ids: dict[str, list[list[int]]] = field(default_factory=dict)  # of the first requests of W1
     peak_memory_mb: dict[str, int] = field(default_factory=dict)
+    first_tokens_ms: dict[str, list[float]] = field(default_factory=dict)  # call by call
     sweeps: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)  # figures by requests at a time
     failures: dict[str, str] = field(default_factory=dict)  # why an entry is missing or incomplete
 
@@ -264,16 +267,30 @@ class Measurement:
         shown = ", ".join(f"{key} {value:.1f}" for key, value in run.figures.items())
         note(f"{label}: {name} {variant}: {shown} (others {run.others_cpu:.1%})")
 
-    def alternate(self, name: str, count: int, **more: int) -> None:
+    def alternate(self, name: str, count: int) -> None:
         """Run a workload so many times in turns, back and forth, each time on text that none has seen.
 
-        For differences that are small beside what a single run varies by. Runs are numbered from 0 as variants. `more`
-        goes into each order.
+        For differences that are small beside what a single run varies by. Runs are numbered from 0 as variants.
         """
+        for number, seat in self._back_and_forth(count):
+            self._take_turn(seat, name, number, first_token_id=number + 1)
+
+    def first_tokens(self, count: int) -> None:
+        """Measure the time to the first token of W2's requests as `alternate` does, but call by call.
+
+        What a machine does to calls that stand a third of a second apart is much the same.
+        """
+        for number, seat in self._back_and_forth(count):
+            order = {"workload": "W2", "variant": number % NUM_VARIANTS, "first_token_id": _NEW_TEXTS + number}
+            answer = self._ask(seat, {**order, "max_tokens": 2, "settle_s": _SHORT_SETTLE_S})
+            if answer is not None:
+                self.results.first_tokens_ms.setdefault(seat.entry.label, []).append(answer["figures"]["ttft_ms"])
+
+    def _back_and_forth(self, count: int) -> Iterator[tuple[int, Seat]]:
         for number in range(count):
             seats = list(self._seats.values())
             for seat in seats if number % 2 == 0 else reversed(seats):
-                self._take_turn(seat, name, number, first_token_id=number + 1, **more)
+                yield number, seat
 
     def sweep(self, widths: Sequence[int]) -> None:
         """Run part of W1 with so many requests at a time, twice as many in all and at least eight."""

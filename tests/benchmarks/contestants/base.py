@@ -7,7 +7,7 @@ each token. It is run by the interpreter of its own environment, so this module 
 
     first line out   {"ready_s", "first_token_s", "info", "peak_memory_mb"}
     line in          {"workload": "W1", "variant": 0} and optionally num_requests, max_running, first_token_id,
-                     first_tokens; or {"score": 16}
+                     max_tokens, settle_s; or {"score": 16}
     line out         {"figures", "others_cpu", "cpu_us_per_token", "peak_memory_mb", "token_ids"}  or  {"scores"}
 
 The process ends at the end of its input.
@@ -32,7 +32,6 @@ from tests.benchmarks.workload import MAX_RUNNING, Request, Workload
 
 KV_CACHE_MIB: Final = 1024  # of every engine that can be told: memory is compared too
 NUM_COMPARED: Final = 8  # outputs of W1 whose ids are compared with the reference
-_PAUSE_S: Final = 0.1
 
 
 @dataclass(slots=True)
@@ -193,32 +192,11 @@ def obey(contestant: Contestant, workload: Workload, order: dict[str, Any]) -> d
         return {"scores": [{"logprobs": score.logprobs, "best": score.best} for score in scores]}
     requests = workload.runs[order["workload"]][order["variant"]]
     warm_up = Request(workload.warm_up[0].prompt, 2)
-    time.sleep(contestant.settle_s)
+    time.sleep(order.get("settle_s", contestant.settle_s))
     contestant.stream(warm_up)  # after a pause its threads have slept, and other engines have used the caches
     requests = requests[: order.get("num_requests") or len(requests)]
     if "first_token_id" in order:
         requests = [Request([order["first_token_id"], *request.prompt[1:]], request.max_tokens) for request in requests]
-    answer = run(contestant, order["workload"], requests, order.get("max_running") or MAX_RUNNING)
-    if "first_tokens" in order:
-        found = [answer["figures"]["ttft_ms"]]
-        found += more_first_tokens(contestant, requests[0], order["first_tokens"] - 1, warm_up)
-        answer["figures"]["ttft_ms"] = statistics.median(found)
-    return answer
-
-
-def more_first_tokens(contestant: Contestant, request: Request, count: int, warm_up: Request) -> list[float]:
-    """Return the milliseconds to the first token of so many calls, each behind one to warm up.
-
-    They are as `request`, but of other texts, and end with their second token.
-    """
-    found = []
-    for number in range(count):
-        time.sleep(_PAUSE_S)  # the call before is over for all parts then
-        contestant.stream(warm_up)
-        second = number + (number >= request.prompt[1])  # never what a prefix cache has seen
-        other = Request([request.prompt[0], second, *request.prompt[2:]], 2)
-        started = time.perf_counter()
-        output = contestant.stream(other)
-        check([other], [output])
-        found.append(figures("W2", [other], [output], started, 0.0)["ttft_ms"])
-    return found
+    if "max_tokens" in order:
+        requests = [Request(request.prompt, order["max_tokens"]) for request in requests]
+    return run(contestant, order["workload"], requests, order.get("max_running") or MAX_RUNNING)

@@ -6,9 +6,10 @@ each token. It is run by the interpreter of its own environment, so this module 
     python -m tests.benchmarks.contestants.vllm_cpu --model DIR --workload FILE
 
     first line out   {"ready_s", "first_token_s", "info", "peak_memory_mb"}
-    line in          {"workload": "W1", "variant": 0} and optionally num_requests, max_running, first_token_id,
-                     max_tokens, settle_s; or {"score": 16}
-    line out         {"figures", "others_cpu", "cpu_us_per_token", "peak_memory_mb", "token_ids"}  or  {"scores"}
+    line in          {"workload": "W1", "variant": 0} and optionally num_requests, max_running, first_token_id;
+                     or {"first_token": 0, "first_token_id": 5}: of W2's variant; or {"score": 16}
+    line out         {"figures", "others_cpu", "cpu_us_per_token", "peak_memory_mb", "token_ids"};
+                     or {"first_token_ms"}; or {"scores"}
 
 The process ends at the end of its input.
 """
@@ -31,6 +32,7 @@ from tests.benchmarks.processes import OthersShare, cpu_s, descendants, peak_mem
 from tests.benchmarks.workload import MAX_RUNNING, Request, Workload
 
 KV_CACHE_MIB: Final = 1024  # of every engine that can be told: memory is compared too
+_SHORT_SETTLE_S: Final = 0.1
 NUM_COMPARED: Final = 8  # outputs of W1 whose ids are compared with the reference
 
 
@@ -190,13 +192,29 @@ def obey(contestant: Contestant, workload: Workload, order: dict[str, Any]) -> d
         except NotImplementedError as error:
             return {"unable": str(error)}
         return {"scores": [{"logprobs": score.logprobs, "best": score.best} for score in scores]}
-    requests = workload.runs[order["workload"]][order["variant"]]
     warm_up = Request(workload.warm_up[0].prompt, 2)
-    time.sleep(order.get("settle_s", contestant.settle_s))
+    if "first_token" in order:
+        prompt = workload.runs["W2"][order["first_token"]][0].prompt
+        request = Request([order["first_token_id"], *prompt[1:]], 2)
+        return {"first_token_ms": first_token_ms(contestant, request, warm_up)}
+    requests = workload.runs[order["workload"]][order["variant"]]
+    time.sleep(contestant.settle_s)
     contestant.stream(warm_up)  # after a pause its threads have slept, and other engines have used the caches
     requests = requests[: order.get("num_requests") or len(requests)]
     if "first_token_id" in order:
         requests = [Request([order["first_token_id"], *request.prompt[1:]], request.max_tokens) for request in requests]
-    if "max_tokens" in order:
-        requests = [Request(request.prompt, order["max_tokens"]) for request in requests]
     return run(contestant, order["workload"], requests, order.get("max_running") or MAX_RUNNING)
+
+
+def first_token_ms(contestant: Contestant, request: Request, warm_up: Request) -> float:
+    """Return the milliseconds to the first token of a call directly behind one to warm up.
+
+    The contestant has hardly been paused. Nothing is looked up in between: a pause of some milliseconds is enough for
+    a machine's other guests to take the caches.
+    """
+    time.sleep(_SHORT_SETTLE_S)
+    contestant.stream(warm_up)
+    started = time.perf_counter()
+    output = contestant.stream(request)
+    check([request], [output])
+    return figures("W2", [request], [output], started, 0.0)["ttft_ms"]

@@ -17,6 +17,7 @@ import structlog
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
+from common.huge_pages import use_huge_pages
 from common.logs import set_hooks, set_up_logs
 from common.sealing import EncryptionSettings
 from common.settings import (
@@ -76,10 +77,11 @@ def _leave_no_core() -> None:
 def settle_heap() -> None:
     """Leave what was made so far out of garbage collection: a full one would stop a worker for a fifth of a second.
 
-    To be called once, when a process is ready to serve.
+    Then move it into huge pages. To be called once, when a process is ready to serve.
     """
     gc.collect()
     gc.freeze()
+    use_huge_pages()
 
 
 def stop_at_signals(stop: asyncio.Event) -> None:

@@ -53,7 +53,7 @@ local function take(j)
     'ch', int(j.ch))
   call('HSET', P .. 'w:' .. wid, j.id, run_record(j))
   call('ZADD', P .. 'dl', int(j.dl + slack), j.id) -- the worker ends it itself, with the text it has
-  j.hash = last_hash(j.id)
+  j.hash = j.ep > 1 and last_hash(j.id) or EMPTY_HASH -- nothing is written before the first epoch
   local e = entry(j.hash, j.ep, j.n)
   call('XADD', P .. 'j:' .. j.id .. ':log', int(j.ep) .. '-' .. int(j.n), 'e', e, 'k', 'T', 'y', wid)
   notify(j.gw, j.id, e, 'T')
@@ -65,7 +65,8 @@ local walks = {} -- by class: what was looked at and left
 local heads = {} -- by class: cost of its first job, where known
 local credits = {} -- by class, see above
 local tried = {} -- classes of which this worker can take nothing now
-for c, credit in ipairs(call('HMGET', KEYS[1], 'share:1', 'share:2')) do credits[c] = tonumber(credit or 0) end
+local marks = call('HMGET', KEYS[1], 'share:1', 'share:2', 'gap', 'handed', 'alone', 'rest') -- as they were before
+for c = 1, CLASSES - 1 do credits[c] = tonumber(marks[c] or 0) end
 for c = 0, CLASSES - 1 do walks[c] = { jobs = {}, tenants = 0, looks = 0 } end
 
 -- Counts service against the shares of the classes.
@@ -190,7 +191,7 @@ end
 
 -- Reserves this worker for a job to run alone, or hands that out. Returns whether it may claim nothing else.
 local function take_alone()
-  local mark, rest = unpack(call('HMGET', KEYS[1], 'alone', 'rest'))
+  local mark, rest = marks[5], marks[6]
   if not mark and call('EXISTS', P .. 'alone:0', P .. 'alone:1', P .. 'alone:2') == 0 then return false end
   local holder, running = reserved(mark or '')
   if running then return holder == wid end
@@ -233,9 +234,8 @@ if last and string.match(last, '^%S+') == call_id then
     if j and j.st == 'R' and j.w == wid then claimed[#claimed + 1] = pack_claim(j, now) end
   end
 else
-  local gap, handed = unpack(call('HMGET', KEYS[1], 'gap', 'handed'))
   if not take_alone() then take_in_order() end
-  note_gap(tonumber(gap), tonumber(handed))
+  note_gap(tonumber(marks[3]), tonumber(marks[4]))
   lengths = queue_lengths()
   for c = 1, CLASSES - 1 do
     if lengths[c + 1] > 0 and share > 0 then call('HSET', KEYS[1], 'share:' .. c, string.format('%.17g', credits[c])) end

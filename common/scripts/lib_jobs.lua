@@ -272,8 +272,9 @@ local function place(j)
   if j.st ~= 'Q' then return 0 end
   local lengths, ahead = queue_lengths(), 0
   for c = 0, j.c - 1 do ahead = ahead + lengths[c + 1] end
-  local rank = call('ZRANK', P .. 'q:' .. j.c .. ':' .. j.t, j.id) or 0
   local own = math.max(0, lengths[j.c + 1] - 1)
+  if own == 0 then return ahead + 1 end -- it is the only one of its class
+  local rank = call('ZRANK', P .. 'q:' .. j.c .. ':' .. j.t, j.id) or 0
   return ahead + math.min(own, rank * math.max(1, call('ZCARD', P .. 'act:' .. j.c))) + 1
 end
 
@@ -423,8 +424,10 @@ end
 local function renew_gateway(gid, lease_ms, reply_ttl_ms, now)
   local is_new = call('ZADD', P .. 'gl', lease_ms > 0 and int(now + lease_ms) or 0, gid)
   local stream = P .. 'gw:' .. gid
-  if call('EXISTS', stream) == 0 then call('XADD', stream, '*', 'b', array_head(0)) end
-  call('PEXPIRE', stream, int(reply_ttl_ms))
+  if call('PEXPIRE', stream, int(reply_ttl_ms)) == 0 then
+    call('XADD', stream, '*', 'b', array_head(0))
+    call('PEXPIRE', stream, int(reply_ttl_ms))
+  end
   return is_new
 end
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -250,13 +251,18 @@ async def test_tokens_that_were_not_used_come_back(system: System, client: Async
     assert (refusal.code, refusal.reason) == (EXHAUSTED, "QUOTA_EXCEEDED")
     assert refusal.error is not None
     assert refusal.error.retry_delay_s is None
-    submitted = await client.generation.SubmitGeneration(
-        pb.SubmitGenerationRequest(model=MODEL, input=request().input, config=pb.GenerationConfig(max_tokens=66)),
-        **with_key(key),
-    )
-    await client.generation.CancelGeneration(
-        pb.CancelGenerationRequest(generation_id=submitted.accepted.generation_id), **with_key(key)
-    )
+    worker = system.workers[0]
+    worker.signal(signal.SIGSTOP)  # it would be through with so few tokens before a slow machine has cancelled them
+    try:
+        submitted = await client.generation.SubmitGeneration(
+            pb.SubmitGenerationRequest(model=MODEL, input=request().input, config=pb.GenerationConfig(max_tokens=66)),
+            **with_key(key),
+        )
+        await client.generation.CancelGeneration(
+            pb.CancelGenerationRequest(generation_id=submitted.accepted.generation_id), **with_key(key)
+        )
+    finally:
+        worker.signal(signal.SIGCONT)
 
     async def is_given_back() -> bool:
         try:

@@ -184,7 +184,6 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
     )
 
     async def on_connected() -> None:
-        settle_heap()  # with the models that are served
         await server.health.set_ready(True)
         vitals.set_ready()
         log.info("queue.durability", promise=(await describe_durability(redis)).summary())
@@ -211,6 +210,7 @@ async def run(configuration: GatewayConfiguration, stop: asyncio.Event) -> None:
     metrics.count_open(hub, batching.feeders)
     await server.start()
     await openai.start()
+    settle_heap()
     log.info(
         "gateway.started",
         address=server.address,

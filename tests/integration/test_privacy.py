@@ -179,3 +179,4 @@ def test_the_audit_names_every_generation_that_was_accepted(system: System) -> N
     ended = [line for line in lines if line["event"] == "call" and line.get("generation_id") in accepted]
     assert {line["generation_id"] for line in ended} == set(accepted), "the end of a call names it too"
     assert all(line["model"] == MODEL and line["prompt_tokens"] > 0 for line in accepted.values())
+    assert all(len(bytes.fromhex(line["request_digest"])) == 16 for line in accepted.values()), "with or without a key"

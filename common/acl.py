@@ -23,7 +23,8 @@ _CONNECTION: Final = ("auth", "hello", "ping", "select", "client|setname", "time
 _SCRIPTS: Final = ("eval", "evalsha")
 _JOB_SCRIPTS: Final = (
     "del", "exists", "expire", "pexpire", "get", "set",
-    "hdel", "hexists", "hget", "hincrby", "hkeys", "hlen", "hmget", "hrandfield", "hset", "hstrlen",
+    "hdel", "hexists", "hget", "hincrby", "hkeys", "hlen", "hmget", "hrandfield", "hset",
+    "hstrlen",  # of programs of version 0.1 that still run beside ours
     "llen", "lpush", "ltrim",
     "sadd", "srandmember", "srem",
     "xadd", "xrange", "xrevrange", "xtrim",

@@ -21,6 +21,7 @@ from common.redis import Redis, execute
 from common.wire import Argument
 
 _INCLUDE: Final = "--@include "
+_MARKS: Final = "--@marks "  # fields of the shard's meta key, which are read together with the schema version
 # One that is local to the whole script, and longer than a line.
 _FUNCTION: Final = re.compile(r"^local function (\w+)\(.*\)\n(?:(?: .*)?\n)*end\n", re.MULTILINE)
 _COMMENT: Final = re.compile(r"--.*")
@@ -48,7 +49,9 @@ def assemble(name: str, source: str, libraries: dict[str, str]) -> Script:
     shebang, _, body = source.partition("\n")
     if not shebang.startswith("#!lua"):
         raise ValueError(f"{name}.lua does not begin with #!lua")
+    marks = next((line.split()[1:] for line in body.splitlines() if line.startswith(_MARKS)), [])
     lines = [shebang, f"-- torchrelay {name}", f"local SCHEMA = '{keys.SCHEMA_VERSION}'"]
+    lines.append(f"local MARKS = {{ {', '.join(map(repr, marks))} }}")
     for line in body.splitlines():
         lines.append(libraries[line.removeprefix(_INCLUDE).strip()] if line.startswith(_INCLUDE) else line)
     text = _without_unused("\n".join(lines) + "\n")

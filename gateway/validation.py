@@ -6,8 +6,8 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
 
+import msgspec
 from google.protobuf.duration_pb2 import Duration
 
 from common import parameter_limits
@@ -38,8 +38,7 @@ _OF_ENGINE = frozenset(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigLimits:
+class ConfigLimits(msgspec.Struct, frozen=True):
     """What bounds a config: the model's facts, the operator's settings and the caller's caps."""
 
     context_length: int  # of the model, or as much of it as the caller may use
@@ -60,7 +59,7 @@ class ConfigLimits:
         """These limits and a caller's caps, whichever is tighter."""
         if caps == NO_CAPS:
             return self
-        return replace(
+        return msgspec.structs.replace(
             self,
             context_length=min(self.context_length, caps.max_context_tokens or self.context_length),
             max_outputs=min(self.max_outputs, caps.max_outputs or self.max_outputs),

@@ -20,6 +20,7 @@
 -- ARGV  1 worker  2 call id  3 lease ms  4 most jobs  5 free KV slots  6 all KV slots  7 most bytes  8 deadline slack ms
 --       9 expected completion tokens  10 bypass KV slots  11 share of the service of each class below the highest
 -- Reply {{claimed job ...}, queued of class 0, 1, 2}. A repeated call id is answered with the same jobs.
+--@marks share:1 share:2 gap handed alone rest
 --@include base
 --@include jobs
 --@include claims
@@ -42,11 +43,11 @@ end
 local function take(j)
   j.ep, j.nc, j.st, j.w, j.progress = j.ep + 1, j.nc + 1, 'R', wid, 0
   j.es = j.es .. int(j.ep) .. ':' .. int(j.n) .. ','
-  local counter = counter_of(j.t)
+  local counter = tonumber(call('ZSCORE', P .. 'vtc', j.t) or counter_of(j.t))
   unqueue(j)
   if j.sc == 0 then
     j.sc, j.ch = now, cost(j)
-    charge(j.t, j.ch / j.wt)
+    charge(j.t, j.ch / j.wt, counter)
     move_floor(j.c, counter)
   end
   call('HSET', P .. 'j:' .. j.id, 'st', 'R', 'w', wid, 'ep', int(j.ep), 'nc', int(j.nc), 'es', j.es, 'sc', int(j.sc),
@@ -65,7 +66,6 @@ local walks = {} -- by class: what was looked at and left
 local heads = {} -- by class: cost of its first job, where known
 local credits = {} -- by class, see above
 local tried = {} -- classes of which this worker can take nothing now
-local marks = call('HMGET', KEYS[1], 'share:1', 'share:2', 'gap', 'handed', 'alone', 'rest') -- as they were before
 for c = 1, CLASSES - 1 do credits[c] = tonumber(marks[c] or 0) end
 for c = 0, CLASSES - 1 do walks[c] = { jobs = {}, tenants = 0, looks = 0 } end
 

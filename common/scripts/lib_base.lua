@@ -15,7 +15,8 @@ local function int(x)
 end
 
 -- Other programs may write keys and fields in another way: every script refuses to mix, before it changes anything.
-local stored_schema = call('HGET', KEYS[1], 'schema')
+local marks = call('HMGET', KEYS[1], 'schema', unpack(MARKS)) -- those that the script names, as they were before
+local stored_schema = table.remove(marks, 1)
 if stored_schema and stored_schema ~= SCHEMA then
   return redis.error_reply('SCHEMA stored ' .. stored_schema .. ', spoken ' .. SCHEMA)
 end

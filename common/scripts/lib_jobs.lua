@@ -126,8 +126,12 @@ local function queue_lengths()
 end
 
 local function count_queued(class, change)
-  known_lengths = nil
-  return call('HINCRBY', P .. 'len', class, change)
+  local left = call('HINCRBY', P .. 'len', class, change)
+  if known_lengths then
+    known_lengths = { unpack(known_lengths) } -- another table: who asked before keeps what was so then
+    known_lengths[class + 1] = left
+  end
+  return left
 end
 
 local function num_queued()
@@ -142,9 +146,10 @@ end
 -- turn comes after that of a newcomer, who so waits for one slot. Once a newcomer has had its turn, later ones begin
 -- behind the next tenant in line: any number of them keeps nobody from his turn.
 --
--- A tenant's counter, and the classes in which it has jobs waiting: nil where there are none.
-local function counter_of(tenant)
-  local counter, active = call('ZSCORE', P .. 'vtc', tenant), nil
+-- A tenant's counter, which is `known` to those who have asked before, and the classes in which it has jobs waiting: nil
+-- where there are none.
+local function counter_of(tenant, known)
+  local counter, active = known or call('ZSCORE', P .. 'vtc', tenant), nil
   for c = 0, CLASSES - 1 do
     local score = queue_lengths()[c + 1] > 0 and call('ZSCORE', P .. 'act:' .. c, tenant)
     if score then
@@ -178,8 +183,8 @@ end
 
 -- The counter of a tenant with queued jobs never falls: what its jobs used less than they were charged is credited to its
 -- next ones. With a counter that fell at every end of a job, it would pass a newcomer again and again.
-local function charge(tenant, amount)
-  local counter, active = counter_of(tenant)
+local function charge(tenant, amount, known)
+  local counter, active = counter_of(tenant, known)
   local stored = call('HGET', P .. 'credit', tenant)
   local credit = tonumber(stored or 0)
   if active and amount < 0 then
@@ -258,13 +263,14 @@ local function unqueue(j)
   if call('ZREM', q, j.id) == 0 and call('ZREM', P .. 'alone:' .. j.c, j.id) == 0 then return end
   local left = count_queued(j.c, -1)
   count_of_key('kq', j, -1)
-  if call('EXISTS', q) == 0 then call('ZREM', P .. 'act:' .. j.c, j.t) end
+  if left <= 0 or call('EXISTS', q) == 0 then call('ZREM', P .. 'act:' .. j.c, j.t) end
   if left > 0 then return end
-  call('HDEL', KEYS[1], 'share:' .. j.c, 'floor:' .. j.c) -- an empty class saves nothing up
+  local over = { 'share:' .. j.c, 'floor:' .. j.c } -- an empty class saves nothing up
   if num_queued() == 0 then
     call('DEL', P .. 'bell')
-    call('HDEL', KEYS[1], 'handed')
+    over[3] = 'handed'
   end
+  call('HDEL', KEYS[1], unpack(over))
 end
 
 -- About how many jobs are served before this one, plus one: higher classes, and its tenant's turns in its own class.

@@ -30,10 +30,14 @@ def api_key_of(metadata: Sequence[tuple[str, str | bytes]]) -> str:
 
     Raises Unauthenticated.
     """
-    call = CallInfo(metadata)
-    bearer = bearer_of(call)
-    own = call.values("x-api-key")
-    key = bearer if bearer.startswith(f"{PREFIX}_") else own[-1].strip() if own else ""
+    return _key_of(CallInfo(metadata))
+
+
+def _key_of(call: CallInfo) -> str:
+    key = bearer_of(call)
+    if not key.startswith(f"{PREFIX}_"):
+        own = call.values("x-api-key")
+        key = own[-1].strip() if own else ""
     if len(key) > _MAX_KEY_CHARS:
         raise Unauthenticated("the credentials are not valid")
     return key
@@ -47,7 +51,7 @@ class ApiKeyMethod:
 
     async def identify(self, call: CallInfo) -> Principal | None:
         """Return whose key the call bears, None if it bears none. Raises Unauthenticated and the errors of `Retry`."""
-        key = api_key_of(call.metadata)
+        key = _key_of(call)
         if not key:
             return None
         record = await self._api_keys.verify(key)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+
+import msgspec
 
 from common.grants import NO_GRANTS_GIVEN, NO_POLICY, Grants, TenantPolicy
 
 
-@dataclass(frozen=True, slots=True)
-class CallInfo:
+class CallInfo(msgspec.Struct, frozen=True):
     """What is known of a call before anybody is asked.
 
     `peer` is as gRPC names it (`ipv4:10.0.0.1:4711`, `ipv6:[::1]:4711`, `unix:`); `auth_context` is what the transport
@@ -19,15 +19,14 @@ class CallInfo:
 
     metadata: Sequence[tuple[str, str | bytes]]
     peer: str = ""
-    auth_context: Mapping[str, Iterable[bytes]] = field(default_factory=dict)
+    auth_context: Mapping[str, Iterable[bytes]] = {}
 
     def values(self, name: str) -> list[str]:
         """The values of a metadata name, in order; binary ones are left out."""
         return [value for key, value in self.metadata if key == name and isinstance(value, str)]
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
+class Principal(msgspec.Struct, frozen=True):
     """What a credential says: a tenant, and what this credential may do for it."""
 
     tenant: str
@@ -37,8 +36,7 @@ class Principal:
     quota_id: str = ""  # what its quotas are counted by, if not its own id: credentials may share one
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Whose call this is: a principal, and what holds for its tenant."""
 
     tenant: str

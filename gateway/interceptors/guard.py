@@ -196,16 +196,19 @@ class _Patience:
         self._limit_s = limit_s
         self._loop = asyncio.get_running_loop()
         self._since: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> _Patience:
-        self._timer = self._loop.call_later(self._limit_s / 4, self._look)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def waits(self) -> None:
         self._since = self._loop.time()
+        if self._timer is None:  # not before: a job is not queued any later for it
+            self._timer = self._loop.call_later(self._limit_s / 4, self._look)
 
     def rests(self) -> None:
         self._since = None

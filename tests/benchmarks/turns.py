@@ -226,6 +226,13 @@ class Measurement:
         self.results.peak_memory_mb[entry.label] = start["peak_memory_mb"]
         note(f"{entry.label}: ready after {start['ready_s']:.1f} s, first token after {start['first_token_s']:.1f} s")
 
+    def start_anew(self) -> None:
+        """End all that take part and load them again: where their memory comes to lie differs from start to start."""
+        for seat in list(self._seats.values()):
+            del self._seats[seat.entry.label]
+            seat.close()
+            self.start(seat.entry)
+
     def once(self, entry: Entry, order: Mapping[str, Any]) -> dict[str, Any]:
         """Start a contestant for one order, and end it. Raises ContestantFailed."""
         with self.alone():

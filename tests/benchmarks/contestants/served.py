@@ -85,7 +85,8 @@ class Served(Contestant):
         self._metadata = (("authorization", f"Bearer {self._system.key}"),)
         channel = self._stack.enter_context(grpc.insecure_channel(address, _ONE_THREAD))
         self._stub = pb_grpc.GenerationServiceStub(channel)
-        self._async_channel, self._async_stub = self._loop.run_until_complete(self._connect(address))
+        self._address = address
+        self._async_channel: grpc.aio.Channel | None = None
         self.info = {
             "dtype": args.dtype,
             "quantization": args.quantization,
@@ -94,25 +95,29 @@ class Served(Contestant):
             "kv_cache_mib": args.kv_cache_mib,
         }
 
-    @staticmethod
-    async def _connect(address: str) -> tuple[grpc.aio.Channel, pb_grpc.GenerationServiceAsyncStub]:
-        channel = grpc.aio.insecure_channel(address)
-        stub: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(channel)
-        return channel, stub
-
     def batch(self, requests: Sequence[Request], max_running: int) -> list[Output]:
         return self._loop.run_until_complete(self._batch(requests))
 
     async def _batch(self, requests: Sequence[Request]) -> list[Output]:
-        return await asyncio.gather(*(self._call(request) for request in requests))
+        if self._async_channel is None:
+            self._async_channel = grpc.aio.insecure_channel(self._address)
+        stub: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(self._async_channel)
+        return await asyncio.gather(*(self._call(stub, request) for request in requests))
 
-    async def _call(self, request: Request) -> Output:
+    async def _call(self, stub: pb_grpc.GenerationServiceAsyncStub, request: Request) -> Output:
         output = Output(called=time.perf_counter())
-        async for response in self._async_stub.StreamGenerate(_message_of(request), metadata=self._metadata):
+        async for response in stub.StreamGenerate(_message_of(request), metadata=self._metadata):
             _take(output, response)
         return output
 
+    def _close_async_channel(self) -> None:
+        if self._async_channel is not None:
+            self._loop.run_until_complete(self._async_channel.close())
+            self._async_channel = None
+
     def stream(self, request: Request) -> Output:
+        # An open asyncio channel has a thread that polls every socket of its process, and would hand this call its own.
+        self._close_async_channel()
         output = Output(called=time.perf_counter())
         for response in self._stub.StreamGenerate(_message_of(request), metadata=self._metadata):
             _take(output, response)
@@ -133,7 +138,7 @@ class Served(Contestant):
         }
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._async_channel.close())
+        self._close_async_channel()
         self._stack.close()
 
 

@@ -85,6 +85,26 @@ def test_alternating_turns_go_back_and_forth(
     assert len(set(texts)) == NUM_VARIANTS + 1 + 3, "each of a text that no other turn has"
 
 
+def test_starting_anew_replaces_the_process_and_keeps_what_was_measured(
+    make_measurement: Callable[..., Measurement], monkeypatch: pytest.MonkeyPatch, order: list[str]
+) -> None:
+    pids: list[int] = []
+    start = turns.subprocess.Popen
+    monkeypatch.setattr(
+        turns.subprocess, "Popen", lambda *args, **more: (made := start(*args, **more), pids.append(made.pid))[0]
+    )
+    with make_measurement() as measurement:
+        measurement.start(make_entry("a"))
+        measurement.start(make_entry("b"))
+        measurement.first_tokens(2)
+        measurement.start_anew()
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids[:2]), "the earlier ones have ended"
+        measurement.first_tokens(1)
+    assert len(pids) == 4
+    assert [len(found) for found in measurement.results.first_tokens_ms.values()] == [3, 3]
+    assert not measurement.results.failures
+
+
 def test_one_that_ends_is_reported_with_its_log_and_the_rest_go_on(
     make_measurement: Callable[..., Measurement], order: list[str]
 ) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from common.errors import InvalidRequest
 from common.generation import EarlyStopping, GrammarKind, SamplingParams, StructuredOutput, peak_kv_tokens
@@ -103,8 +103,8 @@ def test_no_more_outputs_than_beams_and_none_without_tokens() -> None:
 
 def test_beams_are_bounded_as_outputs_are_and_by_what_a_worker_decodes_together() -> None:
     assert violations(LIMITS.within(Caps(max_outputs=3)), num_beams=4) == {"num_beams": "FIELD_OUT_OF_RANGE"}
-    assert violations(replace(LIMITS, max_sequences=5), num_beams=6) == {"num_beams": "FIELD_OUT_OF_RANGE"}
-    assert resolve(replace(LIMITS, max_sequences=5), num_beams=5).num_beams == 5
+    assert violations(structs.replace(LIMITS, max_sequences=5), num_beams=6) == {"num_beams": "FIELD_OUT_OF_RANGE"}
+    assert resolve(structs.replace(LIMITS, max_sequences=5), num_beams=5).num_beams == 5
 
 
 def test_beams_are_not_sampled_whatever_the_model_s_default() -> None:

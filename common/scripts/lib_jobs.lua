@@ -263,7 +263,7 @@ local function unqueue(j)
   if call('ZREM', q, j.id) == 0 and call('ZREM', P .. 'alone:' .. j.c, j.id) == 0 then return end
   local left = count_queued(j.c, -1)
   count_of_key('kq', j, -1)
-  if left <= 0 or call('EXISTS', q) == 0 then call('ZREM', P .. 'act:' .. j.c, j.t) end
+  if call('EXISTS', q) == 0 then call('ZREM', P .. 'act:' .. j.c, j.t) end
   if left > 0 then return end
   local over = { 'share:' .. j.c, 'floor:' .. j.c } -- an empty class saves nothing up
   if num_queued() == 0 then

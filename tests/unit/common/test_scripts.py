@@ -18,6 +18,14 @@ def test_every_script_says_what_it_takes_and_gives_and_bears_the_schema_version(
     assert "local SCHEMA = '1'" in load(name).text
 
 
+def test_marks_that_a_script_names_are_read_with_the_schema_version() -> None:
+    libraries = scripts.sources()[1]
+    assert "local MARKS = { 'gap', 'share:1' }\n" in assemble("x", "#!lua\n--@marks gap share:1\n", libraries).text
+    for name in scripts.NAMES:
+        assert load(name).text.count("'HMGET', KEYS[1], 'schema', unpack(MARKS)") <= 1
+        assert load(name).text.count("local MARKS = {") == 1
+
+
 def test_only_what_adds_work_is_refused_when_memory_is_short() -> None:
     refused = {name for name in scripts.NAMES if "allow-oom" not in scripts.sources()[0][name].splitlines()[0]}
     assert refused == {"enqueue", "retry", "publish", "quota_reserve", "batch_append", "batch_start"}

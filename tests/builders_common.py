@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from redis.exceptions import NoScriptError
 
 from common import scripts
 from common.acl import Role, rules
+from common.embedded import EmbeddedServer
 from common.generation import EventBody, JobBody, OutputDelta, SamplingParams
 from common.jobs import JobState, NewEvent, NewJob, Reason
 from common.redis import connection_options
@@ -100,6 +103,17 @@ class FlakyRedis(WiredRedis):
         args, *self.late = self.late
         with contextlib.suppress(NoScriptError):
             await super().execute_command(*args)
+
+
+@contextlib.contextmanager
+def stopped(server: EmbeddedServer) -> Iterator[None]:
+    """The server does not answer, until it goes on as if nothing had been."""
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
 
 
 def server_under_test() -> Path | None:

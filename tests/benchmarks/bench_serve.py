@@ -83,7 +83,8 @@ def verdict(
         difference, error = more_to_first_token(*first_tokens_ms)
         found["w2_ttft_more_ms"] = round(difference, 2)
         found["w2_ttft_standard_error_ms"] = round(error, 2)
-        starts = (slice(begin, begin + _FIRST_TOKENS) for begin in range(0, len(first_tokens_ms[0]), _FIRST_TOKENS))
+        num_pairs = min(map(len, first_tokens_ms))
+        starts = [slice(begin, begin + _FIRST_TOKENS) for begin in range(0, num_pairs, _FIRST_TOKENS)]
         by_start = [more_to_first_token(*(calls[start] for calls in first_tokens_ms))[0] for start in starts]
         found["w2_ttft_more_ms_by_start"] = [round(difference, 2) for difference in by_start]
         found["w2_met"] = found["w2_ttft_more_ms"] <= _MAX_TTFT_MS

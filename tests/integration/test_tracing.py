@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from tests.builders_collector import Collector, Span, collecting
+from tests.builders_common import stopped
 from tests.builders_http import HttpDoor
 from tests.builders_models import write_tiny_model
 from tests.builders_system import System, running_system, until
@@ -41,17 +39,6 @@ def door(system: System) -> HttpDoor:
 
 def traced(collector: Collector, **more: str) -> dict[str, str]:
     return {"TORCHRELAY_TRACING_ENDPOINT": f"http://{collector.address}", **more}
-
-
-@contextmanager
-def standing_still(system: System) -> Iterator[None]:
-    """The queue's server does not answer: engines wait for their commits, and all else in their processes goes on."""
-    assert system.server.pid is not None
-    os.kill(system.server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(system.server.pid, signal.SIGCONT)
 
 
 async def found(collector: Collector, trace_id: str, **wanted: int) -> list[Span]:
@@ -93,7 +80,7 @@ async def test_a_takeover_is_one_trace_from_the_client_to_both_workers(system: S
                     if num_tokens >= 20 and not killed:
                         killed = True
                         worker = await system.worker_of(stream.generation_id)
-                        with standing_still(system):  # a fast machine is through before what ended is told
+                        with stopped(system.server):  # a fast machine is through before what ended is told
                             await found(collector, trace_id, queue=1, claim=1)
                             worker.kill()
         assert num_tokens == 1500

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +17,7 @@ from common.acl import Role
 from common.embedded import EmbeddedServer
 from common.redis import Redis, connect, execute
 from common.settings import RedisSettings
-from tests.builders_common import PASSWORD, server_under_test
-
-
-@contextmanager
-def stopped(server: EmbeddedServer) -> Iterator[None]:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
+from tests.builders_common import PASSWORD, server_under_test, stopped
 
 
 async def test_many_commands_at_once_get_their_own_replies(server: EmbeddedServer, superuser: redis_sync.Redis) -> None:

@@ -39,6 +39,12 @@ def test_first_tokens_are_compared_with_the_call_beside_them() -> None:
     assert 0.0 < error < 0.5
 
 
+def test_each_start_has_a_difference_of_its_own_and_a_call_without_one_beside_it_has_none() -> None:
+    # Cut short, when the first call of the second start had been made alone.
+    cost = verdict(make_summary(), make_summary(), [], [], ([80.0] * 201, [84.0] * 100 + [86.0] * 100))
+    assert cost["w2_ttft_more_ms_by_start"] == [4.0, 6.0]
+
+
 def test_a_difference_is_the_median_of_those_of_pairs() -> None:
     # The machine slows down meanwhile, and one run of each is far off.
     assert more("ttft_ms", make_runs(80, 100, 300, 140), make_runs(83, 104, 121, 144)) == 3.5

@@ -116,7 +116,7 @@ local function ring()
   if call('LLEN', P .. 'bell') < MAX_BELL then call('LPUSH', P .. 'bell', '1') end -- mutant: bell
 end
 
-local known_lengths -- as of the last change; what reads them must not write them
+local known_lengths -- as they are, once asked for; written by count_queued only
 local function queue_lengths()
   if not known_lengths then
     known_lengths = call('HMGET', P .. 'len', 0, 1, 2)
@@ -127,10 +127,7 @@ end
 
 local function count_queued(class, change)
   local left = call('HINCRBY', P .. 'len', class, change)
-  if known_lengths then
-    known_lengths = { unpack(known_lengths) } -- another table: who asked before keeps what was so then
-    known_lengths[class + 1] = left
-  end
+  if known_lengths then known_lengths[class + 1] = left end
   return left
 end
 
